@@ -1,0 +1,420 @@
+"""Everything that can be set about a run, as frozen dataclasses. The defaults are the quickstart run.
+
+Each class checks what it can decide alone when it is made; rules that span several classes are in
+`TrainConfig.__post_init__`, and those that need the world's size in `check_world`. A `ConfigError` names
+the key as it is written on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.errors import ConfigError
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "FaultConfig",
+    "GuardConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+
+def require(condition: bool, key: str, value: Any, rule: str, remedy: str = "") -> None:
+    """Raises `ConfigError` naming `key` and `value` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} is {value!r}", rule=rule, remedy=remedy)
+
+
+def require_positive(section: str, config: object, names: Collection[str]) -> None:
+    """Each of the fields `names` of `config` has to be greater than zero."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}.{name}", value, "it has to be greater than 0")
+
+
+def require_not_negative(section: str, config: object, names: Collection[str]) -> None:
+    """Each of the fields `names` of `config` has to be zero or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{section}.{name}", value, "it has to be 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    paths: tuple[str, ...] = ()
+    """Files or folders of text (task text), or one .npz with `images` and `labels` (task images). Empty: the
+    Python standard library's source, or scikit-learn's handwritten digits."""
+    sequence_length: int = 256
+    """Bytes that the model sees at once (task text)."""
+    val_frac: float = 0.05
+    """Share of the files (text) or samples (images) held out, chosen by a hash of their content."""
+    cache_dir: str | None = None
+    """Where prepared data is kept. Default: $HARNESS_CACHE or the user's cache directory."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, ["sequence_length"])
+        require_not_negative("data", self, ["num_workers"])
+        require(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "it has to lie between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The bundled models' shape. A task of your own builds its own model and ignores this."""
+
+    kind: Literal["decoder", "cnn", "mlp"] = "decoder"
+    """decoder for text; cnn or mlp for images."""
+    num_layers: int = 4
+    """Decoder blocks, convolution stages or hidden layers."""
+    dim: int = 128
+    """Width of the residual stream, of the first convolution, or of the hidden layers."""
+    num_heads: int = 4
+    """Attention heads; has to divide dim."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); default: as many as num_heads."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward kind."""
+    mlp_dim: int | None = None
+    """Hidden width of the feed-forward; default: 4 x dim (gelu) or 8/3 x dim rounded up to 64 (swiglu)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (Llama) or LayerNorm (GPT-2)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Rotary position embedding (Llama) or a learned table (GPT-2)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    bias: bool = False
+    """Biases in the linear layers (GPT-2)."""
+    tie_embeddings: bool = True
+    """The output projection is the transposed input embedding."""
+    vocab_size: int = 256
+    """Rows of the embedding; the text task uses the first 256."""
+    dropout: float = 0.0
+    """Dropout probability in the residual branches."""
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, ["num_layers", "dim", "num_heads", "vocab_size", "rope_theta"])
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it has to lie in [0, 1)")
+        if self.kind == "decoder":
+            self._check_heads()
+
+    def _check_heads(self) -> None:
+        require(
+            self.dim % (2 * self.num_heads) == 0,
+            "model.dim",
+            self.dim,
+            f"it has to be a multiple of 2 x model.num_heads = {2 * self.num_heads} (even width per head)",
+        )
+        if self.num_kv_heads is not None:
+            require(
+                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+                "model.num_kv_heads",
+                self.num_kv_heads,
+                f"it has to divide model.num_heads = {self.num_heads}",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """The optimizer. Norms, biases and other one-dimensional parameters are never decayed."""
+
+    name: Literal["adamw", "adam", "sgd", "adagrad"] = "adamw"
+    """All four run fused and take the guard's verdict on the device."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's and Adagrad's denominator offset."""
+    weight_decay: float = 0.1
+    """Decay of matrices; decoupled for adamw."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+
+    def __post_init__(self) -> None:
+        require_positive("optim", self, ["lr", "eps"])
+        require_not_negative("optim", self, ["weight_decay", "momentum"])
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "both have to lie in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a share of optim.lr."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine, warm-up-stable-decay (linear at the end), or constant; each after a linear warm-up."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    decay_frac: float = 0.2
+    """Share of the run that the decay of wsd takes."""
+    min_lr_frac: float = 0.1
+    """Where the decay ends, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require_not_negative("schedule", self, ["warmup_steps"])
+        require(0 <= self.decay_frac <= 1, "schedule.decay_frac", self.decay_frac, "it has to lie in [0, 1]")
+        require(
+            0 <= self.min_lr_frac <= 1, "schedule.min_lr_frac", self.min_lr_frac, "it has to lie in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at once, in which precision, and how often to look."""
+
+    steps: int = 400
+    """Optimizer steps of the whole run. A finished run goes on when this is raised."""
+    global_batch: int = 16
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int | None = None
+    """Samples per forward pass and rank; default: all of a rank's share at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward; parameters stay fp32. auto: what accelerate was told, else bf16 on
+    CUDA and fp32 on CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_samples: int = 256
+    """Held-out samples per evaluation, always the same ones."""
+
+    def __post_init__(self) -> None:
+        require_positive("loop", self, ["steps", "global_batch", "eval_samples"])
+        require_not_negative("loop", self, ["eval_every"])
+        if self.micro_batch is not None:
+            require_positive("loop", self, ["micro_batch"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the processes."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """auto: plain in one process, ddp in several. fsdp (FSDP2) shards all of its state."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one."""
+    bucket_cap_mb: int = 25
+    """Size of DDP's gradient buckets in MiB."""
+    timeout_s: float = 300.0
+    """How long a collective may wait before the run is ended."""
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", self, ["bucket_cap_mb", "timeout_s"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardConfig:
+    """What the stability guard measures and what it does about it."""
+
+    max_norm: float | None = 1.0
+    """Gradients are scaled down to this L2 norm; null: never."""
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
+    spike: Literal["off", "warn", "clip", "skip"] = "warn"
+    """On a finite but extraordinary loss or gradient norm."""
+    spike_threshold: float = 6.0
+    """Robust z-score from which a step counts as a spike."""
+    spike_window: int = 128
+    """Unflagged steps that the spike rule looks back on."""
+    spike_warmup: int = 64
+    """Steps before the spike rule speaks."""
+    max_consecutive_skips: int = 3
+    """More skipped steps in a row than this end the run with a report."""
+    lag_steps: int = 2
+    """Steps after which a verdict is read back; the device itself acts at once. 0 synchronises every step."""
+    per_parameter_every: int = 10
+    """Steps between records with a row per parameter; 0: never. An incident always has them."""
+    init_loss_scale: float = 65536.0
+    """Loss scale at the start of an fp16 run."""
+    loss_scale_growth_steps: int = 2000
+    """Clean fp16 steps after which the loss scale is doubled."""
+
+    def __post_init__(self) -> None:
+        require_positive("guard", self, ["spike_threshold", "spike_window", "init_loss_scale"])
+        require_positive("guard", self, ["max_consecutive_skips", "loss_scale_growth_steps"])
+        require_not_negative("guard", self, ["spike_warmup", "lag_steps", "per_parameter_every"])
+        if self.max_norm is not None:
+            require_positive("guard", self, ["max_norm"])
+        require(
+            self.spike_warmup <= self.spike_window,
+            "guard.spike_warmup",
+            self.spike_warmup,
+            f"it cannot exceed guard.spike_window = {self.spike_window}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; the last healthy one is kept whatever this says."""
+
+    def __post_init__(self) -> None:
+        require_not_negative("checkpoint", self, ["every"])
+        require_positive("checkpoint", self, ["keep_last"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """What is written down and where it is mirrored."""
+
+    log_every: int = 10
+    """Steps between printed lines and logged metrics; incidents are logged whenever they happen."""
+    tensorboard: bool = True
+    """Mirror the log to TensorBoard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
+    project: str = "harness"
+    """W&B project."""
+    group: str | None = None
+    """Name that related runs share."""
+    tags: tuple[str, ...] = ()
+    """Labels to find the run by."""
+    notes: str = ""
+    """Free text about the run."""
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """auto: a bar on a terminal, lines otherwise."""
+
+    def __post_init__(self) -> None:
+        require_positive("tracking", self, ["log_every"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultConfig:
+    """One rehearsed fault."""
+
+    step: int
+    """Step at which it strikes, counted from 0."""
+    rank: int = 0
+    """Rank that it strikes."""
+    kind: Literal["nan", "inf", "-inf", "overflow", "spike", "slow", "kill", "hang"] = "nan"
+    """A value to inject (overflow: finite, but its square is not; spike: `scale` times too large), or what
+    happens to the process: slow sleeps `seconds`, kill ends it by SIGKILL, hang sleeps for ever."""
+    target: Literal["gradient", "activation", "loss", "batch"] = "gradient"
+    """Where a value is injected."""
+    parameter: str | None = None
+    """Parameter (gradient) or module (activation) that is struck; default: the first one."""
+    micro_batch: int = 0
+    """Micro-batch of the step in which it strikes, counted from 0."""
+    scale: float = 1000.0
+    """Factor of a spike."""
+    seconds: float = 5.0
+    """Length of a slow step."""
+
+    def __post_init__(self) -> None:
+        require_not_negative("faults", self, ["step", "rank", "micro_batch", "seconds"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One complete run. Without any setting: a small decoder on the Python standard library's source."""
+
+    name: str = "quickstart"
+    """Name of the run; its directory is `runs_dir`/`name`."""
+    runs_dir: str = "runs"
+    """Folder in which runs are kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on with the run if its directory holds one, else start it; must, never: an error otherwise."""
+    seed: int = 1234
+    """Seed of initialisation, data order and dropout."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time."""
+    debug: bool = False
+    """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
+    task: str = "text"
+    """text, images, or `package.module:function` for a task of your own."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Stability guard."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Tracking."""
+    faults: tuple[FaultConfig, ...] = ()
+    """Faults to inject; loud when there are any."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", self.name, "a run needs a name")
+        require(
+            self.name not in (".", "..") and not set(self.name) & set("/\\\0\n\r\t"),
+            "name",
+            self.name,
+            "it is one folder's name, without slashes or control characters",
+            "use --runs_dir for the folder that it lies in",
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "it has to be a whole number in [0, 2^63)")
+        require(
+            self.task in ("text", "images") or ":" in self.task,
+            "task",
+            self.task,
+            "it has to be text, images, or package.module:function",
+        )
+        self._check_model_fits_task()
+
+    def _check_model_fits_task(self) -> None:
+        wanted = {"text": ("decoder",), "images": ("cnn", "mlp")}.get(self.task)
+        if wanted is None:
+            return
+        require(
+            self.model.kind in wanted,
+            "model.kind",
+            self.model.kind,
+            f"task {self.task} needs one of {', '.join(wanted)}",
+        )
+        require(
+            self.task != "text" or self.model.vocab_size >= 256,
+            "model.vocab_size",
+            self.model.vocab_size,
+            "task text needs a row for each of the 256 bytes",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Checks the rules that depend on how many processes there are.
+
+        Raises:
+            ConfigError: the global batch cannot be split, a fault strikes a rank that does not exist, or
+                the debug mode is asked for in several processes.
+        """
+        micro_batch = self.loop.micro_batch or 1
+        share = world_size * micro_batch
+        require(
+            self.loop.global_batch % share == 0,
+            "loop.global_batch",
+            self.loop.global_batch,
+            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
+            f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
+        )
+        for fault in self.faults:
+            require(fault.rank < world_size, "faults.rank", fault.rank, f"there are only {world_size} ranks")
+        require(
+            not (self.debug and world_size > 1),
+            "debug",
+            self.debug,
+            f"it runs in one process, and there are {world_size}",
+            "start it with `python harness/train.py`",
+        )

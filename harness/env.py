@@ -1,0 +1,85 @@
+"""The only module that reads the environment. Everything else is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Launched",
+    "accelerate_precision",
+    "cache_dir",
+    "is_terminal",
+    "launched",
+    "set_default",
+    "wants_traceback",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What the launcher says about this process. Without a launcher: one process, rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    by_launcher: bool = False
+    """RANK and WORLD_SIZE were set, so a rendezvous is expected even for one process."""
+    on_cpu: bool = False
+    """accelerate was told `use_cpu`."""
+
+
+def launched() -> Launched:
+    """Reads the variables that torchrun, `accelerate launch` and Slurm wrappers set.
+
+    Raises:
+        ValueError: a variable is not a whole number.
+    """
+    by_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return Launched(
+        rank=_int("RANK", 0) if by_launcher else 0,
+        local_rank=_int("LOCAL_RANK", 0) if by_launcher else 0,
+        world_size=_int("WORLD_SIZE", 1) if by_launcher else 1,
+        local_world_size=_int("LOCAL_WORLD_SIZE", 1) if by_launcher else 1,
+        by_launcher=by_launcher,
+        on_cpu=_flag("ACCELERATE_USE_CPU"),
+    )
+
+
+def accelerate_precision() -> str | None:
+    """`no`, `bf16`, `fp16` as given in accelerate's configuration, or None without accelerate."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION")
+
+
+def cache_dir() -> Path:
+    """Where prepared data is kept between runs: `$HARNESS_CACHE`, else the user's cache directory."""
+    own = os.environ.get("HARNESS_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stability-harness"
+
+
+def wants_traceback() -> bool:
+    """`HARNESS_TRACEBACK=1`: the command line shows tracebacks of user errors too."""
+    return _flag("HARNESS_TRACEBACK")
+
+
+def set_default(name: str, value: str) -> None:
+    """Sets a variable for libraries and child processes unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
+def _int(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in {"1", "true", "yes", "on"}
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal that a progress bar can be drawn on."""
+    return sys.stderr.isatty()

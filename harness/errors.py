@@ -1,0 +1,69 @@
+"""The errors that users see.
+
+Each says three things: the problem with the offending value in it, the rule that it broke, and the
+remedy. The command line prints them as one line without a traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "HarnessError",
+    "InstabilityError",
+    "LaunchError",
+    "TrackingError",
+]
+
+
+class HarnessError(Exception):
+    """Base of all errors that are meant for the user rather than for the developer.
+
+    Args:
+        problem: What is wrong, with the value that is wrong in it.
+        rule: What would have been right.
+        remedy: What to do about it; a command where there is one.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, rule: str = "", remedy: str = "") -> None:
+        self.problem = problem
+        self.rule = rule
+        self.remedy = remedy
+        super().__init__(". ".join(part.rstrip(". ") for part in (problem, rule, remedy) if part) + ".")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword arguments are not in `args`, so the default would lose them between processes.
+        return _rebuild, (type(self), self.problem, self.rule, self.remedy)
+
+
+def _rebuild(kind: type[HarnessError], problem: str, rule: str, remedy: str) -> HarnessError:
+    return kind(problem, rule=rule, remedy=remedy)
+
+
+class ConfigError(HarnessError):
+    """A configuration that cannot be run: unknown key, wrong type, impossible value or combination."""
+
+
+class DataError(HarnessError):
+    """Input data that is missing, unreadable, empty or too short."""
+
+
+class CheckpointError(HarnessError):
+    """A checkpoint that is missing, damaged or belongs to another model or run."""
+
+
+class LaunchError(HarnessError):
+    """The processes, devices or ports are not what the launch asked for."""
+
+
+class TrackingError(HarnessError):
+    """A run's log cannot be written or read. A mirror that fails never raises this in the trainer."""
+
+
+class InstabilityError(HarnessError):
+    """Training was stopped because its numbers could not be trusted any more."""
+
+    exit_code = 3
