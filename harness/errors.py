@@ -32,11 +32,19 @@ class HarnessError(Exception):
         self.problem = problem
         self.rule = rule
         self.remedy = remedy
-        super().__init__(". ".join(part.rstrip(". ") for part in (problem, rule, remedy) if part) + ".")
+        super().__init__(_sentence(": ".join(part for part in (problem, rule) if part)) + _remedy(remedy))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are not in `args`, so the default would lose them between processes.
         return _rebuild, (type(self), self.problem, self.rule, self.remedy)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _remedy(text: str) -> str:
+    return f" {text[0].upper()}{_sentence(text[1:])}" if text else ""
 
 
 def _rebuild(kind: type[HarnessError], problem: str, rule: str, remedy: str) -> HarnessError:

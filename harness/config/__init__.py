@@ -1,1 +1,36 @@
+"""What can be set about a run: the schema, and how it is read."""
 
+from harness.config.identity import check_same_run
+from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
+from harness.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    FaultConfig,
+    GuardConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "FaultConfig",
+    "GuardConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "check_same_run",
+    "dump_yaml",
+    "parse_arguments",
+    "read_yaml",
+    "to_dict",
+]

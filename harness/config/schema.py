@@ -7,8 +7,9 @@ the key as it is written on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import ConfigError
@@ -48,7 +49,7 @@ def require_not_negative(section: str, config: object, names: Collection[str]) -
         require(value >= 0, f"{section}.{name}", value, "it has to be 0 or more")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on."""
 
@@ -70,7 +71,7 @@ class DataConfig:
         require(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "it has to lie between 0 and 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The bundled models' shape. A task of your own builds its own model and ignores this."""
 
@@ -125,7 +126,7 @@ class ModelConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer. Norms, biases and other one-dimensional parameters are never decayed."""
 
@@ -148,7 +149,7 @@ class OptimConfig:
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "both have to lie in [0, 1)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The learning rate over the run, as a share of optim.lr."""
 
@@ -169,7 +170,7 @@ class ScheduleConfig:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long, how much at once, in which precision, and how often to look."""
 
@@ -196,7 +197,7 @@ class LoopConfig:
             require_positive("loop", self, ["micro_batch"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is spread over the processes."""
 
@@ -213,7 +214,7 @@ class ParallelConfig:
         require_positive("parallel", self, ["bucket_cap_mb", "timeout_s"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """What the stability guard measures and what it does about it."""
 
@@ -254,7 +255,7 @@ class GuardConfig:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
@@ -268,7 +269,7 @@ class CheckpointConfig:
         require_positive("checkpoint", self, ["keep_last"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """What is written down and where it is mirrored."""
 
@@ -293,7 +294,7 @@ class TrackingConfig:
         require_positive("tracking", self, ["log_every"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FaultConfig:
     """One rehearsed fault."""
 
@@ -319,7 +320,7 @@ class FaultConfig:
         require_not_negative("faults", self, ["step", "rank", "micro_batch", "seconds"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One complete run. Without any setting: a small decoder on the Python standard library's source."""
 
@@ -418,3 +419,14 @@ class TrainConfig:
             f"it runs in one process, and there are {world_size}",
             "start it with `python harness/train.py`",
         )
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads a YAML file; `overrides` are `section.key=value`, as on the command line.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is wrong.
+        """
+        from harness.config.load import parse_arguments  # the loader needs this schema
+
+        return parse_arguments(["--config", str(path), *(f"--{override}" for override in overrides)])

@@ -1,0 +1,40 @@
+"""Which settings make a run the run that it is, and which may change when it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.config.load import flatten, read_yaml, to_dict
+from harness.config.schema import TrainConfig
+from harness.errors import ConfigError
+
+__all__ = ["check_same_run"]
+
+# Changing one of these would make the rest of the run another experiment under the same name.
+_IDENTITY = ("seed", "task", "data.paths", "data.sequence_length", "data.val_frac", "loop.global_batch")
+_IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
+
+
+def check_same_run(config: TrainConfig, saved: Path) -> None:
+    """Checks that `config` continues the run whose resolved configuration is the file `saved`.
+
+    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts.
+
+    Raises:
+        ConfigError: a setting that defines the run differs; the first such setting is named.
+    """
+    before, now = _identity(flatten(read_yaml(saved))), _identity(flatten(to_dict(config)))
+    for key in now:
+        if key in before and before[key] != now[key]:
+            raise ConfigError(
+                f"{saved.parent} holds a run with {key} = {before[key]!r}, and now it is {now[key]!r}",
+                rule="a run goes on only with the settings that it began with",
+                remedy=f"choose another --name, or set --{key} {before[key]}",
+            )
+
+
+def _identity(flat: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in flat.items() if key in _IDENTITY or key.startswith(_IDENTITY_SECTIONS)
+    }
