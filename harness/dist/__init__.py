@@ -1,1 +1,16 @@
+"""Ranks, process groups, and the only collectives outside the gradient hooks."""
 
+from harness.dist.agreement import all_reduce_sum, from_main, together
+from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.world import World, open_world
+
+__all__ = [
+    "World",
+    "all_reduce_sum",
+    "distribute",
+    "from_main",
+    "gradient_sync",
+    "open_world",
+    "plain",
+    "together",
+]

@@ -1,0 +1,103 @@
+"""The processes of a run: how many, which one this is, and the device that it computes on."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from harness import env
+from harness.config import ParallelConfig
+from harness.errors import LaunchError
+
+__all__ = ["World", "open_world"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process among all of the run. A single process is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that writes logs and speaks to trackers."""
+        return self.rank == 0
+
+
+@contextmanager
+def open_world(parallel: ParallelConfig) -> Iterator[World]:
+    """Joins the processes that the launcher started; leaves them in order at the end.
+
+    Works under `python`, `torchrun`, `accelerate launch` and anything else that sets RANK and WORLD_SIZE.
+    Tensors on CUDA go over NCCL and those on CPU over gloo.
+
+    Raises:
+        LaunchError: more processes than GPUs, no CUDA where it was asked for, or a rendezvous that failed.
+    """
+    try:
+        launched = env.launched()
+    except ValueError as error:
+        raise LaunchError(f"the launcher's variables are damaged: {error}") from error
+    device = _device(parallel, launched)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    grouped = launched.by_launcher or parallel.strategy == "fsdp"
+    if grouped:
+        _join(launched, device, parallel.timeout_s)
+    try:
+        yield World(
+            rank=launched.rank, local_rank=launched.local_rank, world_size=launched.world_size, device=device
+        )
+    finally:
+        if grouped:
+            # A DDP object that outlives its gloo group aborts the process now and then.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def _device(parallel: ParallelConfig, launched: env.Launched) -> torch.device:
+    wanted = parallel.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() and not launched.on_cpu else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LaunchError(
+            "parallel.device is 'cuda' and torch sees no CUDA device",
+            rule="a CUDA build of torch and a visible GPU are needed",
+            remedy="set --parallel.device cpu, or look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+        )
+    num_gpus = torch.cuda.device_count()
+    if launched.local_world_size > num_gpus:
+        raise LaunchError(
+            f"{launched.local_world_size} processes on this machine and {num_gpus} GPUs",
+            rule="every process needs a GPU of its own",
+            remedy=f"start {num_gpus} processes, or set --parallel.device cpu",
+        )
+    return torch.device("cuda", launched.local_rank)
+
+
+def _join(launched: env.Launched, device: torch.device, timeout_s: float) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        if launched.by_launcher:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]  # there at run time
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        raise LaunchError(
+            f"rank {launched.rank} of {launched.world_size} found no others: {str(error).splitlines()[0]}",
+            rule="all processes have to reach MASTER_ADDR:MASTER_PORT, and rank 0 opens that port",
+            remedy="choose a free port (--main_process_port for accelerate, --master-port for torchrun)",
+        ) from error
