@@ -25,20 +25,23 @@ class Layout:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     """Elements per parameter, as this rank sees them."""
+    parameters: tuple[Tensor, ...]
+    """The parameters themselves, held so that no `id` is ever given to another one."""
     row_of: Mapping[int, int]
     """Row by `id(parameter)`: parameters are compared by identity, shared ones have one row."""
 
     @classmethod
     def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Layout:
         """The layout of all parameters that take a gradient; frozen ones have no row."""
-        unique: dict[int, tuple[str, int]] = {}
+        unique: dict[Tensor, str] = {}
         for name, parameter in named_parameters:
             if parameter.requires_grad:
-                unique.setdefault(id(parameter), (name, parameter.numel()))
+                unique.setdefault(parameter, name)
         return cls(
-            names=tuple(name for name, _ in unique.values()),
-            sizes=tuple(size for _, size in unique.values()),
-            row_of={key: row for row, key in enumerate(unique)},
+            names=tuple(unique.values()),
+            sizes=tuple(parameter.numel() for parameter in unique),
+            parameters=tuple(unique),
+            row_of={id(parameter): row for row, parameter in enumerate(unique)},
         )
 
     def __len__(self) -> int:
