@@ -1,1 +1,6 @@
+"""Where everything is wired together: `train(config)` runs a training from end to end."""
 
+from harness.training.build import train
+from harness.training.summary import TrainResult
+
+__all__ = ["TrainResult", "train"]

@@ -1,0 +1,37 @@
+"""How the command line ends when something is wrong: one line, no traceback, an exit code that tells."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from harness import env
+from harness.errors import HarnessError
+
+__all__ = ["Outcome", "reporting"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The exit code of a command."""
+
+    exit_code: int = 0
+
+
+@contextmanager
+def reporting() -> Iterator[Outcome]:
+    """Turns a `HarnessError` into a line on standard error and an exit code.
+
+    All ranks fail with the same error; only rank 0 prints it. HARNESS_TRACEBACK=1 shows where it came from.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except HarnessError as error:
+        if env.wants_traceback():
+            raise
+        if env.launched().rank == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        outcome.exit_code = error.exit_code

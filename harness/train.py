@@ -1,0 +1,16 @@
+"""The program: `accelerate launch harness/train.py`, `torchrun harness/train.py`, `python harness/train.py`.
+
+Started as a file, Python puts this folder at the head of `sys.path`, where its modules would shadow others
+and be imported twice. So the repository takes its place there, and the package does the work.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if __name__ == "__main__":
+    from harness.cli.train import run
+
+    sys.exit(run(sys.argv[1:], prog="harness/train.py"))

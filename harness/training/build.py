@@ -1,0 +1,198 @@
+"""Puts a run together. The only place that knows all the parts."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from pathlib import Path
+
+import orjson
+import torch
+
+from harness import __version__, env, logs
+from harness.checkpoint import Checkpointer, Rng
+from harness.config import TrainConfig
+from harness.data import Loader
+from harness.dist import World, distribute, from_main, open_world, plain, together
+from harness.errors import InstabilityError
+from harness.stability import Ladder, StepGuard
+from harness.tracking import plot_run
+from harness.training.counters import Counters
+from harness.training.debug import debugger_on, debugging
+from harness.training.directory import prepare_directory, write_atomically
+from harness.training.faults import FaultInjector, describe
+from harness.training.journal import Journal, MainJournal
+from harness.training.loop import Run, train_loop
+from harness.training.optim import build_optimizer
+from harness.training.step import StepRunner
+from harness.training.stop import StopRequest
+from harness.training.summary import TrainResult, render_summary
+from harness.training.tasks import build_task
+
+__all__ = ["train"]
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Runs the training that `config` describes, in the processes that the launcher started.
+
+    Raises:
+        HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
+            `InstabilityError` when the guard's last rung is reached.
+    """
+    config.check_world(env.launched().world_size)
+    with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
+        logs.setup(rank=world.rank, world_size=world.world_size)
+        _set_determinism(config)
+        run = _build(config, world, stop)
+        return _train(run)
+
+
+def _build(config: TrainConfig, world: World, stop: StopRequest) -> Run:
+    precision = _precision(config, world)
+    task = together(lambda: build_task(config))
+    faults = FaultInjector(config.faults, model=task.model, rank=world.rank)
+    directory = from_main(lambda: prepare_directory(config))
+    if config.loop.compile:
+        task.model.compile()
+    model = distribute(task.model, config.parallel, world)
+    optimizer = build_optimizer(model, config.optim)
+    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    loader = _loader(config, world, task.train_data)
+    counters = Counters()
+    checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.checkpoint.keep_last)
+    saved = {
+        "model": plain(model),
+        "optimizer": optimizer,
+        "loader": loader,
+        "guard": guard,
+        "counters": counters,
+        "rng": Rng(),
+    }
+    # Each rank draws its own dropout; initialisation, above, was the same on all.
+    torch.manual_seed(config.seed + 1 + world.rank)
+    resumed_from = checkpointer.load(saved)
+    return Run(
+        config=config,
+        world=world,
+        directory=directory,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        runner=StepRunner(
+            model=model,
+            task=task,
+            guard=guard,
+            faults=faults,
+            device=world.device,
+            precision=precision,
+            world_size=world.world_size,
+            nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
+        ),
+        guard=guard,
+        ladder=Ladder(config.guard),
+        checkpointer=checkpointer,
+        saved=saved,
+        counters=counters,
+        journal=_journal(config, world, directory, counters, resumed_from),
+        stop=stop,
+        precision=precision,
+        on_incident=debugger_on if config.debug else None,
+    )
+
+
+def _train(run: Run) -> TrainResult:
+    """The loop, and an end that is written down however it comes."""
+    first_tokens, started = run.counters.tokens, time.perf_counter()
+    status = "crashed"
+    try:
+        if run.counters.step >= run.config.loop.steps:
+            run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
+        status = train_loop(run)
+    except InstabilityError:
+        status = "unstable"
+        raise
+    finally:
+        run.guard.close()
+        run.loader.close()
+        run.checkpointer.close()
+        run.journal.close(status)
+    seconds = time.perf_counter() - started
+    counters = run.counters
+    result = TrainResult(
+        status=status,
+        steps=counters.step,
+        tokens=counters.tokens,
+        tokens_per_s=(counters.tokens - first_tokens) / seconds,
+        seconds=seconds,
+        last_val_loss=counters.last_val_loss,
+        best_val_loss=counters.best_val_loss,
+        num_skips=counters.num_skips,
+        num_clips=counters.num_clips,
+        incidents=counters.incidents,
+        directory=run.directory,
+    )
+    if run.world.is_main:
+        _leave_summary(result, run.config)
+    return result
+
+
+def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
+    text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
+    write_atomically(result.directory / "summary.json", text)
+    plot_run(result.directory, result.directory / "curves.png")
+    logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
+
+
+def _journal(
+    config: TrainConfig, world: World, directory: Path, counters: Counters, resumed_from: int | None
+) -> Journal:
+    def open_journal() -> Journal:
+        if not world.is_main:
+            return Journal()
+        about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
+        versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        journal = MainJournal(
+            directory, config, first_step=counters.step, about={**about, "versions": versions}
+        )
+        if resumed_from is not None:
+            journal.event("resume", counters.step, checkpoint=resumed_from)
+            journal.say(f"going on at step {counters.step} of {config.loop.steps}")
+        for fault in config.faults:
+            journal.event("fault", fault.step, what=describe(fault))
+        return journal
+
+    return together(open_journal)
+
+
+def _loader(config: TrainConfig, world: World, dataset: object) -> Loader:
+    share = config.loop.global_batch // world.world_size
+    return Loader(
+        dataset,
+        global_batch=config.loop.global_batch,
+        micro_batch=config.loop.micro_batch or share,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _precision(config: TrainConfig, world: World) -> str:
+    if config.loop.precision != "auto":
+        return config.loop.precision
+    by_accelerate = env.accelerate_precision()
+    if by_accelerate is not None:
+        return {"no": "fp32"}.get(by_accelerate, by_accelerate)
+    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _set_determinism(config: TrainConfig) -> None:
+    if config.deterministic:
+        env.set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic

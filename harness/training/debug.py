@@ -1,0 +1,35 @@
+"""Debug mode: the first bad number opens a debugger where it was made."""
+
+from __future__ import annotations
+
+import pdb
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from harness.records import StepRecord
+
+__all__ = ["debugger_on", "debugging"]
+
+
+@contextmanager
+def debugging(on: bool) -> Iterator[None]:
+    """Within it autograd names the forward call that made a NaN, and an exception opens the debugger."""
+    if not on:
+        yield
+        return
+    with torch.autograd.set_detect_anomaly(True):
+        try:
+            yield
+        except Exception:
+            if sys.stdin.isatty():
+                pdb.post_mortem()
+            raise
+
+
+def debugger_on(record: StepRecord) -> None:
+    """Opens the debugger at an incident, where there is a terminal to type at."""
+    if sys.stdin.isatty():
+        pdb.set_trace(header=f"step {record.step}: {record.reason}")

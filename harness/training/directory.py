@@ -1,0 +1,73 @@
+"""The run's directory: made for a new run, checked for one that goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from harness.config import TrainConfig, check_same_run, dump_yaml
+from harness.errors import ConfigError
+
+__all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
+
+CONFIG_FILE = "config.yaml"
+
+
+def prepare_directory(config: TrainConfig) -> Path:
+    """Makes the run's directory, or checks that the one that is there is this run's; rank 0 only.
+
+    Raises:
+        ConfigError: `resume` forbids what was found, the directory holds something else or another
+            configuration, or it cannot be written.
+    """
+    directory = Path(config.runs_dir) / config.name
+    saved = directory / CONFIG_FILE
+    try:
+        if saved.exists():
+            _check_may_resume(config, directory)
+            check_same_run(config, saved)
+        else:
+            _check_may_start(config, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(saved, dump_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the run directory {directory}: {error.strerror}",
+            rule="rank 0 keeps log and checkpoints there",
+            remedy="set --runs_dir to a folder that can be written",
+        ) from error
+    return directory
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a reader, or a crash, sees the old content or the new and nothing else."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _check_may_resume(config: TrainConfig, directory: Path) -> None:
+    if config.resume == "never":
+        raise ConfigError(
+            f"{directory} holds a run already, and resume is 'never'",
+            rule="a run is never overwritten",
+            remedy="choose another --name",
+        )
+
+
+def _check_may_start(config: TrainConfig, directory: Path) -> None:
+    if config.resume == "must":
+        raise ConfigError(
+            f"{directory} holds no run, and resume is 'must'",
+            rule="there has to be a run to go on with",
+            remedy="check --runs_dir and --name, or leave resume at 'auto'",
+        )
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(
+            f"{directory} is not empty and holds no {CONFIG_FILE}",
+            rule="a run needs a directory of its own",
+            remedy="choose another --name",
+        )

@@ -1,0 +1,166 @@
+"""The run's own account of itself: every record goes to the log, and what people need to see to the terminal.
+
+Ranks other than 0 hold a silent one, so that the loop reads the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.config import TrainConfig, to_dict
+from harness.records import StepRecord
+from harness.tracking import Mirrors, RunLog, start_mirrors
+from harness.training.console import Console
+from harness.training.counters import Counters, is_incident
+
+__all__ = ["Journal", "MainJournal", "describe_incident"]
+
+
+class Journal:
+    """Says nothing; what every rank but 0 has."""
+
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> None:
+        """One finished step."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after `step` steps."""
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Something that happened."""
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to before `step`: later records of it belong to an abandoned branch."""
+
+    def close(self, status: str) -> None:
+        """The end of this attempt; mirrors are drained."""
+
+
+class MainJournal(Journal):
+    """Writes the log, follows it with mirrors, speaks to the terminal; rank 0."""
+
+    def __init__(
+        self, directory: Path, config: TrainConfig, *, first_step: int, about: Mapping[str, Any]
+    ) -> None:
+        tracking = config.tracking
+        self._log = RunLog(directory)
+        self._log.write("run", {"config": to_dict(config), "first_step": first_step, **about})
+        self._mirrors: Mirrors = start_mirrors(directory, tracking, name=config.name)
+        self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
+        self._every = tracking.log_every
+        self._num_steps = config.loop.steps
+        self._window_s = 0.0
+        self._window_tokens = 0
+        self._window_steps = 0
+
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> None:
+        values = step_values(record, counters, lr=lr, step_s=step_s)
+        self._log.write("step", values, step=record.step)
+        if record.per_parameter:
+            self._log.write("layers", layer_values(record), step=record.step)
+        if is_incident(record):
+            self._log.write("event", {"name": "incident", **incident_details(record)}, step=record.step)
+            self._console.say(describe_incident(record))
+        self._show(record, values, step_s)
+
+    def _show(self, record: StepRecord, values: Mapping[str, float], step_s: float) -> None:
+        self._window_s += step_s
+        self._window_tokens += record.num_tokens
+        self._window_steps += 1
+        if (record.step + 1) % self._every and record.step + 1 != self._num_steps:
+            return
+        left_s = self._window_s / self._window_steps * (self._num_steps - record.step - 1)
+        speed = self._window_tokens / max(self._window_s, 1e-9)
+        self._console.step(record.step, values, tokens_per_s=speed, left_s=left_s)
+        self._window_s, self._window_tokens, self._window_steps = 0.0, 0, 0
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._log.write("eval", metrics, step=step)
+        shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+        self._console.say(f"step {step}: held-out {shown}")
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        self._log.write("event", {"name": name, **details}, step=step)
+
+    def say(self, text: str) -> None:
+        self._console.say(text)
+
+    def rewind(self, step: int) -> None:
+        self._log.rewind(step)
+
+    def close(self, status: str) -> None:
+        self._console.close()
+        self._log.write("end", {"status": status})
+        self._log.close()
+        self._mirrors.close(timeout_s=30.0)
+
+
+def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
+    """A step's scalars under the names that log and mirrors show."""
+    losses = [row.loss for row in record.per_rank]
+    return {
+        "train/loss": record.loss,
+        "train/perplexity": math.exp(min(record.loss, 700.0)),
+        "train/grad_norm": record.grad_norm,
+        "train/grad_norm_clipped": record.grad_norm * record.clip_coef,
+        "train/clip_coef": record.clip_coef,
+        "train/lr": lr,
+        "train/tokens": counters.tokens,
+        "guard/num_nan": record.num_nan,
+        "guard/num_inf": record.num_inf,
+        "guard/num_zero": record.num_zero,
+        "guard/max_abs": record.max_abs,
+        "guard/skips": counters.num_skips,
+        "guard/clips": counters.num_clips,
+        "guard/loss_scale": record.loss_scale,
+        "time/step_s": step_s,
+        "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
+        "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),
+        "ranks/loss_min": min(losses, default=record.loss),
+        "ranks/loss_max": max(losses, default=record.loss),
+        "speed/tokens_per_s": record.num_tokens / step_s if step_s else 0.0,
+    }
+
+
+def layer_values(record: StepRecord) -> dict[str, float]:
+    """The norm of each parameter's gradient, before the reduction."""
+    return {name: row.grad_norm for name, row in record.per_parameter.items()}
+
+
+def incident_details(record: StepRecord) -> dict[str, Any]:
+    """What is known of an incident, as plain data."""
+    return {
+        "verdict": record.verdict,
+        "reason": record.reason,
+        "rank": record.rank,
+        "parameter": record.parameter,
+        "micro_batch": record.micro_batch,
+        "num_nan": record.num_nan,
+        "num_inf": record.num_inf,
+        "loss": record.loss,
+        "grad_norm": record.grad_norm,
+    }
+
+
+def describe_incident(record: StepRecord) -> str:
+    """One line: what was wrong, whose it was, what was done."""
+    culprit = [
+        f"{label} {value}"
+        for label, value in (
+            ("rank", record.rank),
+            ("parameter", record.parameter),
+            ("micro-batch", record.micro_batch),
+        )
+        if value is not None
+    ]
+    done = {"skip": "step left out", "stop": "run stopped", "clip": "clipped", "apply": "applied"}
+    counts = f"{record.num_nan} NaN, {record.num_inf} Inf"
+    return (
+        f"incident at step {record.step}: {record.reason}; {', '.join([*culprit, counts])}; "
+        f"{done[record.verdict]}"
+    )

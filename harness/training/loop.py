@@ -1,0 +1,153 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.checkpoint import Checkpointer
+from harness.config import TrainConfig
+from harness.data import Loader, Task
+from harness.dist import World
+from harness.records import StepRecord
+from harness.stability import Ladder, StepGuard
+from harness.training.counters import Counters
+from harness.training.evaluate import evaluate
+from harness.training.journal import Journal
+from harness.training.optim import set_learning_rate
+from harness.training.schedule import learning_rate
+from harness.training.step import StepRunner
+from harness.training.stop import StopRequest
+
+__all__ = ["Run", "Status", "train_loop"]
+
+Status = str
+"""How an attempt ended: `finished` or `stopped`."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that takes part in a run; put together in `build`."""
+
+    config: TrainConfig
+    world: World
+    directory: Path
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    runner: StepRunner
+    guard: StepGuard
+    ladder: Ladder
+    checkpointer: Checkpointer
+    saved: dict[str, object]
+    """What a checkpoint holds, by name."""
+    counters: Counters
+    journal: Journal
+    stop: StopRequest
+    precision: str
+    on_incident: Callable[[StepRecord], None] | None = None
+    step_s: dict[int, float] = field(default_factory=dict)
+    """Wall time of the steps whose records are still on their way, by step."""
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule's value at `step`."""
+        config = self.config
+        return learning_rate(
+            step, peak=config.optim.lr, num_steps=config.loop.steps, schedule=config.schedule
+        )
+
+
+def train_loop(run: Run) -> Status:
+    """Trains until the last step, or until a rank was asked to stop.
+
+    ```
+    learning rate -> batch -> forward, backward -> guard (verdict, update) -> records of earlier steps
+                  -> every few steps: evaluation, checkpoint
+    ```
+
+    All ranks take every branch together: it hangs on the step's number or on records, which are equal on all
+    ranks. Before an evaluation or a checkpoint all records are waited for, so that no decision is pending in
+    what is saved.
+
+    Raises:
+        InstabilityError: the ladder's last rung; on all ranks at the same step.
+        CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
+    """
+    counters, stopped = run.counters, False
+    while counters.step < run.config.loop.steps and not stopped:
+        started = time.perf_counter()
+        step = counters.step
+        set_learning_rate(run.optimizer, run.learning_rate(step))
+        micro_batches = run.loader.next()
+        data_wait_s = time.perf_counter() - started
+        compute_s = run.runner.run(step, micro_batches)
+        run.guard.step(
+            nominal_tokens=run.runner.nominal_tokens,
+            compute_s=compute_s,
+            data_wait_s=data_wait_s,
+            stop_requested=run.stop.requested,
+        )
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step_s[step] = time.perf_counter() - started
+        counters.step = step + 1
+        evaluating, saving = (
+            _is_due(run, run.config.loop.eval_every),
+            _is_due(run, run.config.checkpoint.every),
+        )
+        stopped = _digest(run, run.guard.drain(wait=evaluating or saving))
+        if evaluating:
+            _evaluate(run)
+        if saving:
+            _save(run)
+    return _finish(run, stopped)
+
+
+def _is_due(run: Run, every: int) -> bool:
+    return every > 0 and run.counters.step % every == 0
+
+
+def _digest(run: Run, records: list[StepRecord]) -> bool:
+    """Counts and logs finished steps and lets the ladder act; whether a rank was asked to stop."""
+    stopped = False
+    for record in records:
+        run.counters.count(record)
+        run.journal.step(
+            record,
+            run.counters,
+            lr=run.learning_rate(record.step),
+            step_s=run.step_s.pop(record.step),
+        )
+        if run.on_incident is not None and record.reason is not None:
+            run.on_incident(record)
+        run.ladder.observe(record)
+        stopped = stopped or any(row.stop_requested for row in record.per_rank)
+    return stopped
+
+
+def _evaluate(run: Run) -> None:
+    metrics = evaluate(run.model, run.task, run.config, run.world, precision=run.precision)
+    run.counters.count_evaluation(metrics["val/loss"])
+    run.journal.evaluation(run.counters.step, metrics)
+
+
+def _save(run: Run) -> None:
+    run.checkpointer.save(run.counters.step, run.saved)
+    run.journal.event("checkpoint", run.counters.step)
+
+
+def _finish(run: Run, stopped: bool) -> Status:
+    """Digests what is left, evaluates a finished run, and commits the last checkpoint."""
+    _digest(run, run.guard.drain(wait=True))
+    finished = run.counters.step >= run.config.loop.steps
+    if finished and run.counters.val_step != run.counters.step:
+        _evaluate(run)
+    if run.counters.step not in run.checkpointer.steps():
+        _save(run)
+    run.checkpointer.wait()
+    return "finished" if finished else "stopped"

@@ -1,0 +1,64 @@
+"""Forward and backward over the micro-batches of one step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.data import Batch, LossSum, Task
+from harness.dist import gradient_sync
+from harness.stability import StepGuard
+from harness.training.faults import FaultInjector
+
+__all__ = ["StepRunner", "autocast"]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which forward passes run: bf16 or fp16 where autocast finds it safe, else nothing."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRunner:
+    """Leaves in the model's gradients the gradient of the mean loss over all tokens of the global batch.
+
+    Each micro-batch backpropagates its *sum* of losses over `nominal_tokens`, a constant; the guard corrects
+    for the tokens that were really there. So the result does not depend on the split into ranks and
+    micro-batches, nor on how unevenly padding is spread over them.
+    """
+
+    model: nn.Module
+    task: Task
+    guard: StepGuard
+    faults: FaultInjector
+    device: torch.device
+    precision: str
+    world_size: int
+    nominal_tokens: int
+    """Tokens of a global batch without padding."""
+
+    def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
+        """Runs forward and backward; returns the host's seconds. No synchronisation with the device."""
+        start = time.perf_counter()
+        last = len(micro_batches) - 1
+        for index, batch in enumerate(micro_batches):
+            with self.faults.armed(step, index, batch), gradient_sync(self.model, on=index == last):
+                loss = self._forward_backward(batch)
+                self.guard.accumulate(loss.total, loss.count)
+        return time.perf_counter() - start
+
+    def _forward_backward(self, batch: Batch) -> LossSum:
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with autocast(self.device, self.precision):
+            loss = self.faults.on_loss(self.task.loss(self.model, batch))
+        # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
+        share = loss.total * (self.world_size / self.nominal_tokens)
+        self.guard.scale(share).backward()
+        return loss

@@ -1,0 +1,84 @@
+"""The bundled tasks, put together from data and models, and the door to tasks of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from harness import env
+from harness.config import TrainConfig
+from harness.data import Batch, LossSum, Task, load_images, load_task, load_text
+from harness.models import build_model
+
+__all__ = ["build_task"]
+
+_IGNORED = -100
+"""Target value that counts for nothing: padding."""
+
+
+def build_task(config: TrainConfig) -> Task:
+    """The task that `config.task` names, with a freshly initialised model on the CPU.
+
+    Initialisation follows `config.seed`, so every rank builds the same model.
+
+    Raises:
+        DataError: the data is missing, unreadable or too short.
+        ConfigError: a task of one's own cannot be imported or returns something else.
+    """
+    torch.manual_seed(config.seed)
+    if config.task == "text":
+        return _text_task(config)
+    if config.task == "images":
+        return _image_task(config)
+    return load_task(config.task)(config)
+
+
+def cache_dir(config: TrainConfig) -> Path:
+    """Where prepared data is kept."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
+
+
+def _text_task(config: TrainConfig) -> Task:
+    train_data, val_data = load_text(config.data, cache_dir=cache_dir(config))
+    length = config.data.sequence_length
+    return Task(
+        model=build_model(config.model, sequence_length=length),
+        loss=next_byte_loss,
+        train_data=train_data,
+        val_data=val_data,
+        tokens_per_sample=length,
+        bytes_per_token=1.0,
+    )
+
+
+def _image_task(config: TrainConfig) -> Task:
+    train_data, val_data = load_images(config.data)
+    return Task(
+        model=build_model(
+            config.model, num_classes=train_data.num_classes, image_shape=train_data.image_shape
+        ),
+        loss=class_loss,
+        train_data=train_data,
+        val_data=val_data,
+        tokens_per_sample=1,
+    )
+
+
+def next_byte_loss(model: nn.Module, batch: Batch) -> LossSum:
+    """Cross-entropy of the next byte, in nats, summed in fp32 over the targets that are not padding."""
+    return _cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+
+
+def class_loss(model: nn.Module, batch: Batch) -> LossSum:
+    """Cross-entropy of the class, in nats, summed over the samples."""
+    return _cross_entropy(model(batch["images"]), batch["labels"])
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
+    total = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum")
+    counted = targets != _IGNORED
+    correct = (logits.detach().argmax(-1) == targets) & counted
+    return LossSum(total=total, count=counted.sum(), correct=correct.sum())
