@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}",
             rule="--config names a YAML file",
-            remedy="configs/ holds complete ones",
+            remedy="complete ones are in configs/",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error

@@ -1,0 +1,133 @@
+"""The floors of docs/architecture.md, read off the imports."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "harness"
+MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    "errors": 0,
+    "env": 0,
+    "logs": 0,
+    "records": 0,
+    "config": 1,
+    "dist": 2,
+    "data": 3,
+    "models": 3,
+    "stability": 3,
+    "checkpoint": 3,
+    "tracking": 3,
+    "training": 4,
+    "cli": 5,
+    "train": 5,
+}
+
+# Optional or heavy packages, each the business of one module.
+SOLE_IMPORTERS = {
+    "triton": {"harness/stability/kernels.py"},
+    "tensorboard": {"harness/tracking/tensorboard.py"},
+    "wandb": {"harness/tracking/wandb.py"},
+    "pynvml": {"harness/tracking/system.py"},
+    "jsonargparse": {"harness/config/load.py"},
+    "tqdm": {"harness/training/console.py"},
+}
+
+COLLECTIVES = {
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+}
+MAY_COMMUNICATE = ("harness/dist/", "harness/stability/hooks.py", "harness/stability/fsdp.py")
+
+# Reads of a device tensor on the host: the guard's drain, the fallback that says that it synchronises, the
+# evaluation's one read, and checks at their own cadence.
+MAY_SYNCHRONISE = {
+    "harness/stability/monitor.py",
+    "harness/training/evaluate.py",
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def room(name: str) -> str | None:
+    """The package or module directly under `harness` that a full module name lies in."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "harness" and len(parts) > 1 else None
+
+
+def room_of(path: Path) -> str:
+    return path.parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_a_module_imports_from_its_own_room_and_lower_floors_only(path: Path) -> None:
+    if path == Path("harness/__init__.py"):
+        return  # its names are loaded when they are used
+    mine = room_of(path)
+    rooms = {room(name) for name in imports(path)} - {None, mine}
+    wrong = sorted(other for other in rooms if other is not None and FLOORS[other] >= FLOORS[mine])
+    assert not wrong, f"{path} ({mine}, floor {FLOORS[mine]}) imports {wrong}"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in MODULES} - {"__init__"} == set(FLOORS)
+
+
+def test_the_ground_floor_needs_the_standard_library_alone() -> None:
+    for name in ("errors", "env", "logs", "records"):
+        foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
+        assert not foreign & {"torch", "numpy", "yaml", "orjson", "harness.config"}, name
+
+
+@pytest.mark.parametrize("package", SOLE_IMPORTERS)
+def test_an_optional_package_is_the_business_of_one_module(package: str) -> None:
+    importers = {
+        str(path) for path in MODULES if any(name.split(".")[0] == package for name in imports(path))
+    }
+    assert importers <= SOLE_IMPORTERS[package]
+
+
+def attribute_names(path: Path) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    readers = [str(path) for path in MODULES if {"environ", "getenv"} & attribute_names(path)]
+    assert readers == ["harness/env.py"]
+
+
+def test_collectives_are_called_in_dist_and_the_gradient_hooks_only() -> None:
+    callers = [str(path) for path in MODULES if COLLECTIVES & attribute_names(path)]
+    assert [path for path in callers if not path.startswith(MAY_COMMUNICATE)] == []
+
+
+def test_device_values_are_read_in_named_places_only() -> None:
+    readers = {
+        str(path)
+        for path in MODULES
+        if room_of(path) in ("training", "stability") and {"item", "tolist", "cpu"} & attribute_names(path)
+    }
+    assert readers <= MAY_SYNCHRONISE

@@ -1,0 +1,131 @@
+"""Reading a configuration: what is right goes through whole, what is wrong says so in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.config import TrainConfig, check_same_run, dump_yaml, parse_arguments
+from harness.errors import ConfigError
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_overrides_win_over_the_file_in_the_order_given(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {lr: 0.5, eps: 1.0e-3}\nloop: {steps: 7}\n")
+    config = parse_arguments(["--config", str(file), "--optim.lr", "0.25", "--optim.lr=0.125"])
+    assert (config.optim.lr, config.optim.eps, config.loop.steps) == (0.125, 1e-3, 7)
+
+
+def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = parse_arguments(["--data.paths", "[a, b]", "--faults", "[{step: 3, kind: -inf}]", "--debug"])
+    file = tmp_path / "c.yaml"
+    file.write_text(dump_yaml(config))
+    assert TrainConfig.from_file(file) == config
+
+
+def test_from_file_takes_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: x\n")
+    assert TrainConfig.from_file(file, ["loop.steps=9"]).loop.steps == 9
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_a_complete_run_of_its_own_name(preset: Path) -> None:
+    assert TrainConfig.from_file(preset).name == preset.stem
+
+
+def test_the_presets_that_users_are_promised_exist() -> None:
+    promised = "quickstart basic full numerical_stability ddp_cpu fsdp_cpu gpt2_124m llama_1b digits inject_nan debug"
+    assert {preset.stem for preset in PRESETS} == set(promised.split())
+
+
+def test_the_quickstart_preset_is_the_default_run() -> None:
+    assert TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimm.lr", "1"], ["optimm.lr", "optim.lr"]),
+        (["--lr", "1"], ["lr", "optim.lr"]),
+        (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
+        (["--loop.steps", "-4"], ["loop.steps", "-4", "greater than 0"]),
+        (["--loop.steps", "2.5"], ["loop.steps", "int", "2.5"]),
+        (["--optim.lr", "nan"], ["optim.lr", "nan"]),
+        (["--loop.precision", "fp8"], ["loop.precision", "bf16", "fp8"]),
+        (["--model.num_heads", "3"], ["model.dim", "multiple"]),
+        (["--model.kind", "mlp"], ["model.kind", "decoder"]),
+        (["--name", "../../x"], ["name", "folder"]),
+        (["--name", ""], ["name"]),
+        (["--task", "tekst"], ["task", "tekst", "package.module:function"]),
+        (["--guard.spike_warmup", "500"], ["guard.spike_warmup", "guard.spike_window"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_setting_is_named_with_value_and_rule(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(arguments)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("optim: {lrr: 1}", ["optim.lrr", "optim.lr"]),
+        ("optim: [1", ["not YAML"]),
+        ("- a\n- b", ["list", "mapping"]),
+        ("faults: [{stepp: 3}]", ["faults", "stepp"]),
+        ("loop: {steps: many}", ["loop.steps", "many"]),
+    ],
+)
+def test_a_wrong_file_is_named(content: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_file(file)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can() -> None:
+    config = TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml", ["loop.micro_batch=3"])
+    with pytest.raises(ConfigError, match=r"world size x loop.micro_batch = 2 x 3.*--loop.global_batch 18"):
+        config.check_world(2)
+
+
+def test_a_fault_on_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only 2 ranks"):
+        parse_arguments(["--faults", "[{step: 1, rank: 2}]"]).check_world(2)
+
+
+def test_debug_mode_is_refused_in_several_processes() -> None:
+    with pytest.raises(ConfigError, match="one process"):
+        parse_arguments(["--debug"]).check_world(2)
+
+
+def test_a_run_may_be_lengthened_but_not_changed(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(TrainConfig()))
+    check_same_run(parse_arguments(["--loop.steps", "900", "--guard.max_norm", "0.5"]), saved)
+    with pytest.raises(ConfigError, match=r"optim.lr = 0.003.*0.001"):
+        check_same_run(parse_arguments(["--optim.lr", "0.001"]), saved)
+
+
+def test_every_setting_has_a_help_text() -> None:
+    from harness.config.load import _parser
+
+    undocumented = [
+        action.dest
+        for action in _parser("x")._actions
+        if not action.help and not action.dest.endswith(".help")
+    ]
+    assert undocumented == []
+
+
+def test_the_dump_is_plain_yaml() -> None:
+    assert yaml.safe_load(dump_yaml(TrainConfig()))["optim"]["betas"] == [0.9, 0.95]
