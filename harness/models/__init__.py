@@ -1,1 +1,7 @@
+"""The bundled models. They know no rank and no monitor."""
 
+from harness.models.build import build_model
+from harness.models.decoder import Decoder
+from harness.models.vision import ConvNet, Perceptron
+
+__all__ = ["ConvNet", "Decoder", "Perceptron", "build_model"]
