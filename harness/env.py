@@ -11,6 +11,7 @@ __all__ = [
     "Launched",
     "accelerate_precision",
     "cache_dir",
+    "child_environment",
     "is_terminal",
     "launched",
     "set_default",
@@ -70,6 +71,11 @@ def wants_traceback() -> bool:
 def set_default(name: str, value: str) -> None:
     """Sets a variable for libraries and child processes unless the user has set it."""
     os.environ.setdefault(name, value)
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with some variables changed, for a process that it starts."""
+    return {**os.environ, **changes}
 
 
 def _int(name: str, default: int) -> int:

@@ -1,0 +1,203 @@
+"""What a mirror is, and how one is kept in step with the log.
+
+A mirror takes records and commits them together with the positions up to which it has taken the log. After
+a crash it opens again at the last commit, so nothing is missing and nothing is there twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from harness.tracking.codec import Record
+from harness.tracking.log import log_dir
+from harness.tracking.segments import Follower, Position
+
+__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of"]
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+COMMIT_EVERY_S = 2.0
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 60.0
+
+
+class Mirror(Protocol):
+    """Somewhere that records are shown."""
+
+    def take(self, record: Record) -> None:
+        """Accepts one record; it need not be visible before `commit`."""
+
+    def commit(self) -> dict[str, Any]:
+        """Makes everything taken durable and returns what `open` needs to go on from here (plain JSON)."""
+
+    def close(self, end: Mapping[str, Any] | None) -> None:
+        """The log has come to its end; `end` is what its `end` record says, None if the trainer died."""
+
+
+OpenMirror = Callable[[Mapping[str, Any]], Mirror]
+"""Opens a mirror from what its last `commit` returned; empty means from nothing. It may raise
+`StartAgain`."""
+
+
+class StartAgain(Exception):
+    """What the mirror wrote is not there any more: it has to be built again from the log's beginning."""
+
+
+class MirrorFollower:
+    """Keeps one mirror in step with the log of `run_dir`, across restarts of this process and of others.
+
+    Args:
+        run_dir: The run.
+        name: Name of the mirror; its state is kept in `log/mirrors/NAME.json`.
+        open_mirror: See `OpenMirror`.
+        ended: Set when nothing more will be written to the log; what is there is then taken to its end.
+    """
+
+    def __init__(self, run_dir: Path, name: str, open_mirror: OpenMirror, *, ended: threading.Event) -> None:
+        self.name = name
+        self._log_dir = log_dir(run_dir)
+        self._state_path = self._log_dir / "mirrors" / f"{name}.json"
+        self._open_mirror = open_mirror
+        self._ended = ended
+        self._last_end: Mapping[str, Any] | None = None
+        self.done = threading.Event()
+        self.trouble: str | None = None
+
+    def run(self) -> None:
+        """Follows until the log has ended; on failure tries again from the last commit, ever more slowly."""
+        delay_s = FIRST_RETRY_S
+        while not self.done.is_set():
+            try:
+                with _only_one(self._state_path.with_suffix(".lock")):
+                    self._follow()
+                self.done.set()
+            except StartAgain:
+                self.forget()
+            except Exception as error:  # noqa: BLE001  (a mirror may fail in any way and must not end the others)
+                self._say(error)
+                time.sleep(delay_s)
+                delay_s = min(2 * delay_s, LAST_RETRY_S)
+
+    def forget(self) -> None:
+        """Drops the position: the mirror is built anew from the log's beginning."""
+        self._state_path.unlink(missing_ok=True)
+
+    def _follow(self) -> None:
+        state = self._load()
+        followers = {
+            folder: Follower(self._log_dir / folder, Position(**place))
+            for folder, place in state.get("positions", {}).items()
+        }
+        mirror = self._open_mirror(state.get("mirror", {}))
+        self._last_end = state.get("end")
+        committed = time.monotonic()
+        dirty = False
+        while True:
+            ended = self._ended.is_set()  # asked before reading: what is read then is all there is
+            num_taken = self._take_new(mirror, followers)
+            dirty = dirty or num_taken > 0
+            if dirty and (ended or time.monotonic() - committed > COMMIT_EVERY_S):
+                self._save(mirror.commit(), followers)
+                committed, dirty = time.monotonic(), False
+                self._say_well_again()
+            if num_taken == 0 and ended:
+                mirror.close(self._last_end)
+                return
+            if num_taken == 0:
+                self._ended.wait(POLL_S)
+
+    def _take_new(self, mirror: Mirror, followers: dict[str, Follower]) -> int:
+        for folder in [".", *(f"nodes/{path.name}" for path in self._log_dir.glob("nodes/*"))]:
+            if folder not in followers:
+                followers[folder] = Follower(self._log_dir / folder)
+        num_taken = 0
+        for follower in followers.values():
+            for record in follower.read():
+                num_taken += 1
+                if record.kind == "run":
+                    self._last_end = None
+                elif record.kind == "end":
+                    self._last_end = record.values
+                mirror.take(record)
+        return num_taken
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = orjson.loads(self._state_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return state
+
+    def _save(self, mirror: dict[str, Any], followers: dict[str, Follower]) -> None:
+        positions = {
+            folder: {"segment": follower.position.segment, "offset": follower.position.offset}
+            for folder, follower in followers.items()
+        }
+        state = {"positions": positions, "mirror": mirror, "end": self._last_end}
+        unfinished = self._state_path.with_suffix(".new")
+        unfinished.write_bytes(orjson.dumps(state))
+        unfinished.replace(self._state_path)
+
+    def _say(self, error: Exception) -> None:
+        trouble = f"{type(error).__name__}: {error}"
+        if trouble != self.trouble:
+            logger.warning(
+                "%s cannot be written (%s); training goes on, it is tried again", self.name, trouble
+            )
+            logger.debug("details", exc_info=error)
+        self.trouble = trouble
+
+    def _say_well_again(self) -> None:
+        if self.trouble is not None:
+            logger.warning("%s is written again", self.name)
+        self.trouble = None
+
+
+def scalars_of(record: Record) -> dict[str, float]:
+    """The numbers that a mirror shows as curves; those of layers and ranks under names of their own."""
+    if record.kind in ("step", "eval", "epoch", "system"):
+        return {name: value for name, value in record.values.items() if isinstance(value, (int, float))}
+    if record.kind == "layers":
+        return {
+            f"layers/{statistic}/{name}": value
+            for statistic, row in record.values.items()
+            for name, value in row.items()
+            if isinstance(value, (int, float))
+        }
+    if record.kind == "ranks":
+        return {
+            f"ranks/{name}/{part}": value
+            for name, row in record.values.items()
+            for part, value in _spread(row).items()
+        }
+    return {}
+
+
+def _spread(row: list[float]) -> dict[str, float]:
+    """Minimum, mean and maximum over ranks, and which rank holds the maximum."""
+    largest = max(row)
+    return {"min": min(row), "mean": sum(row) / len(row), "max": largest, "max_rank": row.index(largest)}
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Waits until no other process keeps this mirror: the one of an earlier attempt may still drain."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

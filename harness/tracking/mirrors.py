@@ -1,0 +1,120 @@
+"""Starts and ends the side process. Nothing that happens to it reaches the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness.env import child_environment
+from harness.tracking.settings import MirrorSettings
+
+__all__ = ["MirrorHandle", "start_mirrors"]
+
+logger = logging.getLogger(__name__)
+
+# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.tracking.side import main; "
+_PROGRAM += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
+
+
+def start_mirrors(
+    run_dir: str | Path, settings: MirrorSettings | None = None, **changes: Any
+) -> MirrorHandle:
+    """Starts the side process for a run whose log this process writes. Returns at once, raises nothing.
+
+    Args:
+        run_dir: The run; its `RunLog` is already open.
+        settings: What to mirror.
+        **changes: Fields of `MirrorSettings` that differ from `settings`: `tensorboard=True`,
+            `wandb="offline"`.
+    """
+    settings = dataclasses.replace(settings or MirrorSettings(), **changes)
+    try:
+        return MirrorHandle(*_spawn(Path(run_dir).resolve(), settings))
+    except OSError as error:
+        logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
+        return MirrorHandle(None, None)
+
+
+class MirrorHandle:
+    """The trainer's end of the side process."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None, messages: int | None) -> None:
+        self._process = process
+        if messages is not None:
+            threading.Thread(target=_repeat_messages, args=(messages,), daemon=True).start()
+
+    @property
+    def pid(self) -> int | None:
+        """The side process's number, None if it could not be started."""
+        return None if self._process is None else self._process.pid
+
+    def is_alive(self) -> bool:
+        """Whether the side process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Says that the log is complete and waits until the mirrors are; True if they are.
+
+        After `timeout_s` the side process is left to finish by itself.
+        """
+        if self._process is None:
+            return False
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+        try:
+            return self._process.wait(timeout=timeout_s) == 0
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the mirrors are still being completed after %.0f s; this goes on without us", timeout_s
+            )
+            return False
+
+
+def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
+    root = Path(__file__).resolve().parents[2]
+    messages, messages_out = os.pipe()
+    trainer = psutil.Process()
+    arguments = [
+        str(root),
+        str(run_dir),
+        settings.to_json(),
+        trainer.pid,
+        trainer.create_time(),
+        messages_out,
+    ]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[messages_out],
+            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
+            env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+        )
+    except OSError:
+        os.close(messages)
+        raise
+    finally:
+        os.close(messages_out)
+    return process, messages
+
+
+def _repeat_messages(fd: int) -> None:
+    """Says on the trainer's terminal what the side process has to say."""
+    with os.fdopen(fd, "r", errors="replace") as lines:
+        for line in lines:
+            level, _, message = line.rstrip("\n").partition(" ")
+            logger.log(int(level) if level.isdecimal() else logging.WARNING, "%s", message)

@@ -1,0 +1,230 @@
+"""Pictures of a run: one page that shows whether it was healthy.
+
+Drawn on `Figure` objects with their own canvas: no display, no global state of pyplot, safe in any thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.tracking.reader import Run, open_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_run", "plot_run"]
+
+INK = "#1f2430"
+FAINT = "#8a91a0"
+GRID = "#e6e8ee"
+BLUE, ORANGE, GREEN, RED, VIOLET = "#3566d6", "#e07b29", "#2c9a68", "#cf3a3a", "#7b52c4"
+EVENT_COLOURS = {
+    "incident": RED,
+    "fault": ORANGE,
+    "rollback": VIOLET,
+    "resume": GREEN,
+    "stop": INK,
+    "alert": ORANGE,
+}
+"""Events that are marked in the picture; checkpoints are too many to be."""
+MAX_POINTS = 4000
+"""More points than pixels are thinned, extremes kept."""
+RAW_POINTS = 400
+"""A curve of more points is drawn faintly, with its running median over it."""
+
+
+def plot_run(run_dir: str | Path, path: str | Path) -> Path:
+    """Draws the run into an image file, of the kind that its suffix says (.png, .svg, .pdf).
+
+    Raises:
+        TrackingError: there is no run in `run_dir`.
+    """
+    figure = draw_run(open_run(run_dir))
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def draw_run(run: Run) -> Figure:
+    """Loss, gradient norm, learning rate and non-finite gradients over the steps, with the events."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 9), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2.2, 1.2, 1.2])
+    _draw_loss(axes[0], run)
+    _draw_grad_norm(axes[1], run)
+    _draw_lr(axes[2], run)
+    _draw_nonfinite(axes[3], run)
+    marked = _mark_events(axes, run)
+    for axis in axes:
+        _dress(axis)
+    axes[-1].set_xlabel("step", color=FAINT)
+    figure.align_ylabels(axes)
+    _title(figure, axes[0], run, marked)
+    return figure
+
+
+def _draw_loss(axis: Axes, run: Run) -> None:
+    axis.set_ylabel("loss")
+    train = _curve(axis, run, "train/loss", "training", BLUE)
+    val = run.scalars("val/loss")
+    if len(val.steps):
+        axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
+    _limit_to_bulk(axis, train, val.values)
+
+
+def _draw_grad_norm(axis: Axes, run: Run) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_ylabel("gradient norm")
+    before = _curve(axis, run, "train/grad_norm", "before clipping", VIOLET)
+    after = _curve(axis, run, "train/grad_norm_clipped", "after clipping", GREEN)
+    shown = np.concatenate([before, after])
+    if np.any(shown[np.isfinite(shown)] > 0):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_lr(axis: Axes, run: Run) -> None:
+    axis.set_ylabel("learning rate")
+    lr = run.scalars("train/lr")
+    axis.plot(lr.steps, lr.values, color=BLUE, linewidth=1.6)
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+
+
+def _draw_nonfinite(axis: Axes, run: Run) -> None:
+    axis.set_ylabel("non-finite")
+    worst = 0.0
+    for name, label, colour, marker in (
+        ("guard/num_nan", "NaN", RED, "o"),
+        ("guard/num_inf", "Inf", ORANGE, "D"),
+    ):
+        counts = run.scalars(name)
+        struck = counts.values > 0
+        axis.vlines(counts.steps[struck], 0, counts.values[struck], color=colour, linewidth=1.2)
+        axis.plot(
+            counts.steps[struck], counts.values[struck], marker, color=colour, label=label, markersize=4
+        )
+        worst = max(worst, float(np.max(counts.values, initial=0.0)))
+    if worst:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, 10 * worst)
+    else:
+        axis.set_ylim(0, 1)
+        axis.set_yticks([0])
+        axis.text(0.5, 0.5, "none", color=FAINT, ha="center", va="center", transform=axis.transAxes)
+
+
+def _curve(axis: Axes, run: Run, name: str, label: str, colour: str) -> npt.NDArray[np.float64]:
+    """The metric, thinned, with a running median where it is long; returns its values."""
+    series = run.scalars(name)
+    steps, values = _thinned(series.steps, series.values)
+    is_long = len(values) > RAW_POINTS
+    axis.plot(
+        steps,
+        values,
+        color=colour,
+        alpha=0.3 if is_long else 1.0,
+        linewidth=0.8 if is_long else 1.4,
+        label=None if is_long else label,
+    )
+    if is_long:
+        axis.plot(steps, _running_median(values, len(values) // 60), color=colour, linewidth=1.6, label=label)
+    return series.values
+
+
+def _thinned(
+    steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The smallest and the largest value of each bucket, so that no spike is lost."""
+    if len(values) <= MAX_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(values), MAX_POINTS // 2 + 1).astype(int)
+    finite_low = np.where(np.isnan(values), np.inf, values)
+    finite_high = np.where(np.isnan(values), -np.inf, values)
+    low = [a + int(np.argmin(finite_low[a:b])) for a, b in itertools.pairwise(edges)]
+    high = [a + int(np.argmax(finite_high[a:b])) for a, b in itertools.pairwise(edges)]
+    kept = np.unique([*low, *high])
+    return steps[kept], values[kept]
+
+
+def _running_median(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
+    padded = np.pad(values, half_width, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half_width + 1)
+    ordered = np.sort(windows, axis=1)  # NaN last
+    counts = np.sum(~np.isnan(windows), axis=1)
+    middle = ordered[np.arange(len(values)), np.maximum(counts - 1, 0) // 2]
+    return np.where(counts > 0, middle, np.nan)
+
+
+def _limit_to_bulk(axis: Axes, *curves: npt.NDArray[np.float64]) -> None:
+    """Keeps one monstrous value from flattening everything else; it leaves the picture at the top."""
+    values = np.concatenate(curves)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    low, usual = values.min(), np.quantile(values, 0.99)
+    if values.max() > usual + 3 * (usual - low):
+        axis.set_ylim(low - 0.05 * (usual - low), usual + 0.5 * (usual - low))
+
+
+def _mark_events(axes: npt.NDArray[np.object_], run: Run) -> list[str]:
+    """Lines at the events' steps; returns the kinds that occurred."""
+    events = [e for e in run.events() if e.step is not None and e.name in EVENT_COLOURS]
+    for axis in axes:
+        for name, colour in EVENT_COLOURS.items():
+            for step in {event.step for event in events if event.name == name}:
+                axis.axvline(step, color=colour, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 2)), zorder=0)
+    return [name for name in EVENT_COLOURS if any(event.name == name for event in events)]
+
+
+def _dress(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(FAINT)
+    axis.grid(True, color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=FAINT, labelsize=9)
+    axis.yaxis.label.set_color(INK)
+    axis.margins(x=0.01)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=3, labelcolor=INK)
+
+
+def _title(figure: Figure, top: Axes, run: Run, marked: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    figure.suptitle(_headline(run), color=INK, fontsize=12, x=0.012, ha="left", parse_math=False)
+    if marked:
+        counts = {name: sum(event.name == name for event in run.events()) for name in marked}
+        handles = [
+            Line2D(
+                [], [], color=EVENT_COLOURS[name], linestyle=(0, (4, 2)), label=_plural(name, counts[name])
+            )
+            for name in marked
+        ]
+        figure.legend(handles=handles, loc="upper right", frameon=False, fontsize=9, ncols=6, labelcolor=INK)
+
+
+def _headline(run: Run) -> str:
+    name = run.path.resolve().name
+    parts = [name if len(name) <= 40 else name[:39] + "…", run.state()]
+    if run.last_step is not None:
+        parts.append(f"{run.last_step + 1} steps")
+    for metric, label in (("train/loss", "loss"), ("val/loss", "held out")):
+        value = run.last(metric)
+        if value is not None:
+            parts.append(f"{label} {value:.4f}")
+    return "   ".join(parts)
+
+
+def _plural(name: str, count: int) -> str:
+    return f"{count} {name}" + ("s" if count != 1 else "")

@@ -1,0 +1,56 @@
+"""What the side process is told when it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
+
+if TYPE_CHECKING:  # the side process needs no configuration library
+    from harness.config import TrainConfig
+
+__all__ = ["MirrorSettings"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorSettings:
+    """Which mirrors are kept, under which names, and what is watched besides."""
+
+    tensorboard: bool = True
+    """Mirror the log to TensorBoard."""
+    tensorboard_dir: str | None = None
+    """Folder of the event file; default: `tensorboard` in the run directory."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
+    project: str = "harness"
+    """W&B project."""
+    name: str | None = None
+    """The run's display name; default: the run directory's name."""
+    run_id: str | None = None
+    """Identifies the run at W&B; default: made from the run's start and kept."""
+    group: str | None = None
+    """Name that related runs share."""
+    tags: tuple[str, ...] = ()
+    """Labels to find the run by."""
+    notes: str = ""
+    """Free text about the run."""
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> MirrorSettings:
+        """What a training run's configuration asks for."""
+        asked = {
+            field.name: getattr(config.tracking, field.name) for field in dataclasses.fields(config.tracking)
+        }
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(name=config.name, **{name: value for name, value in asked.items() if name in known})
+
+    def to_json(self) -> str:
+        """For the side process's command line."""
+        return orjson.dumps(dataclasses.asdict(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> MirrorSettings:
+        """What `to_json` wrote."""
+        fields: dict[str, Any] = orjson.loads(text)
+        return cls(**{**fields, "tags": tuple(fields["tags"])})

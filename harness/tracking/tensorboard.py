@@ -1,0 +1,148 @@
+"""The TensorBoard mirror: one event file that is a function of the log.
+
+Written with TensorBoard's own record writer and without torch or TensorFlow. The file only ever grows; a
+restart cuts off what was written after the last commit and goes on from there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from harness.tracking.codec import Record
+from harness.tracking.mirror import StartAgain, scalars_of
+
+__all__ = ["TensorBoardMirror"]
+
+
+class TensorBoardMirror:
+    """Shows the log in `folder`: scalars, events and texts, images, histograms, the model's graph.
+
+    Args:
+        folder: What `tensorboard --logdir` is given, or a folder in it.
+        run_dir: Where files that records refer to are found.
+        state: What the last `commit` returned; empty starts anew.
+
+    Raises:
+        StartAgain: the event file is shorter than it was at the last commit, or gone.
+    """
+
+    def __init__(self, folder: Path, *, run_dir: Path, state: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._folder = folder
+        self._buffer = io.BytesIO()
+        self._writer = RecordWriter(self._buffer)
+        self._attempt: int | None = state.get("attempt")
+        self._step: int = state.get("step", 0)
+        self._path: Path | None = folder / state["file"] if "file" in state else None
+        self._size: int = state.get("size", 0)
+        if self._path is None:
+            for old in folder.glob("events.out.tfevents.*.harness"):
+                old.unlink()
+        elif not self._path.exists() or self._path.stat().st_size < self._size:
+            raise StartAgain
+
+    def take(self, record: Record) -> None:
+        if self._path is None:
+            self._path = self._folder / f"events.out.tfevents.{int(record.time):010d}.harness"
+            self._write(Event(wall_time=record.time, file_version="brain.Event:2"))
+        if record.kind == "rewind":
+            self._step = max(0, record.values["step"] - 1)
+            self._begin_attempt(record.attempt, record.values["step"], record.time)
+        elif record.step is not None:
+            if self._attempt is not None and record.attempt > self._attempt:
+                self._begin_attempt(record.attempt, record.step, record.time)
+            self._attempt = record.attempt
+            self._step = record.step
+        if values := _summary_values(record, self._run_dir):
+            self._write(Event(wall_time=record.time, step=self._step, summary=Summary(value=values)))
+        if record.kind == "graph":
+            graph = (self._run_dir / record.values["file"]).read_bytes()
+            self._write(Event(wall_time=record.time, graph_def=graph))
+
+    def commit(self) -> dict[str, Any]:
+        if self._path is None:
+            return {}
+        with self._path.open("r+b" if self._size else "wb") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(self._buffer.getbuffer())
+            self._size = file.tell()
+        self._buffer = io.BytesIO()
+        self._writer = RecordWriter(self._buffer)
+        return {"file": self._path.name, "size": self._size, "attempt": self._attempt, "step": self._step}
+
+    def close(self, end: Mapping[str, Any] | None) -> None:
+        """Nothing is held open between commits."""
+
+    def _begin_attempt(self, attempt: int, step: int, time: float) -> None:
+        """TensorBoard forgets what earlier attempts showed from this step on."""
+        self._attempt = attempt
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time, step=step, session_log=start))
+
+    def _write(self, event: Event) -> None:
+        self._writer.write(event.SerializeToString())
+
+
+def _summary_values(record: Record, run_dir: Path) -> list[Summary.Value]:
+    if record.kind == "event":
+        name = f"events/{record.values.get('name', 'event')}"
+        return [_text(name, _table(record.values))]
+    if record.kind in ("hparams", "run", "end"):
+        return [_text(record.kind, _table(record.values))]
+    if record.kind == "text":
+        return [_text(name, str(text)) for name, text in record.values.items()]
+    if record.kind == "histogram":
+        return [_histogram(name, value) for name, value in record.values.items()]
+    if record.kind == "image":
+        return [_image(name, value, run_dir) for name, value in record.values.items()]
+    return [Summary.Value(tag=name, simple_value=value) for name, value in scalars_of(record).items()]
+
+
+def _text(tag: str, markdown: str) -> Summary.Value:
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
+    return Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items())
+    return "\n".join(["| name | value |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _histogram(tag: str, value: Mapping[str, Any]) -> Summary.Value:
+    """`edges` has one entry more than `counts`; TensorBoard wants each bucket's right edge."""
+    names = ("min", "max", "num", "sum", "sum_squares")
+    proto = HistogramProto(
+        **{name: value[name] for name in names}, bucket_limit=value["edges"][1:], bucket=value["counts"]
+    )
+    return Summary.Value(tag=tag, histo=proto)
+
+
+def _image(tag: str, value: Mapping[str, Any], run_dir: Path) -> Summary.Value:
+    image = Summary.Image(
+        height=value["height"],
+        width=value["width"],
+        colorspace=value["channels"],
+        encoded_image_string=(run_dir / value["file"]).read_bytes(),
+    )
+    return Summary.Value(tag=tag, image=image)

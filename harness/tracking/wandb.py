@@ -1,0 +1,145 @@
+"""The Weights & Biases mirror. The only module that imports wandb, and only the side process does.
+
+Every row carries the ordinal of its record as W&B's own step, which only ever grows, and the training step
+as a metric that all charts use as their axis: a rewind is shown as it happened, and rows sent twice after a
+crash fall on each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import wandb
+from wandb.errors import Error as WandbError
+
+from harness.tracking.codec import Record
+from harness.tracking.mirror import scalars_of
+from harness.tracking.settings import MirrorSettings
+
+__all__ = ["WandbMirror"]
+
+logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT_S = 60.0
+
+
+class WandbMirror:
+    """Shows the log as a W&B run; offline runs lie in `run_dir/wandb`.
+
+    Args:
+        settings: Project, group, tags and so on.
+        run_dir: The run.
+        run_id: Identifies the W&B run over restarts.
+        state: What the last `commit` returned; empty starts with the first row.
+    """
+
+    def __init__(
+        self, settings: MirrorSettings, *, run_dir: Path, run_id: str, state: Mapping[str, Any]
+    ) -> None:
+        self._run_dir = run_dir
+        self._ordinal: int = state.get("ordinal", 0)
+        self._step: int = state.get("step", 0)
+        self._run = _start(settings, run_dir, run_id)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def take(self, record: Record) -> None:
+        if (
+            record.kind == "system"
+        ):  # goes with the next row: nodes are not numbered, so that rows are the same again
+            self._run.log(scalars_of(record), step=self._ordinal + 1, commit=False)
+            return
+        self._ordinal += 1
+        if record.step is not None:
+            self._step = record.step
+        if record.kind == "hparams":
+            self._run.config.update(record.values, allow_val_change=True)
+        elif record.kind == "event" and record.values.get("name") == "alert":
+            self._alert(record)
+        elif row := self._row(record):
+            row |= {"step": self._step, "attempt": record.attempt, "time": record.time}
+            self._run.log(row, step=self._ordinal, commit=True)
+
+    def commit(self) -> dict[str, Any]:
+        return {"ordinal": self._ordinal, "step": self._step}
+
+    def close(self, end: Mapping[str, Any] | None) -> None:
+        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
+        state = "crashed" if end is None else end.get("state", "finished")
+        self._run.summary["state"] = state
+        self._run.finish(exit_code=1 if state == "crashed" else 0)
+
+    def _row(self, record: Record) -> dict[str, Any]:
+        if record.kind == "event":
+            return {f"events/{record.values.get('name', 'event')}": _words(record.values)}
+        if record.kind == "text":
+            return {name: str(text) for name, text in record.values.items()}
+        if record.kind == "image":
+            return {
+                name: wandb.Image(str(self._run_dir / image["file"])) for name, image in record.values.items()
+            }
+        if record.kind == "histogram":
+            return {
+                name: wandb.Histogram(np_histogram=(np.array(h["counts"]), np.array(h["edges"])))
+                for name, h in record.values.items()
+            }
+        return dict(scalars_of(record))
+
+    def _alert(self, record: Record) -> None:
+        level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
+        title = str(record.values.get("rule", "alert"))
+        self._run.alert(title=title, text=str(record.values.get("message", title)), level=level)
+
+
+def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> wandb.Run:
+    """Starts the run online if that is asked for and possible, else offline."""
+    if settings.wandb == "online":
+        try:
+            return _init(settings, run_dir, run_id, "online")
+        except WandbError as error:
+            reason = str(error).split("\n")[0]
+            logger.warning(
+                "Weights & Biases is not reachable (%s): the run is kept offline in %s; "
+                "`wandb login`, then `harness sync` uploads it",
+                reason,
+                run_dir / "wandb",
+            )
+    return _init(settings, run_dir, run_id, "offline")
+
+
+def _init(
+    settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["online", "offline"]
+) -> wandb.Run:
+    return wandb.init(
+        project=_cleaned(settings.project, r"[/\\#?%:\x00-\x1f]", 128) or "harness",
+        name=_cleaned(settings.name or run_dir.resolve().name, r"[\x00-\x1f]", 128),
+        id=run_id,
+        group=_cleaned(settings.group or "", r"[\x00-\x1f]", 128) or None,
+        tags=[tag for tag in (_cleaned(tag, r"[\x00-\x1f]", 64) for tag in settings.tags) if tag],
+        notes=settings.notes or None,
+        dir=str(run_dir),
+        mode=mode,
+        resume="allow",
+        reinit="create_new",
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=INIT_TIMEOUT_S,
+            save_code=False,
+            disable_git=True,
+            x_disable_stats=True,  # it would watch the side process; `resources` watches the node
+        ),
+    )
+
+
+def _cleaned(text: str, forbidden: str, longest: int) -> str:
+    return re.sub(forbidden, "_", text)[:longest]
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items() if name != "name")
