@@ -1,0 +1,288 @@
+"""`StepGuard`: takes the place of gradient clipping and `optimizer.step()`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from harness.config import GuardConfig
+from harness.dist.collectives import gather_lanes
+from harness.errors import ConfigError
+from harness.records import StepRecord
+from harness.stability.actuator import Actuator
+from harness.stability.hooks import CommHook, DdpSource
+from harness.stability.lane import bad_rows, build_lane
+from harness.stability.layout import SUM_SQUARES, Layout
+from harness.stability.loss_scale import LossScale
+from harness.stability.monitor import Monitor
+from harness.stability.sources import GradientSource, PlainSource
+from harness.stability.verdict import judge
+
+__all__ = ["StepGuard"]
+
+
+class StepGuard:
+    """Measures every gradient, decides on the device what becomes of the step, and does it on all ranks.
+
+        guard = StepGuard(model, optimizer, max_norm=1.0)
+        ...
+        loss.backward()
+        guard.step(loss)                  # in place of clip_grad_norm_ and optimizer.step()
+        optimizer.zero_grad()
+        for record in guard.drain():      # what happened `lag_steps` ago
+            ...
+
+    A step with a NaN or an Inf in any rank's loss or gradient changes neither parameters nor optimizer state
+    on any rank. Nothing here synchronises with the device but `drain`, and optimizers that are not fused.
+
+    Args:
+        model: A plain module, or one under DDP.
+        optimizer: Its parameters are all the model's. Fused Adam, AdamW, SGD and Adagrad need no host.
+        max_norm: The gradient is scaled down to this L2 norm; None: never.
+        nonfinite: Whether a step that is not finite is left out, or ends the run (its record says `stop`).
+        spike: What to do about a finite but extraordinary loss or norm.
+        comm_hook: How DDP reduces a bucket, called with the process group and the bucket;
+            `bf16_compress_hook` say. Default: the plain mean, to the same bits as without a guard.
+        loss_scaling: Keep a dynamic loss scale, for fp16; pass losses through `scale` before `backward`.
+        group: For a plain model whose gradients the caller reduces over these ranks before `step`.
+        settings: Any other field of `GuardConfig`.
+
+    Raises:
+        ConfigError: parameters on several devices, of complex type or unknown to the model; sparse
+            embeddings; a DDP model that has a communication hook already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        max_norm: float | None = 1.0,
+        nonfinite: Literal["skip", "stop"] = "skip",
+        spike: Literal["off", "warn", "clip", "skip"] = "warn",
+        comm_hook: CommHook | None = None,
+        loss_scaling: bool = False,
+        group: dist.ProcessGroup | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
+        self._actuator = Actuator(optimizer)
+        self.layout = _layout(model, self._actuator.optimizer)
+        self._source = _source(model, self.layout, comm_hook=comm_hook, group=group)
+        device = next(model.parameters()).device
+        self._loss_scale = LossScale(
+            self.config.init_loss_scale,
+            growth_steps=self.config.loss_scale_growth_steps,
+            device=device,
+            enabled=loss_scaling,
+        )
+        self._monitor = Monitor(
+            self.layout,
+            group=self._source.group,
+            num_replicas=self._source.num_replicas,
+            lag_steps=self.config.lag_steps,
+        )
+        self._step = 0
+        self._loss_t = torch.zeros(2, dtype=torch.float64, device=device)
+        self._bad_micro_batch_t = torch.full((), -1.0, dtype=torch.float64, device=device)
+        self._start_step()
+
+    @classmethod
+    def from_config(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: GuardConfig,
+        *,
+        precision: str = "fp32",
+        comm_hook: CommHook | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> StepGuard:
+        """The guard that `config` describes; it scales the loss if `precision` is fp16."""
+        settings = {field.name: getattr(config, field.name) for field in fields(config)}
+        scaling = precision == "fp16"
+        return cls(model, optimizer, comm_hook=comm_hook, loss_scaling=scaling, group=group, **settings)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """The current loss scale, 0-d fp32 on the device; 1 without loss scaling."""
+        return self._loss_scale.value_t
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that the next call of `step` takes."""
+        return self._step
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to call `backward` on: `loss` times the loss scale, or `loss` itself without loss scaling."""
+        return loss * self._loss_scale.value_t if self._loss_scale.enabled else loss
+
+    def accumulate(self, loss_sum: Tensor, num_tokens: Tensor | float = 1, *, is_last: bool = False) -> None:
+        """Notes a micro-batch after its backward pass, and whether it left anything non-finite.
+
+        Args:
+            loss_sum: Sum of the loss over the micro-batch's tokens, 0-d, not scaled.
+            num_tokens: How many tokens that were.
+            is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
+                sees by itself that a micro-batch was reduced.
+        """
+        with torch.no_grad():
+            self._loss_t[0] += loss_sum.detach().double()
+            self._loss_t[1] += num_tokens
+            if not is_last:
+                bad = bad_rows(self._source.micro_batch_rows()).any() | ~self._loss_t[0].isfinite()
+                first = bad & (self._bad_micro_batch_t < 0)
+                self._bad_micro_batch_t.masked_fill_(first, self._num_micro_batches)
+        self._num_micro_batches += 1
+
+    @torch.no_grad()
+    def step(
+        self,
+        loss: Tensor | None = None,
+        *,
+        nominal_tokens: float | None = None,
+        compute_s: float = 0.0,
+        data_wait_s: float = 0.0,
+        stop_requested: bool = False,
+    ) -> None:
+        """Judges the gradients that lie in the model, clips them, and applies them or leaves them out.
+
+        Args:
+            loss: This rank's mean loss, not scaled, of a step with a single batch; with several, call
+                `accumulate` after each instead.
+            nominal_tokens: The constant that summed losses were divided by before the backward pass; the
+                gradient becomes that of the mean over the tokens that were really there.
+            compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
+
+        Raises:
+            ConfigError: there is no loss, neither here nor from `accumulate`.
+        """
+        counts_tokens = loss is None
+        if loss is not None:
+            self.accumulate(loss, is_last=True)
+        if not self._num_micro_batches:
+            raise ConfigError(
+                "step() was called without a loss",
+                rule="a verdict needs this rank's loss",
+                remedy="call step(loss), or accumulate(loss_sum, num_tokens) after each backward pass",
+            )
+        local, reduced = self._source.local_rows(), self._source.reduced_rows()
+        host_values = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        mine = build_lane(
+            local,
+            reduced,
+            loss=self._loss_t,
+            micro_batch=self._micro_batch(),
+            host_values=host_values,
+        )
+        rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
+        lanes, all_rows = self._gather(mine, rows)
+        decision = judge(
+            lanes,
+            num_replicas=self._source.num_replicas,
+            config=self.config,
+            loss_scale_t=self._loss_scale.value_t,
+            nominal_tokens=nominal_tokens,
+        )
+        self._actuator.carry_out(decision)
+        self._monitor.push(
+            self._step,
+            summary=decision.summary,
+            lanes=lanes,
+            rows=rows,
+            all_rows=all_rows,
+            counts_tokens=counts_tokens,
+        )
+        self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
+        self._step += 1
+        self._start_step()
+
+    def drain(self, wait: bool = False) -> list[StepRecord]:
+        """Records of the steps up to `lag_steps` ago, or with `wait` of all, that were not drained before.
+
+        Equal on all ranks, which all have to call it at the same steps.
+        """
+        return self._monitor.drain(wait=wait)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, without the records still to drain. Does not synchronise."""
+        return {"step": self._step, "loss_scale": self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
+        self._step = state["step"]
+        self._loss_scale.load_state_dict(state["loss_scale"])
+        self._monitor.clear()
+        self._start_step()
+
+    def close(self) -> None:
+        """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent."""
+        self._source.close()
+        self._monitor.clear()
+
+    def __enter__(self) -> StepGuard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_step(self) -> None:
+        self._source.start_step()
+        self._num_micro_batches = 0
+        self._loss_t.zero_()
+        self._bad_micro_batch_t.fill_(-1.0)
+
+    def _micro_batch(self) -> Tensor:
+        last = torch.full_like(self._bad_micro_batch_t, self._num_micro_batches - 1)
+        return torch.stack([self._bad_micro_batch_t, last])
+
+    def _gather(self, mine: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The step's one collective: all lanes, and at the set cadence all rows in the same message."""
+        every = self.config.per_parameter_every
+        if not every or self._step % every:
+            return gather_lanes(mine, group=self._source.group), None
+        both = gather_lanes(torch.cat([mine, rows.flatten()]), group=self._source.group)
+        return both[:, : len(mine)], both[:, len(mine) :]
+
+
+def _layout(model: nn.Module, optimizer: Optimizer) -> Layout:
+    layout = Layout.of((_clean(name), parameter) for name, parameter in model.named_parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    _check(bool(parameters), "the model has no parameter that takes a gradient", "there has to be one")
+    devices = {p.device for p in parameters}
+    _check(len(devices) == 1, f"parameters on {len(devices)} devices", "all have to be on one device")
+    complex_ones = [name for name, p in zip(layout.names, parameters, strict=True) if p.is_complex()]
+    _check(not complex_ones, f"complex parameters: {complex_ones}", "the guard measures real gradients")
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False)]
+    _check(not sparse, f"sparse gradients in {sparse}", "gradients have to be dense: build with sparse=False")
+    layout.rows([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
+    return layout
+
+
+def _check(condition: bool, problem: str, rule: str) -> None:
+    if not condition:
+        raise ConfigError(problem, rule=rule)
+
+
+def _clean(name: str) -> str:
+    """A parameter's name as the model's author knows it, without what DDP and torch.compile put before it."""
+    return name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _source(
+    model: nn.Module, layout: Layout, *, comm_hook: CommHook | None, group: dist.ProcessGroup | None
+) -> GradientSource:
+    unwrapped = getattr(model, "_orig_mod", model)
+    if isinstance(unwrapped, DistributedDataParallel):
+        return DdpSource(unwrapped, layout, comm_hook=comm_hook)
+    _check(comm_hook is None, "a comm_hook without DDP", "only DDP reduces by a communication hook")
+    return PlainSource(model, layout, group=group)

@@ -1,0 +1,91 @@
+"""A lane: what one rank says about its share of a step, in at most 16 float64, before anything is decided.
+
+Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, SUM_SQUARES
+
+__all__ = [
+    "COMPUTE_S",
+    "DATA_WAIT_S",
+    "LOSS_SUM",
+    "MICRO_BATCH",
+    "NUM_FIELDS",
+    "PARAMETER",
+    "REDUCED_BAD",
+    "REDUCED_SUM_SQUARES",
+    "STATISTICS",
+    "STOP_REQUESTED",
+    "TOKENS",
+    "UNREDUCED",
+    "bad_rows",
+    "build_lane",
+]
+
+# Fields 0 to 4 are the columns of a row of statistics, summed (max-abs: maximised) over the parameters.
+STATISTICS = slice(0, NUM_COLUMNS)
+(
+    LOSS_SUM,
+    TOKENS,
+    PARAMETER,
+    MICRO_BATCH,
+    REDUCED_SUM_SQUARES,
+    REDUCED_BAD,
+    UNREDUCED,
+    COMPUTE_S,
+    DATA_WAIT_S,
+    STOP_REQUESTED,
+) = range(NUM_COLUMNS, NUM_COLUMNS + 10)
+NUM_FIELDS = NUM_COLUMNS + 10
+
+
+def build_lane(
+    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: tuple[float, ...]
+) -> Tensor:
+    """This rank's lane, `[NUM_FIELDS]` float64.
+
+    Args:
+        local: `[P, 5]` statistics of this rank's own gradient, before the reduction.
+        reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
+        loss: `[2]` sum of the loss and number of tokens.
+        micro_batch: `[2]` the first micro-batch that left something non-finite (-1: none so far), and the
+            last micro-batch, to which a fault belongs that no earlier one has shown.
+        host_values: The fields from UNREDUCED on, known on the host.
+    """
+    totals = local.sum(0)
+    totals[MAX_ABS] = local[:, MAX_ABS].amax()
+    local_bad, reduced_bad = bad_rows(local), bad_rows(reduced)
+    loss_finite = loss[0].isfinite()
+    any_bad = local_bad.any() | ~loss_finite
+    first_seen, last = micro_batch.unbind()
+    tail = [
+        _culprit(torch.where(local_bad.any(), local_bad, reduced_bad), loss_finite),
+        torch.where(first_seen >= 0, first_seen, torch.where(any_bad, last, -1.0)),
+        reduced[:, SUM_SQUARES].sum(),
+        reduced_bad.any().double(),
+    ]
+    known = [local.new_full((), value) for value in host_values]
+    return torch.cat([totals, loss, torch.stack(tail + known)])
+
+
+def bad_rows(rows: Tensor) -> Tensor:
+    """`[P]` bool: which parameters' gradients hold a NaN or an Inf."""
+    return (rows[:, NUM_NAN] + rows[:, NUM_INF]) > 0
+
+
+def _culprit(bad: Tensor, loss_finite: Tensor) -> Tensor:
+    """Row of the parameter to blame, -1 for none.
+
+    Under a finite loss the fault arose in the backward pass and spread towards the input: the last bad
+    parameter of the forward pass is where it began. A non-finite loss poisons every gradient; then it is
+    the first one.
+    """
+    forward = torch.arange(1, len(bad) + 1, device=bad.device)
+    last = (bad * forward).amax() - 1
+    first = len(bad) - (bad * forward.flip(0)).amax()
+    return torch.where(bad.any(), torch.where(loss_finite, last, first), -1).double()

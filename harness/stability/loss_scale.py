@@ -1,0 +1,44 @@
+"""Dynamic loss scaling for fp16, kept on the device and moved by the guard's own verdict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossScale"]
+
+MAX_SCALE = 2.0**24
+
+
+class LossScale:
+    """A factor on the loss that keeps small fp16 gradients from vanishing.
+
+    Halved by a step whose gradient overflowed under a finite loss, doubled after `growth_steps` clean ones; a
+    loss that is itself not finite says nothing about the scale and leaves it alone. Off: the constant 1.
+    """
+
+    def __init__(self, initial: float, *, growth_steps: int, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value_t = torch.tensor(initial if enabled else 1.0, dtype=torch.float32, device=device)
+        self._growth_steps = growth_steps
+        self._clean_steps_t = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, *, overflowed_t: Tensor, skip_t: Tensor) -> None:
+        """Moves the scale by what became of a step. In place, without synchronising."""
+        if not self.enabled:
+            return
+        clean = torch.where(skip_t, 0, self._clean_steps_t + 1)
+        grow = clean >= self._growth_steps
+        factor = torch.where(overflowed_t, 0.5, torch.where(grow, 2.0, 1.0))
+        self.value_t.mul_(factor).clamp_(1.0, MAX_SCALE)
+        self._clean_steps_t.copy_(torch.where(grow, 0, clean))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the state, on the device."""
+        return {"scale": self.value_t.clone(), "clean_steps": self._clean_steps_t.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over `state`; ignored while scaling is off."""
+        if self.enabled:
+            self.value_t.copy_(state["scale"])
+            self._clean_steps_t.copy_(state["clean_steps"])
