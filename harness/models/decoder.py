@@ -81,8 +81,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return out
 
     def init_residual(self, *, num_layers: int) -> None:
         """Smaller weights where the block writes to the residual stream (GPT-2, section 2.3).
@@ -101,22 +101,24 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = config.dim // config.num_heads
-        # One matrix for all three: the rows of the queries, then of the keys, then of the values.
-        num_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.dim, num_rows, bias=config.bias)
+        self.query = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.key = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=config.bias)
+        self.value = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2G, T, W]
-        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))
         if rotation is not None:
-            qk = rotate(qk, *rotation)
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads
         )
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`[B, T, H * W]` as `[B, H, T, W]`."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -126,12 +128,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         # 8/3 x dim makes three matrices as large as the two of the plain kind with 4 x dim.
         hidden = config.mlp_dim or math.ceil(8 * config.dim / 3 / _MLP_MULTIPLE) * _MLP_MULTIPLE
-        self.gate_up = nn.Linear(config.dim, 2 * hidden, bias=config.bias)  # rows of gate, then of up
+        self.gate = nn.Linear(config.dim, hidden, bias=config.bias)
+        self.up = nn.Linear(config.dim, hidden, bias=config.bias)
         self.down = nn.Linear(hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return out
 
 
@@ -160,22 +162,26 @@ class Rotary(nn.Module):
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequency)
         # A function of the shape, so no part of a checkpoint.
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)
 
     def forward(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         return self.cos[:num_tokens], self.sin[:num_tokens]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + W/2) of `x` `[..., T, W]` by the angles `[T, W/2]` of their positions.
+    """Turns the pairs (i, i + W/2) of `x` `[..., T, W]` by the angles of their positions.
 
     This pairing is that of Llama's weights in transformers; the paper pairs neighbours. The arithmetic is
     float32, because bf16 has too few digits for the angles of distant positions.
+
+    Args:
+        cos: `[T, W]`, each pair's cosine twice.
+        sin: `[T, W]`, each pair's sine, negative in the first half.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.type_as(x)
+    x32 = x.float()
+    partner = x32.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x32 * cos, partner, sin).type_as(x)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
