@@ -49,12 +49,12 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Te
 
 
 def flattened(tensor: Tensor) -> Tensor:
-    """All elements as one dimension in memory order, without a copy if the tensor is dense in memory."""
+    """All elements, contiguous in memory order; without a copy if the tensor is dense in memory."""
     tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor.view(-1)
     by_stride = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.permute(by_stride).reshape(-1)
+    return tensor.permute(by_stride).reshape(-1).contiguous()
 
 
 def _table(segments: Iterable[Tensor], extremes: bool) -> Tensor:

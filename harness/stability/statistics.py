@@ -1,11 +1,13 @@
-"""Gradient statistics on whatever device the gradients are: torch on the CPU, Triton kernels on CUDA."""
+"""Gradient statistics on the device that holds the gradients: torch on the CPU, Triton kernels on CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from harness.errors import ConfigError
 from harness.stability import reference
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES
 
@@ -20,20 +22,32 @@ __all__ = [
     "tensor_statistics",
 ]
 
+ON_CUDA = (torch.float32, torch.bfloat16, torch.float16)
+ON_CPU = (*ON_CUDA, torch.float64)
+
 
 def bucket_statistics(flat: Tensor, sizes: Sequence[int], *, extremes: bool = True) -> Tensor:
     """Statistics of consecutive segments of a flat gradient buffer. On CUDA it does not synchronise.
 
     Args:
-        flat: `[N]` of fp32, bf16 or fp16; elements after the last segment (padding) are not measured.
+        flat: `[N]` of fp32, bf16 or fp16, on the CPU also float64; elements after the last segment (padding)
+            are not measured.
         sizes: Elements per segment; 0 is allowed.
         extremes: False leaves max-abs and the number of zeros out (NaN: not measured), which is cheaper.
 
     Returns:
         `[len(sizes), 5]` float64 on `flat`'s device: sum of squares and max-abs over the finite elements,
         numbers of NaN, Inf and zero elements.
+
+    Raises:
+        ConfigError: a sparse gradient, or a dtype that is not measured on this device.
     """
-    return reference.bucket_statistics(flat, sizes, extremes=extremes)
+    _check(flat)
+    if flat.device.type == "cpu":
+        return reference.bucket_statistics(flat, sizes, extremes=extremes)
+    from harness.stability import kernels  # needs Triton, which machines without a GPU do not have
+
+    return kernels.bucket_statistics(flat, sizes, extremes=extremes)
 
 
 def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:
@@ -41,4 +55,20 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Te
 
     All tensors are on one device; shapes and dtypes may differ.
     """
-    return reference.tensor_statistics(tensors, extremes=extremes)
+    for tensor in tensors:
+        _check(tensor)
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return reference.tensor_statistics(tensors, extremes=extremes)
+    from harness.stability import kernels
+
+    return kernels.tensor_statistics(tensors, extremes=extremes)
+
+
+def _check(tensor: Tensor) -> None:
+    dtypes = ON_CPU if tensor.device.type == "cpu" else ON_CUDA
+    if tensor.dtype not in dtypes or tensor.layout != torch.strided:
+        raise ConfigError(
+            f"a gradient is {tensor.layout}, {tensor.dtype} on {tensor.device.type}",
+            rule=f"gradients are dense and one of {', '.join(map(str, dtypes))} there",
+            remedy="use sparse=False in embeddings, or train in one of these precisions",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.errors import ConfigError
 from harness.stability import reference
 from harness.stability.statistics import (
     MAX_ABS,
@@ -19,8 +20,8 @@ from tests.support.oracle import EDGE_VALUES, awkward, oracle_statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = [MAX_ABS, NUM_NAN, NUM_INF, NUM_ZERO]
-# About a thousand fp32 additions to each of a dot product's partial sums, at 2^-24 each; squares of bf16 have so
-# few bits that their roundings hardly cancel (4e-6 seen).
+# About a thousand fp32 additions to each of a dot product's partial sums, at 2^-24 each; squares of bf16
+# have so few bits that their roundings hardly cancel (4e-6 seen).
 SQUARES_TOLERANCE = 1e-5
 
 
@@ -100,12 +101,22 @@ def test_negative_zero_is_a_zero_and_not_a_negative_maximum() -> None:
         torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         torch.randn(6, 7).T,
         torch.randn(8, 8)[::2, ::3],
+        torch.randn(80)[3::7],
         torch.randn(()),
         torch.randn(0, 4),
         torch.randn(3, 1).expand(3, 4),
         torch.nn.Parameter(torch.randn(5)),
     ],
-    ids=["channels_last", "transposed", "strided", "scalar", "empty", "expanded", "parameter"],
+    ids=[
+        "channels_last",
+        "transposed",
+        "strided",
+        "every_seventh",
+        "scalar",
+        "empty",
+        "expanded",
+        "parameter",
+    ],
 )
 def test_any_memory_layout_is_measured(tensor: torch.Tensor) -> None:
     assert_matches_oracle(tensor_statistics([tensor]), [tensor])
@@ -126,6 +137,12 @@ def test_measuring_leaves_the_gradients_as_they_are() -> None:
     before = flat.clone()
     bucket_statistics(flat, [4096])
     assert torch.equal(flat.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.int64)])
+def test_a_sparse_or_integer_gradient_is_refused_by_name(tensor: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=f"{tensor.layout}, {tensor.dtype}"):
+        tensor_statistics([tensor])
 
 
 def test_no_tensors_give_an_empty_table() -> None:
