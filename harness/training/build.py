@@ -13,7 +13,7 @@ import torch
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
-from harness.data import Loader
+from harness.data import Dataset, Loader
 from harness.dist import World, distribute, from_main, open_world, plain, together
 from harness.errors import InstabilityError
 from harness.stability import Ladder, StepGuard
@@ -30,7 +30,7 @@ from harness.training.stop import StopRequest
 from harness.training.summary import TrainResult, render_summary
 from harness.training.tasks import build_task
 
-__all__ = ["train"]
+__all__ = ["build_run", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,12 @@ def train(config: TrainConfig) -> TrainResult:
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
         _set_determinism(config)
-        run = _build(config, world, stop)
+        run = build_run(config, world, stop)
         return _train(run)
 
 
-def _build(config: TrainConfig, world: World, stop: StopRequest) -> Run:
+def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
+    """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
     task = together(lambda: build_task(config))
     faults = FaultInjector(config.faults, model=task.model, rank=world.rank)
@@ -168,7 +169,7 @@ def _journal(
     return together(open_journal)
 
 
-def _loader(config: TrainConfig, world: World, dataset: object) -> Loader:
+def _loader(config: TrainConfig, world: World, dataset: Dataset) -> Loader:
     share = config.loop.global_batch // world.world_size
     return Loader(
         dataset,

@@ -101,7 +101,7 @@ def _factor(fault: FaultConfig, dtype: torch.dtype) -> float:
     if fault.kind == "spike":
         return fault.scale
     if fault.kind == "overflow":
-        return 16 * torch.finfo(dtype).max ** 0.5  # finite, and its square is not
+        return float(16 * torch.finfo(dtype).max ** 0.5)  # finite, and its square is not
     return float(fault.kind)
 
 

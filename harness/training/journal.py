@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
-from harness.tracking import Mirrors, RunLog, start_mirrors
+from harness.tracking import MirrorSettings, RunLog, start_mirrors
 from harness.training.console import Console
 from harness.training.counters import Counters, is_incident
 
@@ -48,9 +48,10 @@ class MainJournal(Journal):
         self, directory: Path, config: TrainConfig, *, first_step: int, about: Mapping[str, Any]
     ) -> None:
         tracking = config.tracking
-        self._log = RunLog(directory)
-        self._log.write("run", {"config": to_dict(config), "first_step": first_step, **about})
-        self._mirrors: Mirrors = start_mirrors(directory, tracking, name=config.name)
+        self._log = RunLog(directory, info={"config": to_dict(config), **about})
+        if first_step:
+            self._log.rewind(first_step)
+        self._mirrors = start_mirrors(directory, _mirror_settings(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
@@ -61,6 +62,8 @@ class MainJournal(Journal):
     def step(self, record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> None:
         values = step_values(record, counters, lr=lr, step_s=step_s)
         self._log.write("step", values, step=record.step)
+        if len(record.per_rank) > 1:
+            self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter:
             self._log.write("layers", layer_values(record), step=record.step)
         if is_incident(record):
@@ -95,14 +98,25 @@ class MainJournal(Journal):
 
     def close(self, status: str) -> None:
         self._console.close()
-        self._log.write("end", {"status": status})
-        self._log.close()
+        self._log.close(status)
         self._mirrors.close(timeout_s=30.0)
+
+
+def _mirror_settings(config: TrainConfig) -> MirrorSettings:
+    tracking = config.tracking
+    return MirrorSettings(
+        tensorboard=tracking.tensorboard,
+        wandb=tracking.wandb,
+        project=tracking.project,
+        name=config.name,
+        group=tracking.group,
+        tags=tracking.tags,
+        notes=tracking.notes,
+    )
 
 
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
     """A step's scalars under the names that log and mirrors show."""
-    losses = [row.loss for row in record.per_rank]
     return {
         "train/loss": record.loss,
         "train/perplexity": math.exp(min(record.loss, 700.0)),
@@ -121,15 +135,24 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
         "time/step_s": step_s,
         "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
         "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),
-        "ranks/loss_min": min(losses, default=record.loss),
-        "ranks/loss_max": max(losses, default=record.loss),
         "speed/tokens_per_s": record.num_tokens / step_s if step_s else 0.0,
     }
 
 
-def layer_values(record: StepRecord) -> dict[str, float]:
-    """The norm of each parameter's gradient, before the reduction."""
-    return {name: row.grad_norm for name, row in record.per_parameter.items()}
+def layer_values(record: StepRecord) -> dict[str, dict[str, float]]:
+    """Statistics of each parameter's gradient before the reduction, by statistic and parameter."""
+    rows = record.per_parameter.items()
+    return {
+        "grad_norm": {name: row.grad_norm for name, row in rows},
+        "max_abs": {name: row.max_abs for name, row in rows},
+        "num_nonfinite": {name: row.num_nan + row.num_inf for name, row in rows},
+    }
+
+
+def rank_values(record: StepRecord) -> dict[str, list[float]]:
+    """What the ranks said of themselves, by quantity, in the order of the ranks."""
+    names = ("loss", "grad_norm", "compute_s", "data_wait_s")
+    return {name: [getattr(row, name) for row in record.per_rank] for name in names}
 
 
 def incident_details(record: StepRecord) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
 from harness.training.stop import StopRequest
 
-__all__ = ["Run", "Status", "train_loop"]
+__all__ = ["Run", "Status", "train_loop", "train_step"]
 
 Status = str
 """How an attempt ended: `finished` or `stopped`."""
@@ -64,7 +64,20 @@ class Run:
 
 
 def train_loop(run: Run) -> Status:
-    """Trains until the last step, or until a rank was asked to stop.
+    """Trains until the last step, or until a rank was asked to stop; then commits a checkpoint.
+
+    Raises:
+        InstabilityError: the ladder's last rung; on all ranks at the same step.
+        CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
+    """
+    stopped = False
+    while run.counters.step < run.config.loop.steps and not stopped:
+        stopped = train_step(run)
+    return _finish(run, stopped)
+
+
+def train_step(run: Run) -> bool:
+    """One step, and what is due after it; whether a rank was asked to stop.
 
     ```
     learning rate -> batch -> forward, backward -> guard (verdict, update) -> records of earlier steps
@@ -74,38 +87,30 @@ def train_loop(run: Run) -> Status:
     All ranks take every branch together: it hangs on the step's number or on records, which are equal on all
     ranks. Before an evaluation or a checkpoint all records are waited for, so that no decision is pending in
     what is saved.
-
-    Raises:
-        InstabilityError: the ladder's last rung; on all ranks at the same step.
-        CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
     """
-    counters, stopped = run.counters, False
-    while counters.step < run.config.loop.steps and not stopped:
-        started = time.perf_counter()
-        step = counters.step
-        set_learning_rate(run.optimizer, run.learning_rate(step))
-        micro_batches = run.loader.next()
-        data_wait_s = time.perf_counter() - started
-        compute_s = run.runner.run(step, micro_batches)
-        run.guard.step(
-            nominal_tokens=run.runner.nominal_tokens,
-            compute_s=compute_s,
-            data_wait_s=data_wait_s,
-            stop_requested=run.stop.requested,
-        )
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step_s[step] = time.perf_counter() - started
-        counters.step = step + 1
-        evaluating, saving = (
-            _is_due(run, run.config.loop.eval_every),
-            _is_due(run, run.config.checkpoint.every),
-        )
-        stopped = _digest(run, run.guard.drain(wait=evaluating or saving))
-        if evaluating:
-            _evaluate(run)
-        if saving:
-            _save(run)
-    return _finish(run, stopped)
+    started = time.perf_counter()
+    step = run.counters.step
+    set_learning_rate(run.optimizer, run.learning_rate(step))
+    micro_batches = run.loader.next()
+    data_wait_s = time.perf_counter() - started
+    compute_s = run.runner.run(step, micro_batches)
+    run.guard.step(
+        nominal_tokens=run.runner.nominal_tokens,
+        compute_s=compute_s,
+        data_wait_s=data_wait_s,
+        stop_requested=run.stop.requested,
+    )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step_s[step] = time.perf_counter() - started
+    run.counters.step = step + 1
+    evaluating = _is_due(run, run.config.loop.eval_every)
+    saving = _is_due(run, run.config.checkpoint.every)
+    stopped = _digest(run, run.guard.drain(wait=evaluating or saving))
+    if evaluating:
+        _evaluate(run)
+    if saving:
+        _save(run)
+    return stopped
 
 
 def _is_due(run: Run, every: int) -> bool:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from harness import env
 from harness.config import TrainConfig
-from harness.data import Batch, LossSum, Task, load_images, load_task, load_text
+from harness.data import Task, class_loss, load_images, load_task, load_text, next_byte_loss
 from harness.models import build_model
 
 __all__ = ["build_task"]
-
-_IGNORED = -100
-"""Target value that counts for nothing: padding."""
 
 
 def build_task(config: TrainConfig) -> Task:
@@ -36,13 +31,9 @@ def build_task(config: TrainConfig) -> Task:
     return load_task(config.task)(config)
 
 
-def cache_dir(config: TrainConfig) -> Path:
-    """Where prepared data is kept."""
-    return Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
-
-
 def _text_task(config: TrainConfig) -> Task:
-    train_data, val_data = load_text(config.data, cache_dir=cache_dir(config))
+    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
+    train_data, val_data = load_text(config.data, cache_dir=cache_dir)
     length = config.data.sequence_length
     return Task(
         model=build_model(config.model, sequence_length=length),
@@ -51,6 +42,7 @@ def _text_task(config: TrainConfig) -> Task:
         val_data=val_data,
         tokens_per_sample=length,
         bytes_per_token=1.0,
+        accuracy_of="next byte",
     )
 
 
@@ -63,22 +55,4 @@ def _image_task(config: TrainConfig) -> Task:
         loss=class_loss,
         train_data=train_data,
         val_data=val_data,
-        tokens_per_sample=1,
     )
-
-
-def next_byte_loss(model: nn.Module, batch: Batch) -> LossSum:
-    """Cross-entropy of the next byte, in nats, summed in fp32 over the targets that are not padding."""
-    return _cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
-
-
-def class_loss(model: nn.Module, batch: Batch) -> LossSum:
-    """Cross-entropy of the class, in nats, summed over the samples."""
-    return _cross_entropy(model(batch["images"]), batch["labels"])
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
-    total = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum")
-    counted = targets != _IGNORED
-    correct = (logits.detach().argmax(-1) == targets) & counted
-    return LossSum(total=total, count=counted.sum(), correct=correct.sum())
