@@ -72,15 +72,25 @@ def decode(line: bytes) -> Record | None:
     """The record of a line, or None if the line is torn or damaged."""
     try:
         fields = orjson.loads(line)
-        values = fields["values"]
+        record = Record(*(fields[name] for name in ("kind", "attempt", "step", "time", "values")))
         for spelling, *path in fields.get("nonfinite", ()):
-            parent = values
+            parent: Any = record.values
             for key in path[:-1]:
                 parent = parent[key]
             parent[path[-1]] = _NONFINITE[spelling]
-        return Record(fields["kind"], fields["attempt"], fields["step"], fields["time"], values)
     except (ValueError, TypeError, LookupError, AttributeError):
         return None
+    return record if _is_sound(record) else None
+
+
+def _is_sound(record: Record) -> bool:
+    return (
+        isinstance(record.kind, str)
+        and isinstance(record.attempt, int)
+        and isinstance(record.step, int | None)
+        and isinstance(record.time, float | int)
+        and isinstance(record.values, dict)
+    )
 
 
 def to_plain(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
