@@ -15,6 +15,7 @@ __all__ = [
     "is_terminal",
     "launched",
     "set_default",
+    "unheard_launcher",
     "wants_traceback",
 ]
 
@@ -48,6 +49,17 @@ def launched() -> Launched:
         by_launcher=by_launcher,
         on_cpu=_flag("ACCELERATE_USE_CPU"),
     )
+
+
+def unheard_launcher() -> tuple[str, int] | None:
+    """A variable by which MPI or srun says that there are several processes, and how many it says.
+
+    Where RANK and WORLD_SIZE are missing beside it, each of them would take itself for the only one.
+    """
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if _int(name, 1) > 1:
+            return name, _int(name, 1)
+    return None
 
 
 def accelerate_precision() -> str | None:

@@ -41,12 +41,10 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
     Tensors on CUDA go over NCCL and those on CPU over gloo.
 
     Raises:
-        LaunchError: more processes than GPUs, no CUDA where it was asked for, or a rendezvous that failed.
+        LaunchError: more processes than GPUs, no CUDA where it was asked for, a rendezvous that failed, or
+            several processes of which none was told about the others.
     """
-    try:
-        launched = env.launched()
-    except ValueError as error:
-        raise LaunchError(f"the launcher's variables are damaged: {error}") from error
+    launched = _launched()
     device = _device(parallel, launched)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -62,6 +60,20 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
             # A DDP object that outlives its gloo group aborts the process now and then.
             gc.collect()
             dist.destroy_process_group()
+
+
+def _launched() -> env.Launched:
+    try:
+        launched, unheard = env.launched(), env.unheard_launcher()
+    except ValueError as error:
+        raise LaunchError(f"the launcher's variables are damaged: {error}") from error
+    if unheard is not None and not launched.by_launcher:
+        raise LaunchError(
+            f"{unheard[0]} is {unheard[1]}, and RANK and WORLD_SIZE are not set",
+            rule=f"{unheard[1]} processes would train {unheard[1]} times, each by itself",
+            remedy="start one torchrun or `accelerate launch` per machine, as in launch/slurm.sbatch",
+        )
+    return launched
 
 
 def _device(parallel: ParallelConfig, launched: env.Launched) -> torch.device:

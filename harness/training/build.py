@@ -15,7 +15,7 @@ from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Dataset, Loader
 from harness.dist import World, distribute, from_main, open_world, plain, together
-from harness.errors import InstabilityError
+from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
 from harness.training.counters import Counters
@@ -188,7 +188,12 @@ def _precision(config: TrainConfig, world: World) -> str:
         return config.loop.precision
     by_accelerate = env.accelerate_precision()
     if by_accelerate is not None:
-        return {"no": "fp32"}.get(by_accelerate, by_accelerate)
+        known = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+        if by_accelerate not in known:
+            raise ConfigError(
+                f"accelerate's mixed_precision is {by_accelerate!r}", rule="it has to be no, bf16 or fp16"
+            )
+        return known[by_accelerate]
     return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
