@@ -7,6 +7,9 @@ from torch import Tensor
 
 __all__ = ["gather_lanes"]
 
+# Renamed in torch 2.13, which warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def gather_lanes(lane: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Every rank's lane, in one collective that does not synchronise with the device.
@@ -21,5 +24,5 @@ def gather_lanes(lane: Tensor, *, group: dist.ProcessGroup | None = None) -> Ten
     if group is None:
         return lane[None]
     lanes = lane.new_empty(group.size() * lane.numel())
-    dist.all_gather_into_tensor(lanes, lane.contiguous(), group=group)
+    _all_gather(lanes, lane.contiguous(), group=group)
     return lanes.view(group.size(), -1)

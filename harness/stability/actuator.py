@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from harness.errors import ConfigError
 from harness.stability.sources import dense_gradients
@@ -28,7 +29,8 @@ class Actuator:
     optimizer creates state synchronises too: fused SGD leaves momentum uninitialised in a step that it skips.
 
     Raises:
-        ConfigError: the optimizer evaluates the model itself (LBFGS).
+        ConfigError: the optimizer evaluates the model itself (LBFGS), or is one that torch cannot run on
+            sharded parameters.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -43,12 +45,23 @@ class Actuator:
             )
         self.optimizer = optimizer
         self._fused = all(group.get("fused") for group in optimizer.param_groups)
+        self._refuse_what_torch_cannot_do()
         self._has_all_state = False
         if not self._fused:
             logger.warning(
                 "%s reads the guard's verdict on the host, one synchronisation per step; pass fused=True to "
                 "Adam, AdamW, SGD or Adagrad to avoid it",
                 type(optimizer).__name__,
+            )
+
+    def _refuse_what_torch_cannot_do(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sharded = any(isinstance(p, DTensor) for p in parameters)
+        if self._fused and sharded and not isinstance(self.optimizer, Adam):
+            raise ConfigError(
+                f"fused {type(self.optimizer).__name__} over parameters sharded by FSDP2",
+                rule="of torch's fused optimizers only Adam and AdamW take sharded parameters",
+                remedy="use fused AdamW, or the same optimizer with fused=False",
             )
 
     def carry_out(self, decision: Decision) -> None:

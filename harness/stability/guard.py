@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from harness.dist.collectives import gather_lanes
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
+from harness.stability.fsdp import FsdpSource
 from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.lane import bad_rows, build_lane
 from harness.stability.layout import SUM_SQUARES, Layout
@@ -43,7 +45,7 @@ class StepGuard:
     on any rank. Nothing here synchronises with the device but `drain`, and optimizers that are not fused.
 
     Args:
-        model: A plain module, or one under DDP.
+        model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
         optimizer: Its parameters are all the model's. Fused Adam, AdamW, SGD and Adagrad need no host.
         max_norm: The gradient is scaled down to this L2 norm; None: never.
         nonfinite: Whether a step that is not finite is left out, or ends the run (its record says `stop`).
@@ -284,5 +286,7 @@ def _source(
     unwrapped = getattr(model, "_orig_mod", model)
     if isinstance(unwrapped, DistributedDataParallel):
         return DdpSource(unwrapped, layout, comm_hook=comm_hook)
+    if isinstance(unwrapped, FSDPModule):
+        return FsdpSource(model, layout)
     _check(comm_hook is None, "a comm_hook without DDP", "only DDP reduces by a communication hook")
     return PlainSource(model, layout, group=group)

@@ -1,0 +1,275 @@
+"""Looks at FSDP2's gradients: the whole local ones just before the reduce-scatter, the shards after it.
+
+FSDP2 hands a custom reduce-scatter one flat buffer per module, without a word about which parameters are in
+it. Their order is that of the module's parameter group, whose attributes are not public; they are used in
+`_Group` and `_modules_with_groups` alone.
+
+Legend: P parameters, S shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from harness.errors import ConfigError
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
+from harness.stability.sources import RowTable, dense_gradients
+from harness.stability.statistics import bucket_statistics, tensor_statistics
+
+__all__ = ["FsdpSource"]
+
+
+class FsdpSource:
+    """Gradients of a model under `fully_shard`, on a mesh of shards or of replicas x shards (HSDP).
+
+    Raises:
+        ConfigError: parameters that are not sharded, that are sharded over several meshes or by tensor
+            parallelism too; replicas of a single shard; several parameter groups in one module.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.layout = layout
+        self.extremes = True
+        self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
+        mesh = _mesh(self._parameters)
+        self.num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
+        self._num_shards = mesh.size() // self.num_replicas
+        self.group: dist.ProcessGroup | None = _whole_group(mesh)
+        self._table = RowTable(layout)
+        self._rows: Tensor | None = None
+        self._plan_of: dict[tuple[int, ...], _Plan] = {}
+        self._groups = [
+            _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
+        ]
+
+    def micro_batch_rows(self) -> Tensor:
+        if self._rows is not None:
+            return self._rows
+        pairs = [pair for group in self._groups for pair in group.unreduced()]
+        if not pairs:
+            return self.local_rows()
+        statistics = tensor_statistics([gradient for _, gradient in pairs], extremes=False)
+        return self._table.spread([p for p, _ in pairs], statistics)
+
+    def local_rows(self) -> Tensor:
+        if self._num_shards == 1:
+            return self._measure_shards(extremes=self.extremes)
+        return self._empty() if self._rows is None else self._rows
+
+    def reduced_rows(self) -> Tensor:
+        return self._measure_shards(extremes=False)
+
+    @property
+    def is_reduced(self) -> bool:
+        return self._rows is not None or self._num_shards == 1
+
+    def start_step(self) -> None:
+        self._rows = None
+
+    def close(self) -> None:
+        for group in self._groups:
+            group.close()
+        self._groups, self._parameters = [], []
+
+    def _measure_shards(self, *, extremes: bool) -> Tensor:
+        parameters, gradients = dense_gradients(self._parameters)
+        return self._table.spread(parameters, tensor_statistics(gradients, extremes=extremes))
+
+    def _empty(self) -> Tensor:
+        device = self._parameters[0].device
+        return torch.zeros(len(self.layout), NUM_COLUMNS, dtype=torch.float64, device=device)
+
+    def _see(self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float) -> None:
+        """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
+        plan = self._plan(parameters, flat.device)
+        statistics = bucket_statistics(flat, plan.pieces * self._num_shards, extremes=self.extremes)
+        by_shard = statistics.view(self._num_shards, len(plan.pieces), NUM_COLUMNS)
+        rows = by_shard.sum(0)
+        rows[:, MAX_ABS] = by_shard[:, :, MAX_ABS].amax(0) * divided_by
+        rows[:, SUM_SQUARES] *= divided_by**2
+        rows[:, NUM_ZERO] -= plan.padding
+        if self._rows is None:
+            self._rows = self._empty()
+        self._rows.index_copy_(0, plan.index, rows)
+
+    def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
+        key = tuple(map(id, parameters))
+        if key not in self._plan_of:
+            padded = [_padded_numel(p, self._num_shards) for p in parameters]
+            padding = [total - p.numel() for total, p in zip(padded, parameters, strict=True)]
+            self._plan_of[key] = _Plan(
+                pieces=[total // self._num_shards for total in padded],
+                padding=torch.tensor(padding, dtype=torch.float64, device=device),
+                index=torch.tensor(self.layout.rows(parameters), device=device),
+            )
+        return self._plan_of[key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How the buffer of a certain list of parameters is cut."""
+
+    pieces: list[int]
+    """Elements of each parameter's padded shard."""
+    padding: Tensor
+    """Zeros that were added to each parameter."""
+    index: Tensor
+    """Each parameter's row."""
+
+
+def _modules_with_groups(model: nn.Module) -> list[FSDPModule]:
+    """The modules that manage parameters themselves; of those that share one group, the first."""
+    by_group: dict[int, FSDPModule] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                by_group.setdefault(id(group), module)
+    return list(by_group.values())
+
+
+class _Group:
+    """One FSDP module's parameter group, and the reduce-scatter that is put in place of its own."""
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        num_ranks: int,
+        see: Callable[[Tensor, Sequence[nn.Parameter], float], None],
+    ) -> None:
+        self._module = module
+        self._state: Any = module._get_fsdp_state()._fsdp_param_group
+        self._num_ranks = num_ranks
+        self._inner: Any = self._state._reduce_scatter_comm
+        self._see: Callable[[Tensor, Sequence[nn.Parameter], float], None] | None = see
+        self._with_gradient: dict[int, None] = {}
+        self._handles: list[Any] = []
+        self._hook = module.register_forward_pre_hook(self._watch_gradients)
+        try:
+            module.set_custom_reduce_scatter(self)
+        except ValueError as error:
+            raise ConfigError(
+                f"an FSDP module takes no custom reduce-scatter: {error}",
+                rule="the guard measures gradients there, in one parameter group per module",
+            ) from error
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Memory for the collective's buffers, from whoever provided it before."""
+        memory: Tensor = self._inner.allocate(*args, **kwargs)
+        return memory
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **kwargs: Any) -> dist.Work | None:
+        """Shows the input, then reduces it as before."""
+        if self._see is not None:
+            divided_by = self._divided_by(input_tensor.dtype)
+            self._see(input_tensor, self._contributors(), divided_by)
+        self._with_gradient.clear()
+        work: dist.Work | None = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, **kwargs)
+        return work
+
+    def unreduced(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters with the whole gradients that this rank has accumulated and not yet reduced."""
+        found = []
+        for managed in self._state.fsdp_params:
+            whole = getattr(managed, "_unsharded_param", None)
+            gradient = managed.unsharded_accumulated_grad
+            if gradient is None and whole is not None:
+                gradient = whole.grad
+            if gradient is not None:
+                found.append((managed.sharded_param, getattr(gradient, "_local_tensor", gradient)))
+        return found
+
+    def close(self) -> None:
+        self._see = None
+        self._hook.remove()
+        for handle in self._handles:
+            handle.remove()
+        if self._state._reduce_scatter_comm is self:
+            self._module.set_custom_reduce_scatter(self._inner)
+
+    def _contributors(self) -> list[nn.Parameter]:
+        """The parameters that are in the buffer: those that got a gradient since the last reduction."""
+        unused_too = getattr(self._state, "reduce_scatter_unused_params", False)
+        return [
+            managed.sharded_param
+            for managed in self._state.fsdp_params
+            if id(managed._unsharded_param) in self._with_gradient
+            or (unused_too and managed._unsharded_param.requires_grad)
+        ]
+
+    def _watch_gradients(self, module: nn.Module, args: object) -> None:
+        """From the first forward pass on, when the whole parameters exist, notes which ones get gradients."""
+        if self._handles:
+            return
+        for managed in self._state.fsdp_params:
+            whole = managed._unsharded_param
+            if whole.requires_grad:
+                self._handles.append(whole.register_post_accumulate_grad_hook(self._note))
+
+    def _note(self, whole: Tensor) -> None:
+        self._with_gradient[id(whole)] = None
+
+    def _divided_by(self, dtype: torch.dtype) -> float:
+        """What FSDP2 divides by before the reduce-scatter: about sqrt(ranks) where fp16 could overflow."""
+        if dtype in (torch.float32, torch.bfloat16):
+            return 1.0
+        factor, before = self._state.gradient_divide_factor or float(self._num_ranks), 1.0
+        while factor % before == 0 and factor / before > before:
+            before *= 2
+        return before
+
+
+def _mesh(parameters: Sequence[nn.Parameter]) -> DeviceMesh:
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
+    mesh = meshes.pop()
+    if meshes or mesh is None:
+        raise ConfigError(
+            "parameters that are sharded differently, or not at all",
+            rule="fully_shard has to manage all of them on one mesh",
+            remedy="call fully_shard on the model itself too, after its blocks",
+        )
+    kinds = {tuple(type(placement) for placement in p.placements) for p in parameters}  # type: ignore[attr-defined]
+    if not kinds <= {(Shard,), (Replicate, Shard)}:
+        raise ConfigError(
+            f"parameters placed as {sorted(str(kind) for kind in kinds)}",
+            rule="the guard knows FSDP2's meshes of shards, and of replicas x shards",
+        )
+    if mesh.ndim == 2 and mesh.size(1) == 1:
+        raise ConfigError(
+            f"{mesh.size(0)} replicas of a single shard",
+            rule="FSDP2 makes no reduce-scatter for a single shard, so there is nothing to measure at",
+            remedy="use DistributedDataParallel",
+        )
+    return mesh
+
+
+def _whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, in the mesh's order."""
+    ranks = mesh.mesh.flatten()
+    if not bool((ranks[1:] > ranks[:-1]).all()):
+        raise ConfigError(
+            f"a device mesh whose ranks are not in ascending order: {mesh}",
+            rule="replicas come first and shards next to one another",
+        )
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD  # type: ignore[return-value]  # it is initialised
+    return mesh._flatten().get_group()
+
+
+def _padded_numel(parameter: nn.Parameter, num_shards: int) -> int:
+    """Elements of a whole parameter after FSDP2 has padded its sharded dimension."""
+    dim: int = parameter.placements[-1].dim  # type: ignore[attr-defined]
+    length = parameter.size(dim)
+    return parameter.numel() // max(length, 1) * (-(-length // num_shards) * num_shards)
