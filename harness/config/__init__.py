@@ -3,6 +3,7 @@
 from harness.config.identity import check_same_run
 from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
 from harness.config.schema import (
+    AlertConfig,
     CheckpointConfig,
     DataConfig,
     FaultConfig,
@@ -17,6 +18,7 @@ from harness.config.schema import (
 )
 
 __all__ = [
+    "AlertConfig",
     "CheckpointConfig",
     "DataConfig",
     "FaultConfig",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from harness.errors import ConfigError
 
 __all__ = [
+    "AlertConfig",
     "CheckpointConfig",
     "DataConfig",
     "FaultConfig",
@@ -234,6 +235,9 @@ class GuardConfig:
     """More skipped steps in a row than this end the run with a report."""
     lag_steps: int = 2
     """Steps after which a verdict is read back; the device itself acts at once. 0 synchronises every step."""
+    extremes_every: int = 1
+    """Steps between measurements of max-abs and zeros; norm, NaN and Inf are measured every step. On CUDA the
+    two come free with the others."""
     per_parameter_every: int = 10
     """Steps between records with a row per parameter; 0: never. An incident always has them."""
     init_loss_scale: float = 65536.0
@@ -243,7 +247,9 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         require_positive("guard", self, ["spike_threshold", "spike_window", "init_loss_scale"])
-        require_positive("guard", self, ["max_consecutive_skips", "loss_scale_growth_steps"])
+        require_positive(
+            "guard", self, ["max_consecutive_skips", "loss_scale_growth_steps", "extremes_every"]
+        )
         require_not_negative("guard", self, ["spike_warmup", "lag_steps", "per_parameter_every"])
         if self.max_norm is not None:
             require_positive("guard", self, ["max_norm"])
@@ -263,10 +269,55 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 3
     """Newest checkpoints to keep; the last healthy one is kept whatever this says."""
+    keep_best: int = 0
+    """Checkpoints with the lowest validation loss to keep besides."""
+    keep_every: int = 0
+    """Steps whose multiples are kept for ever; 0: none."""
+    healthy_after: int = 20
+    """Steps without incident after which a checkpoint counts as healthy."""
+    when_busy: Literal["wait", "drop"] = "wait"
+    """What happens to a checkpoint that is due while the one before is still being written."""
+    give_up_after_s: float = 3600.0
+    """A run that could save nothing for this long is ended."""
+    in_memory: bool = False
+    """Keep a copy of the last healthy state in host memory, so that a rollback needs no disk."""
 
     def __post_init__(self) -> None:
-        require_not_negative("checkpoint", self, ["every"])
-        require_positive("checkpoint", self, ["keep_last"])
+        require_not_negative("checkpoint", self, ["every", "keep_best", "keep_every"])
+        require_positive("checkpoint", self, ["keep_last", "healthy_after", "give_up_after_s"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertConfig:
+    """One rule: what has to happen for people to be told."""
+
+    kind: Literal["nonfinite", "above", "below", "spike", "drop", "plateau", "stall", "event"]
+    """nonfinite: a NaN or an infinity; above, below: crosses `value`; spike, drop: more than `value` times,
+    or less than `value` times, the median of the last `window` points; plateau: the smallest value has not
+    fallen by the fraction `value` in `window` points; stall: nothing logged for `value` seconds; event: it
+    happened."""
+    metric: str = "train/loss"
+    """Metric, or name of the event; `*` matches anything (`val/*`)."""
+    value: float = 0.0
+    """What the kind compares with."""
+    window: int = 100
+    """Points looked back at; spike and drop wait for a quarter of them."""
+    cooldown_s: float = 600.0
+    """Seconds for which the rule stays silent after it spoke."""
+
+    def __post_init__(self) -> None:
+        require_positive("tracking.alerts", self, ["window"])
+        require_not_negative("tracking.alerts", self, ["cooldown_s"])
+        if self.kind in ("spike", "drop", "plateau", "stall"):
+            require_positive("tracking.alerts", self, ["value"])
+
+
+DEFAULT_ALERTS = (
+    AlertConfig(kind="nonfinite", metric="*"),
+    AlertConfig(kind="event", metric="incident"),
+    AlertConfig(kind="stall", value=600.0),
+    AlertConfig(kind="below", metric="system/*disk_free_gb", value=1.0),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +340,22 @@ class TrackingConfig:
     """Free text about the run."""
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
     """auto: a bar on a terminal, lines otherwise."""
+    system_every_s: float = 10.0
+    """Seconds between samples of processor, memory, disk and GPUs on each node; 0: none."""
+    alerts: tuple[AlertConfig, ...] = DEFAULT_ALERTS
+    """When people are told: on the terminal, in the log, at W&B and at the webhook."""
+    webhook: str | None = None
+    """Address that each alert is sent to as JSON by HTTP POST."""
 
     def __post_init__(self) -> None:
         require_positive("tracking", self, ["log_every"])
+        require_not_negative("tracking", self, ["system_every_s"])
+        require(
+            self.webhook is None or self.webhook.startswith(("http://", "https://")),
+            "tracking.webhook",
+            self.webhook,
+            "it has to begin with http:// or https://",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.tracking.log import RunLog
-    from harness.tracking.mirrors import MirrorHandle, start_mirrors
+    from harness.tracking.mirrors import MirrorHandle, start_mirrors, start_sampler
     from harness.tracking.plots import plot_run
     from harness.tracking.reader import Run, open_run
     from harness.tracking.settings import MirrorSettings
@@ -23,6 +23,7 @@ __all__ = [
     "open_run",
     "plot_run",
     "start_mirrors",
+    "start_sampler",
 ]
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "open_run": "reader",
     "plot_run": "plots",
     "start_mirrors": "mirrors",
+    "start_sampler": "mirrors",
 }
 
 

@@ -41,6 +41,9 @@ class Mirror(Protocol):
     def commit(self) -> dict[str, Any]:
         """Makes everything taken durable and returns what `open` needs to go on from here (plain JSON)."""
 
+    def idle(self) -> None:
+        """Called twice a second while there is nothing to take."""
+
     def close(self, end: Mapping[str, Any] | None) -> None:
         """The log has come to its end; `end` is what its `end` record says, None if the trainer died."""
 
@@ -115,6 +118,7 @@ class MirrorFollower:
                 mirror.close(self._last_end)
                 return
             if num_taken == 0:
+                mirror.idle()
                 self._ended.wait(POLL_S)
 
     def _take_new(self, mirror: Mirror, followers: dict[str, Follower]) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import psutil
 from harness.env import child_environment
 from harness.tracking.settings import MirrorSettings
 
-__all__ = ["MirrorHandle", "start_mirrors"]
+__all__ = ["MirrorHandle", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ def start_mirrors(
     except OSError as error:
         logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
         return MirrorHandle(None, None)
+
+
+def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
+    """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
+    node = socket.gethostname()
+    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
 
 
 class MirrorHandle:

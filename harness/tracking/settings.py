@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import orjson
 
-if TYPE_CHECKING:  # the side process needs no configuration library
-    from harness.config import TrainConfig
+from harness.config import AlertConfig, TrackingConfig, TrainConfig
 
 __all__ = ["MirrorSettings"]
 
@@ -35,6 +34,14 @@ class MirrorSettings:
     """Labels to find the run by."""
     notes: str = ""
     """Free text about the run."""
+    system_every_s: float = 10.0
+    """Seconds between samples of this node; 0: none."""
+    node: str = ""
+    """Stands in the names of this node's samples, `system/NODE/...`; empty on the node of rank 0."""
+    alerts: tuple[AlertConfig, ...] = TrackingConfig().alerts
+    """When people are told."""
+    webhook: str | None = None
+    """Address that each alert is sent to as JSON by HTTP POST."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> MirrorSettings:
@@ -53,4 +60,5 @@ class MirrorSettings:
     def from_json(cls, text: str) -> MirrorSettings:
         """What `to_json` wrote."""
         fields: dict[str, Any] = orjson.loads(text)
-        return cls(**{**fields, "tags": tuple(fields["tags"])})
+        alerts = tuple(AlertConfig(**alert) for alert in fields["alerts"])
+        return cls(**{**fields, "tags": tuple(fields["tags"]), "alerts": alerts})

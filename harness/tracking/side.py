@@ -7,6 +7,7 @@ imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -16,42 +17,58 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.tracking.alerts import AlertMirror
 from harness.tracking.log import log_dir
 from harness.tracking.mirror import Mirror, MirrorFollower
+from harness.tracking.nodes import NodeLog
 from harness.tracking.process import lives
+from harness.tracking.resources import Sampler, sample_forever
+from harness.tracking.segments import segments
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["followers_for", "main"]
 
+logger = logging.getLogger(__name__)
+
+ALERTS_S = 5.0
+"""How long mirrors wait for the last alert."""
 DRAIN_S = 600.0
 """How long mirrors may take after the trainer's end, an upload included, before they are given up."""
+SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 NICENESS = 10
 
 
 def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
     """Runs until the trainer is gone or said `close`, and all mirrors are complete or `DRAIN_S` are over."""
-    _settle_in(Path(run_dir), messages_fd)
-    ended = threading.Event()
-    settings = MirrorSettings.from_json(settings_json)
-    followers = followers_for(Path(run_dir), settings, ended=ended)
-    for follower in followers:
+    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
+    _settle_in(path, messages_fd)
+    ended, alerts_done = threading.Event(), threading.Event()
+    node_log = NodeLog(path)
+    alerts = _alerts_follower(path, settings, node_log, ended=ended)
+    mirrors = followers_for(path, settings, ended=alerts_done)
+    for follower in (alerts, *mirrors):
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
+    _watch_node(path, settings, node_log, trainer_pid, ended)
     threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
     while not ended.wait(WATCH_S):
         if not lives(trainer_pid, trainer_start):
             ended.set()
+    alerts.done.wait(ALERTS_S)
+    alerts_done.set()  # now the mirrors can see the last alert too
+    _wait_for((alerts, *mirrors), run_dir)
+    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+
+
+def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
     deadline = time.monotonic() + DRAIN_S
     for follower in followers:
         if not follower.done.wait(max(0.0, deadline - time.monotonic())):
-            logging.getLogger(__name__).warning(
-                "%s is incomplete; `harness sync %s` completes it", follower.name, run_dir
-            )
-    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+            logger.warning("%s is incomplete; `harness sync %s` completes it", follower.name, run_dir)
 
 
 def followers_for(run_dir: Path, settings: MirrorSettings, *, ended: threading.Event) -> list[MirrorFollower]:
@@ -64,6 +81,35 @@ def followers_for(run_dir: Path, settings: MirrorSettings, *, ended: threading.E
         open_wandb = functools.partial(_open_wandb, run_dir, settings)
         followers.append(MirrorFollower(run_dir, "wandb", open_wandb, ended=ended))
     return followers
+
+
+def _alerts_follower(
+    run_dir: Path, settings: MirrorSettings, node_log: NodeLog, *, ended: threading.Event
+) -> MirrorFollower:
+    def open_alerts(state: Mapping[str, Any]) -> Mirror:
+        return AlertMirror(settings.alerts, node_log=node_log, webhook=settings.webhook, run=str(run_dir))
+
+    return MirrorFollower(run_dir, "alerts", open_alerts, ended=ended)
+
+
+def _watch_node(
+    run_dir: Path, settings: MirrorSettings, node_log: NodeLog, trainer_pid: int, ended: threading.Event
+) -> None:
+    """Samples the node, and forces the log onto the disk now and then on the trainer's behalf."""
+    if settings.system_every_s > 0:
+        sampler = Sampler(run_dir, pid=trainer_pid)
+        keywords = {"node": settings.node, "every_s": settings.system_every_s, "ended": ended}
+        threading.Thread(
+            target=sample_forever, args=(sampler, node_log), kwargs=keywords, daemon=True
+        ).start()
+    threading.Thread(target=_sync_forever, args=(log_dir(run_dir), ended), daemon=True).start()
+
+
+def _sync_forever(folder: Path, ended: threading.Event) -> None:
+    while not ended.wait(SYNC_EVERY_S):
+        for path in segments(folder)[-1:]:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:

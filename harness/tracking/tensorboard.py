@@ -61,7 +61,7 @@ class TensorBoardMirror:
         if record.kind == "rewind":
             self._step = max(0, record.values["step"] - 1)
             self._begin_attempt(record.attempt, record.values["step"], record.time)
-        elif record.step is not None:
+        elif record.step is not None and record.attempt >= 0:  # no word of a side process
             if self._attempt is not None and record.attempt > self._attempt:
                 self._begin_attempt(record.attempt, record.step, record.time)
             self._attempt = record.attempt
@@ -83,6 +83,9 @@ class TensorBoardMirror:
         self._buffer = io.BytesIO()
         self._writer = RecordWriter(self._buffer)
         return {"file": self._path.name, "size": self._size, "attempt": self._attempt, "step": self._step}
+
+    def idle(self) -> None:
+        """Nothing is watched here."""
 
     def close(self, end: Mapping[str, Any] | None) -> None:
         """Nothing is held open between commits."""

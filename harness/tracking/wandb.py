@@ -55,18 +55,19 @@ class WandbMirror:
             self._run.log(scalars_of(record), step=self._ordinal + 1, commit=False)
             return
         self._ordinal += 1
-        if record.step is not None:
+        if record.step is not None and record.attempt >= 0:
             self._step = record.step
         if record.kind == "hparams":
             self._run.config.update(record.values, allow_val_change=True)
-        elif record.kind == "event" and record.values.get("name") == "alert":
-            self._alert(record)
         elif row := self._row(record):
             row |= {"step": self._step, "attempt": record.attempt, "time": record.time}
             self._run.log(row, step=self._ordinal, commit=True)
 
     def commit(self) -> dict[str, Any]:
         return {"ordinal": self._ordinal, "step": self._step}
+
+    def idle(self) -> None:
+        """Nothing is watched here."""
 
     def close(self, end: Mapping[str, Any] | None) -> None:
         """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
@@ -90,10 +91,14 @@ class WandbMirror:
             }
         return dict(scalars_of(record))
 
-    def _alert(self, record: Record) -> None:
-        level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
-        title = str(record.values.get("rule", "alert"))
-        self._run.alert(title=title, text=str(record.values.get("message", title)), level=level)
+    def _take_from_side(self, record: Record) -> None:
+        """Samples go into the next row. They are not numbered: the log's rows have to be the same again."""
+        if record.kind == "system":
+            self._run.log(scalars_of(record), step=self._ordinal + 1, commit=False)
+        elif record.values.get("name") == "alert":
+            level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
+            title = f"alert: {record.values.get('rule')}"
+            self._run.alert(title=title, text=str(record.values.get("message")), level=level)
 
 
 def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> wandb.Run:

@@ -1,0 +1,65 @@
+"""Completes or rebuilds a run's mirrors from its log: `harness sync`."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+from harness.errors import TrackingError
+from harness.tracking.reader import open_run
+from harness.tracking.settings import MirrorSettings
+from harness.tracking.side import followers_for
+
+__all__ = ["sync_run"]
+
+TIMEOUT_S = 600.0
+
+
+def sync_run(
+    run_dir: str | Path,
+    settings: MirrorSettings | None = None,
+    *,
+    rebuild: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    **changes: Any,
+) -> list[str]:
+    """Brings the mirrors that the settings name up to the log's end. Idempotent.
+
+    Args:
+        run_dir: The run; while its trainer lives, its own side process keeps the mirrors.
+        settings: Which mirrors; default: TensorBoard.
+        rebuild: Begins again from the log's first record. W&B rows of a run that was offline are sent to
+            the same run under the same numbers, so that none is there twice.
+        timeout_s: How long a mirror may take, or be in another process's hands.
+        **changes: Fields of `MirrorSettings`, such as `wandb="online"`.
+
+    Returns:
+        The names of the mirrors that are complete now.
+
+    Raises:
+        TrackingError: there is no run, or a mirror could not be completed.
+    """
+    run = open_run(run_dir)
+    if run.state() == "running":
+        raise TrackingError(
+            f"{run_dir} is still running", rule="a running trainer's side process keeps the mirrors"
+        )
+    ended = threading.Event()
+    ended.set()
+    settings = dataclasses.replace(settings or MirrorSettings(), **changes)
+    done = []
+    for follower in followers_for(Path(run_dir).resolve(), settings, ended=ended):
+        if rebuild:
+            follower.forget()
+        worker = threading.Thread(target=follower.run, daemon=True)
+        worker.start()
+        if not follower.done.wait(timeout_s):
+            raise TrackingError(
+                f"{follower.name} of {run_dir} is not complete after {timeout_s:.0f} s",
+                rule=follower.trouble or "another process keeps it",
+                remedy="try again later; nothing is lost",
+            )
+        done.append(follower.name)
+    return done
