@@ -1,1 +1,7 @@
+"""Checkpoints that are written beside training, committed whole, verified on loading, and never unpickled."""
 
+from harness.checkpoint.checkpointer import Checkpointer
+from harness.checkpoint.rng import PerRank, Rng
+from harness.checkpoint.writer import SaveOutcome
+
+__all__ = ["Checkpointer", "PerRank", "Rng", "SaveOutcome"]

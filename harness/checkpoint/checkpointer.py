@@ -1,0 +1,248 @@
+"""The checkpointer: saves while training goes on, loads what is intact, on all ranks alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections.abc import MutableMapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from harness.checkpoint.capture import Captured, capture
+from harness.checkpoint.health import Health
+from harness.checkpoint.layout import SavePlanning
+from harness.checkpoint.loading import Loader
+from harness.checkpoint.retention import Retainer, Retention
+from harness.checkpoint.staging import Staging
+from harness.checkpoint.store import Store
+from harness.checkpoint.tree import flatten
+from harness.checkpoint.writer import Job, SaveOutcome, Writer
+from harness.config import CheckpointConfig
+from harness.dist import HostGroup
+from harness.errors import CheckpointError
+
+__all__ = ["Checkpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Checkpoints of one run in one directory, which all ranks share.
+
+    All ranks make it together and call `save`, `wait`, `load`, `rollback`, `steps` and `close` together, at
+    the same point of the program; `observe` and `outcomes` are local. Without a process group it serves one
+    process. A context manager: leaving it waits for the save under way.
+
+    Args:
+        directory: Made at the first save.
+        keep_last: Newest checkpoints that are kept.
+        keep_best: Checkpoints with the lowest metric that are kept besides.
+        keep_every: Steps whose multiples are kept for ever; 0: none.
+        healthy_after: Steps without incident after which a checkpoint is healthy.
+        when_busy: What `save` does while another save is under way: wait for it, or drop the new one.
+        give_up_after_s: A save that has not succeeded for this long is an error.
+        timeout_s: How long one rank waits for another while saving or loading.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int = 3,
+        keep_best: int = 0,
+        keep_every: int = 0,
+        healthy_after: int = 20,
+        when_busy: Literal["wait", "drop"] = "wait",
+        give_up_after_s: float = 3600.0,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self._when_busy = when_busy
+        self._give_up_after_s = give_up_after_s
+        self._calls = HostGroup(error=CheckpointError, timeout_s=timeout_s)
+        self._store = Store(Path(directory))
+        self._retainer = Retainer(
+            self._store, Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        )
+        self._health = Health(self._store, healthy_after=healthy_after, is_main=self._calls.is_main)
+        writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
+        self._writer = Writer(self._store, writes, committed=[self._health.committed, self._retainer.apply])
+        self._loader = Loader(self._store, self._calls)
+        self._planning = SavePlanning(self._calls)
+        self._staging = Staging()
+        self._closed = False
+        # Who forgets `close` still gets the last save, or the message why not.
+        weakref.finalize(self, self._writer.join, give_up_after_s)
+
+    @classmethod
+    def from_config(cls, directory: str | Path, config: CheckpointConfig) -> Checkpointer:
+        """As a run's configuration says."""
+        return cls(
+            directory,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            keep_every=config.keep_every,
+            healthy_after=config.healthy_after,
+            when_busy=config.when_busy,
+            give_up_after_s=config.give_up_after_s,
+        )
+
+    def save(
+        self,
+        step: int,
+        state: MutableMapping[str, Any],
+        *,
+        meta: MutableMapping[str, Any] | None = None,
+        metric: float | None = None,
+    ) -> bool:
+        """Saves `state` as of now; returns as soon as it is copied, and writes in the background.
+
+        A save that fails is logged by all ranks, is in `outcomes()`, and makes `wait` and `close` raise;
+        training may go on, and the next save tries again.
+
+        Args:
+            step: Counts completed steps; names the checkpoint.
+            state: Modules (plain, DDP, FSDP2), optimizers, objects with `state_dict` and `load_state_dict`,
+                plain data, tensors; `Rng()`, and in `PerRank` whatever differs between ranks.
+            meta: Plain JSON data for the manifest.
+            metric: The lower, the better, for `keep_best`.
+
+        Returns:
+            False if the save was dropped because another one is under way.
+
+        Raises:
+            CheckpointError: something in `state` cannot be saved, the ranks are not at the same step, or
+                nothing could be saved for `give_up_after_s`.
+        """
+        began = time.perf_counter()
+        captured = self._agree_on_start(step, state)
+        if captured is None:
+            logger.warning("step %d is not saved: the save before is still under way", step)
+            return False
+        self._calls.together(lambda: self._staging.fill(self._planning.mine, captured.tensors))
+        job = Job(
+            step=step,
+            staging=self._staging,
+            captured=captured,
+            tensors=self._planning.tensor_infos() if self._calls.is_main else {},
+            meta=flatten(dict(meta or {}), "meta", {}),
+            metric=metric if metric is None or math.isfinite(metric) else None,
+            began=began,
+            blocked_s=time.perf_counter() - began,
+        )
+        self._writer.start(job)
+        return True
+
+    def wait(self) -> None:
+        """Waits until the save under way is committed.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._writer.join()
+        self._calls.together(self._raise_failure)
+
+    def load(
+        self, state: MutableMapping[str, Any], *, step: int | None = None, healthy: bool = False
+    ) -> int | None:
+        """Loads the newest intact checkpoint into `state`, at whatever world size it was saved.
+
+        Sizes and checksums of all files are compared before anything live is changed. A damaged checkpoint
+        is reported, set aside by renaming, and the next older one is used. Plain data is replaced in `state`.
+        Keys of the checkpoint that `state` has not are left alone.
+
+        Args:
+            state: As for `save`.
+            step: This checkpoint and no other.
+            healthy: Only one that `observe` has found healthy.
+
+        Returns:
+            The checkpoint's step; None if there is none at all.
+
+        Raises:
+            CheckpointError: it is of another model, has no such step, or all there are are damaged.
+        """
+        self._writer.join()
+        manifest = self._loader.load(state, step=step, healthy=healthy)
+        return manifest.step if manifest else None
+
+    def observe(self, step: int, *, incident: bool = False) -> None:
+        """Tells that `step` has been completed, with or without an incident. Local and cheap.
+
+        To be called on all ranks with the same values, in order, as late as the verdicts come. A checkpoint
+        is healthy once `healthy_after` steps without incident have followed it.
+        """
+        self._health.observe(step, incident=incident)
+
+    def outcomes(self) -> list[SaveOutcome]:
+        """The saves that have ended since the last call. Local."""
+        return self._writer.take_outcomes()
+
+    def steps(self) -> list[int]:
+        """The steps of all committed checkpoints, in order."""
+        return self._calls.from_main(lambda: sorted({saved.step for saved in self._store.saved()}))
+
+    def close(self) -> None:
+        """Waits for the save under way. Idempotent.
+
+        Raises:
+            CheckpointError: it failed, or is not done after `give_up_after_s`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._writer.join(self._give_up_after_s)
+        self._calls.together(self._raise_failure)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # The other ranks may be elsewhere: nothing that needs them.
+            self._writer.join(self._give_up_after_s)
+
+    def _agree_on_start(self, step: int, state: MutableMapping[str, Any]) -> Captured | None:
+        """Captures `state` once all ranks are ready and agree; None if the save is to be dropped."""
+        ranks = self._calls.gather(lambda: (step, self._writer.busy, self._overdue()))
+        steps = {step for step, _, _ in ranks}
+        if len(steps) > 1:
+            raise CheckpointError(f"the ranks save the steps {sorted(steps)}", rule="all save the same one")
+        if any(overdue for _, _, overdue in ranks):
+            raise self._given_up()
+        if any(busy for _, busy, _ in ranks):
+            if self._when_busy == "drop":
+                return None
+            self._writer.join()
+        captured = self._calls.together(lambda: capture(state, self._calls.rank))
+        self._planning.update(captured.tensors)
+        return captured
+
+    def _overdue(self) -> bool:
+        since = self._writer.failing_since
+        return since is not None and time.monotonic() - since > self._give_up_after_s
+
+    def _given_up(self) -> CheckpointError:
+        last = self._writer.failed
+        why = last.problem if last else "the save under way does not end"
+        return CheckpointError(
+            f"nothing could be saved for {self._give_up_after_s:g} s: {why}",
+            rule="a run that cannot be resumed is not worth going on with",
+            remedy=f"look after {self._store.directory} and start again; it resumes from the last checkpoint",
+        )
+
+    def _raise_failure(self) -> None:
+        if self._writer.busy:
+            raise self._given_up()
+        failed, self._writer.failed = self._writer.failed, None
+        if failed is not None:
+            raise failed

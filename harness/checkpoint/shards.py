@@ -1,0 +1,107 @@
+"""Files of tensor data: written in one stream while they are checksummed, read in pieces.
+
+A shard is a safetensors file, so that any tool can look into it; where an element lies is known from the
+manifest, and the header is never read back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from harness.checkpoint.layout import ShardLayout
+from harness.checkpoint.manifest import Damaged, ShardFile
+
+__all__ = ["check_file", "read_elements", "sync_folder", "write_file", "write_shard"]
+
+_PIECE_BYTES = 8 << 20
+"""Written and checksummed at a time: large for the disk, small for the cache."""
+
+
+def write_shard(path: Path, layout: ShardLayout, data: torch.Tensor) -> ShardFile:
+    """Writes the bytes `data`, laid out as `layout` says, to `path` and flushes them to the disk.
+
+    Raises:
+        OSError: the disk is full, gone or read-only.
+    """
+    return write_file(path, [layout.header, data.numpy().data])
+
+
+def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> ShardFile:
+    """Creates `path` with the concatenated `parts` and flushes it to the disk; gives size and checksum.
+
+    Raises:
+        OSError: the disk is full, gone or read-only, or the file exists.
+    """
+    checksum, size_bytes = xxhash.xxh3_128(), 0
+    with open(path, "xb", buffering=0) as file:
+        for part in parts:
+            for piece in _pieces(memoryview(part)):
+                checksum.update(piece)
+                while piece:
+                    written = file.write(piece)
+                    size_bytes += written
+                    piece = piece[written:]
+        os.fsync(file.fileno())
+    return ShardFile(size_bytes=size_bytes, xxh3_128=checksum.hexdigest())
+
+
+def check_file(path: Path, expected: ShardFile) -> None:
+    """Reads the file once and compares its size and checksum.
+
+    Raises:
+        Damaged: it is missing, unreadable or not as it was written.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes != expected.size_bytes:
+            raise Damaged(f"{path.name} has {size_bytes} bytes instead of {expected.size_bytes}")
+        digest = _digest(path)
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
+    if digest != expected.xxh3_128:
+        raise Damaged(f"{path.name} is damaged: its checksum is {digest}, not {expected.xxh3_128}")
+
+
+def read_elements(path: Path, dtype: torch.dtype, start: int, count: int) -> torch.Tensor:
+    """`count` elements from byte `start` on, as a flat tensor on the CPU.
+
+    Raises:
+        Damaged: the file is shorter, or cannot be read.
+    """
+    size_bytes = count * dtype.itemsize
+    try:
+        elements = np.fromfile(path, dtype=np.uint8, count=size_bytes, offset=start)
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
+    if elements.size != size_bytes:
+        raise Damaged(f"{path.name} ends before byte {start + size_bytes}")
+    return torch.from_numpy(elements).view(dtype)
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder, so that the names in it survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pieces(view: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(view), _PIECE_BYTES):
+        yield view[start : start + _PIECE_BYTES]
+
+
+def _digest(path: Path) -> str:
+    checksum = xxhash.xxh3_128()
+    piece = bytearray(_PIECE_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while length := file.readinto(piece):
+            checksum.update(memoryview(piece)[:length])
+    return checksum.hexdigest()

@@ -1,0 +1,95 @@
+"""The copy that training waits for: from wherever the tensors live into one reused buffer on the host.
+
+The buffer holds a rank's data in the very order of its file, so that writing is one long stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from harness.checkpoint.layout import Part, ShardLayout
+from harness.errors import CheckpointError
+
+__all__ = ["Staging"]
+
+
+class Staging:
+    """A host buffer that keeps its memory from save to save; pinned if tensors come from a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._extremes: dict[str, torch.Tensor] = {}
+        self.layout = ShardLayout(parts=())
+
+    def fill(self, layout: ShardLayout, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies this rank's parts of `tensors`. Blocks until the copy is complete, GPU copies included."""
+        self.layout, self._extremes = layout, {}
+        local = {part.tensor: _local(tensors[part.tensor]) for part in layout.parts}
+        on_gpu = any(tensor.is_cuda for tensor in local.values())
+        self._reserve(layout.size_bytes, pinned=on_gpu)
+        for part in layout.parts:
+            source = local[part.tensor]
+            self._view(part).copy_(source, non_blocking=True)
+            if source.is_cuda and _can_be_nonfinite(part):
+                self._extremes[part.tensor] = _extreme(source)
+        if on_gpu:
+            self._extremes = _to_host(self._extremes)
+            torch.cuda.current_stream().synchronize()
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The bytes to be written, as `layout` says."""
+        return self._buffer[: self.layout.size_bytes]
+
+    def check_finite(self, checked: tuple[str, ...]) -> None:
+        """Raises unless all elements of the tensors whose names begin with one of `checked` are finite.
+
+        What came from a GPU was measured there; what came from the CPU is measured now.
+
+        Raises:
+            CheckpointError: an element is NaN or infinite.
+        """
+        for part in self.layout.parts:
+            if not part.tensor.startswith(checked) or not _can_be_nonfinite(part):
+                continue
+            extreme = self._extremes.get(part.tensor)
+            if extreme is None:
+                extreme = _extreme(self._view(part))
+            if not bool(torch.isfinite(extreme).all()):
+                raise CheckpointError(
+                    f"{part.tensor} holds NaN or infinite values",
+                    rule="a checkpoint holds finite parameters and optimizer state",
+                )
+
+    def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
+        if self._buffer.numel() < size_bytes or self._buffer.is_pinned() != pinned:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go of the old before the new is made
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+
+    def _view(self, part: Part) -> torch.Tensor:
+        data = self._buffer[part.start : part.start + part.size_bytes]
+        return data.view(part.dtype).view(part.sizes)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _can_be_nonfinite(part: Part) -> bool:
+    return part.dtype.is_floating_point and part.dtype.itemsize > 1 and math.prod(part.sizes) > 0
+
+
+def _extreme(tensor: torch.Tensor) -> torch.Tensor:
+    """Least and largest element; both are NaN if one element is. One pass without a temporary."""
+    return torch.stack(torch.aminmax(tensor))
+
+
+def _to_host(extremes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not extremes:
+        return {}
+    together = torch.stack([extreme.double() for extreme in extremes.values()]).cpu()
+    return dict(zip(extremes, together, strict=True))

@@ -1,0 +1,162 @@
+"""The directory of checkpoints: what is in it, what is committed, what leaves it. Only rank 0 acts here.
+
+    step-00000100/          a committed checkpoint: shards and a manifest
+    step-00000100.1/        the same step, committed again after a rollback
+    .saving-00000200-x7/    an attempt; nothing is read from it, and the next run's first save removes it
+    damaged-step-00000050/  set aside because a file was not as it was written
+    abandoned-step-00000150/ of a branch that was left by a rollback
+
+A checkpoint is committed by renaming its folder, which holds everything, flushed, the manifest last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.checkpoint.manifest import MANIFEST, Damaged, Manifest
+from harness.checkpoint.shards import sync_folder, write_file
+from harness.errors import CheckpointError
+
+__all__ = ["Saved", "Store"]
+
+logger = logging.getLogger(__name__)
+
+HEALTHY = "healthy"
+"""The empty file that says that a checkpoint has proved itself."""
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_ATTEMPT = ".saving-"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Saved:
+    """A committed checkpoint. Newer ones are greater."""
+
+    step: int
+    copy: int
+    """0, or which repetition of the same step this is."""
+    path: Path
+
+    @property
+    def healthy(self) -> bool:
+        """Whether enough steps without incident have followed it."""
+        return (self.path / HEALTHY).exists()
+
+    def manifest(self) -> Manifest:
+        """Reads and checks the manifest.
+
+        Raises:
+            Damaged: it is missing, not as it was written, or of another step than the folder's name says.
+        """
+        try:
+            manifest = Manifest.from_bytes((self.path / MANIFEST).read_bytes())
+        except OSError as error:
+            raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+        if manifest.step != self.step:
+            raise Damaged(f"{MANIFEST} is of step {manifest.step}, in the folder of step {self.step}")
+        return manifest
+
+
+class Store:
+    """The checkpoints in `directory`, which need not exist yet."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._cleared = False
+
+    def saved(self) -> list[Saved]:
+        """All committed checkpoints, oldest first, healthy or not, intact or not.
+
+        Raises:
+            OSError: the directory is there and cannot be read.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        found = []
+        for name in names:
+            if match := _NAME.fullmatch(name):
+                found.append(Saved(int(match[1]), int(match[2] or 0), self.directory / name))
+        return sorted(found)
+
+    def begin(self, step: int) -> Path:
+        """A fresh folder for an attempt. The first one removes what dead attempts have left.
+
+        Raises:
+            OSError: the directory cannot be made or written.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._cleared:
+            self._clear_leftovers()
+        return Path(tempfile.mkdtemp(prefix=f"{_ATTEMPT}{step:08d}-", dir=self.directory))
+
+    def commit(self, folder: Path, manifest: Manifest) -> Saved:
+        """Makes the attempt in `folder` the newest checkpoint.
+
+        Raises:
+            CheckpointError: a file that a rank has written is not to be seen from here.
+            OSError: the disk is full, gone or read-only.
+        """
+        for name, file in manifest.files.items():
+            if not (folder / name).exists() or (folder / name).stat().st_size != file.size_bytes:
+                raise CheckpointError(
+                    f"{name} was written but is not in {folder}",
+                    rule="all ranks have to write to the same, shared directory",
+                )
+        write_file(folder / MANIFEST, [manifest.to_bytes()])
+        sync_folder(folder)
+        saved = self._rename(folder, manifest.step)
+        sync_folder(self.directory)
+        return saved
+
+    def discard(self, folder: Path) -> None:
+        """Removes a failed attempt, as far as that can be done."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def mark_healthy(self, saved: Saved) -> None:
+        """Promotes a checkpoint: one empty file, flushed.
+
+        Raises:
+            OSError: the disk is full, gone or read-only.
+        """
+        (saved.path / HEALTHY).touch()
+        sync_folder(saved.path)
+
+    def set_aside(self, saved: Saved, kind: str) -> Path | None:
+        """Renames a checkpoint, so that it is kept and never loaded. None if that cannot be done."""
+        for number in range(1000):
+            name = f"{kind}-{saved.path.name}" + (f"-{number}" if number else "")
+            try:
+                if not (self.directory / name).exists():
+                    return saved.path.rename(self.directory / name)
+            except OSError as error:
+                logger.warning("%s cannot be set aside: %s", saved.path, error)
+                return None
+        return None
+
+    def delete(self, saved: Saved) -> None:
+        """Removes a checkpoint; it stops being one at once, however long the removal takes.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        self.discard(saved.path.rename(self.directory / f"{_ATTEMPT}deleted-{saved.path.name}"))
+
+    def _rename(self, folder: Path, step: int) -> Saved:
+        copies = [saved.copy for saved in self.saved() if saved.step == step]
+        copy = max(copies) + 1 if copies else 0
+        path = self.directory / (f"step-{step:08d}" + (f".{copy}" if copy else ""))
+        folder.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        return Saved(step, copy, folder.rename(path))
+
+    def _clear_leftovers(self) -> None:
+        for leftover in self.directory.glob(f"{_ATTEMPT}*"):
+            logger.info("removing %s, left by a save that did not finish", leftover.name)
+            self.discard(leftover)
+        self._cleared = True

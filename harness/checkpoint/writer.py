@@ -1,0 +1,164 @@
+"""The save that goes on while training does: one thread, one group of its own, one attempt at a time."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import harness
+from harness.checkpoint.capture import Captured
+from harness.checkpoint.layout import shard_name
+from harness.checkpoint.manifest import Manifest, ShardFile, TensorInfo
+from harness.checkpoint.shards import write_shard
+from harness.checkpoint.staging import Staging
+from harness.checkpoint.store import Saved, Store
+from harness.dist import HostGroup
+from harness.errors import CheckpointError, HarnessError
+
+__all__ = ["Job", "SaveOutcome", "Writer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOutcome:
+    """How a save ended. The same on all ranks, but for the times."""
+
+    step: int
+    error: HarnessError | None
+    """Why there is no checkpoint; None if there is one."""
+    path: Path | None
+    blocked_s: float
+    """How long training waited for it."""
+    seconds: float
+    """From the call to the end, training's own time included."""
+    size_bytes: int
+    """Of all ranks' files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that the thread needs; nothing in it is changed by training."""
+
+    step: int
+    staging: Staging
+    captured: Captured
+    tensors: dict[str, TensorInfo]
+    """Where all ranks' tensors lie; on rank 0 only."""
+    meta: dict[str, Any]
+    metric: float | None
+    began: float
+    """`time.perf_counter()` at the call."""
+    blocked_s: float
+
+
+class Writer:
+    """Writes and commits one job after the other.
+
+    Args:
+        group: Used by the thread alone.
+        committed: Called in order on rank 0, in the thread, after each commit.
+    """
+
+    def __init__(
+        self, store: Store, group: HostGroup, *, committed: Sequence[Callable[[Saved], object]]
+    ) -> None:
+        self._store, self._group, self._committed = store, group, committed
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[SaveOutcome] = []
+        self.failed: HarnessError | None = None
+        """The last save's error, until it is taken away by whoever raises it."""
+        self.failing_since: float | None = None
+        """When the oldest attempt began (`time.monotonic()`) after which nothing was committed."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, job: Job) -> None:
+        """Begins a job; the one before has to be done."""
+        assert not self.busy
+        self.failing_since = self.failing_since or time.monotonic()
+        # A daemon: a disk that hangs must not keep the process from ending. `join` is called at exit.
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits for the job under way, if there is one; whether it is done."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return not self.busy
+
+    def take_outcomes(self) -> list[SaveOutcome]:
+        """The saves that ended since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def _run(self, job: Job) -> None:
+        saved, size_bytes, error = None, 0, None
+        try:
+            saved, size_bytes = self._save(job)
+            self.failing_since = None
+        except HarnessError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001  (a lost connection; reported, and the next save tries again)
+            error = CheckpointError(f"{type(failure).__name__}: {failure}")
+        if error is not None:
+            logger.error("step %d was not saved: %s", job.step, error)
+        self.failed = error
+        self._outcomes.append(
+            SaveOutcome(
+                step=job.step,
+                error=error,
+                path=saved.path if saved else None,
+                blocked_s=job.blocked_s,
+                seconds=time.perf_counter() - job.began,
+                size_bytes=size_bytes,
+            )
+        )
+
+    def _save(self, job: Job) -> tuple[Saved, int]:
+        self._group.together(lambda: job.staging.check_finite(job.captured.trained))
+        folder = self._group.from_main(lambda: self._store.begin(job.step))
+        try:
+            shares = self._group.gather(lambda: self._write(folder, job))
+            saved = self._group.from_main(lambda: self._store.commit(folder, self._manifest(job, shares)))
+        except Exception:
+            if self._group.is_main:
+                self._store.discard(folder)
+            raise
+        if self._group.is_main:
+            for react in self._committed:
+                react(saved)
+        return saved, sum(file.size_bytes for file, _ in shares)
+
+    def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:
+        path = folder / shard_name(self._group.rank)
+        return write_shard(path, job.staging.layout, job.staging.data), job.captured.rank_state
+
+    def _manifest(self, job: Job, shares: list[tuple[ShardFile, dict[str, Any]]]) -> Manifest:
+        return Manifest(
+            step=job.step,
+            world_size=self._group.size,
+            created=time.time(),
+            metric=job.metric,
+            meta=job.meta,
+            versions={
+                "harness": harness.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            files={shard_name(rank): file for rank, (file, _) in enumerate(shares)},
+            tensors=job.tensors,
+            state=job.captured.state,
+            rank_state={key: [share[key] for _, share in shares] for key in job.captured.rank_state},
+        )
