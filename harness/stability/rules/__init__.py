@@ -1,0 +1,1 @@
+"""Spike rules, a module each; made by `harness.stability.detectors.make_rule`."""

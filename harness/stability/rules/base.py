@@ -1,0 +1,93 @@
+"""What every spike rule is: a judge of one step at a time whose memory lives on the device."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.errors import CheckpointError
+
+__all__ = ["SpikeRule", "SpikeVerdict", "no_limit", "shifted"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpikeVerdict:
+    """A rule's opinion of one step, as 0-d tensors on the device."""
+
+    flagged: Tensor
+    """bool: the step is a spike. Never set for a step that is not trusted."""
+    score: Tensor
+    """float64: how unusual the step is, in the rule's own unit; 0 while the rule is still warming up."""
+    norm_limit: Tensor
+    """float64: the gradient norm that the rule would clip this step to; inf if none."""
+
+
+class SpikeRule(abc.ABC):
+    """Judges the steps of a run one after the other, from values that are equal on all ranks.
+
+    All memory is a few named tensors on the device of the judged values, so no call synchronises, and a rule
+    that is loaded from a checkpoint goes on bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] = {}
+
+    @abc.abstractmethod
+    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
+        """Judges the next step and learns from it if it is fit to learn from. Does not synchronise.
+
+        Args:
+            log_norm_t: 0-d, natural logarithm of the reduced gradient's norm before clipping.
+            loss_t: 0-d, mean loss of the global batch; NaN throughout if the loop has none to give.
+            trusted_t: 0-d bool, the step has no NaN and no Inf: others are neither flagged nor learned.
+        """
+
+    @abc.abstractmethod
+    def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
+        """The memory of a rule that has seen nothing."""
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """The memory, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
+        if not self._state:
+            self._state = self._fresh_state(device)
+        elif next(iter(self._state.values())).device != device:
+            self._state = {name: value.to(device) for name, value in self._state.items()}
+        return self._state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the memory, on the device; empty before the first step."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from `state`.
+
+        Raises:
+            CheckpointError: it was saved by another rule or with another window.
+        """
+        expected = {name: value.shape for name, value in self._fresh_state(torch.device("cpu")).items()}
+        found = {name: value.shape for name, value in state.items()}
+        if found and found != expected:
+            raise CheckpointError(
+                f"the spike rule's state has {_described(found)}",
+                rule=f"{type(self).__name__} with these settings has {_described(expected)}",
+                remedy="resume with the spike rule and window that the run was saved with",
+            )
+        self._state = {name: value.detach().clone() for name, value in state.items()}
+
+
+def _described(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name}{list(shape)}" for name, shape in shapes.items())
+
+
+def shifted(window: Tensor, newest: Tensor) -> Tensor:
+    """`window` `[..., W]` without its oldest entry (the first) and with `newest` `[...]` as its last."""
+    return torch.cat([window[..., 1:], newest.unsqueeze(-1)], dim=-1)
+
+
+def no_limit(like: Tensor) -> Tensor:
+    """The norm limit of a rule that does not clip."""
+    return torch.full_like(like, torch.inf, dtype=torch.float64)
