@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ParameterRow", "RankRow", "StepRecord", "Verdict"]
+__all__ = ["ParameterRow", "ParameterSample", "RankRow", "StepRecord", "Verdict"]
 
 Verdict = Literal["apply", "clip", "skip", "stop"]
 
@@ -20,11 +20,31 @@ class ParameterRow:
     """Statistics of one parameter's gradient. Norms and extremes are over the finite elements."""
 
     grad_norm: float
+    """L2 norm of the reduced gradient; the other values are of all ranks' own ones, before the reduction."""
     max_abs: float
+    """NaN, like -1 of `num_zero`: not measured in this step."""
     num_nan: int
     num_inf: int
     num_zero: int
     num_elements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterSample:
+    """What a step did to one parameter, taken every so many steps. Of a skipped step the update is 0."""
+
+    weight_norm: float
+    """L2 norm after the step."""
+    update_norm: float
+    """L2 norm of the step's change, estimated from evenly spaced elements."""
+    update_ratio: float
+    """update_norm / weight_norm; about 1e-3 is healthy. NaN for a parameter of zeros."""
+    second_moment_min: float
+    """Extremes of Adam's second moment; NaN for other optimizers."""
+    second_moment_max: float
+    underflow_frac: float
+    """Estimated share of gradient elements that are not 0, yet below the least normal number of the compute
+    precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +89,24 @@ class StepRecord:
     max_abs: float = 0.0
     loss_scale: float = 1.0
     rank: int | None = None
-    """The culprit: the lowest rank whose own loss or gradient was not finite."""
+    """The culprit: the rank whose own loss or gradient was not finite first (in the earliest micro-batch, the
+    lowest of several); or the one whose replica differs from the others."""
     parameter: str | None = None
-    """The culprit's first parameter, in the order of the forward pass, with a non-finite gradient."""
+    """Where the culprit's non-finite gradient began: the last such parameter of the forward pass under a
+    finite loss, for a fault of the backward pass spreads towards the input; the first under a loss that is
+    not finite, which poisons them all."""
     micro_batch: int | None = None
     per_rank: tuple[RankRow, ...] = ()
     per_parameter: Mapping[str, ParameterRow] = field(default_factory=dict)
-    """Statistics of the gradient before the reduction, by parameter name; only when asked for."""
+    """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""
+    sampled: Mapping[str, ParameterSample] = field(default_factory=dict)
+    """Weights and updates by parameter name; every so many steps."""
+    spike_score: float = 0.0
+    """How unusual loss and norm were, in the spike rule's own unit; 0 while it warms up or without one."""
+    is_spike: bool = False
+    """The spike rule's opinion, whatever was done about it."""
+    replicas_differ: bool = False
+    """Reduced gradients, parameters or optimizer state were not the same on all replicas."""
 
     @property
     def skipped(self) -> bool:

@@ -225,6 +225,9 @@ class GuardConfig:
     """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
     spike: Literal["off", "warn", "clip", "skip"] = "warn"
     """On a finite but extraordinary loss or gradient norm."""
+    spike_rule: str = "robust"
+    """What counts as extraordinary: a name from `harness.stability.detectors.RULES`. The three settings that
+    follow are the robust rule's; the others keep the values of their papers."""
     spike_threshold: float = 6.0
     """Robust z-score from which a step counts as a spike."""
     spike_window: int = 128
@@ -232,7 +235,18 @@ class GuardConfig:
     spike_warmup: int = 64
     """Steps before the spike rule speaks."""
     max_consecutive_skips: int = 3
-    """More skipped steps in a row than this end the run with a report."""
+    """More skipped steps in a row than this roll the run back where that is possible, else end it."""
+    max_skip_frac: float = 0.25
+    """Largest share of skipped steps among the last 100 that is borne."""
+    max_rollbacks: int = 3
+    """Rollbacks that a run may take before it is ended."""
+    rollback_cooldown_steps: int = 50
+    """Applied steps that have to follow a rollback before the next one; trouble sooner ends the run."""
+    replicas: Literal["off", "warn", "stop"] = "warn"
+    """On replicas that are not the same: in the reduced gradient's norm, compared every step, or in a checksum
+    of parameters and optimizer state."""
+    replicas_every: int = 101
+    """Steps between checksums; 0: never. Odd, because an even cadence misses an error of period two."""
     lag_steps: int = 2
     """Steps after which a verdict is read back; the device itself acts at once. 0 synchronises every step."""
     extremes_every: int = 1
@@ -240,6 +254,9 @@ class GuardConfig:
     two come free with the others."""
     per_parameter_every: int = 10
     """Steps between records with a row per parameter; 0: never. An incident always has them."""
+    sample_every: int = 100
+    """Steps between samples of weights and updates (norms, update / weight, Adam's second moments, underflow);
+    0: never. Each reads the parameters twice."""
     init_loss_scale: float = 65536.0
     """Loss scale at the start of an fp16 run."""
     loss_scale_growth_steps: int = 2000
@@ -251,6 +268,14 @@ class GuardConfig:
             "guard", self, ["max_consecutive_skips", "loss_scale_growth_steps", "extremes_every"]
         )
         require_not_negative("guard", self, ["spike_warmup", "lag_steps", "per_parameter_every"])
+        require_not_negative("guard", self, ["max_rollbacks", "rollback_cooldown_steps", "sample_every"])
+        require(0 < self.max_skip_frac <= 1, "guard.max_skip_frac", self.max_skip_frac, "it lies in (0, 1]")
+        require(
+            self.replicas_every == 0 or (self.replicas_every > 0 and self.replicas_every % 2 == 1),
+            "guard.replicas_every",
+            self.replicas_every,
+            "it has to be odd, or 0 for never: an even cadence misses an error of period two",
+        )
         if self.max_norm is not None:
             require_positive("guard", self, ["max_norm"])
         require(
