@@ -243,8 +243,8 @@ class GuardConfig:
     rollback_cooldown_steps: int = 50
     """Applied steps that have to follow a rollback before the next one; trouble sooner ends the run."""
     replicas: Literal["off", "warn", "stop"] = "warn"
-    """On replicas that are not the same: in the reduced gradient's norm, compared every step, or in a checksum
-    of parameters and optimizer state."""
+    """On replicas that are not the same: in the reduced gradient's norm, compared every step, or in a
+    checksum of parameters and optimizer state."""
     replicas_every: int = 101
     """Steps between checksums; 0: never. Odd, because an even cadence misses an error of period two."""
     lag_steps: int = 2
@@ -255,8 +255,8 @@ class GuardConfig:
     per_parameter_every: int = 10
     """Steps between records with a row per parameter; 0: never. An incident always has them."""
     sample_every: int = 100
-    """Steps between samples of weights and updates (norms, update / weight, Adam's second moments, underflow);
-    0: never. Each reads the parameters twice."""
+    """Steps between samples of weights and updates (norms, update / weight, Adam's second moments, gradient
+    underflow); 0: never."""
     init_loss_scale: float = 65536.0
     """Loss scale at the start of an fp16 run."""
     loss_scale_growth_steps: int = 2000
