@@ -23,7 +23,9 @@ __all__ = ["RanksFailed", "run_ranks"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports torch once and forks each rank from there: a rank starts in milliseconds.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.support.distributed"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.support.distributed"]
+)
 
 
 class RanksFailed(AssertionError):
