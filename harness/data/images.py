@@ -75,7 +75,7 @@ def _digits() -> tuple[Array, Array]:
     except ImportError as error:
         raise DataError(
             "the handwritten digits come with scikit-learn, which is not installed",
-            remedy="pip install 'stability-harness[vision]', or name an .npz with --data.paths",
+            remedy="run pip install 'stability-harness[vision]', or name an .npz with --data.paths",
         ) from error
     digits = load_digits()
     return digits.images, digits.target
@@ -87,7 +87,7 @@ def _read_npz(paths: Sequence[str]) -> tuple[Array, Array]:
     path = Path(paths[0]).expanduser()
     try:
         # Pickled objects could run code; arrays of numbers need none.
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["images"], arrays["labels"]
     except KeyError as error:
         raise DataError(

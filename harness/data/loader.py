@@ -8,7 +8,9 @@ micro-batch size trains on the same samples in the same steps, and a run resumes
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from harness.data.fetch import fetch
 from harness.data.order import mix, sample_order
@@ -125,7 +128,10 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers. The loader can be used again; it then starts new ones."""
-        self._stream = None  # torch's iterator joins its workers when it is dropped
+        if isinstance(self._stream, _MultiProcessingDataLoaderIter):
+            # Dropping it is not enough: the traceback of an error may keep it alive.
+            self._stream._shutdown_workers()
+        self._stream = None
 
     def _seek(self, position: int) -> None:
         self.close()
@@ -144,7 +150,7 @@ class Loader:
                 sampler=starts,
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_outlive_signals,
                 # Without its own, making the iterator draws from the generator that dropout uses.
                 generator=torch.Generator(),
             )
@@ -211,10 +217,18 @@ def _pinned(batch: Batch) -> Batch:
     return {name: values.pin_memory() for name, values in batch.items()}
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C and pre-emption reach the whole process group; the trainer still needs its next batch then.
+def _outlive_signals(_worker: int) -> None:
+    """Ctrl-C and pre-emption reach every process of a job, and the trainer still needs its next batch then.
 
-    Workers end when the trainer closes them, or notice within seconds that it is gone.
+    So a worker ends on SIGTERM from the trainer only, which is how the trainer's exit ends it. If the
+    trainer is killed, torch's worker loop notices within seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+
+
+def _exit_with_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

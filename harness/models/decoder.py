@@ -118,7 +118,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[B, T, H * W]` as `[B, H, T, W]`."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -181,7 +182,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     x32 = x.float()
     partner = x32.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x32 * cos, partner, sin).type_as(x)
+    turned = torch.addcmul(x32 * cos, partner, sin)
+    return turned.to(x.dtype)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
