@@ -13,18 +13,33 @@ if TYPE_CHECKING:
     from harness.config import TrainConfig
     from harness.records import StepRecord
     from harness.stability import StepGuard
+    from harness.tracking import ExperimentConfig, TrainingMetrics
     from harness.training import TrainResult, train
+    from harness.training.tracker_checkpoints import ExperimentTracker
 
 __version__ = "0.1.0"
 
-__all__ = ["Checkpointer", "StepGuard", "StepRecord", "TrainConfig", "TrainResult", "train"]
+__all__ = [
+    "Checkpointer",
+    "ExperimentConfig",
+    "ExperimentTracker",
+    "StepGuard",
+    "StepRecord",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingMetrics",
+    "train",
+]
 
 _HOMES = {
     "Checkpointer": "harness.checkpoint",
+    "ExperimentConfig": "harness.tracking",
+    "ExperimentTracker": "harness.training.tracker_checkpoints",
     "StepGuard": "harness.stability",
     "StepRecord": "harness.records",
     "TrainConfig": "harness.config",
     "TrainResult": "harness.training",
+    "TrainingMetrics": "harness.tracking",
     "train": "harness.training",
 }
 

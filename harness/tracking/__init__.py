@@ -9,38 +9,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.tracking.experiment import ExperimentConfig, TrainingMetrics
     from harness.tracking.log import RunLog
     from harness.tracking.mirrors import MirrorHandle, start_mirrors, start_sampler
     from harness.tracking.plots import plot_run
     from harness.tracking.reader import Run, open_run
     from harness.tracking.settings import MirrorSettings
+    from harness.tracking.sync import sync_run
+    from harness.tracking.tracker import ExperimentTracker
 
 __all__ = [
+    "ExperimentConfig",
+    "ExperimentTracker",
     "MirrorHandle",
     "MirrorSettings",
     "Run",
     "RunLog",
+    "TrainingMetrics",
     "open_run",
     "plot_run",
     "start_mirrors",
     "start_sampler",
+    "sync_run",
 ]
 
 _HOMES = {
-    "MirrorHandle": "mirrors",
-    "MirrorSettings": "settings",
-    "Run": "reader",
-    "RunLog": "log",
-    "open_run": "reader",
-    "plot_run": "plots",
-    "start_mirrors": "mirrors",
-    "start_sampler": "mirrors",
+    "ExperimentConfig": "harness.tracking.experiment",
+    "ExperimentTracker": "harness",  # the one with checkpoints, which are wired in above this floor
+    "MirrorHandle": "harness.tracking.mirrors",
+    "MirrorSettings": "harness.tracking.settings",
+    "Run": "harness.tracking.reader",
+    "RunLog": "harness.tracking.log",
+    "TrainingMetrics": "harness.tracking.experiment",
+    "open_run": "harness.tracking.reader",
+    "plot_run": "harness.tracking.plots",
+    "start_mirrors": "harness.tracking.mirrors",
+    "start_sampler": "harness.tracking.mirrors",
+    "sync_run": "harness.tracking.sync",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

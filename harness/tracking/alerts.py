@@ -107,7 +107,7 @@ def _plateau(before: list[float], value: float, config: AlertConfig) -> str | No
         return None
     oldest, best = before[0], min([*before[1:], value])
     if best > oldest - config.value * abs(oldest):
-        return f"has gone from {oldest:g} to {best:g} in {config.window} points, less than by {config.value:g} of it"
+        return f"has only gone from {oldest:g} to {best:g} in {config.window} points"
     return None
 
 

@@ -5,7 +5,9 @@ Drawn on `Figure` objects with their own canvas: no display, no global state of 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,28 +53,29 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
 
 
 def draw_run(run: Run) -> Figure:
-    """Loss, gradient norm, learning rate and non-finite gradients over the steps, with the events."""
+    """Loss, gradient norm and non-finite gradients over the steps, with the events; accuracy and learning
+    rate where they were logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 9), layout="constrained", facecolor="white")
+    panels = [panel for panel in _PANELS if panel.always or len(run.scalars(panel.metric).steps)]
+    heights = [panel.height for panel in panels]
+    figure = Figure(figsize=(11, 0.9 + 1.04 * sum(heights)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2.2, 1.2, 1.2])
-    _draw_loss(axes[0], run)
-    _draw_grad_norm(axes[1], run)
-    _draw_lr(axes[2], run)
-    _draw_nonfinite(axes[3], run)
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.set_ylabel(panel.label)
+        panel.draw(axis, run)
     marked = _mark_events(axes, run)
     for axis in axes:
         _dress(axis)
     axes[-1].set_xlabel("step", color=FAINT)
     figure.align_ylabels(axes)
-    _title(figure, axes[0], run, marked)
+    _title(figure, run, marked)
     return figure
 
 
 def _draw_loss(axis: Axes, run: Run) -> None:
-    axis.set_ylabel("loss")
     train = _curve(axis, run, "train/loss", "training", BLUE)
     val = run.scalars("val/loss")
     if len(val.steps):
@@ -83,7 +86,6 @@ def _draw_loss(axis: Axes, run: Run) -> None:
 def _draw_grad_norm(axis: Axes, run: Run) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_ylabel("gradient norm")
     before = _curve(axis, run, "train/grad_norm", "before clipping", VIOLET)
     after = _curve(axis, run, "train/grad_norm_clipped", "after clipping", GREEN)
     shown = np.concatenate([before, after])
@@ -95,14 +97,12 @@ def _draw_grad_norm(axis: Axes, run: Run) -> None:
 
 
 def _draw_lr(axis: Axes, run: Run) -> None:
-    axis.set_ylabel("learning rate")
     lr = run.scalars("train/lr")
     axis.plot(lr.steps, lr.values, color=BLUE, linewidth=1.6)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
 
 
 def _draw_nonfinite(axis: Axes, run: Run) -> None:
-    axis.set_ylabel("non-finite")
     worst = 0.0
     for name, label, colour, marker in (
         ("guard/num_nan", "NaN", RED, "o"),
@@ -122,6 +122,31 @@ def _draw_nonfinite(axis: Axes, run: Run) -> None:
         axis.set_ylim(0, 1)
         axis.set_yticks([0])
         axis.text(0.5, 0.5, "none", color=FAINT, ha="center", va="center", transform=axis.transAxes)
+
+
+def _draw_accuracy(axis: Axes, run: Run) -> None:
+    _curve(axis, run, "train/accuracy", "training", BLUE)
+    val = run.scalars("val/accuracy")
+    if len(val.steps):
+        axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    label: str
+    metric: str
+    draw: Callable[[Axes, Run], None]
+    height: float
+    always: bool = True
+
+
+_PANELS = (
+    _Panel("loss", "train/loss", _draw_loss, 3.0),
+    _Panel("accuracy", "train/accuracy", _draw_accuracy, 1.8, always=False),
+    _Panel("gradient norm", "train/grad_norm", _draw_grad_norm, 2.2),
+    _Panel("learning rate", "train/lr", _draw_lr, 1.2, always=False),
+    _Panel("non-finite", "guard/num_nan", _draw_nonfinite, 1.2),
+)
 
 
 def _curve(axis: Axes, run: Run, name: str, label: str, colour: str) -> npt.NDArray[np.float64]:
@@ -199,7 +224,7 @@ def _dress(axis: Axes) -> None:
         axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=3, labelcolor=INK)
 
 
-def _title(figure: Figure, top: Axes, run: Run, marked: list[str]) -> None:
+def _title(figure: Figure, run: Run, marked: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     figure.suptitle(_headline(run), color=INK, fontsize=12, x=0.012, ha="left", parse_math=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
 from harness.config import AlertConfig, TrackingConfig, TrainConfig
 
-__all__ = ["MirrorSettings"]
+__all__ = ["MirrorSettings", "tensorboard_dir"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,8 @@ class MirrorSettings:
     """Folder of the event file; default: `tensorboard` in the run directory."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
+    wandb_tensorboard: bool = False
+    """Give W&B the event file too, for its TensorBoard tab."""
     project: str = "harness"
     """W&B project."""
     name: str | None = None
@@ -62,3 +65,8 @@ class MirrorSettings:
         fields: dict[str, Any] = orjson.loads(text)
         alerts = tuple(AlertConfig(**alert) for alert in fields["alerts"])
         return cls(**{**fields, "tags": tuple(fields["tags"]), "alerts": alerts})
+
+
+def tensorboard_dir(run_dir: Path, settings: MirrorSettings) -> Path:
+    """Where the run's event file lies."""
+    return Path(settings.tensorboard_dir) if settings.tensorboard_dir else run_dir / "tensorboard"

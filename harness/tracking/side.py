@@ -28,7 +28,7 @@ from harness.tracking.nodes import NodeLog
 from harness.tracking.process import lives
 from harness.tracking.resources import Sampler, sample_forever
 from harness.tracking.segments import segments
-from harness.tracking.settings import MirrorSettings
+from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
 __all__ = ["followers_for", "main"]
 
@@ -115,8 +115,7 @@ def _sync_forever(folder: Path, ended: threading.Event) -> None:
 def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
     from harness.tracking.tensorboard import TensorBoardMirror
 
-    folder = Path(settings.tensorboard_dir) if settings.tensorboard_dir else run_dir / "tensorboard"
-    return TensorBoardMirror(folder, run_dir=run_dir, state=state)
+    return TensorBoardMirror(tensorboard_dir(run_dir, settings), run_dir=run_dir, state=state)
 
 
 def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:

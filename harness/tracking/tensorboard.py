@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from harness.tracking.codec import Record
 from harness.tracking.mirror import StartAgain, scalars_of
 
-__all__ = ["TensorBoardMirror"]
+__all__ = ["TensorBoardMirror", "trace_graph"]
 
 
 class TensorBoardMirror:
@@ -98,6 +98,14 @@ class TensorBoardMirror:
 
     def _write(self, event: Event) -> None:
         self._writer.write(event.SerializeToString())
+
+
+def trace_graph(model: Any, example_input: Any) -> bytes:
+    """The model's graph in TensorBoard's format. Traces: the model runs once. Called in the trainer."""
+    from torch.utils.tensorboard._pytorch_graph import graph
+
+    traced: bytes = graph(model, example_input)[0].SerializeToString()
+    return traced
 
 
 def _summary_values(record: Record, run_dir: Path) -> list[Summary.Value]:

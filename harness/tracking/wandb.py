@@ -18,8 +18,8 @@ import wandb
 from wandb.errors import Error as WandbError
 
 from harness.tracking.codec import Record
-from harness.tracking.mirror import scalars_of
-from harness.tracking.settings import MirrorSettings
+from harness.tracking.mirror import StartAgain, scalars_of
+from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
 __all__ = ["WandbMirror"]
 
@@ -41,10 +41,14 @@ class WandbMirror:
     def __init__(
         self, settings: MirrorSettings, *, run_dir: Path, run_id: str, state: Mapping[str, Any]
     ) -> None:
+        self._settings = settings
         self._run_dir = run_dir
         self._ordinal: int = state.get("ordinal", 0)
         self._step: int = state.get("step", 0)
-        self._run = _start(settings, run_dir, run_id)
+        self._run, self._mode = _start(settings, run_dir, run_id)
+        if (state.get("mode"), self._mode) == ("offline", "online"):
+            self._run.finish()
+            raise StartAgain  # the account is there now: it gets what was kept offline too
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -64,7 +68,7 @@ class WandbMirror:
             self._run.log(row, step=self._ordinal, commit=True)
 
     def commit(self) -> dict[str, Any]:
-        return {"ordinal": self._ordinal, "step": self._step}
+        return {"ordinal": self._ordinal, "step": self._step, "mode": self._mode}
 
     def idle(self) -> None:
         """Nothing is watched here."""
@@ -73,6 +77,9 @@ class WandbMirror:
         """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
+        if self._settings.wandb_tensorboard and self._settings.tensorboard:
+            folder = tensorboard_dir(self._run_dir, self._settings)
+            self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
         self._run.finish(exit_code=1 if state == "crashed" else 0)
 
     def _row(self, record: Record) -> dict[str, Any]:
@@ -101,11 +108,12 @@ class WandbMirror:
             self._run.alert(title=title, text=str(record.values.get("message")), level=level)
 
 
-def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> wandb.Run:
-    """Starts the run online if that is asked for and possible, else offline."""
+def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.Run, str]:
+    """Starts the run online if that is asked for and possible, else offline; says which."""
     if settings.wandb == "online":
         try:
-            return _init(settings, run_dir, run_id, "online")
+            run = _init(settings, run_dir, run_id, None)  # WANDB_MODE may still say otherwise
+            return run, "offline" if run.offline else "online"
         except WandbError as error:
             reason = str(error).split("\n")[0]
             logger.warning(
@@ -114,12 +122,10 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> wandb.Run:
                 reason,
                 run_dir / "wandb",
             )
-    return _init(settings, run_dir, run_id, "offline")
+    return _init(settings, run_dir, run_id, "offline"), "offline"
 
 
-def _init(
-    settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["online", "offline"]
-) -> wandb.Run:
+def _init(settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None) -> wandb.Run:
     return wandb.init(
         project=_cleaned(settings.project, r"[/\\#?%:\x00-\x1f]", 128) or "harness",
         name=_cleaned(settings.name or run_dir.resolve().name, r"[\x00-\x1f]", 128),

@@ -1,0 +1,134 @@
+"""Two runs side by side: what was set differently, what came out differently, and where they parted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from harness.tracking.reader import Run, open_run
+from harness.tracking.text import number, table
+
+__all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
+
+PARTING_METRIC = "train/loss"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parting:
+    """The first step at which a metric is not the same number, bit for bit."""
+
+    metric: str
+    step: int | None
+    """None: equal on all steps that both have."""
+    num_common: int
+    values: tuple[float, float] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
+    """How run `b` differs from run `a`."""
+
+    names: tuple[str, str]
+    settings: dict[str, tuple[Any, Any]]
+    """Settings and hyperparameters that differ, by dotted name; None where one has none."""
+    metrics: dict[str, tuple[float | None, float | None]]
+    """Last values of every metric that either has."""
+    partings: list[Parting]
+    """For each metric of the steps that both have, the earliest first."""
+
+
+def compare_runs(a: str | Path, b: str | Path) -> Comparison:
+    """Compares two runs' timelines.
+
+    Raises:
+        TrackingError: one of them is no run.
+    """
+    first, second = open_run(a), open_run(b)
+    ours, theirs = settings_of(first), settings_of(second)
+    metrics = sorted(set(first.names()) | set(second.names()))
+    partings = [
+        _parting(first, second, name) for name in metrics if not name.startswith(("time/", "system/"))
+    ]
+    return Comparison(
+        names=(_name(first), _name(second)),
+        settings={
+            name: (ours.get(name), theirs.get(name))
+            for name in sorted(set(ours) | set(theirs))
+            if ours.get(name) != theirs.get(name)
+        },
+        metrics={name: (first.last(name), second.last(name)) for name in metrics},
+        partings=sorted(
+            (p for p in partings if p.num_common), key=lambda p: np.inf if p.step is None else p.step
+        ),
+    )
+
+
+def compare_text(a: str | Path, b: str | Path) -> str:
+    """The comparison in words and tables. For `harness compare`."""
+    comparison = compare_runs(a, b)
+    heads = list(comparison.names)
+    settings = [[name, str(x), str(y)] for name, (x, y) in comparison.settings.items()]
+    metrics = [[name, number(x), number(y), _difference(x, y)] for name, (x, y) in comparison.metrics.items()]
+    parts = [
+        table(["setting", *heads], settings) if settings else "the settings are the same",
+        table(["last value", *heads, "difference"], metrics) if metrics else "no metrics",
+        _partings_text(comparison.partings),
+    ]
+    return "\n\n".join(parts)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The run's configuration and hyperparameters under dotted names."""
+    path = run.path / "config.yaml"
+    config = yaml.safe_load(path.read_text()) if path.exists() else run.info.get("config")
+    return dict(sorted({**_flat(config or {}, ""), **_flat(run.hparams, "")}.items()))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _parting(first: Run, second: Run, metric: str) -> Parting:
+    ours, theirs = first.scalars(metric), second.scalars(metric)
+    steps, at_ours, at_theirs = np.intersect1d(ours.steps, theirs.steps, return_indices=True)
+    x, y = ours.values[at_ours], theirs.values[at_theirs]
+    different = np.flatnonzero(~((x == y) | (np.isnan(x) & np.isnan(y))))
+    if not len(different):
+        return Parting(metric, None, len(steps), None)
+    at = different[0]
+    return Parting(metric, int(steps[at]), len(steps), (float(x[at]), float(y[at])))
+
+
+def _partings_text(partings: list[Parting]) -> str:
+    if not partings:
+        return "they have no step in common"
+    parted = [parting for parting in partings if parting.step is not None]
+    if not parted:
+        return f"equal, bit for bit, on all {partings[0].num_common} steps that both have"
+    rows = [
+        [parting.metric, str(parting.step), *(repr(value) for value in parting.values or ())]
+        for parting in parted
+    ]
+    return f"they part at step {parted[0].step}\n" + table(["metric", "first step", "first", "second"], rows)
+
+
+def _difference(x: float | None, y: float | None) -> str:
+    if x is None or y is None:
+        return "-"
+    relative = f" ({(y - x) / abs(x):+.2%})" if x and np.isfinite(x) and np.isfinite(y) else ""
+    return f"{y - x:+.5g}{relative}"
+
+
+def _name(run: Run) -> str:
+    return run.path.resolve().name

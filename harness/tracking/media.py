@@ -1,0 +1,129 @@
+"""Images, of whatever kind people have them, as PNG files beside the log."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from harness.errors import TrackingError
+from harness.tracking.log import log_dir
+
+__all__ = ["save_image", "save_media", "to_picture"]
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def save_image(run_dir: Path, image: Any) -> dict[str, Any]:
+    """Stores the image once, whatever its name, and returns what an `image` record says of it.
+
+    Args:
+        run_dir: The run.
+        image: See `to_picture`.
+
+    Raises:
+        TrackingError: it is no image.
+    """
+    picture = to_picture(image)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {
+        "file": save_media(run_dir, file.getvalue(), "png"),
+        "width": picture.width,
+        "height": picture.height,
+        "channels": len(picture.getbands()),
+    }
+
+
+def save_media(run_dir: Path, data: bytes, suffix: str) -> str:
+    """Stores bytes under their digest; returns the path relative to the run directory."""
+    path = log_dir(run_dir) / "media" / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    return str(path.relative_to(run_dir))
+
+
+def to_picture(image: Any) -> Image.Image:
+    """A PIL image from one, from a file's path, a matplotlib figure, or an array or tensor.
+
+    Arrays are `[height, width]`, `[height, width, channel]`, `[channel, height, width]`, or a batch of such,
+    which becomes a grid. Floats are taken as 0 to 1, or are stretched if they go beyond; uint8 as they are.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+    if isinstance(image, (str, Path)):
+        try:
+            return to_picture(Image.open(image))
+        except OSError as error:
+            raise TrackingError(f"the image {str(image)!r} cannot be read: {error}") from error
+    if hasattr(image, "savefig"):
+        file = io.BytesIO()
+        image.savefig(file, format="png")
+        return to_picture(Image.open(file))
+    return Image.fromarray(_pixels(_array(image)))
+
+
+def _array(image: Any) -> npt.NDArray[Any]:
+    if hasattr(image, "detach"):  # a tensor; numpy knows no bfloat16
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image
+        image = image.numpy()
+    array = np.asarray(image)
+    if array.dtype.kind not in "bifu" or array.ndim not in (2, 3, 4) or array.size == 0:
+        raise TrackingError(
+            f"an image of shape {array.shape} and dtype {array.dtype}",
+            rule="it has to be [height, width], with 1, 3 or 4 channels first or last, or a batch of such",
+        )
+    return array
+
+
+def _pixels(array: npt.NDArray[Any]) -> Pixels:
+    if array.ndim == 4:
+        return _grid([_channels_last(each) for each in _bytes(array)])
+    return _squeezed(_channels_last(_bytes(array)))
+
+
+def _bytes(array: npt.NDArray[Any]) -> Pixels:
+    if array.dtype == np.uint8:
+        return array
+    values = np.nan_to_num(array.astype(np.float64), posinf=np.inf, neginf=-np.inf)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    if low < 0.0 or high > 1.0:
+        values = (values - low) / max(high - low, 1e-12)
+    return (values.clip(0.0, 1.0) * 255).round().astype(np.uint8)
+
+
+def _channels_last(image: Pixels) -> Pixels:
+    if image.ndim == 2:
+        return image[:, :, None]
+    if image.shape[2] in (1, 3, 4):
+        return image
+    if image.shape[0] in (1, 3, 4):
+        return np.moveaxis(image, 0, 2)
+    raise TrackingError(f"an image of shape {image.shape}", rule="it has to have 1, 3 or 4 channels")
+
+
+def _grid(images: list[Pixels]) -> Pixels:
+    """Near square, with a pixel of space between."""
+    height, width, channels = images[0].shape
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    grid = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    return _squeezed(grid)
+
+
+def _squeezed(image: Pixels) -> Pixels:
+    return image[:, :, 0] if image.shape[2] == 1 else image

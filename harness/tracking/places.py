@@ -1,0 +1,92 @@
+"""Where an experiment's run lies, and which one is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from harness.errors import TrackingError
+from harness.tracking.experiment import ExperimentConfig
+from harness.tracking.log import log_dir
+from harness.tracking.names import folder_name
+from harness.tracking.reader import is_run, open_run
+
+__all__ = ["RunPlace", "find_place"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunPlace:
+    """The folders of one run."""
+
+    name: str
+    run_dir: Path
+    tensorboard_dir: Path
+    checkpoint_dir: Path
+
+
+def find_place(config: ExperimentConfig, *, create: bool) -> RunPlace:
+    """The run that the configuration means: the one to be resumed, or a new one.
+
+    Args:
+        config: The experiment.
+        create: Makes the new run's directory, so that no other process gets the same.
+
+    Raises:
+        TrackingError: there is no run to resume, or the directory cannot be made.
+    """
+    runs = Path(config.tensorboard_dir).parent
+    name = _resumed(config, runs) if config.resume_run else _new(config, runs, create)
+    return RunPlace(
+        name, runs / name, Path(config.tensorboard_dir) / name, Path(config.model_save_dir) / name
+    )
+
+
+def _new(config: ExperimentConfig, runs: Path, create: bool) -> str:
+    wanted = config.run_name or f"{config.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, count = folder_name(wanted), 1
+    while create:
+        try:
+            (runs / name).mkdir(parents=True)
+            break
+        except FileExistsError:
+            count += 1
+            name = f"{folder_name(wanted)}-{count}"
+        except OSError as error:
+            raise TrackingError(
+                f"the run directory {runs / name} cannot be made: {error.strerror}",
+                remedy="set tensorboard_dir to a folder that can be written",
+            ) from error
+    return name
+
+
+def _resumed(config: ExperimentConfig, runs: Path) -> str:
+    wanted = config.run_id or config.run_name
+    candidates = [path for path in runs.glob("*") if is_run(path)]
+    if wanted is not None:
+        found = [path for path in candidates if wanted in (path.name, _wandb_id(path))]
+        found = found or [path for path in candidates if path.name == folder_name(wanted)]
+    else:
+        mine = [(open_run(path), path) for path in candidates]
+        ours = [
+            (run.updated or 0.0, path)
+            for run, path in mine
+            if _experiment(run.info) == config.experiment_name
+        ]
+        found = [path for _, path in sorted(ours)[-1:]]
+    if not found:
+        raise TrackingError(
+            f"there is no run {wanted or config.experiment_name!r} in {runs} to resume",
+            rule="run_id is the name of a run's folder, or its W&B id",
+            remedy=f"`harness runs {runs}` lists what there is; resume_run=False starts a new one",
+        )
+    return found[0].name
+
+
+def _experiment(info: dict[str, object]) -> object:
+    return info.get("experiment")
+
+
+def _wandb_id(run_dir: Path) -> str | None:
+    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
+    return kept.read_text() if kept.exists() else None

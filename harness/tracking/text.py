@@ -1,0 +1,72 @@
+"""Tables, numbers and curves for a terminal."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["age", "number", "printable", "sparkline", "table"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by their widest cell; the first to the left, numbers to the right."""
+    cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    to_right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(heads))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, to_right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def number(value: float | None) -> str:
+    """Short, and never less exact than people need: five digits."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(float(value))
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.5g}"
+
+
+def age(seconds: float) -> str:
+    """`42 s`, `5 min`, `3.2 h`, `4.1 d`."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.1f} {name}" if unit == 3600 else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.1f} d"
+
+
+def sparkline(values: npt.NDArray[np.float64], width: int) -> str:
+    """The curve in one line; each character stands for the mean of its share, `!` for one not finite."""
+    if not len(values):
+        return ""
+    parts = np.array_split(values, min(width, len(values)))
+    means = [float(np.mean(part)) for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((m - low) * scale)] if math.isfinite(m) else "!" for m in means)
+
+
+def printable(text: str, longest: int = 120) -> str:
+    """No control characters, which could move a terminal's cursor; one line; not too long."""
+    clean = "".join("�" if unicodedata.category(char).startswith("C") else char for char in text)
+    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return cell in ("-", "")
+    return True
