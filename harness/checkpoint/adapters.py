@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from harness.checkpoint.rng import PerRank, Rng
 from harness.errors import CheckpointError
 
-__all__ = ["Adapter", "adapters"]
+__all__ = ["Adapter", "Spec", "adapters"]
 
 Spec = tuple[torch.Size, torch.dtype]
+"""What has to be the same on loading."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put into names."""
@@ -28,9 +29,6 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 class Adapter:
     """One key of the saved state: plain data, or any object with `state_dict` and `load_state_dict`."""
-
-    is_trained = False
-    """Parameters or optimizer state: its names have to match on loading, its elements have to be finite."""
 
     def __init__(self, holder: MutableMapping[str, Any], key: str) -> None:
         self._holder = holder
@@ -51,6 +49,10 @@ class Adapter:
     def is_everywhere(self, tensor: torch.Tensor) -> bool:
         """Whether all ranks hold this tensor, alike or in parts. Any other is taken from rank 0."""
         return isinstance(tensor, DTensor)
+
+    def is_trained(self, tensor: torch.Tensor) -> bool:
+        """Whether this is a parameter or optimizer state, which has to be finite."""
+        return False
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:
         """Raises `CheckpointError` if the saved tensors (by place) cannot belong to the live object."""
@@ -77,14 +79,15 @@ class Adapter:
 class ModuleAdapter(Adapter):
     """A module: read in place into its parameters and buffers."""
 
-    is_trained = True
-
     def tree(self) -> dict[str, Any]:
         return {_clean(name): value for name, value in _state(self.value).items()}
 
     def is_everywhere(self, tensor: torch.Tensor) -> bool:
         # Buffers differ between DDP's replicas (BatchNorm); rank 0's are the ones that DDP broadcasts.
         return isinstance(tensor, nn.Parameter | DTensor)
+
+    def is_trained(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter)
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:
         differences = [
@@ -116,8 +119,6 @@ class ModuleAdapter(Adapter):
 class OptimizerAdapter(Adapter):
     """An optimizer: its state stands under its parameters' names instead of their numbers."""
 
-    is_trained = True
-
     def __init__(self, holder: MutableMapping[str, Any], key: str, names: Mapping[int, str]) -> None:
         super().__init__(holder, key)
         self._params: dict[str, torch.Tensor] = {}
@@ -143,6 +144,9 @@ class OptimizerAdapter(Adapter):
         return {**numbered, "state": state, "param_groups": groups}
 
     def is_everywhere(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def is_trained(self, tensor: torch.Tensor) -> bool:
         return True
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from harness.checkpoint.adapters import Adapter, adapters
+from harness.checkpoint.adapters import Adapter, Spec, adapters
 from harness.checkpoint.tree import flatten
 
 __all__ = ["Captured", "capture", "prefix_of"]
@@ -18,13 +18,22 @@ __all__ = ["Captured", "capture", "prefix_of"]
 class Captured:
     """This rank's view of the state. The tensors are the live ones, not copies."""
 
+    live: dict[str, torch.Tensor] = field(default_factory=dict)
+    """All tensors."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Those that this rank offers for saving."""
+    specs: dict[str, Spec] = field(default_factory=dict)
+    """Shapes and dtypes of all."""
     state: dict[str, Any] = field(default_factory=dict)
-    """Descriptions by key; rank 0's are the ones that count."""
+    """Descriptions by key; rank 0's are the ones that are saved."""
     rank_state: dict[str, Any] = field(default_factory=dict)
     """Descriptions of what every rank has for itself."""
-    trained: tuple[str, ...] = ()
-    """Prefixes of the tensors that have to be finite."""
+    trained: set[str] = field(default_factory=set)
+    """The tensors that have to be finite: parameters and optimizer state."""
+
+    def without_tensors(self) -> Captured:
+        """The descriptions alone, which keep nothing alive."""
+        return replace(self, live={}, tensors={})
 
 
 def capture(state: MutableMapping[str, Any], rank: int) -> Captured:
@@ -34,14 +43,18 @@ def capture(state: MutableMapping[str, Any], rank: int) -> Captured:
         CheckpointError: something in it cannot be saved.
     """
     parts = adapters(state)
-    captured = Captured(trained=tuple(f"{part.key}/" for part in parts if part.is_trained))
+    captured = Captured()
     for part in parts:
         tensors: dict[str, torch.Tensor] = {}
         described = flatten(part.tree(), prefix_of(part, rank), tensors)
         (captured.rank_state if part.per_rank else captured.state)[part.key] = described
         for name, tensor in tensors.items():
+            captured.live[name] = tensor.detach()
+            captured.specs[name] = (tensor.shape, tensor.dtype)
+            if part.is_trained(tensor):
+                captured.trained.add(name)
             if rank == 0 or part.per_rank or part.is_everywhere(tensor):
-                captured.tensors[name] = tensor.detach()
+                captured.tensors[name] = captured.live[name]
     return captured
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from harness.checkpoint.capture import Captured, capture
 from harness.checkpoint.health import Health
 from harness.checkpoint.layout import SavePlanning
 from harness.checkpoint.loading import Loader
+from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Retainer, Retention
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.store import Store
-from harness.checkpoint.tree import flatten
+from harness.checkpoint.tree import plain
 from harness.checkpoint.writer import Job, SaveOutcome, Writer
 from harness.config import CheckpointConfig
 from harness.dist import HostGroup
@@ -44,6 +45,8 @@ class Checkpointer:
         healthy_after: Steps without incident after which a checkpoint is healthy.
         when_busy: What `save` does while another save is under way: wait for it, or drop the new one.
         give_up_after_s: A save that has not succeeded for this long is an error.
+        in_memory: Keep two or three copies of each rank's state in host memory, so that a rollback needs no
+            disk.
         timeout_s: How long one rank waits for another while saving or loading.
     """
 
@@ -57,21 +60,23 @@ class Checkpointer:
         healthy_after: int = 20,
         when_busy: Literal["wait", "drop"] = "wait",
         give_up_after_s: float = 3600.0,
+        in_memory: bool = False,
         timeout_s: float = 1800.0,
     ) -> None:
         self._when_busy = when_busy
         self._give_up_after_s = give_up_after_s
         self._calls = HostGroup(error=CheckpointError, timeout_s=timeout_s)
         self._store = Store(Path(directory))
-        self._retainer = Retainer(
+        retainer = Retainer(
             self._store, Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         )
         self._health = Health(self._store, healthy_after=healthy_after, is_main=self._calls.is_main)
         writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
-        self._writer = Writer(self._store, writes, committed=[self._health.committed, self._retainer.apply])
+        self._writer = Writer(self._store, writes, committed=[self._health.committed, retainer.committed])
         self._loader = Loader(self._store, self._calls)
         self._planning = SavePlanning(self._calls)
         self._staging = Staging()
+        self._memory = Memory() if in_memory else None
         self._closed = False
         # Who forgets `close` still gets the last save, or the message why not.
         weakref.finalize(self, self._writer.join, give_up_after_s)
@@ -87,6 +92,7 @@ class Checkpointer:
             healthy_after=config.healthy_after,
             when_busy=config.when_busy,
             give_up_after_s=config.give_up_after_s,
+            in_memory=config.in_memory,
         )
 
     def save(
@@ -94,7 +100,7 @@ class Checkpointer:
         step: int,
         state: MutableMapping[str, Any],
         *,
-        meta: MutableMapping[str, Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
         metric: float | None = None,
     ) -> bool:
         """Saves `state` as of now; returns as soon as it is copied, and writes in the background.
@@ -117,17 +123,23 @@ class Checkpointer:
                 nothing could be saved for `give_up_after_s`.
         """
         began = time.perf_counter()
-        captured = self._agree_on_start(step, state)
-        if captured is None:
+        if not self._agree_on_start(step):
             logger.warning("step %d is not saved: the save before is still under way", step)
             return False
-        self._calls.together(lambda: self._staging.fill(self._planning.mine, captured.tensors))
+        captured, plain_meta = self._calls.together(
+            lambda: (capture(state, self._calls.rank), plain(dict(meta or {}), "meta"))
+        )
+        self._planning.update(captured.tensors)
+        stage = self._calls.together(lambda: self._copy(step, captured))
         job = Job(
             step=step,
             staging=self._staging,
-            captured=captured,
+            stage=stage,
+            state=captured.state,
+            rank_state=captured.rank_state,
+            trained=captured.trained,
             tensors=self._planning.tensor_infos() if self._calls.is_main else {},
-            meta=flatten(dict(meta or {}), "meta", {}),
+            meta=plain_meta,
             metric=metric if metric is None or math.isfinite(metric) else None,
             began=began,
             blocked_s=time.perf_counter() - began,
@@ -166,7 +178,38 @@ class Checkpointer:
         """
         self._writer.join()
         manifest = self._loader.load(state, step=step, healthy=healthy)
+        self._health.restart()
+        if self._memory is not None:
+            self._memory.clear()
         return manifest.step if manifest else None
+
+    def rollback(self, state: MutableMapping[str, Any]) -> int:
+        """Goes back to the last healthy state, from memory if it is there, else from disk.
+
+        Newer checkpoints are of a branch that is left: they are set aside, and deleted once a healthy
+        checkpoint has overtaken them.
+
+        Returns:
+            The step gone back to.
+
+        Raises:
+            CheckpointError: there is no healthy state, or it does not fit into `state`.
+        """
+        self._writer.join()
+        step = self._restore_from_memory(state)
+        if step is None:
+            manifest = self._loader.load(state, step=None, healthy=True)
+            if manifest is None:
+                raise CheckpointError(
+                    f"there is no healthy checkpoint in {self._store.directory} to go back to",
+                    rule="a checkpoint is healthy once enough steps without incident have followed it",
+                )
+            step = manifest.step
+        self._health.restart()
+        if self._memory is not None:
+            self._memory.clear(keep_good=True)
+        self._calls.from_main(lambda: self._store.abandon(after=step))
+        return step
 
     def observe(self, step: int, *, incident: bool = False) -> None:
         """Tells that `step` has been completed, with or without an incident. Local and cheap.
@@ -174,7 +217,9 @@ class Checkpointer:
         To be called on all ranks with the same values, in order, as late as the verdicts come. A checkpoint
         is healthy once `healthy_after` steps without incident have followed it.
         """
-        self._health.observe(step, incident=incident)
+        proved = self._health.observe(step, incident=incident)
+        if self._memory is not None and proved is not None:
+            self._memory.promote(proved)
 
     def outcomes(self) -> list[SaveOutcome]:
         """The saves that have ended since the last call. Local."""
@@ -211,8 +256,8 @@ class Checkpointer:
             # The other ranks may be elsewhere: nothing that needs them.
             self._writer.join(self._give_up_after_s)
 
-    def _agree_on_start(self, step: int, state: MutableMapping[str, Any]) -> Captured | None:
-        """Captures `state` once all ranks are ready and agree; None if the save is to be dropped."""
+    def _agree_on_start(self, step: int) -> bool:
+        """Waits until all ranks can begin; False if the save is to be dropped."""
         ranks = self._calls.gather(lambda: (step, self._writer.busy, self._overdue()))
         steps = {step for step, _, _ in ranks}
         if len(steps) > 1:
@@ -221,11 +266,26 @@ class Checkpointer:
             raise self._given_up()
         if any(busy for _, busy, _ in ranks):
             if self._when_busy == "drop":
-                return None
+                return False
             self._writer.join()
-        captured = self._calls.together(lambda: capture(state, self._calls.rank))
-        self._planning.update(captured.tensors)
-        return captured
+        return True
+
+    def _copy(self, step: int, captured: Captured) -> Callable[[], None]:
+        """Copies what has to be copied before training may go on; gives what is left to be done."""
+        layout = self._planning.mine
+        if self._memory is None:
+            self._staging.fill(layout, captured.tensors)
+            return lambda: None
+        snapshot = self._memory.take(step, captured)
+        return lambda: self._staging.fill(layout, snapshot.tensors)
+
+    def _restore_from_memory(self, state: MutableMapping[str, Any]) -> int | None:
+        good = self._memory.good if self._memory is not None else None
+        mine = good.step if good is not None else None
+        if good is None or any(step != mine for step in self._calls.gather(lambda: mine)):
+            return None
+        self._loader.restore(good, state)
+        return good.step
 
     def _overdue(self) -> bool:
         since = self._writer.failing_since

@@ -7,7 +7,8 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from harness.checkpoint.manifest import Damaged, Manifest
-from harness.checkpoint.restore import Restore
+from harness.checkpoint.reading import OnDisk
+from harness.checkpoint.restore import Restore, Source
 from harness.checkpoint.shards import check_file
 from harness.checkpoint.store import Saved, Store
 from harness.dist import HostGroup
@@ -60,10 +61,18 @@ class Loader:
     def _load(self, saved: Saved, state: MutableMapping[str, Any]) -> Manifest:
         manifest = self._group.from_main(saved.manifest)
         self._group.together(lambda: self._check_share(saved, manifest))
-        restore = self._group.together(lambda: Restore(manifest, state, self._group.rank))
-        self._group.together(lambda: restore.read(saved.path))
-        self._group.together(restore.apply)
+        self.restore(OnDisk(saved.path, manifest), state)
         return manifest
+
+    def restore(self, source: Source, state: MutableMapping[str, Any]) -> None:
+        """Brings `source` into `state`, each phase on all ranks before the next begins on any.
+
+        Raises:
+            CheckpointError: it does not fit; nothing live has been changed then, unless an object refused it.
+        """
+        restore = self._group.together(lambda: Restore(source, state, self._group.rank))
+        self._group.together(restore.read)
+        self._group.together(restore.apply)
 
     def _check_share(self, saved: Saved, manifest: Manifest) -> None:
         """Every file is read by one rank, whatever the world size was."""

@@ -1,58 +1,72 @@
-"""From a verified checkpoint back into live objects, at any world size: DCP's load planner reshards."""
+"""From a copy of the state, on disk or in memory, back into live objects."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem
 
-from harness.checkpoint.adapters import Adapter, adapters
+from harness.checkpoint.adapters import Adapter, Spec, adapters
 from harness.checkpoint.capture import prefix_of
-from harness.checkpoint.manifest import Chunk, Manifest, TensorInfo
-from harness.checkpoint.shards import read_elements
 from harness.checkpoint.tree import fill, flatten, tensor_names
 from harness.errors import CheckpointError
 
-__all__ = ["Restore", "read_tensors"]
+__all__ = ["Restore", "Source"]
 
 _UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What an object's `load_state_dict` may raise on state that is not its own."""
+"""What state that is not its own makes an object raise."""
+
+
+class Source(Protocol):
+    """Where state comes from, as one rank sees it."""
+
+    @property
+    def step(self) -> int:
+        """When it was saved."""
+
+    def donor(self, rank: int) -> int:
+        """The rank whose own state `rank` takes over."""
+
+    def description(self, part: Adapter, rank: int) -> Any:
+        """What was saved under the part's key.
+
+        Raises:
+            CheckpointError: nothing was.
+        """
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype of a whole tensor."""
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fills tensors, plain ones and DTensors, with what was saved under their names."""
 
 
 class Restore:
-    """One checkpoint on its way into `state`. Making it compares the two and touches neither.
+    """A source on its way into `state`. Making it compares the two and changes neither.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, or lacks a key of `state`.
+        CheckpointError: the source is of another model, or lacks a key of `state`.
     """
 
-    def __init__(self, manifest: Manifest, state: MutableMapping[str, Any], rank: int) -> None:
-        self._manifest, self._rank = manifest, rank
-        self._donor = rank % manifest.world_size
+    def __init__(self, source: Source, state: MutableMapping[str, Any], rank: int) -> None:
+        self._source, self._rank = source, rank
         self._parts = adapters(state)
-        self._described = {part.key: self._description(part) for part in self._parts}
+        self._described = {part.key: source.description(part, rank) for part in self._parts}
         self._targets: dict[str, torch.Tensor] = {}
         for part in self._parts:
-            self._targets.update(self._targets_of(part))
+            try:
+                self._targets.update(self._targets_of(part))
+            except _UNFIT as error:
+                raise self._refused(part, error) from error
 
-    def read(self, folder: Path) -> None:
+    def read(self) -> None:
         """Reads this rank's share. From here on live parameters and optimizer state change.
 
         Raises:
             Damaged: a file cannot be read.
         """
-        read_tensors(folder, self._manifest.tensors, self._targets)
+        self._source.read(self._targets)
 
     def apply(self) -> None:
         """Hands every object its state.
@@ -63,91 +77,33 @@ class Restore:
         for part in self._parts:
             try:
                 part.restore(fill(self._described[part.key], self._targets))
-                if self._rank != self._donor and part.per_rank and hasattr(part.value, "diverge"):
-                    part.value.diverge(self._rank)
+                if part.per_rank and self._source.donor(self._rank) != self._rank:
+                    self._diverge(part)
             except _UNFIT as error:
-                raise CheckpointError(
-                    f"{part.key} refuses its state of step {self._manifest.step}: {error}",
-                    rule="it has to be of the kind that was saved under this key",
-                ) from error
-
-    def _description(self, part: Adapter) -> Any:
-        manifest = self._manifest
-        if part.per_rank and part.key in manifest.rank_state:
-            return manifest.rank_state[part.key][self._donor]
-        if not part.per_rank and part.key in manifest.state:
-            return manifest.state[part.key]
-        kept = sorted({*manifest.state, *manifest.rank_state})
-        raise CheckpointError(
-            f"the checkpoint of step {manifest.step} has no {'per-rank ' * part.per_rank}state {part.key!r}",
-            rule=f"it holds {', '.join(kept)}",
-            remedy="ask for these keys only",
-        )
+                raise self._refused(part, error) from error
 
     def _targets_of(self, part: Adapter) -> dict[str, torch.Tensor]:
         described = self._described[part.key]
-        saved_prefix, live_prefix = prefix_of(part, self._donor), prefix_of(part, self._rank)
+        saved_prefix = prefix_of(part, self._source.donor(self._rank))
+        live_prefix = prefix_of(part, self._rank)
         tensors: dict[str, torch.Tensor] = {}
         flatten(part.tree(), live_prefix, tensors)
-        live = {name.removeprefix(live_prefix).lstrip("/"): tensor for name, tensor in tensors.items()}
-        names = {name.removeprefix(saved_prefix).lstrip("/"): name for name in tensor_names(described)}
-        saved = {place: self._spec(name) for place, name in names.items()}
+        live = {_place(name, live_prefix): tensor for name, tensor in tensors.items()}
+        names = {_place(name, saved_prefix): name for name in tensor_names(described)}
+        saved = {place: self._source.spec(name) for place, name in names.items()}
         part.check(described, saved, live)
         return {names[place]: part.target(place, live.get(place), *spec) for place, spec in saved.items()}
 
-    def _spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        info = self._manifest.tensors[name]
-        return torch.Size(info.shape), info.torch_dtype
+    def _diverge(self, part: Adapter) -> None:
+        if hasattr(part.value, "diverge"):
+            part.value.diverge(self._rank)
+
+    def _refused(self, part: Adapter, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{part.key} refuses its state of step {self._source.step}: {type(error).__name__}: {error}",
+            rule="it has to be of the kind that was saved under this key",
+        )
 
 
-def read_tensors(
-    folder: Path, infos: Mapping[str, TensorInfo], targets: MutableMapping[str, torch.Tensor]
-) -> None:
-    """Fills `targets` (plain tensors and DTensors, anywhere) with what `folder` holds under their names.
-
-    Raises:
-        Damaged: a file cannot be read.
-    """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(targets), _metadata({name: infos[name] for name in targets}))
-    for item in planner.create_local_plan().items:
-        chunk = _chunk(infos[item.storage_index.fqn], item)
-        dtype = infos[item.storage_index.fqn].torch_dtype
-        planner.resolve_tensor(item).copy_(_read(folder, chunk, dtype, item))
-
-
-def _read(folder: Path, chunk: Chunk, dtype: torch.dtype, item: ReadItem) -> torch.Tensor:
-    """The box of a chunk that `item` asks for. Only the rows that it lies in are read."""
-    path = folder / chunk.file
-    if not chunk.sizes:
-        return read_elements(path, dtype, chunk.start, 1).view(())
-    row = math.prod(chunk.sizes[1:])
-    first, num_rows = item.storage_offsets[0], item.lengths[0]
-    rows = read_elements(path, dtype, chunk.start + first * row * dtype.itemsize, num_rows * row)
-    box = rows.view(num_rows, *chunk.sizes[1:])
-    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        if dim > 0:
-            box = box.narrow(dim, offset, length)
-    return box
-
-
-def _chunk(info: TensorInfo, item: ReadItem) -> Chunk:
-    assert item.storage_index.index is not None  # DCP's plans carry the chunk's number
-    return info.chunks[item.storage_index.index]
-
-
-def _metadata(infos: Mapping[str, TensorInfo]) -> Metadata:
-    """What DCP's planner needs to know."""
-    return Metadata(
-        {
-            name: TensorStorageMetadata(
-                properties=TensorProperties(dtype=info.torch_dtype),
-                size=torch.Size(info.shape),
-                chunks=[
-                    ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes))
-                    for chunk in info.chunks
-                ],
-            )
-            for name, info in infos.items()
-        }
-    )
+def _place(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lstrip("/")

@@ -32,28 +32,33 @@ class Retainer:
         self._store, self._retention = store, retention
         self._metrics: dict[Saved, float | None] = {}
 
-    def apply(self, newest: Saved) -> None:
-        """Deletes what need not stay now that `newest` is committed.
+    def committed(self, newest: Saved) -> None:
+        """Sets aside what is newer than `newest`, for its branch was left, and deletes what need not stay.
 
-        What cannot be deleted is reported, and tried again next time.
+        Of abandoned branches that is what a healthy checkpoint has overtaken. What cannot be done is
+        reported, and tried again next time.
         """
         try:
+            self._store.abandon(after=newest.step)
             saved = self._store.saved()
             kept = self._kept(saved)
-            for checkpoint in saved:
-                if checkpoint not in kept:
-                    self._store.delete(checkpoint)
+            overtaken = max((c.step for c in saved if c.healthy), default=-1)
+            outdated = [c for c in saved if c not in kept]
+            outdated += [c for c in self._store.abandoned() if c.step <= overtaken]
+            for checkpoint in outdated:
+                self._store.delete(checkpoint)
         except OSError as error:
-            logger.warning("old checkpoints could not be deleted: %s", error)
+            logger.warning("old checkpoints could not be put away: %s", error)
 
     def _kept(self, saved: list[Saved]) -> set[Saved]:
         rule = self._retention
-        kept = set(saved[-rule.keep_last :])
+        newest = list({checkpoint.step: checkpoint for checkpoint in saved}.values())  # of each step
+        kept = set(newest[-rule.keep_last :])
         kept.update([checkpoint for checkpoint in saved if checkpoint.healthy][-1:])
         if rule.keep_every:
-            kept.update(checkpoint for checkpoint in saved if checkpoint.step % rule.keep_every == 0)
+            kept.update(checkpoint for checkpoint in newest if checkpoint.step % rule.keep_every == 0)
         if rule.keep_best:
-            kept.update(self._best(saved))
+            kept.update(self._best(newest))
         return kept
 
     def _best(self, saved: list[Saved]) -> list[Saved]:

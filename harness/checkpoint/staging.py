@@ -6,7 +6,7 @@ The buffer holds a rank's data in the very order of its file, so that writing is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.layout import Part, ShardLayout
 from harness.errors import CheckpointError
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "local"]
 
 
 class Staging:
@@ -28,11 +28,11 @@ class Staging:
     def fill(self, layout: ShardLayout, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies this rank's parts of `tensors`. Blocks until the copy is complete, GPU copies included."""
         self.layout, self._extremes = layout, {}
-        local = {part.tensor: _local(tensors[part.tensor]) for part in layout.parts}
-        on_gpu = any(tensor.is_cuda for tensor in local.values())
+        sources = {part.tensor: local(tensors[part.tensor]) for part in layout.parts}
+        on_gpu = any(tensor.is_cuda for tensor in sources.values())
         self._reserve(layout.size_bytes, pinned=on_gpu)
         for part in layout.parts:
-            source = local[part.tensor]
+            source = sources[part.tensor]
             self._view(part).copy_(source, non_blocking=True)
             if source.is_cuda and _can_be_nonfinite(part):
                 self._extremes[part.tensor] = _extreme(source)
@@ -45,8 +45,8 @@ class Staging:
         """The bytes to be written, as `layout` says."""
         return self._buffer[: self.layout.size_bytes]
 
-    def check_finite(self, checked: tuple[str, ...]) -> None:
-        """Raises unless all elements of the tensors whose names begin with one of `checked` are finite.
+    def check_finite(self, checked: Collection[str]) -> None:
+        """Raises unless all elements of the tensors of these names are finite.
 
         What came from a GPU was measured there; what came from the CPU is measured now.
 
@@ -54,7 +54,7 @@ class Staging:
             CheckpointError: an element is NaN or infinite.
         """
         for part in self.layout.parts:
-            if not part.tensor.startswith(checked) or not _can_be_nonfinite(part):
+            if part.tensor not in checked or not _can_be_nonfinite(part):
                 continue
             extreme = self._extremes.get(part.tensor)
             if extreme is None:
@@ -75,7 +75,8 @@ class Staging:
         return data.view(part.dtype).view(part.sizes)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: of a DTensor its part, of any other all of it."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -31,6 +31,7 @@ HEALTHY = "healthy"
 """The empty file that says that a checkpoint has proved itself."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _ATTEMPT = ".saving-"
+_ABANDONED = "abandoned"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -91,7 +92,8 @@ class Store:
         Raises:
             OSError: the directory cannot be made or written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        # Only at first are parents made: a disk that is unmounted later must not be written beneath.
+        self.directory.mkdir(parents=not self._cleared, exist_ok=True)
         if not self._cleared:
             self._clear_leftovers()
         return Path(tempfile.mkdtemp(prefix=f"{_ATTEMPT}{step:08d}-", dir=self.directory))
@@ -127,6 +129,21 @@ class Store:
         """
         (saved.path / HEALTHY).touch()
         sync_folder(saved.path)
+
+    def abandon(self, *, after: int) -> None:
+        """Sets aside what is newer than `after`: the branch has been left."""
+        for saved in self.saved():
+            if saved.step > after:
+                kept = self.set_aside(saved, _ABANDONED)
+                logger.info("%s is of a branch that was left; it is kept as %s", saved.path.name, kept)
+
+    def abandoned(self) -> list[Saved]:
+        """The checkpoints of branches that were left, oldest first."""
+        found = []
+        for path in self.directory.glob(f"{_ABANDONED}-*"):
+            if match := _NAME.match(path.name.removeprefix(f"{_ABANDONED}-")):
+                found.append(Saved(int(match[1]), int(match[2] or 0), path))
+        return sorted(found)
 
     def set_aside(self, saved: Saved, kind: str) -> Path | None:
         """Renames a checkpoint, so that it is kept and never loaded. None if that cannot be done."""

@@ -16,7 +16,7 @@ import torch
 
 from harness.errors import CheckpointError
 
-__all__ = ["fill", "flatten", "tensor_names"]
+__all__ = ["fill", "flatten", "plain", "tensor_names"]
 
 Json = Any
 
@@ -30,6 +30,19 @@ def flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Json:
         CheckpointError: something in `value` is neither plain data nor a tensor.
     """
     return _Flattener(tensors).describe(value, name)
+
+
+def plain(value: Any, name: str) -> Json:
+    """Describes plain data.
+
+    Raises:
+        CheckpointError: there are tensors or other objects in it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    described = flatten(value, name, tensors)
+    if tensors:
+        raise CheckpointError(f"{next(iter(tensors))} is a tensor", rule=f"{name} is plain JSON data")
+    return described
 
 
 def fill(described: Json, tensors: Mapping[str, torch.Tensor]) -> Any:

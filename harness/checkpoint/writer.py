@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import harness
-from harness.checkpoint.capture import Captured
 from harness.checkpoint.layout import shard_name
 from harness.checkpoint.manifest import Manifest, ShardFile, TensorInfo
 from harness.checkpoint.shards import write_shard
@@ -50,7 +49,12 @@ class Job:
 
     step: int
     staging: Staging
-    captured: Captured
+    stage: Callable[[], None]
+    """Fills the staging; does nothing if that has been done already."""
+    state: dict[str, Any]
+    rank_state: dict[str, Any]
+    trained: Collection[str]
+    """Descriptions, and the tensors that have to be finite: see `Captured`."""
     tensors: dict[str, TensorInfo]
     """Where all ranks' tensors lie; on rank 0 only."""
     meta: dict[str, Any]
@@ -69,7 +73,7 @@ class Writer:
     """
 
     def __init__(
-        self, store: Store, group: HostGroup, *, committed: Sequence[Callable[[Saved], object]]
+        self, store: Store, group: HostGroup, *, committed: Sequence[Callable[[Saved], None]]
     ) -> None:
         self._store, self._group, self._committed = store, group, committed
         self._thread: threading.Thread | None = None
@@ -127,7 +131,8 @@ class Writer:
         )
 
     def _save(self, job: Job) -> tuple[Saved, int]:
-        self._group.together(lambda: job.staging.check_finite(job.captured.trained))
+        self._group.together(job.stage)
+        self._group.together(lambda: job.staging.check_finite(job.trained))
         folder = self._group.from_main(lambda: self._store.begin(job.step))
         try:
             shares = self._group.gather(lambda: self._write(folder, job))
@@ -143,7 +148,7 @@ class Writer:
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:
         path = folder / shard_name(self._group.rank)
-        return write_shard(path, job.staging.layout, job.staging.data), job.captured.rank_state
+        return write_shard(path, job.staging.layout, job.staging.data), job.rank_state
 
     def _manifest(self, job: Job, shares: list[tuple[ShardFile, dict[str, Any]]]) -> Manifest:
         return Manifest(
@@ -159,6 +164,6 @@ class Writer:
             },
             files={shard_name(rank): file for rank, (file, _) in enumerate(shares)},
             tensors=job.tensors,
-            state=job.captured.state,
-            rank_state={key: [share[key] for _, share in shares] for key in job.captured.rank_state},
+            state=job.state,
+            rank_state={key: [share[key] for _, share in shares] for key in job.rank_state},
         )
