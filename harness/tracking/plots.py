@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_run", "plot_run"]
+__all__ = ["COLOURS", "FAINT", "INK", "draw_run", "dress", "plot_run", "thinned"]
 
 INK = "#1f2430"
 FAINT = "#8a91a0"
 GRID = "#e6e8ee"
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3566d6", "#e07b29", "#2c9a68", "#cf3a3a", "#7b52c4"
+COLOURS = (BLUE, ORANGE, GREEN, RED, VIOLET)
 EVENT_COLOURS = {
     "incident": RED,
     "fault": ORANGE,
@@ -57,6 +58,7 @@ def draw_run(run: Run) -> Figure:
     rate where they were logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = [panel for panel in _PANELS if panel.always or len(run.scalars(panel.metric).steps)]
     heights = [panel.height for panel in panels]
@@ -68,8 +70,9 @@ def draw_run(run: Run) -> Figure:
         panel.draw(axis, run)
     marked = _mark_events(axes, run)
     for axis in axes:
-        _dress(axis)
+        dress(axis)
     axes[-1].set_xlabel("step", color=FAINT)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
     _title(figure, run, marked)
     return figure
@@ -152,7 +155,7 @@ _PANELS = (
 def _curve(axis: Axes, run: Run, name: str, label: str, colour: str) -> npt.NDArray[np.float64]:
     """The metric, thinned, with a running median where it is long; returns its values."""
     series = run.scalars(name)
-    steps, values = _thinned(series.steps, series.values)
+    steps, values = thinned(series.steps, series.values)
     is_long = len(values) > RAW_POINTS
     axis.plot(
         steps,
@@ -167,10 +170,11 @@ def _curve(axis: Axes, run: Run, name: str, label: str, colour: str) -> npt.NDAr
     return series.values
 
 
-def _thinned(
+def thinned(
     steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The smallest and the largest value of each bucket, so that no spike is lost."""
+    """As few points as a picture can show: of each share the smallest and the largest, so that no spike is
+    lost."""
     if len(values) <= MAX_POINTS:
         return steps, values
     edges = np.linspace(0, len(values), MAX_POINTS // 2 + 1).astype(int)
@@ -212,7 +216,8 @@ def _mark_events(axes: npt.NDArray[np.object_], run: Run) -> list[str]:
     return [name for name in EVENT_COLOURS if any(event.name == name for event in events)]
 
 
-def _dress(axis: Axes) -> None:
+def dress(axis: Axes) -> None:
+    """The look that all pictures share."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(FAINT)
     axis.grid(True, color=GRID, linewidth=0.8)
@@ -221,7 +226,7 @@ def _dress(axis: Axes) -> None:
     axis.yaxis.label.set_color(INK)
     axis.margins(x=0.01)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=3, labelcolor=INK)
+        axis.legend(frameon=False, fontsize=9, loc="best", ncols=3, labelcolor=INK)
 
 
 def _title(figure: Figure, run: Run, marked: list[str]) -> None:
