@@ -37,11 +37,11 @@ class ParameterSample:
     """L2 norm after the step."""
     update_norm: float
     """L2 norm of the step's change, estimated from evenly spaced elements."""
-    update_ratio: float
-    """update_norm / weight_norm; about 1e-3 is healthy. NaN for a parameter of zeros."""
-    second_moment_min: float
-    """Extremes of Adam's second moment; NaN for other optimizers."""
-    second_moment_max: float
+    update_ratio: float | None
+    """update_norm / weight_norm; about 1e-3 is healthy. None for a parameter of zeros."""
+    second_moment_min: float | None
+    """Extremes of Adam's second moment; None for other optimizers, and before the first update."""
+    second_moment_max: float | None
     underflow_frac: float
     """Estimated share of gradient elements that are not 0, yet below the least normal number of the compute
     precision."""

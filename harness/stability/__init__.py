@@ -1,6 +1,7 @@
 """Gradient health: measured on the device every step, judged there, and acted on by all ranks alike."""
 
 from harness.stability.guard import StepGuard
+from harness.stability.incidents import Incident
 from harness.stability.policy import Action, Ladder
 
-__all__ = ["Action", "Ladder", "StepGuard"]
+__all__ = ["Action", "Incident", "Ladder", "StepGuard"]

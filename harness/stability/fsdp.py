@@ -42,7 +42,7 @@ class FsdpSource:
         self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
         mesh = _mesh(self._parameters)
         self.num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
-        self._num_shards = mesh.size() // self.num_replicas
+        self.num_shards = mesh.size() // self.num_replicas
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
         self._table = RowTable(layout)
         self._rows: Tensor | None = None
@@ -61,7 +61,7 @@ class FsdpSource:
         return self._table.spread([p for p, _ in pairs], statistics)
 
     def local_rows(self) -> Tensor:
-        if self._num_shards == 1:
+        if self.num_shards == 1:
             return self._measure_shards(extremes=self.extremes)
         return self._empty() if self._rows is None else self._rows
 
@@ -70,7 +70,7 @@ class FsdpSource:
 
     @property
     def is_reduced(self) -> bool:
-        return self._rows is not None or self._num_shards == 1
+        return self._rows is not None or self.num_shards == 1
 
     def start_step(self) -> None:
         self._rows = None
@@ -91,8 +91,8 @@ class FsdpSource:
     def _see(self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float) -> None:
         """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
         plan = self._plan(parameters, flat.device)
-        statistics = bucket_statistics(flat, plan.pieces * self._num_shards, extremes=self.extremes)
-        by_shard = statistics.view(self._num_shards, len(plan.pieces), NUM_COLUMNS)
+        statistics = bucket_statistics(flat, plan.pieces * self.num_shards, extremes=self.extremes)
+        by_shard = statistics.view(self.num_shards, len(plan.pieces), NUM_COLUMNS)
         rows = by_shard.sum(0)
         rows[:, MAX_ABS] = by_shard[:, :, MAX_ABS].amax(0) * divided_by
         rows[:, SUM_SQUARES] *= divided_by**2
@@ -104,10 +104,10 @@ class FsdpSource:
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
         key = tuple(map(id, parameters))
         if key not in self._plan_of:
-            padded = [_padded_numel(p, self._num_shards) for p in parameters]
+            padded = [_padded_numel(p, self.num_shards) for p in parameters]
             padding = [total - p.numel() for total, p in zip(padded, parameters, strict=True)]
             self._plan_of[key] = _Plan(
-                pieces=[total // self._num_shards for total in padded],
+                pieces=[total // self.num_shards for total in padded],
                 padding=torch.tensor(padding, dtype=torch.float64, device=device),
                 index=torch.tensor(self.layout.rows(parameters), device=device),
             )

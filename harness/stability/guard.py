@@ -24,8 +24,11 @@ from harness.stability.lane import bad_rows, build_lane
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.monitor import Monitor
+from harness.stability.packing import Packet, pack, unpack
+from harness.stability.replicas import checksums
+from harness.stability.samples import WeightSampler
 from harness.stability.sources import GradientSource, PlainSource
-from harness.stability.verdict import judge
+from harness.stability.verdict import Decision, Judge
 
 __all__ = ["StepGuard"]
 
@@ -52,7 +55,8 @@ class StepGuard:
         spike: What to do about a finite but extraordinary loss or norm.
         comm_hook: How DDP reduces a bucket, called with the process group and the bucket;
             `bf16_compress_hook` say. Default: the plain mean, to the same bits as without a guard.
-        loss_scaling: Keep a dynamic loss scale, for fp16; pass losses through `scale` before `backward`.
+        precision: Of the arithmetic of forward and backward. With float16 the guard keeps a dynamic loss
+            scale: pass losses through `scale` before `backward`.
         group: For a plain model whose gradients the caller reduces over these ranks before `step`.
         settings: Any other field of `GuardConfig`.
 
@@ -70,7 +74,7 @@ class StepGuard:
         nonfinite: Literal["skip", "stop"] = "skip",
         spike: Literal["off", "warn", "clip", "skip"] = "warn",
         comm_hook: CommHook | None = None,
-        loss_scaling: bool = False,
+        precision: torch.dtype = torch.float32,
         group: dist.ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
@@ -83,8 +87,12 @@ class StepGuard:
             self.config.init_loss_scale,
             growth_steps=self.config.loss_scale_growth_steps,
             device=device,
-            enabled=loss_scaling,
+            enabled=precision == torch.float16,
         )
+        self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
+        self._parameters = [p for p in model.parameters() if id(p) in self.layout.row_of]
+        self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
+        self._sampler = WeightSampler(self._parameters, self._actuator.optimizer, precision=precision)
         self._monitor = Monitor(
             self.layout,
             group=self._source.group,
@@ -107,10 +115,10 @@ class StepGuard:
         comm_hook: CommHook | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> StepGuard:
-        """The guard that `config` describes; it scales the loss if `precision` is fp16."""
+        """The guard that `config` describes; `precision` is fp32, bf16 or fp16."""
         settings = {field.name: getattr(config, field.name) for field in fields(config)}
-        scaling = precision == "fp16"
-        return cls(model, optimizer, comm_hook=comm_hook, loss_scaling=scaling, group=group, **settings)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        return cls(model, optimizer, comm_hook=comm_hook, precision=dtype, group=group, **settings)
 
     @property
     def loss_scale(self) -> Tensor:
@@ -166,42 +174,22 @@ class StepGuard:
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`.
         """
-        counts_tokens = loss is None
         if loss is not None:
             self.accumulate(loss, is_last=True)
-        if not self._num_micro_batches:
-            raise ConfigError(
-                "step() was called without a loss",
-                rule="a verdict needs this rank's loss",
-                remedy="call step(loss), or accumulate(loss_sum, num_tokens) after each backward pass",
-            )
+        self._require_loss()
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
         host_values = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
-        mine = build_lane(
-            local,
-            reduced,
-            loss=self._loss_t,
-            micro_batch=self._micro_batch(),
-            host_values=host_values,
-        )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        lanes, all_rows = self._gather(mine, rows)
-        decision = judge(
-            lanes,
-            num_replicas=self._source.num_replicas,
-            config=self.config,
-            loss_scale_t=self._loss_scale.value_t,
-            nominal_tokens=nominal_tokens,
+        mine = build_lane(
+            local, reduced, loss=self._loss_t, micro_batch=self._micro_batch(), host_values=host_values
         )
-        self._actuator.carry_out(decision)
-        self._monitor.push(
-            self._step,
-            summary=decision.summary,
-            lanes=lanes,
-            rows=rows,
-            all_rows=all_rows,
-            counts_tokens=counts_tokens,
+        packet = self._gather(self._due({"lane": mine}, rows))
+        decision = self._judge.judge(
+            packet["lane"], loss_scale_t=self._loss_scale.value_t, nominal_tokens=nominal_tokens
         )
+        packet["summary"] = decision.summary
+        self._apply(decision, packet)
+        self._monitor.push(self._step, packet, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
         self._start_step()
@@ -215,12 +203,19 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, without the records still to drain. Does not synchronise."""
-        return {"step": self._step, "loss_scale": self._loss_scale.state_dict()}
+        rule = self._judge.rule
+        return {
+            "step": self._step,
+            "loss_scale": self._loss_scale.state_dict(),
+            "spike_rule": {} if rule is None else rule.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
         self._step = state["step"]
         self._loss_scale.load_state_dict(state["loss_scale"])
+        if self._judge.rule is not None:
+            self._judge.rule.load_state_dict(state["spike_rule"])
         self._monitor.clear()
         self._start_step()
 
@@ -239,6 +234,7 @@ class StepGuard:
 
     def _start_step(self) -> None:
         self._source.start_step()
+        self._source.extremes = self._step % self.config.extremes_every == 0
         self._num_micro_batches = 0
         self._loss_t.zero_()
         self._bad_micro_batch_t.fill_(-1.0)
@@ -247,13 +243,44 @@ class StepGuard:
         last = torch.full_like(self._bad_micro_batch_t, self._num_micro_batches - 1)
         return torch.stack([self._bad_micro_batch_t, last])
 
-    def _gather(self, mine: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The step's one collective: all lanes, and at the set cadence all rows in the same message."""
-        every = self.config.per_parameter_every
-        if not every or self._step % every:
-            return gather_lanes(mine, group=self._source.group), None
-        both = gather_lanes(torch.cat([mine, rows.flatten()]), group=self._source.group)
-        return both[:, : len(mine)], both[:, len(mine) :]
+    def _require_loss(self) -> None:
+        if not self._num_micro_batches:
+            raise ConfigError(
+                "step() was called without a loss",
+                rule="a verdict needs this rank's loss",
+                remedy="call step(loss), or accumulate(loss_sum, num_tokens) after each backward pass",
+            )
+
+    def _due(self, packet: Packet, rows: Tensor) -> Packet:
+        """Adds what this step's number asks for: rows of all parameters, checksums of all replicas."""
+        if self._is_due(self.config.per_parameter_every):
+            packet["rows"] = rows
+        if self._compares_replicas and self._is_due(self.config.replicas_every):
+            # Of what the previous step left behind, so that it needs no collective of its own.
+            packet["checksums"] = checksums(self._parameters, self._actuator.optimizer)
+        return packet
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
+
+    def _gather(self, packet: Packet) -> Packet:
+        """The step's one collective: everything from all ranks, in one message."""
+        flat, spec = pack(packet)
+        return unpack(gather_lanes(flat, group=self._source.group), spec)
+
+    def _apply(self, decision: Decision, packet: Packet) -> None:
+        """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
+        if not self._is_due(self.config.sample_every):
+            self._actuator.carry_out(decision)
+            return
+        self._sampler.before()
+        self._actuator.carry_out(decision)
+        samples = self._sampler.after()
+        if self._source.num_shards > 1:
+            samples = gather_lanes(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
+            packet["samples"] = samples[: self._source.num_shards].contiguous()
+        else:
+            packet["samples"] = samples[None]
 
 
 def _layout(model: nn.Module, optimizer: Optimizer) -> Layout:

@@ -41,7 +41,7 @@ class DdpSource:
     def __init__(self, ddp: DistributedDataParallel, layout: Layout, *, comm_hook: CommHook | None) -> None:
         self.layout = layout
         self.group: dist.ProcessGroup | None = ddp.process_group
-        self.num_replicas = ddp.process_group.size()
+        self.num_replicas, self.num_shards = ddp.process_group.size(), 1
         self.extremes = True
         self._parameters = [p for p in ddp.parameters() if id(p) in layout.row_of]
         self._table = RowTable(layout)

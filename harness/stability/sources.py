@@ -26,7 +26,9 @@ class GradientSource(Protocol):
     group: dist.ProcessGroup | None
     """The ranks that train together; None: this one alone."""
     num_replicas: int
-    """Copies of each element among them; the rest of the group are shards, next to one another in it."""
+    """Copies of each element among them."""
+    num_shards: int
+    """Pieces of each copy, on neighbouring ranks of the group."""
     extremes: bool
     """Whether max-abs and zeros are measured too; to be set before the backward pass."""
 
@@ -57,7 +59,7 @@ class PlainSource:
     def __init__(self, model: nn.Module, layout: Layout, *, group: dist.ProcessGroup | None) -> None:
         self.layout = layout
         self.group = group
-        self.num_replicas = 1 if group is None else group.size()
+        self.num_replicas, self.num_shards = 1 if group is None else group.size(), 1
         self.extremes = True
         self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
         self._table = RowTable(layout)

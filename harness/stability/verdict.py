@@ -5,7 +5,7 @@ Legend: W ranks = R replicas x S shards (plain: 1 x 1, DDP: W x 1, FSDP: 1 x W),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 import torch
@@ -14,15 +14,16 @@ from torch import Tensor
 from harness.config import GuardConfig
 from harness.records import Verdict
 from harness.stability import lane
+from harness.stability.detectors import SpikeRule, make_rule
 from harness.stability.layout import NUM_INF, NUM_NAN
 
-__all__ = ["NUM_SUMMARY", "VERDICTS", "Decision", "Summary", "judge"]
+__all__ = ["VERDICTS", "Decision", "Judge", "Summary"]
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 APPLY, CLIP, SKIP, STOP = range(4)
 
 REPLICA_TOLERANCE = 1e-6
-"""Relative difference between replicas' norms that the order of summation can explain."""
+"""Relative difference between replicas' sums of squares that the order of summation can explain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,65 +39,111 @@ class Summary:
     """What turns a measured gradient into the true one: loss scale x true tokens / nominal tokens."""
     loss_scale: float
     spike_score: float
-    spike_flagged: float
-    replicas_differ: float
-
-
-NUM_SUMMARY = len(Summary.__slots__)
+    is_spike: float
+    norms_differ: float
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a step. All 0-d tensors on the device but `summary`, which is `[NUM_SUMMARY]`."""
+    """What becomes of a step: 0-d tensors on the device."""
 
     skip_t: Tensor
     """Bool: parameters and optimizer state stay as they are."""
     grad_scale_t: Tensor
-    """fp32, at least as large as needed: gradients are to be divided by it."""
+    """fp32: gradients are to be divided by it."""
     overflowed_t: Tensor
     """Bool: a gradient that is not finite under a loss that is; what too large a loss scale does."""
     summary: Tensor
+    """`[9]` float64, a `Summary`."""
 
 
-def judge(
-    lanes: Tensor,
-    *,
-    num_replicas: int,
-    config: GuardConfig,
-    loss_scale_t: Tensor,
-    nominal_tokens: float | None,
-) -> Decision:
-    """The decision on a step.
+class Judge:
+    """Decides on steps, one after the other; remembers only what its spike rule remembers.
 
-    Args:
-        lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
-        nominal_tokens: What the loss was divided by before the backward pass; None: by its own tokens.
+    Raises:
+        ConfigError: there is no such spike rule.
     """
-    loss_sum, tokens = lanes[:, lane.LOSS_SUM].sum(), lanes[:, lane.TOKENS].sum()
-    loss = loss_sum / tokens
-    divisor = loss_scale_t.double()
-    if nominal_tokens is not None:
-        divisor = torch.where(tokens > 0, divisor * tokens / nominal_tokens, divisor)
-    squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(num_replicas, -1).sum(1)
-    norm = squares.amax().sqrt() / divisor
-    gradient_bad = lanes[:, [NUM_NAN, NUM_INF, lane.REDUCED_BAD, lane.UNREDUCED]].sum() > 0
-    skip = gradient_bad | ~loss.isfinite()
-    coefficient = _clip_coefficient(norm, config.max_norm)
-    # A norm beyond fp32 would make the scale infinite, and dividing by that is no clipping.
-    grad_scale = (divisor / coefficient).float()
-    skip = skip | ~grad_scale.isfinite()
-    verdict = torch.where(skip, STOP if config.nonfinite == "stop" else SKIP, (coefficient < 1).int())
-    differ = squares.amax() - squares.amin() > REPLICA_TOLERANCE * squares.amax()
-    nothing = torch.zeros_like(norm)
-    summary = [verdict, loss, norm, torch.where(skip, 1.0, coefficient), divisor, loss_scale_t]
-    summary += [nothing, nothing, differ]
-    return Decision(
-        skip_t=skip,
-        grad_scale_t=torch.where(skip, 1.0, grad_scale),
-        overflowed_t=gradient_bad & loss.isfinite(),
-        summary=torch.stack([value.double() for value in summary]),
+
+    def __init__(self, config: GuardConfig, *, num_replicas: int) -> None:
+        self._config = config
+        self._num_replicas = num_replicas
+        self.rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
+
+    def judge(self, lanes: Tensor, *, loss_scale_t: Tensor, nominal_tokens: float | None) -> Decision:
+        """The decision on a step. Does not synchronise.
+
+        Args:
+            lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
+            nominal_tokens: What the loss was divided by before the backward pass; None: by its own tokens.
+        """
+        tokens = lanes[:, lane.TOKENS].sum()
+        loss = lanes[:, lane.LOSS_SUM].sum() / tokens
+        divisor = loss_scale_t.double()
+        if nominal_tokens is not None:
+            divisor = torch.where(tokens > 0, divisor * tokens / nominal_tokens, divisor)
+        squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
+        norm = squares.amax().sqrt() / divisor
+        gradient_bad = _num_bad(lanes) > 0
+        bad = gradient_bad | ~loss.isfinite()
+        score, is_spike, limit = self._consult_rule(norm, loss, ~bad)
+        coefficient = (limit / norm).clamp(max=1.0)
+        # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
+        bad = bad | ~(divisor / coefficient).float().isfinite()
+        verdict = self._verdict(bad, is_spike, coefficient)
+        skip = verdict >= SKIP
+        coefficient = torch.where(skip, 1.0, coefficient)
+        summary = {
+            "verdict": verdict,
+            "loss": loss,
+            "grad_norm": norm,
+            "clip_coef": coefficient,
+            "divisor": divisor,
+            "loss_scale": loss_scale_t,
+            "spike_score": score,
+            "is_spike": is_spike,
+            "norms_differ": self._norms_differ(squares),
+        }
+        return Decision(
+            skip_t=skip,
+            grad_scale_t=(divisor / coefficient).float(),
+            overflowed_t=gradient_bad & loss.isfinite(),
+            summary=torch.stack([summary[field.name].double() for field in fields(Summary)]),
+        )
+
+    def _verdict(self, bad: Tensor, is_spike: Tensor, coefficient: Tensor) -> Tensor:
+        """Index into VERDICTS."""
+        verdict = (coefficient < 1).long()
+        if self._config.spike == "skip":
+            verdict = torch.where(is_spike, SKIP, verdict)
+        return torch.where(bad, STOP if self._config.nonfinite == "stop" else SKIP, verdict)
+
+    def _consult_rule(self, norm: Tensor, loss: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score, whether the step is a spike, and the norm to clip to."""
+        limit = torch.full_like(norm, torch.inf if self._config.max_norm is None else self._config.max_norm)
+        if self.rule is None:
+            return torch.zeros_like(norm), torch.zeros_like(trusted), limit
+        opinion = self.rule.judge(norm.log(), loss, trusted)
+        if self._config.spike == "clip":
+            limit = torch.minimum(limit, opinion.norm_limit)
+        return opinion.score, opinion.flagged, limit
+
+    def _norms_differ(self, squares: Tensor) -> Tensor:
+        if self._config.replicas == "off":
+            return torch.zeros_like(squares[0])
+        return squares.amax() - squares.amin() > REPLICA_TOLERANCE * squares.amax()
+
+
+def _num_bad(lanes: Tensor) -> Tensor:
+    bad = lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD] + lanes[:, lane.UNREDUCED]
+    return bad.sum()
+
+
+def _rule(config: GuardConfig) -> SpikeRule:
+    if config.spike_rule != "robust":
+        return make_rule(config.spike_rule)
+    return make_rule(
+        "robust",
+        threshold=config.spike_threshold,
+        window=config.spike_window,
+        warmup=config.spike_warmup,
     )
-
-
-def _clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
-    return torch.ones_like(norm) if max_norm is None else (max_norm / norm).clamp(max=1.0)

@@ -180,7 +180,9 @@ def test_unused_and_frozen_parameters_do_not_shift_the_rows() -> None:
 def _half_precision(rank: int, world_size: int) -> StepRecord:
     policy = MixedPrecisionPolicy(param_dtype=torch.float16, output_dtype=torch.float32)
     model = _sharded((world_size,), mp_policy=policy)
-    guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()), loss_scaling=True, init_loss_scale=8.0)
+    guard = StepGuard(
+        model, OPTIMIZERS["adamw"](model.parameters()), precision=torch.float16, init_loss_scale=8.0
+    )
     inputs, targets = batch(0, rank)
     loss = nn.functional.mse_loss(model(inputs), targets)
     guard.scale(loss).backward()

@@ -187,7 +187,12 @@ def test_fp16_overflow_halves_the_scale_and_clean_steps_double_it() -> None:
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     guard = StepGuard(
-        model, optimizer, loss_scaling=True, init_loss_scale=1024.0, loss_scale_growth_steps=2, lag_steps=0
+        model,
+        optimizer,
+        precision=torch.float16,
+        init_loss_scale=1024.0,
+        loss_scale_growth_steps=2,
+        lag_steps=0,
     )
     scales = []
     for step in range(5):
@@ -207,7 +212,7 @@ def test_the_loss_scale_does_not_show_in_the_update_nor_in_the_record() -> None:
     model, twin = make_model(), make_model()
     for one, scaling in ((model, True), (twin, False)):
         optimizer = OPTIMIZERS["sgd-plain"](one.parameters())
-        guard = StepGuard(one, optimizer, loss_scaling=scaling)
+        guard = StepGuard(one, optimizer, precision=torch.float16 if scaling else torch.float32)
         loss = nn.functional.mse_loss(one(batch(0)[0]), batch(0)[1])
         guard.scale(loss).backward()
         guard.step(loss)
@@ -221,10 +226,10 @@ def test_the_loss_scale_does_not_show_in_the_update_nor_in_the_record() -> None:
 def test_the_state_of_a_guard_survives_a_restart() -> None:
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    guard = StepGuard(model, optimizer, loss_scaling=True, loss_scale_growth_steps=2)
+    guard = StepGuard(model, optimizer, precision=torch.float16, loss_scale_growth_steps=2)
     guard.step(_backward(model, 0))
     state = guard.state_dict()
-    resumed = StepGuard(model, optimizer, loss_scaling=True, loss_scale_growth_steps=2)
+    resumed = StepGuard(model, optimizer, precision=torch.float16, loss_scale_growth_steps=2)
     resumed.load_state_dict(state)
     resumed.step(_backward(model, 1))
     assert resumed.loss_scale.item() == 2 * 65536

@@ -1,0 +1,68 @@
+"""What went wrong, as one value per step, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness.records import StepRecord, Verdict
+
+__all__ = ["Incident", "report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """A step that was skipped, or that a rule warned of."""
+
+    step: int
+    verdict: Verdict
+    reason: str
+    rank: int | None
+    """The culprit, where there is one."""
+    parameter: str | None
+    micro_batch: int | None
+    num_nan: int
+    num_inf: int
+    bad_parameters: tuple[str, ...] = ()
+    """All parameters with a NaN or an Inf in any rank's own gradient, in the order of the forward pass."""
+    samples: tuple[int, int] | None = None
+    """First and one past the last position, in the order of the data, of the samples of the step."""
+
+    @classmethod
+    def of(cls, record: StepRecord, *, samples: tuple[int, int] | None = None) -> Incident | None:
+        """The incident that `record` tells of, or None if there is nothing to say about the step."""
+        if record.reason is None:
+            return None
+        bad = [name for name, row in record.per_parameter.items() if row.num_nan or row.num_inf]
+        return cls(
+            step=record.step,
+            verdict=record.verdict,
+            reason=record.reason,
+            rank=record.rank,
+            parameter=record.parameter,
+            micro_batch=record.micro_batch,
+            num_nan=record.num_nan,
+            num_inf=record.num_inf,
+            bad_parameters=tuple(bad),
+            samples=samples,
+        )
+
+    @property
+    def module(self) -> str | None:
+        """Name of the module that holds the parameter; empty for the model itself."""
+        return None if self.parameter is None else self.parameter.rpartition(".")[0]
+
+    def summary(self) -> str:
+        """One line: `step 12 skipped: the loss is nan on rank 1 (micro-batch 2, head.weight)`."""
+        done = {"skip": "skipped", "stop": "stopped", "clip": "clipped", "apply": "applied"}[self.verdict]
+        place = [] if self.micro_batch is None else [f"micro-batch {self.micro_batch}"]
+        place += [] if self.parameter is None else [self.parameter]
+        place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
+        place += [] if self.samples is None else [f"samples {self.samples[0]} to {self.samples[1] - 1}"]
+        where = f" ({', '.join(place)})" if place else ""
+        return f"step {self.step} {done}: {self.reason}{where}"
+
+
+def report(incidents: Iterable[Incident]) -> str:
+    """The incidents, a line each."""
+    return "\n".join(f"  {incident.summary()}" for incident in incidents)

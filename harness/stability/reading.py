@@ -1,0 +1,189 @@
+"""Reads a step's numbers, once they are on the host, into a record with names, units and a reason.
+
+Legend: W ranks = R replicas x S shards, P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harness.records import ParameterRow, RankRow, StepRecord
+from harness.stability import lane
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
+from harness.stability.packing import Packet
+from harness.stability.replicas import OddReplica, find_odd
+from harness.stability.samples import parameter_samples
+from harness.stability.verdict import VERDICTS, Summary
+
+__all__ = ["Reader"]
+
+SKIP = VERDICTS.index("skip")
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's numbers as plain values."""
+
+    summary: Summary
+    lanes: list[list[float]]
+    odd: OddReplica | None
+    """What the checksums say, in the steps in which they were taken."""
+
+    @property
+    def culprit(self) -> int | None:
+        """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
+        bad = [(one[lane.MICRO_BATCH], rank) for rank, one in enumerate(self.lanes) if _is_bad(one)]
+        return min(bad)[1] if bad else None
+
+    def total(self, field: int) -> float:
+        return sum(one[field] for one in self.lanes)
+
+
+class Reader:
+    """Makes records of packets: `summary` [NUM_SUMMARY], `lane` [W, NUM_FIELDS], and now and then `rows`
+    [W, P, 6], `checksums` [W, P] and `samples` [1 or S, P, 5], all in host memory."""
+
+    def __init__(self, layout: Layout, *, num_replicas: int) -> None:
+        self._layout = layout
+        self._num_replicas = num_replicas
+
+    def is_skip(self, packet: Packet) -> bool:
+        """Whether the step left everything untouched."""
+        return int(packet["summary"][0]) >= SKIP
+
+    def record(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
+        """The record of a step."""
+        sums = packet.get("checksums")
+        odd = None if sums is None else find_odd(sums.view(self._num_replicas, -1, len(self._layout)))
+        seen = _Step(Summary(*packet["summary"].tolist()), packet["lane"].tolist(), odd)
+        summary = seen.summary
+        rank, parameter, micro_batch = self._blamed(seen)
+        return StepRecord(
+            step=step,
+            verdict=VERDICTS[int(summary.verdict)],
+            reason=self._reason(seen),
+            loss=summary.loss,
+            grad_norm=summary.grad_norm,
+            clip_coef=summary.clip_coef,
+            num_tokens=int(seen.total(lane.TOKENS)) if counts_tokens else 0,
+            num_nan=_count(seen.total(NUM_NAN)),
+            num_inf=_count(seen.total(NUM_INF)),
+            num_zero=_count(seen.total(NUM_ZERO)),
+            max_abs=max(one[MAX_ABS] for one in seen.lanes) / summary.divisor,
+            loss_scale=summary.loss_scale,
+            rank=rank,
+            parameter=parameter,
+            micro_batch=micro_batch,
+            per_rank=tuple(
+                _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.lanes)
+            ),
+            per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
+            sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
+            spike_score=summary.spike_score,
+            is_spike=bool(summary.is_spike),
+            replicas_differ=bool(summary.norms_differ) or odd is not None,
+        )
+
+    def _blamed(self, seen: _Step) -> tuple[int | None, str | None, int | None]:
+        """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
+        culprit = seen.culprit
+        if culprit is None and seen.odd is not None:
+            return seen.odd.rank, self._layout.names[seen.odd.row], None
+        blamed = seen.lanes[culprit or 0]
+        row, micro_batch = int(blamed[lane.PARAMETER]), int(blamed[lane.MICRO_BATCH])
+        return (
+            culprit,
+            self._layout.names[row] if row >= 0 else None,
+            micro_batch if micro_batch >= 0 else None,
+        )
+
+    def _reason(self, seen: _Step) -> str | None:
+        reasons = [
+            _skip_reason(seen) if seen.summary.verdict >= SKIP and not seen.summary.is_spike else None,
+            _spike_reason(seen.summary),
+            self._replica_reason(seen),
+        ]
+        return "; ".join(reason for reason in reasons if reason) or None
+
+    def _replica_reason(self, seen: _Step) -> str | None:
+        if seen.odd is not None:
+            who = "replicas differ" if seen.odd.rank is None else f"rank {seen.odd.rank} differs"
+            return f"{who} in {self._layout.names[seen.odd.row]} or its optimizer state"
+        return "reduced gradients differ between replicas" if seen.summary.norms_differ else None
+
+    def _parameter_rows(self, rows: Tensor | None, divisor: float) -> dict[str, ParameterRow]:
+        """Rows of all ranks, `[W, P, 6]`, as one per parameter."""
+        if rows is None:
+            return {}
+        # Replicas hold the same reduced gradient; the shards of the first make up the whole.
+        shards = rows.view(self._num_replicas, -1, *rows.shape[1:])[0]
+        norms = (shards[:, :, NUM_COLUMNS].sum(0).sqrt() / divisor).tolist()
+        totals = rows.sum(0).tolist()
+        largest = (rows[:, :, MAX_ABS].amax(0) / divisor).tolist()
+        return {
+            name: ParameterRow(
+                grad_norm=norms[row],
+                max_abs=largest[row],
+                num_nan=_count(totals[row][NUM_NAN]),
+                num_inf=_count(totals[row][NUM_INF]),
+                num_zero=_count(totals[row][NUM_ZERO]),
+                num_elements=self._layout.sizes[row],
+            )
+            for row, name in enumerate(self._layout.names)
+        }
+
+
+def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
+    tokens = one[lane.TOKENS]
+    return RankRow(
+        rank=rank,
+        loss=one[lane.LOSS_SUM] / tokens if tokens else math.nan,
+        num_tokens=int(tokens) if counts_tokens else 0,
+        grad_norm=math.sqrt(one[SUM_SQUARES]) / divisor,
+        max_abs=one[MAX_ABS] / divisor,
+        num_nan=_count(one[NUM_NAN]),
+        num_inf=_count(one[NUM_INF]),
+        num_zero=_count(one[NUM_ZERO]),
+        compute_s=one[lane.COMPUTE_S],
+        data_wait_s=one[lane.DATA_WAIT_S],
+        stop_requested=bool(one[lane.STOP_REQUESTED]),
+    )
+
+
+def _is_bad(one: list[float]) -> bool:
+    gradient = one[NUM_NAN] or one[NUM_INF] or one[lane.UNREDUCED]
+    return bool(gradient) or not math.isfinite(one[lane.LOSS_SUM])
+
+
+def _skip_reason(seen: _Step) -> str:
+    culprit = seen.culprit
+    if culprit is not None:
+        return _blame(seen.lanes[culprit], culprit)
+    if not seen.total(lane.TOKENS):
+        return "no tokens in the global batch"
+    if seen.total(lane.REDUCED_BAD):
+        return "the reduced gradient is not finite though every rank's own was: overflow in the reduction"
+    return f"the gradient's norm of {seen.summary.grad_norm:.3g} is beyond fp32"
+
+
+def _blame(one: list[float], rank: int) -> str:
+    if one[lane.UNREDUCED]:
+        return f"rank {rank}'s gradients were not reduced: its backward pass went around the wrapper"
+    if not math.isfinite(one[lane.LOSS_SUM]):
+        return f"the loss is {one[lane.LOSS_SUM]} on rank {rank}"
+    return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
+
+
+def _spike_reason(summary: Summary) -> str | None:
+    if not summary.is_spike:
+        return None
+    what = f"loss {summary.loss:.4g}, gradient norm {summary.grad_norm:.4g}"
+    return f"spike: {what}, score {summary.spike_score:.1f}"
+
+
+def _count(value: float) -> int:
+    """A count as an integer; -1: not measured."""
+    return -1 if math.isnan(value) else int(value)

@@ -1,0 +1,70 @@
+"""Whether replicas are still the same: bit-exact checksums of parameters and optimizer state.
+
+Buffers are left out: BatchNorm's statistics differ between ranks by design.
+
+Legend: R replicas, S shards of each, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["OddReplica", "checksums", "find_odd"]
+
+_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type by bytes per element."""
+
+
+@dataclass(frozen=True, slots=True)
+class OddReplica:
+    """Where replicas differ."""
+
+    rank: int | None
+    """The rank that differs from the majority; None where there is no majority, as between two."""
+    row: int
+    """The first parameter that is, or whose optimizer state is, not the same everywhere."""
+
+
+def checksums(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> Tensor:
+    """`[P]` int64: for each parameter an integer sum over the raw bits of it and of its optimizer state.
+
+    Reads everything once; does not synchronise. Sums are exact, so the order of summation does not matter.
+    """
+    return torch.stack([_of_parameter(p, optimizer) for p in parameters])
+
+
+def find_odd(sums: Tensor) -> OddReplica | None:
+    """The replica that differs, or None if all are the same.
+
+    Args:
+        sums: `[R, S, P]` int64 on the host.
+    """
+    differs = (sums != sums[:1]).any(0)
+    if not bool(differs.any()):
+        return None
+    shard, row = (int(where[0]) for where in differs.nonzero(as_tuple=True))
+    values = [tuple(replica[shard].flatten().numpy()) for replica in sums]
+    (common, count), *_ = Counter(values).most_common()
+    odd = next(replica for replica, value in enumerate(values) if value != common)
+    return OddReplica(rank=odd * sums.shape[1] + shard if 2 * count > len(values) else None, row=row)
+
+
+def _of_parameter(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
+    state = optimizer.state.get(parameter, {})
+    tensors = [parameter] + [value for _, value in sorted(state.items()) if isinstance(value, Tensor)]
+    total = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    for position, tensor in enumerate(tensors):
+        # Odd weights, so that opposite changes in two tensors do not cancel.
+        total += (2 * position + 1) * _sum_of_bits(tensor).to(parameter.device, non_blocking=True)
+    return total
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    local: Tensor = getattr(tensor, "_local_tensor", tensor).detach()
+    return local.contiguous().view(_INTEGER_OF[local.element_size()]).sum(dtype=torch.int64)

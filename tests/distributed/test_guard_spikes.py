@@ -1,0 +1,146 @@
+"""Spikes as the guard acts on them, and what a NaN does to its judgement: nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.errors import ConfigError
+from harness.records import StepRecord
+from harness.stability import StepGuard
+from tests.support.guarded import OPTIMIZERS, batch, make_model, snapshot, worst_difference
+
+WARM = 80
+"""Steps after which the default rule speaks."""
+
+
+class _Run:
+    """A guarded model whose gradients and losses are made up, step by step."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.model = make_model()
+        self.optimizer = OPTIMIZERS["adamw"](self.model.parameters())
+        self.guard = StepGuard(self.model, self.optimizer, lag_steps=0, **settings)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, *, factor: float = 1.0, nan: bool = False) -> StepRecord:
+        """One step with a gradient of norm about `factor`."""
+        for parameter in self.model.parameters():
+            noise = torch.randn(parameter.shape, generator=self.generator)
+            parameter.grad = noise * factor / 11
+        if nan:
+            next(self.model.parameters()).grad.view(-1)[0] = math.nan
+        loss = 2.0 + 0.01 * torch.randn((), generator=self.generator)
+        self.guard.step(loss)
+        (record,) = self.guard.drain()
+        return record
+
+
+def _warm(**settings: Any) -> _Run:
+    run = _Run(max_norm=None, **settings)
+    for _ in range(WARM):
+        assert not run.step().is_spike
+    return run
+
+
+def test_warn_applies_the_step_and_says_why_it_stands_out() -> None:
+    run = _warm(spike="warn")
+    record = run.step(factor=100.0)
+    assert (record.verdict, record.is_spike) == ("apply", True)
+    assert record.reason is not None
+    assert record.reason.startswith("spike: loss")
+    assert record.spike_score > 6
+
+
+def test_clip_brings_a_spike_down_to_a_usual_norm() -> None:
+    run = _warm(spike="clip")
+    record = run.step(factor=100.0)
+    assert (record.verdict, record.is_spike) == ("clip", True)
+    assert 0.5 < record.grad_norm * record.clip_coef < 2
+    assert run.step().verdict == "apply"
+
+
+def test_skip_leaves_everything_as_it_was() -> None:
+    run = _warm(spike="skip")
+    before = snapshot(run.model, run.optimizer)
+    assert run.step(factor=100.0).verdict == "skip"
+    assert worst_difference(before, snapshot(run.model, run.optimizer)) == ""
+
+
+def test_off_says_nothing() -> None:
+    run = _warm(spike="off")
+    record = run.step(factor=100.0)
+    assert (record.verdict, record.is_spike, record.spike_score) == ("apply", False, 0.0)
+
+
+@pytest.mark.parametrize("steps_between", [0, 9, 99])
+def test_a_nan_does_not_blind_the_rule(steps_between: int) -> None:
+    run = _warm(spike="skip")
+    bad = run.step(nan=True)
+    assert (bad.verdict, bad.is_spike) == ("skip", False)
+    for _ in range(steps_between):
+        assert run.step().verdict == "apply"
+    assert run.step(factor=10.0).is_spike
+    assert not run.step().is_spike
+
+
+def test_the_rules_memory_survives_a_restart() -> None:
+    run = _warm(spike="skip")
+    state = run.guard.state_dict()
+    run.guard = StepGuard(run.model, run.optimizer, lag_steps=0, max_norm=None, spike="skip")
+    run.guard.load_state_dict(state)
+    assert run.step(factor=100.0).is_spike
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no-such-rule"):
+        _Run(spike_rule="no-such-rule")
+
+
+def test_a_spike_does_not_move_the_loss_scale() -> None:
+    run = _Run(max_norm=None, spike="skip", precision=torch.float16, init_loss_scale=1.0)
+    for _ in range(WARM):
+        run.step()
+    run.step(factor=100.0)
+    assert run.guard.loss_scale.item() == 1.0
+
+
+def test_what_a_step_did_to_the_weights_is_sampled() -> None:
+    model = make_model(width=16)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer, sample_every=2, max_norm=None)
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        loss = nn.functional.mse_loss(model(batch(step)[0]), batch(step)[1])
+        loss.backward()
+        guard.step(loss)
+        optimizer.zero_grad()
+    records = guard.drain(wait=True)
+    assert [bool(r.sampled) for r in records] == [True, False, True]
+    for name, parameter in model.named_parameters():
+        sample = records[2].sampled[name]
+        moment = optimizer.state[parameter]["exp_avg_sq"]
+        assert sample.weight_norm == pytest.approx(parameter.norm().item(), rel=1e-6)
+        assert sample.update_norm == pytest.approx((parameter - before[name]).norm().item(), rel=1e-4)
+        assert sample.update_ratio == pytest.approx(sample.update_norm / sample.weight_norm)
+        assert sample.second_moment_max == pytest.approx(moment.max().item())
+        assert sample.second_moment_min == pytest.approx(moment.min().item())
+        assert sample.underflow_frac == 0.0
+
+
+def test_a_skipped_step_has_no_update_and_tiny_gradients_count_as_underflow() -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    guard = StepGuard(model, optimizer, sample_every=1, precision=torch.float16, init_loss_scale=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-5)
+    model[0].weight.grad.view(-1)[0] = math.nan
+    guard.step(torch.tensor(1.0))
+    (record,) = guard.drain(wait=True)
+    sample = record.sampled["2.weight"]
+    assert (record.verdict, sample.update_norm, sample.underflow_frac) == ("skip", 0.0, 1.0)
+    assert sample.second_moment_max is None
