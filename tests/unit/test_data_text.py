@@ -196,7 +196,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path: Path) -> None:
 
 def test_text_that_cannot_fill_a_sample_or_be_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(DataError, match=r"the text has 5 bytes.*sequence_length \+ 1 = 17"):
+    with pytest.raises(DataError, match=r"has 5 bytes.*sequence_length \+ 1 = 17"):
         load(tmp_path / "short.txt", cache=tmp_path / "cache")
     with pytest.raises(DataError, match="a single piece of 5 bytes"):
         load(tmp_path / "short.txt", cache=tmp_path / "cache", length=2)
