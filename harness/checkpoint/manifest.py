@@ -126,6 +126,9 @@ class Manifest:
             for chunk in info.chunks:
                 if not self._is_inside(chunk, info):
                     raise Damaged(f"{MANIFEST} places {name} outside of {chunk.file}")
+            # So that no more memory is asked for than there are bytes.
+            if sum(math.prod(chunk.sizes) for chunk in info.chunks) != math.prod(info.shape):
+                raise Damaged(f"{MANIFEST} has not all of {name}")
 
     def _is_inside(self, chunk: Chunk, info: TensorInfo) -> bool:
         extents = zip(chunk.offsets, chunk.sizes, info.shape, strict=True)
