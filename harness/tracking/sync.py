@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from harness.errors import TrackingError
+from harness.tracking.log import log_dir
 from harness.tracking.reader import open_run
 from harness.tracking.settings import MirrorSettings
 from harness.tracking.side import followers_for
@@ -62,4 +65,15 @@ def sync_run(
                 remedy="try again later; nothing is lost",
             )
         done.append(follower.name)
+    if settings.wandb == "online" and _is_kept_offline(Path(run_dir)):
+        raise TrackingError(
+            f"Weights & Biases is not reachable: {run_dir} is still kept offline",
+            rule="an upload needs an account and a network",
+            remedy="`wandb login`, then try again",
+        )
     return done
+
+
+def _is_kept_offline(run_dir: Path) -> bool:
+    state = orjson.loads((log_dir(run_dir) / "mirrors" / "wandb.json").read_bytes())
+    return bool(state["mirror"].get("mode") == "offline")

@@ -53,13 +53,11 @@ class WandbMirror:
         self._run.define_metric("*", step_metric="step")
 
     def take(self, record: Record) -> None:
-        if (
-            record.kind == "system"
-        ):  # goes with the next row: nodes are not numbered, so that rows are the same again
-            self._run.log(scalars_of(record), step=self._ordinal + 1, commit=False)
+        if record.attempt < 0:
+            self._take_from_side(record)
             return
         self._ordinal += 1
-        if record.step is not None and record.attempt >= 0:
+        if record.step is not None:
             self._step = record.step
         if record.kind == "hparams":
             self._run.config.update(record.values, allow_val_change=True)
