@@ -140,13 +140,13 @@ def _check_key(key: str, *, where: str) -> None:
     known = list(config_keys())
     if key in known:
         return
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     raise ConfigError(
         f"unknown key {key!r}{where}",
         rule="only keys of the schema are read",
-        remedy=f"did you mean {nearest[0]!r}?" if nearest else "`harness train --help` lists them",
+        remedy=f"did you mean {' or '.join(nearest)}?" if nearest else "`harness train --help` lists them",
     )
 
 

@@ -31,7 +31,8 @@ def load_text(config: DataConfig, *, cache_dir: Path) -> tuple[Windows, Windows]
     """
     length = config.sequence_length
     files = list_files(config.paths) if config.paths else standard_library()
-    _require_length(sum(file.num_bytes for file in files), length, "the text")
+    where = ", ".join(config.paths) or "the standard library"
+    _require_length(sum(file.num_bytes for file in files), length, f"the text in {where}")
     corpus = prepare(files, val_frac=config.val_frac, cache_dir=cache_dir)
     _require_length(corpus.train.stat().st_size, length, "the training part of the text")
     return Windows(corpus.train, length), Windows(corpus.val, length, keep_rest=True)

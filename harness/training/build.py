@@ -63,7 +63,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
     loader = _loader(config, world, task.train_data)
     counters = Counters()
-    checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.checkpoint.keep_last)
+    checkpointer = Checkpointer.from_config(directory / "checkpoints", config.checkpoint)
     saved = {
         "model": plain(model),
         "optimizer": optimizer,

@@ -26,7 +26,7 @@ class Journal:
         """One finished step."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics after `step` steps."""
+        """Held-out metrics after the step numbered `step`."""
 
     def event(self, name: str, step: int, **details: Any) -> None:
         """Something that happened."""
@@ -85,7 +85,7 @@ class MainJournal(Journal):
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
         shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
-        self._console.say(f"step {step}: held-out {shown}")
+        self._console.say(f"after {step + 1} steps: held-out {shown}")
 
     def event(self, name: str, step: int, **details: Any) -> None:
         self._log.write("event", {"name": name, **details}, step=step)

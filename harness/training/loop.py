@@ -16,7 +16,7 @@ from harness.data import Loader, Task
 from harness.dist import World
 from harness.records import StepRecord
 from harness.stability import Ladder, StepGuard
-from harness.training.counters import Counters
+from harness.training.counters import Counters, is_incident
 from harness.training.evaluate import evaluate
 from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
@@ -130,6 +130,7 @@ def _digest(run: Run, records: list[StepRecord]) -> bool:
         )
         if run.on_incident is not None and record.reason is not None:
             run.on_incident(record)
+        run.checkpointer.observe(record.step + 1, incident=is_incident(record))
         run.ladder.observe(record)
         stopped = stopped or any(row.stop_requested for row in record.per_rank)
     return stopped
@@ -138,12 +139,12 @@ def _digest(run: Run, records: list[StepRecord]) -> bool:
 def _evaluate(run: Run) -> None:
     metrics = evaluate(run.model, run.task, run.config, run.world, precision=run.precision)
     run.counters.count_evaluation(metrics["val/loss"])
-    run.journal.evaluation(run.counters.step, metrics)
+    run.journal.evaluation(run.counters.step - 1, metrics)
 
 
 def _save(run: Run) -> None:
-    run.checkpointer.save(run.counters.step, run.saved)
-    run.journal.event("checkpoint", run.counters.step)
+    run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
+    run.journal.event("checkpoint", run.counters.step - 1, num_steps=run.counters.step)
 
 
 def _finish(run: Run, stopped: bool) -> Status:

@@ -40,7 +40,7 @@ def prepare(folder: Path) -> dict[str, Path]:
     [
         ("--data.paths=[{folder}/missing]", ["missing"]),
         ("--data.paths=[{folder}/empty]", ["empty"]),
-        ("--data.paths=[{folder}/hollow]", ["hollow"]),
+        ("--data.paths=[{folder}/hollow]", ["no text"]),
         ("--data.paths=[{folder}/dangling.txt]", ["dangling.txt"]),
         ("--data.paths=[{folder}/short]", ["sequence"]),
         ("--data.cache_dir={folder}/in_the_way/cache", ["in_the_way"]),

@@ -11,7 +11,7 @@ from tests.support.runs import PROGRAM, ROOT, program, tiny
 
 BIN = Path(sys.executable).parent
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
-TORCHRUN = [str(BIN / "torchrun"), "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone"]
 
 LAUNCHERS = {
     "python file": ([sys.executable], PROGRAM, 1),

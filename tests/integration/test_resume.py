@@ -14,7 +14,7 @@ from harness.tracking.reader import open_run
 from harness.training import train
 from tests.support.runs import PROGRAM, program, start, tiny, tiny_config
 
-TWO = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2", "--rdzv-endpoint=localhost:0"]
+TWO = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
 
 
 def losses(runs: Path) -> list[float]:
