@@ -20,9 +20,10 @@ from harness.records import StepRecord
 from harness.stability.actuator import Actuator
 from harness.stability.fsdp import FsdpSource
 from harness.stability.hooks import CommHook, DdpSource
-from harness.stability.lane import bad_rows, build_lane
+from harness.stability.lane import build_lane
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
+from harness.stability.micro_batches import MicroBatches
 from harness.stability.monitor import Monitor
 from harness.stability.packing import Packet, pack, unpack
 from harness.stability.replicas import checksums
@@ -100,8 +101,7 @@ class StepGuard:
             lag_steps=self.config.lag_steps,
         )
         self._step = 0
-        self._loss_t = torch.zeros(2, dtype=torch.float64, device=device)
-        self._bad_micro_batch_t = torch.full((), -1.0, dtype=torch.float64, device=device)
+        self._micro_batches = MicroBatches(device)
         self._start_step()
 
     @classmethod
@@ -135,7 +135,7 @@ class StepGuard:
         return loss * self._loss_scale.value_t if self._loss_scale.enabled else loss
 
     def accumulate(self, loss_sum: Tensor, num_tokens: Tensor | float = 1, *, is_last: bool = False) -> None:
-        """Notes a micro-batch after its backward pass, and whether it left anything non-finite.
+        """Notes a micro-batch after its backward pass, and what it did to the gradient.
 
         Args:
             loss_sum: Sum of the loss over the micro-batch's tokens, 0-d, not scaled.
@@ -144,13 +144,9 @@ class StepGuard:
                 sees by itself that a micro-batch was reduced.
         """
         with torch.no_grad():
-            self._loss_t[0] += loss_sum.detach().double()
-            self._loss_t[1] += num_tokens
+            self._micro_batches.add(loss_sum, num_tokens)
             if not is_last:
-                bad = bad_rows(self._source.micro_batch_rows()).any() | ~self._loss_t[0].isfinite()
-                first = bad & (self._bad_micro_batch_t < 0)
-                self._bad_micro_batch_t.masked_fill_(first, self._num_micro_batches)
-        self._num_micro_batches += 1
+                self._micro_batches.look(self._source.micro_batch_rows())
 
     @torch.no_grad()
     def step(
@@ -180,8 +176,13 @@ class StepGuard:
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
         host_values = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
+        self._micro_batches.look(local)
         mine = build_lane(
-            local, reduced, loss=self._loss_t, micro_batch=self._micro_batch(), host_values=host_values
+            local,
+            reduced,
+            loss=self._micro_batches.loss_t,
+            micro_batch=self._micro_batches.suspect_t,
+            host_values=host_values,
         )
         packet = self._gather(self._due({"lane": mine}, rows))
         decision = self._judge.judge(
@@ -235,16 +236,10 @@ class StepGuard:
     def _start_step(self) -> None:
         self._source.start_step()
         self._source.extremes = self._step % self.config.extremes_every == 0
-        self._num_micro_batches = 0
-        self._loss_t.zero_()
-        self._bad_micro_batch_t.fill_(-1.0)
-
-    def _micro_batch(self) -> Tensor:
-        last = torch.full_like(self._bad_micro_batch_t, self._num_micro_batches - 1)
-        return torch.stack([self._bad_micro_batch_t, last])
+        self._micro_batches.clear()
 
     def _require_loss(self) -> None:
-        if not self._num_micro_batches:
+        if not self._micro_batches.num:
             raise ConfigError(
                 "step() was called without a loss",
                 rule="a verdict needs this rank's loss",

@@ -53,19 +53,16 @@ def build_lane(
         local: `[P, 5]` statistics of this rank's own gradient, before the reduction.
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
         loss: `[2]` sum of the loss and number of tokens.
-        micro_batch: `[2]` the first micro-batch that left something non-finite (-1: none so far), and the
-            last micro-batch, to which a fault belongs that no earlier one has shown.
+        micro_batch: 0-d, the one to blame if the step goes wrong.
         host_values: The fields from UNREDUCED on, known on the host.
     """
     totals = local.sum(0)
     totals[MAX_ABS] = local[:, MAX_ABS].amax()
     local_bad, reduced_bad = bad_rows(local), bad_rows(reduced)
     loss_finite = loss[0].isfinite()
-    any_bad = local_bad.any() | ~loss_finite
-    first_seen, last = micro_batch.unbind()
     tail = [
-        _culprit(torch.where(local_bad.any(), local_bad, reduced_bad), loss_finite),
-        torch.where(first_seen >= 0, first_seen, torch.where(any_bad, last, -1.0)),
+        _suspect(torch.where(local_bad.any(), local_bad, reduced_bad), local[:, SUM_SQUARES], loss_finite),
+        micro_batch,
         reduced[:, SUM_SQUARES].sum(),
         reduced_bad.any().double(),
     ]
@@ -78,14 +75,15 @@ def bad_rows(rows: Tensor) -> Tensor:
     return (rows[:, NUM_NAN] + rows[:, NUM_INF]) > 0
 
 
-def _culprit(bad: Tensor, loss_finite: Tensor) -> Tensor:
-    """Row of the parameter to blame, -1 for none.
+def _suspect(bad: Tensor, squares: Tensor, loss_finite: Tensor) -> Tensor:
+    """Row of the parameter to blame if the step goes wrong; -1 if only the loss is bad.
 
     Under a finite loss the fault arose in the backward pass and spread towards the input: the last bad
     parameter of the forward pass is where it began. A non-finite loss poisons every gradient; then it is
-    the first one.
+    the first one. Where nothing is bad, it is the parameter with the largest gradient.
     """
     forward = torch.arange(1, len(bad) + 1, device=bad.device)
     last = (bad * forward).amax() - 1
     first = len(bad) - (bad * forward.flip(0)).amax()
-    return torch.where(bad.any(), torch.where(loss_finite, last, first), -1).double()
+    spread = torch.where(loss_finite, last, first)
+    return torch.where(bad.any(), spread, torch.where(loss_finite, squares.argmax(), -1)).double()

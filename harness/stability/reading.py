@@ -6,6 +6,7 @@ Legend: W ranks = R replicas x S shards, P parameters.
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,9 @@ __all__ = ["Reader"]
 
 SKIP = VERDICTS.index("skip")
 
+OUTSTANDING = 3.0
+"""Times the median of the other ranks' norms from which a rank is blamed for a spike."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -37,6 +41,15 @@ class _Step:
         """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
         bad = [(one[lane.MICRO_BATCH], rank) for rank, one in enumerate(self.lanes) if _is_bad(one)]
         return min(bad)[1] if bad else None
+
+    @property
+    def outstanding(self) -> int | None:
+        """Of a spike the rank whose own gradient stands out; None if it is not one rank's doing."""
+        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.lanes]
+        rank = norms.index(max(norms))
+        others = norms[:rank] + norms[rank + 1 :]
+        stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
+        return rank if self.summary.is_spike and stands_out else None
 
     def total(self, field: int) -> float:
         return sum(one[field] for one in self.lanes)
@@ -89,16 +102,16 @@ class Reader:
 
     def _blamed(self, seen: _Step) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
-        culprit = seen.culprit
-        if culprit is None and seen.odd is not None:
+        rank = seen.culprit if seen.culprit is not None else seen.outstanding
+        if rank is not None:
+            row = int(seen.lanes[rank][lane.PARAMETER])
+            name = self._layout.names[row] if row >= 0 else None
+            return rank, name, int(seen.lanes[rank][lane.MICRO_BATCH])
+        if seen.total(lane.REDUCED_BAD):
+            return None, self._layout.names[int(seen.lanes[0][lane.PARAMETER])], None
+        if seen.odd is not None:
             return seen.odd.rank, self._layout.names[seen.odd.row], None
-        blamed = seen.lanes[culprit or 0]
-        row, micro_batch = int(blamed[lane.PARAMETER]), int(blamed[lane.MICRO_BATCH])
-        return (
-            culprit,
-            self._layout.names[row] if row >= 0 else None,
-            micro_batch if micro_batch >= 0 else None,
-        )
+        return None, None, None
 
     def _reason(self, seen: _Step) -> str | None:
         reasons = [

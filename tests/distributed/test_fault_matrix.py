@@ -1,0 +1,150 @@
+"""Every kind of fault, everywhere it can strike: the step is left out on all ranks, to the last bit, and the
+rank, micro-batch and parameter are named.
+
+A cell is one step with one fault, three micro-batches long. Many cells run in one set of processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.config import FaultConfig
+from harness.data import LossSum
+from harness.dist import gradient_sync, plain
+from harness.records import StepRecord
+from harness.stability import StepGuard
+from harness.training.faults import FaultInjector
+from tests.support.distributed import run_ranks
+from tests.support.guarded import snapshot, worst_difference
+
+KINDS = ("nan", "inf", "-inf", "overflow", "spike")
+# First, middle and last parameter of the forward pass; GELU lets no infinity through unharmed.
+TARGETS: tuple[tuple[Any, str | None], ...] = (
+    ("loss", None),
+    ("activation", "2"),
+    ("gradient", "0.weight"),
+    ("gradient", "2.weight"),
+    ("gradient", "4.bias"),
+)
+MICRO_BATCHES, TOKENS, WARM = 3, 64, 40
+SETTINGS: dict[str, Any] = {"spike": "skip", "spike_warmup": 24, "lag_steps": 0}
+
+
+def cells(world_size: int) -> list[FaultConfig]:
+    """All faults for a world, each at a step of its own, in the order of the steps."""
+    everything = itertools.product(KINDS, TARGETS, range(world_size), range(MICRO_BATCHES))
+    return [
+        FaultConfig(
+            step=WARM + i, rank=rank, kind=kind, target=target, parameter=name, micro_batch=micro, scale=1e4
+        )
+        for i, (kind, (target, name), rank, micro) in enumerate(everything)
+    ]
+
+
+class Trainee:
+    """A model with its optimizer and guard, and a step of three micro-batches."""
+
+    def __init__(self, wrap: str, rank: int, world_size: int, faults: list[FaultConfig]) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1))
+        self.model: nn.Module = model
+        if wrap == "ddp":
+            self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        elif wrap == "fsdp":
+            fully_shard(model[2])
+            fully_shard(model)
+        self.rank, self.world_size = rank, world_size
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.guard = StepGuard(self.model, self.optimizer, **SETTINGS)
+        self.faults = FaultInjector(faults, model=plain(self.model), rank=rank)
+
+    def step(self, data: int, *, fault: FaultConfig | None = None) -> StepRecord:
+        """A step on the batch numbered `data`, with a fault or without."""
+        for micro_batch in range(MICRO_BATCHES):
+            inputs, targets = _data(data, self.rank, micro_batch)
+            step = -1 if fault is None else fault.step
+            with (
+                self.faults.armed(step, micro_batch, {}),
+                gradient_sync(self.model, on=micro_batch == MICRO_BATCHES - 1),
+            ):
+                # Linear far out: an overflow of the gradient is not one of the loss.
+                total = nn.functional.smooth_l1_loss(self.model(inputs), targets, reduction="sum")
+                zero = torch.zeros(())
+                loss = self.faults.on_loss(LossSum(total=total, count=zero + TOKENS, correct=zero))
+                nominal = TOKENS * MICRO_BATCHES * self.world_size
+                (loss.total * self.world_size / nominal).backward()
+                self.guard.accumulate(loss.total, loss.count)
+        self.guard.step(nominal_tokens=nominal)
+        self.optimizer.zero_grad()
+        (record,) = self.guard.drain()
+        return record
+
+
+def _data(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step * 1009 + rank * 31 + micro_batch)
+    inputs = torch.randn(TOKENS, 4, generator=generator)
+    return inputs, inputs.sum(1, keepdim=True) + torch.randn(TOKENS, 1, generator=generator)
+
+
+def run_matrix(rank: int, world_size: int, wrap: str) -> list[str]:
+    """Runs all cells; returns what was wrong in any of them."""
+    logging.getLogger("harness").setLevel(logging.ERROR)
+    faults = cells(world_size)
+    trainee, twin = (Trainee(wrap, rank, world_size, faults) for _ in range(2))
+    complaints: list[str] = []
+    for step in range(WARM):
+        verdicts = trainee.step(step).verdict, twin.step(step).verdict
+        complaints += [] if "skip" not in verdicts else [f"step {step} without a fault: {verdicts}"]
+    for fault in faults:
+        before = snapshot(trainee.model, trainee.optimizer)
+        record = trainee.step(fault.step, fault=fault)
+        changed = worst_difference(before, snapshot(trainee.model, trainee.optimizer))
+        found = list(_wrong(fault, record)) + ([f"{changed} changed"] if changed else [])
+        complaints += [
+            f"{fault.kind} {fault.target} {fault.parameter} {fault.rank}/{fault.micro_batch}: {f}"
+            for f in found
+        ]
+        if fault.step % 10 == 0:
+            # Goes on as a run without the faulty steps; more spikes in a row would be taken for a new level.
+            verdicts = trainee.step(fault.step).verdict, twin.step(fault.step).verdict
+            complaints += [] if "skip" not in verdicts else [f"step {fault.step} without a fault: {verdicts}"]
+    differs = worst_difference(
+        snapshot(trainee.model, trainee.optimizer), snapshot(twin.model, twin.optimizer)
+    )
+    return complaints + ([f"{differs} is not the twin's"] if differs else [])
+
+
+def _wrong(fault: FaultConfig, record: StepRecord) -> list[str]:
+    expected: dict[str, Any] = {"verdict": "skip", "rank": fault.rank, "micro_batch": fault.micro_batch}
+    if fault.target == "gradient":
+        expected["parameter"] = fault.parameter
+        expected["num_nan"] = int(fault.kind == "nan")
+        expected["num_inf"] = int(fault.kind in ("inf", "-inf"))
+    expected["is_spike"] = fault.kind in ("overflow", "spike")
+    return [
+        f"{name} is {getattr(record, name)!r}, not {value!r} ({record.reason})"
+        for name, value in expected.items()
+        if getattr(record, name) != value
+    ]
+
+
+@pytest.mark.parametrize(("wrap", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2)])
+def test_every_fault_is_left_out_and_named(wrap: str, world_size: int) -> None:
+    assert run_ranks(run_matrix, world_size, wrap, timeout_s=120) == [[]] * world_size
+
+
+def test_every_fault_is_left_out_and_named_in_a_single_process() -> None:
+    assert run_matrix(0, 1, "plain") == []
+
+
+@pytest.mark.slow
+def test_every_fault_is_left_out_and_named_on_four_shards() -> None:
+    assert run_ranks(run_matrix, 4, "fsdp", timeout_s=170) == [[]] * 4
