@@ -1,0 +1,143 @@
+"""What a step of the guard may cost: one gather of fixed size, and not one look from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.stability import StepGuard, lane, samples, sources
+from tests.support.distributed import run_ranks
+from tests.support.guarded import OPTIMIZERS, batch, make_model
+
+
+class _Reads(TorchFunctionMode):
+    """Notes every read of a value that Python asks for; on the CPU not all of them reach the dispatcher."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "equal")
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        self.seen += [name] if name in self.NAMES else []
+        return function(*args, **(kwargs or {}))
+
+
+class _InnerReads(TorchDispatchMode):
+    """Notes the reads that operators make, and shapes that hang on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.split(".")[0]
+        self.seen += [name] if name.startswith(self.NAMES) else []
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _host_reads() -> Iterator[list[str]]:
+    """Within it everything is noted that would make the host wait for a CUDA device."""
+    seen: list[str] = []
+    with _InnerReads(seen), _Reads(seen):
+        yield seen
+
+
+def _as_on_cuda(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:
+    """Statistics without a look at a value, as the kernels take them; the CPU's own path looks, for free."""
+    rows = []
+    for tensor in tensors:
+        finite = tensor.isfinite()
+        values = tensor.where(finite, 0).double()
+        counts = [tensor.isnan().sum(), tensor.isinf().sum(), (tensor == 0).sum()]
+        rows.append(torch.stack([values.square().sum(), values.abs().max(), *counts]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad"])
+def test_no_value_is_read_between_backward_and_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "tensor_statistics", _as_on_cuda)
+    monkeypatch.setattr(samples, "tensor_statistics", _as_on_cuda)
+    model = make_model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    # Everything that has a cadence is due in every step.
+    guard = StepGuard(
+        model, optimizer, spike="skip", per_parameter_every=1, sample_every=1, precision=torch.float16
+    )
+    reads = []
+    for step in range(3):
+        for micro_batch in range(2):
+            loss = nn.functional.mse_loss(model(batch(step, 0, micro_batch)[0]), batch(step)[1])
+            guard.scale(loss).backward()
+            with _host_reads() as accumulating:
+                guard.accumulate(loss)
+        with _host_reads() as stepping:
+            guard.step(nominal_tokens=2)
+        optimizer.zero_grad()
+        reads.append(accumulating + stepping)
+    # The first step creates the state of all but Adagrad, and asks once.
+    assert reads == [[] if name == "adagrad" else ["tolist"], [], []]
+
+
+def test_an_optimizer_that_is_not_fused_costs_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "tensor_statistics", _as_on_cuda)
+    model = make_model()
+    guard = StepGuard(model, OPTIMIZERS["rmsprop"](model.parameters()), sample_every=0)
+    for _ in range(2):
+        loss = nn.functional.mse_loss(model(batch(0)[0]), batch(0)[1])
+        loss.backward()
+        with _host_reads() as seen:
+            guard.step(loss)
+        assert seen == ["tolist"]
+
+
+def _collectives(rank: int, world_size: int, wrap: str, width: int) -> list[tuple[int, int]]:
+    """Per step, while the guard works: number of collectives, and float64 that this rank sends."""
+    model = make_model(width=width)
+    model = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer, per_parameter_every=4, sample_every=0, replicas_every=0)
+    sent: list[int] = []
+    gather = torch.ops.c10d._allgather_base_.default
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is gather:
+                sent.append(args[1].numel())
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    for step in range(6):
+        loss = nn.functional.mse_loss(model(batch(step, rank)[0]), batch(step, rank)[1])
+        loss.backward()
+        sent.clear()
+        with CommDebugMode() as comm, Sizes():
+            guard.step(loss)
+            guard.drain()
+        optimizer.zero_grad()
+        seen.append((comm.get_total_counts(), sum(sent)))
+    return seen
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_step_costs_one_gather_whose_size_knows_nothing_of_the_model(wrap: str) -> None:
+    assert lane.NUM_FIELDS <= 16
+    plain, with_rows = (1, lane.NUM_FIELDS), (1, lane.NUM_FIELDS + 6 * 6)
+    expected = [with_rows, plain, plain, plain, with_rows, plain]
+    for width in (8, 64):
+        assert run_ranks(_collectives, 2, wrap, width) == [expected, expected]
