@@ -12,38 +12,41 @@ from harness.stability.rules.base import SpikeRule, SpikeVerdict, shifted
 
 __all__ = ["RobustRule"]
 
-RECENT = 16
+RECENT = 24
 """Samples that the expected value is the median of, and flagged ones in a row that make a new level."""
 
 MAD_TO_SIGMA = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
+"""Standard deviation of a normal distribution over its median absolute deviation (MAD)."""
 
-LOG_NORM_FLOOR = 0.05
-"""Least spread of the log norm: 5 % of the norm."""
+FAR = 4.0
+"""MAD spreads beyond which a residual counts as if it lay there."""
 
-LOSS_FLOOR = 0.01
-"""Least spread of the loss, as a share of its level ..."""
+LOG_NORM_FLOOR = 0.02
+"""Least spread of the log norm: 2 % of the norm."""
 
-LEAST_LOSS_FLOOR = 1e-6
-"""... and for a loss whose level is 0."""
+LOSS_FLOOR, PEAK_FLOOR = 0.01, 0.004
+"""Least spread of the loss, as a share of its level and of the highest level so far."""
 
 
 class RobustRule(SpikeRule):
     """Flags a step whose log gradient norm or loss lies `threshold` spreads above what was to be expected.
 
-    Expected is the median of the last 16 accepted samples. What a sample differs from that by is its
-    residual; the last `window` residuals have a median and a spread (median absolute deviation, scaled to a
-    standard deviation, with a floor relative to the level). The score is the residual above the median
-    residual, in spreads. So a steady trend is no spike: it moves the expectation and shifts all residuals
-    alike. On a falling trend the median residual counts as 0, so that the end of a fall is no spike either.
+    Expected is the median of the last 24 accepted samples. What a sample differs from that by is its
+    residual. The spread is taken from the last `window` residuals: their standard deviation about their
+    median, in which none counts as further off than 4 scaled MADs, or the scaled MAD itself if that is
+    larger; and never less than a share of the level. So heavy tails widen it and single outliers do not.
+    The score is the residual above the median residual, in spreads: a steady trend, which shifts all
+    residuals alike, is no spike. On a falling trend the median residual counts as 0, so that the end of a
+    fall is no spike either.
 
     The memory takes only trusted samples that were not flagged: neither a NaN nor a spike changes what later
     steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged for
-    ever, 16 flagged samples in a row that agree with one another, within the threshold, become the new
-    recent past; samples that do not agree, as in a divergence, go on being flagged, at most `window` steps.
+    ever, 24 flagged samples in a row that agree with one another, within the threshold, become the new
+    recent past. Samples that do not agree, as in a divergence, go on being flagged; after `window` of them
+    in a row the rule warms up afresh.
 
     The norm limit of a flagged step is the expected norm: clipped to it, the step weighs as much as a usual
-    one. 45 small kernels a step.
+    one. About 75 small kernels a step.
 
     Args:
         threshold: Score from which a step is flagged.
@@ -51,7 +54,7 @@ class RobustRule(SpikeRule):
         warmup: Residuals seen before anything is flagged.
     """
 
-    def __init__(self, *, threshold: float = 6.0, window: int = 128, warmup: int = 64) -> None:
+    def __init__(self, *, threshold: float = 7.0, window: int = 128, warmup: int = 64) -> None:
         super().__init__()
         self.threshold, self.window, self.warmup = threshold, window, warmup
 
@@ -62,6 +65,7 @@ class RobustRule(SpikeRule):
             "recent": nothing.new_full((2, RECENT), torch.nan),
             "flagged_in_a_row": nothing.new_full((2, RECENT), torch.nan),
             "num_in_a_row": torch.zeros((), dtype=torch.int64, device=device),
+            "peak_loss": nothing.new_zeros(()),
         }
 
     def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
@@ -82,13 +86,21 @@ class RobustRule(SpikeRule):
     def _score(self, residual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
         """Score and spread per signal; the score is 0 while there is too little to go by."""
         residuals = self._state["residuals"]
+        num = (residuals == residuals).sum(dim=-1)
         usual = _median(residuals)
-        spread = MAD_TO_SIGMA * _median((residuals - usual.unsqueeze(-1)).abs())
-        loss_floor = expected[1].abs() * LOSS_FLOOR + LEAST_LOSS_FLOOR
-        floor = torch.stack([torch.full_like(loss_floor, LOG_NORM_FLOOR), loss_floor])
-        spread = torch.maximum(spread, floor)
-        active = (residuals == residuals).sum(dim=-1) >= self.warmup
-        return torch.where(active, (residual - usual.clamp(min=0.0)) / spread, 0.0), spread
+        deviations = (residuals - usual.unsqueeze(-1)).abs()
+        mad = MAD_TO_SIGMA * _median(deviations)
+        near = torch.minimum(deviations, FAR * mad.unsqueeze(-1))
+        sigma = (near.square().nansum(dim=-1) / num).sqrt()
+        spread = torch.maximum(torch.maximum(mad, sigma), self._floor(expected[1].abs()))
+        score = (residual - usual.clamp(min=0.0)) / spread
+        return torch.where(num >= self.warmup, score, 0.0), spread
+
+    def _floor(self, loss_level: Tensor) -> Tensor:
+        """Least spread per signal. fmax: there is no level before the first sample."""
+        peak = self._state["peak_loss"] = torch.fmax(self._state["peak_loss"], loss_level)
+        loss_floor = torch.fmax(LOSS_FLOOR * loss_level, PEAK_FLOOR * peak)
+        return torch.stack([torch.full_like(peak, LOG_NORM_FLOOR), loss_floor])
 
     def _learn(self, name: str, values: Tensor, accepted: Tensor) -> None:
         """Adds each signal's value to the window `name` where it is accepted."""
@@ -102,8 +114,10 @@ class RobustRule(SpikeRule):
         samples = memory["flagged_in_a_row"]
         num = torch.where(flagged, memory["num_in_a_row"] + 1, memory["num_in_a_row"] * ~trusted)
         disagree = (samples.amax(dim=-1) - samples.amin(dim=-1) > self.threshold * spread).any()
-        new_level = (num >= RECENT) & (~disagree | (num >= self.window))
+        lost = num >= self.window
+        new_level = lost | ((num >= RECENT) & ~disagree)
         memory["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, memory["recent"])
+        memory["residuals"] = torch.where(lost, torch.nan, memory["residuals"])
         memory["num_in_a_row"] = num * ~new_level
 
 

@@ -16,7 +16,7 @@ class SigmaRule(SpikeRule):
     As OLMo-core's skip-step optimizer had it at first, weaknesses included: the window takes every sample, so
     an outlier widens it (two equal spikes a few steps apart: the second is smaller in sigmas), and while a
     NaN is in it no comparison holds and every step is flagged, `window` of them. Not meant to act on.
-    About 20 small kernels a step.
+    About 35 small kernels a step.
 
     Args:
         threshold: Standard deviations.

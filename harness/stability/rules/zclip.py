@@ -19,7 +19,7 @@ class ZClipRule(SpikeRule):
     flagged, which costs little when all that follows is a milder clip. The loss is not looked at.
 
     Unlike the published code it takes no step that is not trusted: there, one NaN ends all clipping.
-    About 30 small kernels a step.
+    About 35 small kernels a step.
 
     Args:
         threshold: z-score from which a norm is limited.
