@@ -11,6 +11,7 @@ import math
 import statistics
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Mapping
@@ -203,5 +204,7 @@ class Webhook:
                     return
             except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
                 reason = error
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
             time.sleep(2**attempt)
         logger.warning("the webhook %s takes no alerts: %s", self._url, reason)

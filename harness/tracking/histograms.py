@@ -53,7 +53,9 @@ def _row(tensor: Tensor, num_bins: int) -> Tensor:
 
 def _counts(values: Tensor, finite: Tensor, low: Tensor, high: Tensor, num_bins: int) -> Tensor:
     """Elements per bin, without knowing the range on the host: values are mapped to [0, 1] first."""
-    unit = ((values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)).clamp(0.0, 1.0)
+    half = 0.5  # the range itself may overflow
+    width = (high * half - low * half).clamp_min(torch.finfo(values.dtype).tiny)
+    unit = ((values * half - low * half) / width).clamp(0.0, 1.0)
     unit = torch.where(finite, unit, -1.0)  # outside the range that is counted
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         edges = torch.linspace(0, 1, num_bins + 1, device=values.device)

@@ -54,8 +54,8 @@ class RunLog:
         info: Mapping[str, Any] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        self.run_dir = Path(run_dir)
-        self._folder = log_dir(run_dir)
+        self.run_dir = Path(run_dir).absolute()
+        self._folder = log_dir(self.run_dir)
         self._mutex = threading.Lock()
         self._ended = self._closed = False
         self._has_steps = False

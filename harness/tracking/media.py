@@ -45,7 +45,7 @@ def save_media(run_dir: Path, data: bytes, suffix: str) -> str:
     """Stores bytes under their digest; returns the path relative to the run directory."""
     path = log_dir(run_dir) / "media" / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".new")
         unfinished.write_bytes(data)
         unfinished.replace(path)
@@ -62,7 +62,8 @@ def to_picture(image: Any) -> Image.Image:
         return image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
     if isinstance(image, (str, Path)):
         try:
-            return to_picture(Image.open(image))
+            with Image.open(image) as opened:
+                return to_picture(opened.copy())
         except OSError as error:
             raise TrackingError(f"the image {str(image)!r} cannot be read: {error}") from error
     if hasattr(image, "savefig"):

@@ -17,7 +17,7 @@ __all__ = ["RunPlace", "find_place"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunPlace:
-    """The folders of one run."""
+    """The folders of one run; absolute, so that a program may change its own."""
 
     name: str
     run_dir: Path
@@ -35,11 +35,10 @@ def find_place(config: ExperimentConfig, *, create: bool) -> RunPlace:
     Raises:
         TrackingError: there is no run to resume, or the directory cannot be made.
     """
-    runs = Path(config.tensorboard_dir).parent
+    tensorboard, models = Path(config.tensorboard_dir).absolute(), Path(config.model_save_dir).absolute()
+    runs = tensorboard.parent
     name = _resumed(config, runs) if config.resume_run else _new(config, runs, create)
-    return RunPlace(
-        name, runs / name, Path(config.tensorboard_dir) / name, Path(config.model_save_dir) / name
-    )
+    return RunPlace(name, runs / name, tensorboard / name, models / name)
 
 
 def _new(config: ExperimentConfig, runs: Path, create: bool) -> str:

@@ -11,7 +11,6 @@ raised into the training loop.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -87,7 +86,7 @@ def _harmless(method: Callable[P, None]) -> Callable[P, None]:
         try:
             method(*args, **kwargs)
         except (TrackingError, OSError) as error:
-            logger.error("%s logged nothing: %s", method.__name__, error)
+            logger.error("%s logged nothing: %s", method.__name__.lstrip("_"), error)
 
     return guarded
 
@@ -119,6 +118,8 @@ class ExperimentTracker:
         self._step = 0
         self._began = time.time()
         self._log: RunLog | None = None
+        # Weak, so that being registered does not keep a forgotten tracker alive.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
         self._place = find_place(self.config, create=self.is_main)
         if self.is_main:
             self._open()
@@ -331,8 +332,7 @@ class ExperimentTracker:
         if self._log is None:
             return
         if self.config.log_images and self._step > 0:
-            with contextlib.suppress(OSError):
-                self.create_visualization(self.run_dir / "curves.png")
+            self._draw_last_picture()
         log, self._log = self._log, None
         log.close(state)
         self._mirrors.close(CLOSE_TIMEOUT_S)
@@ -347,6 +347,10 @@ class ExperimentTracker:
             self.close("finished")
         else:
             self.close("stopped" if issubclass(kind, KeyboardInterrupt) else "crashed")
+
+    @_harmless
+    def _draw_last_picture(self) -> None:
+        self.create_visualization(self.run_dir / "curves.png")
 
     @property
     def _last_step(self) -> int:
@@ -377,7 +381,6 @@ class ExperimentTracker:
         self._step = _next_step(place)
         self._settings = _settings(config, place)
         self._mirrors = start_mirrors(place.run_dir, self._settings)
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
         if config.notes:
             self.log_text("notes", config.notes)

@@ -1,0 +1,75 @@
+"""Images of every usual kind become the right pixels, and nothing leaves the run directory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness.errors import TrackingError
+from harness.tracking.media import save_image, to_picture
+from harness.tracking.names import folder_name
+
+
+@pytest.mark.parametrize(
+    ("image", "mode", "size"),
+    [
+        (np.zeros((4, 6)), "L", (6, 4)),
+        (np.zeros((4, 6, 3), np.uint8), "RGB", (6, 4)),
+        (torch.zeros(3, 4, 6), "RGB", (6, 4)),
+        (torch.zeros(1, 4, 6, dtype=torch.bfloat16, requires_grad=True), "L", (6, 4)),
+        (torch.zeros(4, 4, 6), "RGBA", (6, 4)),
+        (torch.zeros(5, 3, 4, 6), "RGB", (20, 9)),
+        (Image.new("P", (6, 4)), "RGB", (6, 4)),
+    ],
+)
+def test_shapes_and_kinds(image: Any, mode: str, size: tuple[int, int]) -> None:
+    picture = to_picture(image)
+    assert (picture.mode, picture.size) == (mode, size)
+
+
+def test_floats_are_shades_and_what_goes_beyond_is_stretched() -> None:
+    assert np.asarray(to_picture(np.array([[0.0, 0.5, 1.0]]))).tolist() == [[0, 128, 255]]
+    assert np.asarray(to_picture(np.array([[-1.0, 0.0, 1.0]]))).tolist() == [[0, 128, 255]]
+    odd = np.array([[math.nan, math.inf, -math.inf, 0.25]])
+    assert np.asarray(to_picture(odd)).tolist() == [[0, 255, 0, 64]]
+
+
+def test_colours_stay_where_they_are() -> None:
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    image[0, 0, 1] = 200
+    assert np.asarray(to_picture(image))[0, 1].tolist() == [200, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 5, 7)), np.zeros(3), np.zeros((0, 3)), np.array(["a"]), None])
+def test_what_is_no_image_is_refused(wrong: Any) -> None:
+    with pytest.raises(TrackingError, match="image"):
+        to_picture(wrong)
+
+
+def test_an_image_is_kept_once_under_its_content(tmp_path: Path) -> None:
+    first = save_image(tmp_path, np.zeros((2, 2)))
+    assert save_image(tmp_path, np.zeros((2, 2))) == first
+    assert to_picture(tmp_path / first["file"]).size == (2, 2)
+    assert [p.suffix for p in (tmp_path / "log" / "media").iterdir()] == [".png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "/etc/passwd", "..", ".hidden", "a\0b", "a\nb", "", "   ", "x" * 5000, "ü" * 300, "CON\\x"],
+)
+def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / folder_name(name)
+    folder.mkdir()
+    assert folder.resolve().parent == tmp_path.resolve()
+    assert not folder.name.startswith(".")
+
+
+def test_different_names_stay_different_and_plain_ones_stay_themselves() -> None:
+    assert folder_name("lr-3e-4 (b)") == "lr-3e-4 (b)"
+    assert len({folder_name(name) for name in ("a/b", "a\\b", "a_b", "a:b", "x" * 200, "x" * 201)}) == 6
