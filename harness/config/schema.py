@@ -228,7 +228,7 @@ class GuardConfig:
     spike_rule: str = "robust"
     """What counts as extraordinary: a name from `harness.stability.detectors.RULES`. The three settings that
     follow are the robust rule's; the others keep the values of their papers."""
-    spike_threshold: float = 6.0
+    spike_threshold: float = 7.0
     """Robust z-score from which a step counts as a spike."""
     spike_window: int = 128
     """Unflagged steps that the spike rule looks back on."""
