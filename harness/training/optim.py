@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from harness.config import OptimConfig
 
@@ -11,10 +12,11 @@ __all__ = ["build_optimizer", "set_learning_rate"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """A fused optimizer over the trainable parameters of `model`.
+    """The optimizer over the trainable parameters of `model`, which is distributed already.
 
     Matrices are decayed; norms, biases and everything else with fewer than two dimensions are not.
-    Fused, because only fused optimizers take the guard's verdict on the device.
+    Fused, because only fused optimizers take the guard's verdict on the device; but torch has no fused SGD
+    and Adagrad for sharded parameters, and there the guard synchronises.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -22,10 +24,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    fused = not isinstance(model, FSDPModule)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.name == "adagrad":
-        return torch.optim.Adagrad(groups, lr=config.lr, eps=config.eps, fused=True)
+        return torch.optim.Adagrad(groups, lr=config.lr, eps=config.eps, fused=fused)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

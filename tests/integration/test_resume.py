@@ -1,5 +1,6 @@
 """Nothing is lost: a run that was killed, stopped or lengthened is the run that it would have been."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
     assert code != 0
     code, output = program(broken, launcher=TWO)
     assert code == 0, output
-    assert "going on at step 8" in output
+    # The save after 8 steps may or may not have been committed when the kill came.
+    assert re.search("going on at step [48] of 12", output)
     assert_same_run(tmp_path / "whole", tmp_path / "broken", tmp_path)
 
 
@@ -106,5 +108,4 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         if "Ctrl-C again" in line:
             break
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode == 130
+    assert process.wait(timeout=10) == 130

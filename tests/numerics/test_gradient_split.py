@@ -41,7 +41,7 @@ def one_step(
     world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
     task = Task(model=model(), loss=loss, train_data=[], val_data=[], tokens_per_sample=LENGTH)
     network = distribute(task.model, ParallelConfig(strategy=strategy), world)  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, fused=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, fused=strategy != "fsdp")
     guard = StepGuard.from_config(network, optimizer, GuardConfig(max_norm=None))
     runner = StepRunner(
         model=network,
