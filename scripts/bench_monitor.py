@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the guard costs: optimizer steps with no check, with clipping, with naive checks and with the guard.
+"""What the guard costs: optimizer steps alone, with clipping, with naive checks, and with the guard.
 
-    python scripts/bench_monitor.py                            # 124M parameters, fp32 and bf16
+    python scripts/bench_monitor.py                              # 124M parameters, fp32 and bf16
     python scripts/bench_monitor.py --models llama-1b --dtypes bf16 --rounds 5
-    python scripts/bench_monitor.py --scaling                  # messages and bytes over parameters and ranks
+    python scripts/bench_monitor.py --models gpt2-124m --scaling # and messages and bytes over 1 to 8 ranks
 
 All variants work on the same tensors, one step each in turn, in an order that changes every round, so that
 what else the machine does strikes all of them alike. Ratios are of medians; the tables give p50 and p99.
@@ -16,25 +16,33 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.stability import StepGuard
 from harness.stability.statistics import bucket_statistics
 
-BARS = {
-    "cpu": {"guard, extremes every 10": ("clip", 0.8), "guard, all": ("clip", 1.0)},
-    "cuda": {"guard, all": ("clip", 0.92)},
+EVERYTHING, CADENCE = "guard, everything every step", "guard, extremes every 10 steps"
+
+BARS: dict[str, list[tuple[str, str, float]]] = {
+    "cpu": [(CADENCE, "clip + step", 0.8), (EVERYTHING, "clip + step", 1.0)],
+    "cuda": [(EVERYTHING, "clip + step", 0.92)],
 }
-"""Largest allowed ratio of medians: variant -> (variant to compare with, ratio)."""
-NAIVE_BAR = 0.25
+"""By device: variant, what it is compared with, largest ratio of medians allowed."""
+
+for _bars in BARS.values():
+    _bars += [(CADENCE, "naive + clip + step", 0.25), (EVERYTHING, "naive + clip + step", 0.25)]
 
 Shapes = list[tuple[int, ...]]
 
@@ -42,16 +50,16 @@ Shapes = list[tuple[int, ...]]
 def gpt2(*, dim: int, num_layers: int, vocab_size: int = 50257, length: int = 1024) -> Shapes:
     """Parameter shapes of GPT-2: biases everywhere, the output projection tied to the embedding."""
     norm: Shapes = [(dim,), (dim,)]
-    block = norm + [(3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
-    block += norm + [(4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
-    return [(vocab_size, dim), (length, dim)] + num_layers * block + norm
+    attention: Shapes = [*norm, (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
+    mlp: Shapes = [*norm, (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
+    return [(vocab_size, dim), (length, dim), *(num_layers * (attention + mlp)), *norm]
 
 
 def llama(*, dim: int, num_layers: int, kv_dim: int, mlp_dim: int, vocab_size: int = 128256) -> Shapes:
     """Parameter shapes of Llama 3.2: grouped-query attention, tied embeddings, no biases."""
     attention: Shapes = [(dim,), (dim, dim), (kv_dim, dim), (kv_dim, dim), (dim, dim)]
     mlp: Shapes = [(dim,), (mlp_dim, dim), (mlp_dim, dim), (dim, mlp_dim)]
-    return [(vocab_size, dim)] + num_layers * (attention + mlp) + [(dim,)]
+    return [(vocab_size, dim), *(num_layers * (attention + mlp)), (dim,)]
 
 
 MODELS: dict[str, Shapes] = {
@@ -59,6 +67,7 @@ MODELS: dict[str, Shapes] = {
     "llama-1b": llama(dim=2048, num_layers=16, kv_dim=512, mlp_dim=8192),
     "llama-3b": llama(dim=3072, num_layers=28, kv_dim=1024, mlp_dim=8192),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Bench:
@@ -66,48 +75,49 @@ class Bench:
 
     def __init__(self, shapes: Shapes, *, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
+        self.device = device
         self.parameters = nn.ParameterList(
             nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * 0.02) for shape in shapes
         )
+        self.num_elements = sum(parameter.numel() for parameter in self.parameters)
         for parameter in self.parameters:
-            # A norm of about 0.5: clipping at 1.0 leaves the values alone, and its cost does not depend on them.
+            # A norm of about 0.5. What clipping and the guard cost does not depend on the values.
             parameter.grad = torch.randn_like(parameter).mul_(0.5 / self.num_elements**0.5)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
         self.loss = torch.ones((), device=device)
-        self.device = device
-        self.guards = {
-            "guard, all": StepGuard(self.parameters, self.optimizer, max_norm=1.0),
-            "guard, extremes every 10": StepGuard(
-                self.parameters, self.optimizer, max_norm=1.0, extremes_every=10
-            ),
-        }
+        guards = {name: self._guard(every) for name, every in ((CADENCE, 10), (EVERYTHING, 1))}
         self.variants: dict[str, Callable[[], None]] = {
-            "step": self.optimizer.step,  # type: ignore[dict-item]
-            "clip": self._clip,
-            "naive": self._naive,
-            **{name: lambda guard=guard: self._guarded(guard) for name, guard in self.guards.items()},  # type: ignore[misc]
+            "step": self._step,
+            "clip + step": self._clip,
+            "naive + clip + step": self._naive,
+            CADENCE: lambda: self._guarded(guards[CADENCE]),
+            EVERYTHING: lambda: self._guarded(guards[EVERYTHING]),
         }
-
-    @property
-    def num_elements(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
 
     def timed(self, name: str) -> float:
-        """Seconds of one step of a variant, with the device idle before and after."""
+        """Milliseconds of one step of a variant, with the device idle before and after."""
         self._synchronise()
         start = time.perf_counter()
         self.variants[name]()
         self._synchronise()
-        return time.perf_counter() - start
+        return 1000 * (time.perf_counter() - start)
+
+    def _guard(self, extremes_every: int) -> StepGuard:
+        return StepGuard(self.parameters, self.optimizer, max_norm=1.0, extremes_every=extremes_every)
+
+    def _step(self) -> None:
+        self.optimizer.step()
 
     def _clip(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
 
     def _naive(self) -> None:
+        """What a hand-written monitor does: counts and a norm per tensor, read one by one."""
         for parameter in self.parameters:
-            gradient: Tensor = parameter.grad  # type: ignore[assignment]
-            gradient.isnan().any().item(), gradient.isinf().any().item(), gradient.norm().item()
+            gradient: Tensor = parameter.grad  # type: ignore[assignment]  # all have one
+            for value in (gradient.isnan().sum(), gradient.isinf().sum(), gradient.norm()):
+                value.item()
         self._clip()
 
     def _guarded(self, guard: StepGuard) -> None:
@@ -120,113 +130,183 @@ class Bench:
 
 
 def measure(bench: Bench, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Per variant p50 and p99 in milliseconds, after a warm-up round."""
+    """Per variant p50 and p99 in milliseconds, after a round to warm up."""
     names = list(bench.variants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(-1, rounds):
-        shift = round_index % len(names)
+    for index in range(rounds + 1):
+        shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            seconds = bench.timed(name)
-            if round_index >= 0:
-                times[name].append(1000 * seconds)
-    return {name: {"p50_ms": statistics.median(t), "p99_ms": _p99(t)} for name, t in times.items()}
+            times[name].append(bench.timed(name))
+    return {name: _summary(series[1:]) for name, series in times.items()}
 
 
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[min(len(values) - 1, round(0.99 * len(values)))]
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"p50_ms": statistics.median(ordered), "p99_ms": ordered[round(0.99 * (len(ordered) - 1))]}
 
 
-def judged(results: dict[str, dict[str, float]], device: str) -> Iterator[dict[str, Any]]:
+def judged(results: dict[str, dict[str, float]], device: torch.device) -> list[dict[str, Any]]:
     """One row per bar: the ratio, the bar, whether it holds."""
-    bars = [(name, other, bar) for name, (other, bar) in BARS[device].items()]
-    bars += [(name, "naive", NAIVE_BAR) for name in results if name.startswith("guard")]
-    for name, other, bar in bars:
-        ratio = results[name]["p50_ms"] / results[other]["p50_ms"]
-        yield {"variant": name, "against": other, "ratio": ratio, "bar": bar, "holds": ratio <= bar}
+    rows = []
+    for variant, against, bar in BARS[device.type]:
+        ratio = results[variant]["p50_ms"] / results[against]["p50_ms"]
+        rows.append(
+            {"variant": variant, "against": against, "ratio": ratio, "bar": bar, "holds": ratio <= bar}
+        )
+    return rows
 
 
-def kernel_bandwidth(device: torch.device, *, num_elements: int = 2**27, rounds: int = 20) -> dict[str, float]:
-    """Read bandwidth in GB/s of the statistics kernel and of `torch.sum` over the same bytes (CUDA)."""
-    flat = torch.randn(num_elements, device=device)
+def kernel_bandwidth(*, num_elements: int = 2**28, rounds: int = 20) -> dict[str, float]:
+    """Read bandwidth in GB/s of the statistics kernel and of `torch.sum` over the same bytes, on CUDA."""
+    flat = torch.randn(num_elements, device="cuda")
     sizes = [num_elements // 64] * 64
-    rates = {}
-    for name, run in (("sum", flat.sum), ("statistics", lambda: bucket_statistics(flat, sizes))):
-        seconds = []
-        for _ in range(rounds):
+    series: dict[str, list[float]] = {"torch.sum": [], "statistics": []}
+    for _ in range(rounds):
+        for name, run in (("torch.sum", flat.sum), ("statistics", lambda: bucket_statistics(flat, sizes))):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            run()  # type: ignore[operator]
+            run()
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        rates[name] = 4 * num_elements / statistics.median(seconds) / 1e9
-    return rates
+            series[name].append(time.perf_counter() - start)
+    return {name: 4e-9 * num_elements / statistics.median(seconds) for name, seconds in series.items()}
+
+
+def scaling(
+    *, worlds: Sequence[int] = (1, 2, 4, 8), widths: Sequence[int] = (64, 256)
+) -> list[dict[str, int]]:
+    """Messages and bytes that a guarded step sends per rank, over ranks and model size, under DDP on gloo."""
+    rows = []
+    for world_size in worlds:
+        for width in widths:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(_count_traffic, (world_size, width, folder), world_size)
+                rows.append(json.loads(Path(folder, "counted.json").read_text()))
+    return rows
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts collectives and the bytes that this rank puts into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages, self.num_bytes = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.messages += 1
+            self.num_bytes += args[1].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def _count_traffic(rank: int, world_size: int, width: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+    num_elements = sum(p.numel() for p in model.parameters())
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(ddp.parameters(), fused=True)
+    guard = StepGuard(ddp, optimizer, per_parameter_every=0, replicas_every=0)
+    for _ in range(2):
+        loss = ddp(torch.randn(4, width)).square().mean()
+        loss.backward()
+        with _Traffic() as traffic:
+            guard.step(loss)
+        optimizer.zero_grad()
+    if rank == 0:
+        counted = {"ranks": world_size, "parameters": num_elements}
+        counted |= {"messages": traffic.messages, "bytes_per_rank": traffic.num_bytes}
+        Path(folder, "counted.json").write_text(json.dumps(counted))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     lines = ["# What the guard costs", "", f"{report['machine']}, torch {report['torch']}.", ""]
     for run in report["runs"]:
-        lines += [
-            f"## {run['model']}, {run['dtype']}, {run['num_elements'] / 1e6:.0f} M parameters, {run['rounds']} rounds",
-            "",
-            "| variant | p50 ms | p99 ms | of clip + step |",
-            "|---|---|---|---|",
-        ]
-        clip = run["results"]["clip"]["p50_ms"]
-        for name, result in run["results"].items():
-            p50, p99 = result["p50_ms"], result["p99_ms"]
-            lines.append(f"| {name} | {p50:.1f} | {p99:.1f} | {p50 / clip:.2f} |")
-        lines += ["", "| bar | against | ratio | at most | |", "|---|---|---|---|---|"]
-        for row in run["bars"]:
-            verdict = "holds" if row["holds"] else "**missed**"
-            lines.append(
-                f"| {row['variant']} | {row['against']} | {row['ratio']:.2f} | {row['bar']} | {verdict} |"
-            )
-        lines.append("")
+        size = f"{run['num_elements'] / 1e6:.0f} M parameters and gradients in {run['dtype']}"
+        lines += [f"## {run['model']}: {size}, {run['rounds']} rounds", ""]
+        clip = run["results"]["clip + step"]["p50_ms"]
+        lines += _table(
+            ["one step", "p50 ms", "p99 ms", "of clip + step"],
+            [
+                [name, f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{r['p50_ms'] / clip:.2f}"]
+                for name, r in run["results"].items()
+            ],
+        )
+        lines += _table(
+            ["bar", "against", "ratio", "at most", ""],
+            [
+                [
+                    r["variant"],
+                    r["against"],
+                    f"{r['ratio']:.2f}",
+                    r["bar"],
+                    "holds" if r["holds"] else "missed",
+                ]
+                for r in run["bars"]
+            ],
+        )
+    if "kernel_gb_s" in report:
+        lines += ["## Read bandwidth", ""]
+        lines += _table(["kernel", "GB/s"], [[k, f"{v:.0f}"] for k, v in report["kernel_gb_s"].items()])
+    if "scaling" in report:
+        lines += ["## What a guarded step sends under DDP, besides the gradients", ""]
+        lines += _table(list(report["scaling"][0]), [list(row.values()) for row in report["scaling"]])
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-124m"])
-    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for monitor.json and monitor.md; default: print only")
-    options = parser.parse_args()
+def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines] + [""]
+
+
+def run_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the command line asks for."""
     device = torch.device(options.device)
-    report: dict[str, Any] = {"machine": _machine(device), "torch": torch.__version__, "runs": []}
+    runs = []
     for model in options.models:
         for dtype in options.dtypes:
-            bench = Bench(
-                MODELS[model], dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device=device
-            )
+            bench = Bench(MODELS[model], dtype=DTYPES[dtype], device=device)
             results = measure(bench, rounds=options.rounds)
-            report["runs"].append(
-                {
-                    "model": model,
-                    "dtype": dtype,
-                    "rounds": options.rounds,
-                    "num_elements": bench.num_elements,
-                    "results": results,
-                    "bars": list(judged(results, device.type)),
-                }
-            )
+            run = {"model": model, "dtype": dtype, "rounds": options.rounds}
+            run |= {"num_elements": bench.num_elements, "results": results}
+            runs.append(run | {"bars": judged(results, device)})
             del bench
+    report: dict[str, Any] = {"machine": _machine(device), "torch": torch.__version__, "runs": runs}
     if device.type == "cuda":
-        report["kernel_gb_s"] = kernel_bandwidth(device)
-    print(markdown(report))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "monitor.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.out / "monitor.md").write_text(markdown(report) + "\n")
-    return 0 if all(row["holds"] for run in report["runs"] for row in run["bars"]) else 1
+        report["kernel_gb_s"] = kernel_bandwidth()
+    if options.scaling:
+        report["scaling"] = scaling()
+    return report
 
 
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> int:
+    """0 if all bars hold, 1 if one is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-124m"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scaling", action="store_true", help="count messages and bytes over 1 to 8 ranks")
+    parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md, besides printing")
+    options = parser.parse_args()
+    report = run_all(options)
+    print(markdown(report))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(markdown(report))
+    return 0 if all(row["holds"] for run in report["runs"] for row in run["bars"]) else 1
 
 
 if __name__ == "__main__":
