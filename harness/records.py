@@ -101,6 +101,9 @@ class StepRecord:
     """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""
     sampled: Mapping[str, ParameterSample] = field(default_factory=dict)
     """Weights and updates by parameter name; every so many steps."""
+    attention_logit_max: tuple[float, ...] = ()
+    """Largest attention logit per layer over all ranks; every so many steps, where the loop lets the guard
+    look. Beyond about 100 a model is about to diverge."""
     spike_score: float = 0.0
     """How unusual loss and norm were, in the spike rule's own unit; 0 while it warms up or without one."""
     is_spike: bool = False

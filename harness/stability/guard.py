@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, Literal
@@ -9,8 +11,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from harness.config import GuardConfig
@@ -18,17 +18,17 @@ from harness.dist.collectives import gather_lanes
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
-from harness.stability.fsdp import FsdpSource
-from harness.stability.hooks import CommHook, DdpSource
+from harness.stability.attach import layout_of, source_of
+from harness.stability.attention import AttentionProbe
+from harness.stability.hooks import CommHook
 from harness.stability.lane import build_lane
-from harness.stability.layout import SUM_SQUARES, Layout
+from harness.stability.layout import SUM_SQUARES
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
 from harness.stability.monitor import Monitor
 from harness.stability.packing import Packet, pack, unpack
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
-from harness.stability.sources import GradientSource, PlainSource
 from harness.stability.verdict import Decision, Judge
 
 __all__ = ["StepGuard"]
@@ -81,8 +81,8 @@ class StepGuard:
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
         self._actuator = Actuator(optimizer)
-        self.layout = _layout(model, self._actuator.optimizer)
-        self._source = _source(model, self.layout, comm_hook=comm_hook, group=group)
+        self.layout = layout_of(model, self._actuator.optimizer)
+        self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = next(model.parameters()).device
         self._loss_scale = LossScale(
             self.config.init_loss_scale,
@@ -101,6 +101,7 @@ class StepGuard:
             lag_steps=self.config.lag_steps,
         )
         self._step = 0
+        self._attention: Tensor | None = None
         self._micro_batches = MicroBatches(device)
         self._start_step()
 
@@ -147,6 +148,19 @@ class StepGuard:
             self._micro_batches.add(loss_sum, num_tokens)
             if not is_last:
                 self._micro_batches.look(self._source.micro_batch_rows())
+
+    @contextmanager
+    def watch_forward(self) -> Iterator[None]:
+        """Put the forward pass into it, and every `sample_every` steps it notes the largest attention logit
+        of each layer. Optional."""
+        if not self._is_due(self.config.sample_every):
+            yield
+            return
+        with AttentionProbe() as probe:
+            yield
+        if probe.maxima:
+            largest = torch.stack(probe.maxima)
+            self._attention = largest if self._attention is None else self._attention.maximum(largest)
 
     @torch.no_grad()
     def step(
@@ -237,6 +251,7 @@ class StepGuard:
         self._source.start_step()
         self._source.extremes = self._step % self.config.extremes_every == 0
         self._micro_batches.clear()
+        self._attention = None
 
     def _require_loss(self) -> None:
         if not self._micro_batches.num:
@@ -250,6 +265,8 @@ class StepGuard:
         """Adds what this step's number asks for: rows of all parameters, checksums of all replicas."""
         if self._is_due(self.config.per_parameter_every):
             packet["rows"] = rows
+        if self._attention is not None:
+            packet["attention"] = self._attention
         if self._compares_replicas and self._is_due(self.config.replicas_every):
             # Of what the previous step left behind, so that it needs no collective of its own.
             packet["checksums"] = checksums(self._parameters, self._actuator.optimizer)
@@ -276,39 +293,3 @@ class StepGuard:
             packet["samples"] = samples[: self._source.num_shards].contiguous()
         else:
             packet["samples"] = samples[None]
-
-
-def _layout(model: nn.Module, optimizer: Optimizer) -> Layout:
-    layout = Layout.of((_clean(name), parameter) for name, parameter in model.named_parameters())
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    _check(bool(parameters), "the model has no parameter that takes a gradient", "there has to be one")
-    devices = {p.device for p in parameters}
-    _check(len(devices) == 1, f"parameters on {len(devices)} devices", "all have to be on one device")
-    complex_ones = [name for name, p in zip(layout.names, parameters, strict=True) if p.is_complex()]
-    _check(not complex_ones, f"complex parameters: {complex_ones}", "the guard measures real gradients")
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False)]
-    _check(not sparse, f"sparse gradients in {sparse}", "gradients have to be dense: build with sparse=False")
-    layout.rows([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
-    return layout
-
-
-def _check(condition: bool, problem: str, rule: str) -> None:
-    if not condition:
-        raise ConfigError(problem, rule=rule)
-
-
-def _clean(name: str) -> str:
-    """A parameter's name as the model's author knows it, without what DDP and torch.compile put before it."""
-    return name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _source(
-    model: nn.Module, layout: Layout, *, comm_hook: CommHook | None, group: dist.ProcessGroup | None
-) -> GradientSource:
-    unwrapped = getattr(model, "_orig_mod", model)
-    if isinstance(unwrapped, DistributedDataParallel):
-        return DdpSource(unwrapped, layout, comm_hook=comm_hook)
-    if isinstance(unwrapped, FSDPModule):
-        return FsdpSource(model, layout)
-    _check(comm_hook is None, "a comm_hook without DDP", "only DDP reduces by a communication hook")
-    return PlainSource(model, layout, group=group)

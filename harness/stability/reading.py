@@ -57,7 +57,7 @@ class _Step:
 
 class Reader:
     """Makes records of packets: `summary` [NUM_SUMMARY], `lane` [W, NUM_FIELDS], and now and then `rows`
-    [W, P, 6], `checksums` [W, P] and `samples` [1 or S, P, 5], all in host memory."""
+    [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in host memory."""
 
     def __init__(self, layout: Layout, *, num_replicas: int) -> None:
         self._layout = layout
@@ -95,6 +95,7 @@ class Reader:
             ),
             per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
             sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
+            attention_logit_max=_largest(packet.get("attention")),
             spike_score=summary.spike_score,
             is_spike=bool(summary.is_spike),
             replicas_differ=bool(summary.norms_differ) or odd is not None,
@@ -195,6 +196,11 @@ def _spike_reason(summary: Summary) -> str | None:
         return None
     what = f"loss {summary.loss:.4g}, gradient norm {summary.grad_norm:.4g}"
     return f"spike: {what}, score {summary.spike_score:.1f}"
+
+
+def _largest(logits: Tensor | None) -> tuple[float, ...]:
+    """Over ranks, of `[W, L]`."""
+    return () if logits is None else tuple(logits.amax(0).tolist())
 
 
 def _count(value: float) -> int:

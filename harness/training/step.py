@@ -56,7 +56,7 @@ class StepRunner:
 
     def _forward_backward(self, batch: Batch) -> LossSum:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), self.guard.watch_forward():
             loss = self.faults.on_loss(self.task.loss(self.model, batch))
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
         share = loss.total * (self.world_size / self.nominal_tokens)

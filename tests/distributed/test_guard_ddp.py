@@ -162,6 +162,44 @@ def test_parameters_that_a_rank_does_not_use_are_measured_as_zeros() -> None:
     assert rows["never.weight"].grad_norm == 0
 
 
+def _reduced_by_hand(rank: int, world_size: int) -> list[StepRecord]:
+    model = make_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer, group=dist.group.WORLD)
+    for step in range(3):
+        loss = _backward(model, step, rank)
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad, op=dist.ReduceOp.AVG)
+        # Only one rank sees a bad loss; the gradients are fine everywhere.
+        guard.step(loss * math.nan if (step, rank) == (1, 1) else loss)
+        optimizer.zero_grad()
+    return guard.drain(wait=True)
+
+
+def test_gradients_that_the_caller_reduces_are_judged_by_all_ranks_alike() -> None:
+    records, other = run_ranks(_reduced_by_hand, 2)
+    assert [r.verdict == "skip" for r in records] == [r.verdict == "skip" for r in other]
+    assert [r.verdict == "skip" for r in records] == [False, True, False]
+    assert (records[1].rank, records[1].parameter) == (1, None)
+    assert records[1].reason == "the loss is nan on rank 1"
+
+
+def _static_graph(rank: int, world_size: int) -> list[StepRecord]:
+    model = DistributedDataParallel(make_model(), static_graph=True, gradient_as_bucket_view=True)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    for step in range(3):
+        guard.step(_backward(model, step, rank))
+        optimizer.zero_grad()
+    return guard.drain(wait=True)
+
+
+def test_a_static_graph_is_measured_from_its_first_step_on() -> None:
+    records, other = run_ranks(_static_graph, 2)
+    assert records == other
+    assert all(r.per_rank[0].grad_norm > 0 and not r.skipped for r in records)
+
+
 def _around_the_wrapper(rank: int, world_size: int) -> list[StepRecord]:
     model = DistributedDataParallel(make_model())
     optimizer = OPTIMIZERS["adamw"](model.parameters())

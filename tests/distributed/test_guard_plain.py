@@ -275,6 +275,14 @@ def test_a_wrapped_optimizer_is_reached() -> None:
     assert worst_difference(before, snapshot(model, optimizer)) == ""
 
 
+def test_parameters_bear_the_names_that_their_author_gave_them() -> None:
+    outer = nn.Module()
+    outer.module = make_model()
+    for model in (outer, torch.compile(outer, backend="eager")):
+        guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()))
+        assert guard.layout.names[0] == "module.0.weight"
+
+
 def test_what_the_guard_cannot_do_is_refused_at_once() -> None:
     model = make_model()
     with pytest.raises(ConfigError, match="LBFGS"):

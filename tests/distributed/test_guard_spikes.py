@@ -132,6 +132,29 @@ def test_what_a_step_did_to_the_weights_is_sampled() -> None:
         assert sample.underflow_frac == 0.0
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_largest_attention_logit_of_each_layer_is_seen(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    project = nn.Linear(8, 8)
+    guard = StepGuard(project, OPTIMIZERS["sgd"](project.parameters()), sample_every=2)
+    seen = []
+    for _ in range(2):
+        query, keys = project(torch.randn(2, 4, 10, 8)), torch.randn(2, kv_heads, 10, 8)
+        with guard.watch_forward():
+            for scale in (1.0, 7.0):
+                out = nn.functional.scaled_dot_product_attention(
+                    query * scale, keys, keys, is_causal=True, enable_gqa=True
+                )
+        out.sum().backward()
+        guard.step(out.sum())
+        logits = query @ keys.repeat_interleave(4 // kv_heads, dim=1).mT / 8**0.5
+        largest = logits.where(torch.ones(10, 10).tril().bool(), -math.inf).max().item()
+        seen.append(largest)
+    records = guard.drain(wait=True)
+    assert records[0].attention_logit_max == pytest.approx((seen[0], 7 * seen[0]))
+    assert records[1].attention_logit_max == ()
+
+
 def test_a_skipped_step_has_no_update_and_tiny_gradients_count_as_underflow() -> None:
     model = make_model()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

@@ -1,0 +1,77 @@
+"""Finds out how a model is spread over ranks, and refuses what cannot be guarded."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from harness.errors import ConfigError
+from harness.stability.fsdp import FsdpSource
+from harness.stability.hooks import CommHook, DdpSource
+from harness.stability.layout import Layout
+from harness.stability.sources import GradientSource, PlainSource
+
+__all__ = ["layout_of", "source_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def layout_of(model: nn.Module, optimizer: Optimizer) -> Layout:
+    """A row for each parameter of `model` that takes a gradient.
+
+    Raises:
+        ConfigError: something about the model or its optimizer's parameters that the guard cannot measure.
+    """
+    named = _authors_model(model).named_parameters()
+    # A submodule compiled by itself still has its wrapper in the name.
+    layout = Layout.of((name.replace("_orig_mod.", ""), parameter) for name, parameter in named)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    _check(bool(parameters), "the model has no parameter that takes a gradient", "there has to be one")
+    devices = {p.device for p in parameters}
+    _check(len(devices) == 1, f"parameters on {len(devices)} devices", "all have to be on one device")
+    complex_ones = [name for name, p in zip(layout.names, parameters, strict=True) if p.is_complex()]
+    _check(not complex_ones, f"complex parameters: {complex_ones}", "the guard measures real gradients")
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False)]
+    _check(not sparse, f"sparse gradients in {sparse}", "gradients have to be dense: build with sparse=False")
+    layout.rows([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
+    return layout
+
+
+def source_of(
+    model: nn.Module, layout: Layout, *, comm_hook: CommHook | None, group: dist.ProcessGroup | None
+) -> GradientSource:
+    """Where the gradients of `model` are measured: in buckets, before reduce-scatters, or where they lie."""
+    unwrapped = getattr(model, "_orig_mod", model)
+    if isinstance(unwrapped, DistributedDataParallel):
+        return DdpSource(unwrapped, layout, comm_hook=comm_hook)
+    if isinstance(unwrapped, FSDPModule):
+        return FsdpSource(model, layout)
+    _check(comm_hook is None, "a comm_hook without DDP", "only DDP reduces by a communication hook")
+    if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+        logger.warning(
+            "a plain model among %d ranks: this one is judged alone; wrap it in DDP or FSDP2, or, if you "
+            "reduce its gradients yourself, give the guard the group",
+            dist.get_world_size(),
+        )
+    return PlainSource(model, layout, group=group)
+
+
+def _authors_model(model: nn.Module) -> nn.Module:
+    """The model whose parameters bear the names that its author gave them: without DDP and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _check(condition: bool, problem: str, rule: str) -> None:
+    if not condition:
+        raise ConfigError(problem, rule=rule)
