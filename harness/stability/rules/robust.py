@@ -12,13 +12,13 @@ from harness.stability.rules.base import SpikeRule, SpikeVerdict, shifted
 
 __all__ = ["RobustRule"]
 
-RECENT = 24
+RECENT = 20
 """Samples that the expected value is the median of, and flagged ones in a row that make a new level."""
 
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation (MAD)."""
 
-FAR = 4.0
+FAR = 6.0
 """MAD spreads beyond which a residual counts as if it lay there."""
 
 LOG_NORM_FLOOR = 0.02
@@ -31,9 +31,9 @@ LOSS_FLOOR, PEAK_FLOOR = 0.01, 0.004
 class RobustRule(SpikeRule):
     """Flags a step whose log gradient norm or loss lies `threshold` spreads above what was to be expected.
 
-    Expected is the median of the last 24 accepted samples. What a sample differs from that by is its
+    Expected is the median of the last 20 accepted samples. What a sample differs from that by is its
     residual. The spread is taken from the last `window` residuals: their standard deviation about their
-    median, in which none counts as further off than 4 scaled MADs, or the scaled MAD itself if that is
+    median, in which none counts as further off than 6 scaled MADs, or the scaled MAD itself if that is
     larger; and never less than a share of the level. So heavy tails widen it and single outliers do not.
     The score is the residual above the median residual, in spreads: a steady trend, which shifts all
     residuals alike, is no spike. On a falling trend the median residual counts as 0, so that the end of a
@@ -41,7 +41,7 @@ class RobustRule(SpikeRule):
 
     The memory takes only trusted samples that were not flagged: neither a NaN nor a spike changes what later
     steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged for
-    ever, 24 flagged samples in a row that agree with one another, within the threshold, become the new
+    ever, 20 flagged samples in a row that agree with one another, within the threshold, become the new
     recent past. Samples that do not agree, as in a divergence, go on being flagged; after `window` of them
     in a row the rule warms up afresh.
 
