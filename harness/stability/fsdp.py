@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.errors import ConfigError
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
-from harness.stability.sources import RowTable, dense_gradients
+from harness.stability.sources import RowTable
 from harness.stability.statistics import bucket_statistics, tensor_statistics
 
 __all__ = ["FsdpSource"]
@@ -33,7 +33,8 @@ class FsdpSource:
 
     Raises:
         ConfigError: parameters that are not sharded, that are sharded over several meshes or by tensor
-            parallelism too; replicas of a single shard; several parameter groups in one module.
+            parallelism too; replicas of a single shard; several parameter groups in one module; shards that
+            are offloaded to the CPU.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
@@ -44,12 +45,14 @@ class FsdpSource:
         self.num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         self.num_shards = mesh.size() // self.num_replicas
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
-        self._table = RowTable(layout)
+        self._table = RowTable(layout, self._parameters[0].device)
         self._rows: Tensor | None = None
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
         self._groups = [
             _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
         ]
+        for group in self._groups:
+            group.refuse_offload()
 
     def micro_batch_rows(self) -> Tensor:
         if self._rows is not None:
@@ -62,11 +65,11 @@ class FsdpSource:
 
     def local_rows(self) -> Tensor:
         if self.num_shards == 1:
-            return self._measure_shards(extremes=self.extremes)
-        return self._empty() if self._rows is None else self._rows
+            return self._table.measure(self._parameters, extremes=self.extremes)
+        return self._table.empty() if self._rows is None else self._rows
 
     def reduced_rows(self) -> Tensor:
-        return self._measure_shards(extremes=False)
+        return self._table.measure(self._parameters, extremes=False)
 
     @property
     def is_reduced(self) -> bool:
@@ -80,14 +83,6 @@ class FsdpSource:
             group.close()
         self._groups, self._parameters = [], []
 
-    def _measure_shards(self, *, extremes: bool) -> Tensor:
-        parameters, gradients = dense_gradients(self._parameters)
-        return self._table.spread(parameters, tensor_statistics(gradients, extremes=extremes))
-
-    def _empty(self) -> Tensor:
-        device = self._parameters[0].device
-        return torch.zeros(len(self.layout), NUM_COLUMNS, dtype=torch.float64, device=device)
-
     def _see(self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float) -> None:
         """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
         plan = self._plan(parameters, flat.device)
@@ -98,7 +93,7 @@ class FsdpSource:
         rows[:, SUM_SQUARES] *= divided_by**2
         rows[:, NUM_ZERO] -= plan.padding
         if self._rows is None:
-            self._rows = self._empty()
+            self._rows = self._table.empty()
         self._rows.index_copy_(0, plan.index, rows)
 
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
@@ -196,6 +191,14 @@ class _Group:
             handle.remove()
         if self._state._reduce_scatter_comm is self:
             self._module.set_custom_reduce_scatter(self._inner)
+
+    def refuse_offload(self) -> None:
+        if any(managed.offload_to_cpu for managed in self._state.fsdp_params):
+            raise ConfigError(
+                "FSDP2 with CPUOffloadPolicy",
+                rule="the guard judges on the device that computes, and the shards lie on another",
+                remedy="leave the offload policy out",
+            )
 
     def _contributors(self) -> list[nn.Parameter]:
         """The parameters that are in the buffer: those that got a gradient since the last reduction."""

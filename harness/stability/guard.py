@@ -182,11 +182,11 @@ class StepGuard:
             compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
 
         Raises:
-            ConfigError: there is no loss, neither here nor from `accumulate`.
+            ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both.
         """
+        self._require_one_loss(loss)
         if loss is not None:
             self.accumulate(loss, is_last=True)
-        self._require_loss()
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
         host_values = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
@@ -253,12 +253,12 @@ class StepGuard:
         self._micro_batches.clear()
         self._attention = None
 
-    def _require_loss(self) -> None:
-        if not self._micro_batches.num:
+    def _require_one_loss(self, loss: Tensor | None) -> None:
+        if (loss is None) == (self._micro_batches.num == 0):
             raise ConfigError(
-                "step() was called without a loss",
-                rule="a verdict needs this rank's loss",
-                remedy="call step(loss), or accumulate(loss_sum, num_tokens) after each backward pass",
+                "step() was called without a loss" if loss is None else "step() was given a loss once more",
+                rule="a verdict needs this rank's loss, once",
+                remedy="call step(loss); or, with micro-batches, accumulate(...) after each and step() at the end",
             )
 
     def _due(self, packet: Packet, rows: Tensor) -> Packet:

@@ -15,9 +15,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ConfigError
-from harness.stability.layout import NUM_COLUMNS, Layout
-from harness.stability.sources import RowTable, dense_gradients
-from harness.stability.statistics import bucket_statistics, tensor_statistics
+from harness.stability.layout import Layout
+from harness.stability.sources import RowTable
+from harness.stability.statistics import bucket_statistics
 
 __all__ = ["CommHook", "DdpSource"]
 
@@ -44,7 +44,7 @@ class DdpSource:
         self.num_replicas, self.num_shards = ddp.process_group.size(), 1
         self.extremes = True
         self._parameters = [p for p in ddp.parameters() if id(p) in layout.row_of]
-        self._table = RowTable(layout)
+        self._table = RowTable(layout, self._parameters[0].device)
         self._rows: Tensor | None = None
         self._is_reduced = False
         self._hook = _hook_on(ddp, comm_hook)
@@ -54,20 +54,15 @@ class DdpSource:
     def micro_batch_rows(self) -> Tensor:
         if self._rows is not None:
             return self._rows
-        parameters, gradients = dense_gradients(self._parameters)
-        return self._table.spread(parameters, tensor_statistics(gradients, extremes=False))
+        return self._table.measure(self._parameters, extremes=False)
 
     def local_rows(self) -> Tensor:
-        if self._rows is None:
-            device = self._parameters[0].device
-            return torch.zeros(len(self.layout), NUM_COLUMNS, dtype=torch.float64, device=device)
-        return self._rows
+        return self._table.empty() if self._rows is None else self._rows
 
     def reduced_rows(self) -> Tensor:
         if self._alone:
             return self.local_rows()
-        parameters, gradients = dense_gradients(self._parameters)
-        return self._table.spread(parameters, tensor_statistics(gradients, extremes=False))
+        return self._table.measure(self._parameters, extremes=False)
 
     @property
     def is_reduced(self) -> bool:
@@ -85,8 +80,8 @@ class DdpSource:
         flat, parameters = bucket.buffer(), bucket.parameters()
         statistics = bucket_statistics(flat, [p.numel() for p in parameters], extremes=self.extremes)
         if self._rows is None:
-            self._rows = statistics.new_zeros(len(self.layout), NUM_COLUMNS)
-        self._rows.index_copy_(0, self._table.index(parameters, statistics.device), statistics)
+            self._rows = self._table.empty()
+        self._rows.index_copy_(0, self._table.index(parameters), statistics)
         self._is_reduced = bucket.is_last()
 
 

@@ -62,15 +62,15 @@ class PlainSource:
         self.num_replicas, self.num_shards = 1 if group is None else group.size(), 1
         self.extremes = True
         self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
-        self._table = RowTable(layout)
+        self._table = RowTable(layout, self._parameters[0].device)
         self._rows: Tensor | None = None
 
     def micro_batch_rows(self) -> Tensor:
-        return self._measure(extremes=False)
+        return self._table.measure(self._parameters, extremes=False)
 
     def local_rows(self) -> Tensor:
         if self._rows is None:
-            self._rows = self._measure(extremes=self.extremes)
+            self._rows = self._table.measure(self._parameters, extremes=self.extremes)
         return self._rows
 
     def reduced_rows(self) -> Tensor:
@@ -84,31 +84,39 @@ class PlainSource:
     def close(self) -> None:
         self._parameters = []
 
-    def _measure(self, *, extremes: bool) -> Tensor:
-        parameters, gradients = dense_gradients(self._parameters)
-        return self._table.spread(parameters, tensor_statistics(gradients, extremes=extremes))
-
 
 class RowTable:
-    """Puts the statistics of some parameters into the table of all."""
+    """Puts the statistics of some parameters into the table of all, on the device."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
+        self._device = device
         self._index_of: dict[tuple[int, ...], Tensor] = {}
 
-    def index(self, parameters: Sequence[Tensor], device: torch.device) -> Tensor:
+    def empty(self) -> Tensor:
+        """`[P, 5]` of a gradient that is not there: zeros."""
+        return torch.zeros(len(self._layout), NUM_COLUMNS, dtype=torch.float64, device=self._device)
+
+    def index(self, parameters: Sequence[Tensor]) -> Tensor:
         """Rows of `parameters` as a tensor; copied to the device once for each set of parameters."""
         key = tuple(map(id, parameters))
         if key not in self._index_of:
-            self._index_of[key] = torch.tensor(self._layout.rows(parameters), device=device)
+            rows = self._layout.rows(parameters)
+            self._index_of[key] = torch.tensor(rows, dtype=torch.int64, device=self._device)
         return self._index_of[key]
 
     def spread(self, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
-        """`[P, 5]` with `statistics` in the rows of `parameters` and zeros, for no gradient, elsewhere."""
-        if len(parameters) == len(self._layout):
+        """`[P, 5]` with `statistics` in the rows of `parameters` and zeros elsewhere."""
+        if list(map(id, parameters)) == list(self._layout.row_of):
             return statistics
-        rows = statistics.new_zeros(len(self._layout), NUM_COLUMNS)
-        return rows.index_copy_(0, self.index(parameters, statistics.device), statistics)
+        return self.empty().index_copy_(0, self.index(parameters), statistics)
+
+    def measure(self, parameters: Sequence[nn.Parameter], *, extremes: bool) -> Tensor:
+        """`[P, 5]` of the gradients that lie in `parameters`."""
+        having, gradients = dense_gradients(parameters)
+        if not having:
+            return self.empty()
+        return self.spread(having, tensor_statistics(gradients, extremes=extremes))
 
 
 def dense_gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:

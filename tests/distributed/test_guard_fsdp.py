@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from harness.dist import gradient_sync
 from harness.errors import ConfigError
@@ -209,6 +209,9 @@ def _refused(rank: int, world_size: int) -> None:
     single = _sharded((world_size, 1))
     with pytest.raises(ConfigError, match="single shard"):
         StepGuard(single, OPTIMIZERS["adamw"](single.parameters()))
+    offloaded = _sharded((world_size,), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.raises(ConfigError, match="CPUOffloadPolicy"):
+        StepGuard(offloaded, OPTIMIZERS["adamw"](offloaded.parameters()))
     whole = _sharded((world_size,))
     with pytest.raises(ConfigError, match="only Adam and AdamW"):
         StepGuard(whole, OPTIMIZERS["sgd"](whole.parameters()))

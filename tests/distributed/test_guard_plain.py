@@ -173,6 +173,14 @@ def test_a_parameter_without_a_gradient_counts_for_nothing() -> None:
     assert record.verdict == "clip"
 
 
+def test_a_step_without_any_gradient_changes_nothing_and_has_a_norm_of_zero() -> None:
+    model = make_model()
+    guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()))
+    guard.step(torch.tensor(1.0))
+    (record,) = guard.drain(wait=True)
+    assert (record.verdict, record.grad_norm) == ("apply", 0.0)
+
+
 def test_shared_parameters_are_one_and_frozen_ones_are_none() -> None:
     model = make_model()
     model[2].bias = model[0].bias
@@ -294,5 +302,9 @@ def test_what_the_guard_cannot_do_is_refused_at_once() -> None:
         StepGuard(sparse, torch.optim.SparseAdam(sparse.parameters()))
     with pytest.raises(ConfigError, match="without a loss"):
         StepGuard(model, OPTIMIZERS["adamw"](model.parameters())).step()
+    guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()))
+    guard.accumulate(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match="once more"):
+        guard.step(torch.tensor(1.0))
     with pytest.raises(ConfigError, match="no parameter"):
         StepGuard(model.requires_grad_(False), OPTIMIZERS["adamw"](model.parameters()))
