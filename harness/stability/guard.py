@@ -258,7 +258,7 @@ class StepGuard:
             raise ConfigError(
                 "step() was called without a loss" if loss is None else "step() was given a loss once more",
                 rule="a verdict needs this rank's loss, once",
-                remedy="call step(loss); or, with micro-batches, accumulate(...) after each and step() at the end",
+                remedy="call step(loss); or, with micro-batches, accumulate(...) after each and then step()",
             )
 
     def _due(self, packet: Packet, rows: Tensor) -> Packet:
