@@ -240,6 +240,9 @@ class GuardConfig:
     """Largest share of skipped steps among the last 100 that is borne."""
     max_rollbacks: int = 3
     """Rollbacks that a run may take before it is ended."""
+    rollback_skip_steps: int = 200
+    """Steps' worth of data that a rollback steps over, from its checkpoint on; at least up to the step that
+    caused it. PaLM (arXiv 2204.02311) took 200 to 500."""
     rollback_cooldown_steps: int = 50
     """Applied steps that have to follow a rollback before the next one; trouble sooner ends the run."""
     replicas: Literal["off", "warn", "stop"] = "warn"
@@ -268,7 +271,8 @@ class GuardConfig:
             "guard", self, ["max_consecutive_skips", "loss_scale_growth_steps", "extremes_every"]
         )
         require_not_negative("guard", self, ["spike_warmup", "lag_steps", "per_parameter_every"])
-        require_not_negative("guard", self, ["max_rollbacks", "rollback_cooldown_steps", "sample_every"])
+        require_not_negative("guard", self, ["max_rollbacks", "rollback_skip_steps"])
+        require_not_negative("guard", self, ["rollback_cooldown_steps", "sample_every"])
         require(0 < self.max_skip_frac <= 1, "guard.max_skip_frac", self.max_skip_frac, "it lies in (0, 1]")
         require(
             self.replicas_every == 0 or (self.replicas_every > 0 and self.replicas_every % 2 == 1),

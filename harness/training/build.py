@@ -25,6 +25,7 @@ from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
+from harness.training.rollback import roll_back
 from harness.training.step import StepRunner
 from harness.training.stop import StopRequest
 from harness.training.summary import TrainResult, render_summary
@@ -63,19 +64,21 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
     loader = _loader(config, world, task.train_data)
     counters = Counters()
+    ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     checkpointer = Checkpointer.from_config(directory / "checkpoints", config.checkpoint)
     saved = {
         "model": plain(model),
         "optimizer": optimizer,
         "loader": loader,
         "guard": guard,
+        "ladder": ladder,
         "counters": counters,
         "rng": Rng(),
     }
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     torch.manual_seed(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    return Run(
+    run = Run(
         config=config,
         world=world,
         directory=directory,
@@ -94,7 +97,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
         ),
         guard=guard,
-        ladder=Ladder(config.guard),
+        ladder=ladder,
         checkpointer=checkpointer,
         saved=saved,
         counters=counters,
@@ -103,6 +106,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         precision=precision,
         on_incident=debugger_on if config.debug else None,
     )
+    return run
 
 
 def _train(run: Run) -> TrainResult:
@@ -113,8 +117,9 @@ def _train(run: Run) -> TrainResult:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         status = train_loop(run)
-    except InstabilityError:
-        status = "unstable"
+    except InstabilityError as error:
+        status = "stopped"
+        run.journal.event("stop", run.counters.step, reason=str(error))
         raise
     finally:
         run.guard.close()

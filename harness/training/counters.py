@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.records import StepRecord
 
-__all__ = ["Counters"]
+__all__ = ["Counters", "incident_kind"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,8 +35,8 @@ class Counters:
         self.tokens += record.num_tokens
         self.num_skips += record.skipped
         self.num_clips += record.verdict == "clip"
-        if is_incident(record):
-            kind = (record.reason or record.verdict).partition(":")[0]
+        kind = incident_kind(record)
+        if kind is not None:
             self.incidents[kind] = self.incidents.get(kind, 0) + 1
 
     def count_evaluation(self, val_loss: float) -> None:
@@ -48,11 +48,22 @@ class Counters:
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def keep_skips_of(self, other: Counters) -> None:
+        """Takes over what was counted on a branch that a rollback left, so that no skip is forgotten."""
+        self.num_skips, self.num_clips = other.num_skips, other.num_clips
+        self.incidents = dict(other.incidents)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
 
-def is_incident(record: StepRecord) -> bool:
-    """Whether something was wrong with the step: it was skipped, or a rule spoke."""
-    return record.skipped or record.reason is not None
+def incident_kind(record: StepRecord) -> str | None:
+    """What was wrong with a step, in a word or two; None if nothing was."""
+    if record.is_spike:
+        return "spike"
+    if record.skipped and not math.isfinite(record.loss):
+        return "non-finite loss"
+    if record.skipped:
+        return "fp16 overflow" if record.loss_scale > 1.0 else "non-finite gradient"
+    return "replicas differ" if record.replicas_differ else None

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class FaultInjector:
-    """Holds this rank's faults and strikes when their step and micro-batch come.
+    """Holds this rank's faults and strikes, once each, when their step and micro-batch come.
 
     Args:
         faults: The faults of all ranks; targets are checked for all of them, so that every rank fails alike.
@@ -56,6 +56,7 @@ class FaultInjector:
         with ExitStack() as stack:
             for fault in due:
                 logger.warning("fault strikes: %s", describe(fault))
+                self._mine.remove(fault)  # once: a rollback passes the same step again
                 self._strike(fault, batch, stack)
             yield
         self._loss_faults.clear()

@@ -5,24 +5,37 @@ Ranks other than 0 hold a silent one, so that the loop reads the same on every r
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
+from harness.stability import Incident
 from harness.tracking import MirrorSettings, RunLog, start_mirrors
 from harness.training.console import Console
-from harness.training.counters import Counters, is_incident
+from harness.training.counters import Counters, incident_kind
 
-__all__ = ["Journal", "MainJournal", "describe_incident"]
+__all__ = ["Journal", "MainJournal", "Sent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the host knows of a step whose record is still on its way."""
+
+    step_s: float
+    """Wall time of the step."""
+    samples: tuple[int, int]
+    """First and one past the last position of its samples in the order of the data."""
 
 
 class Journal:
     """Says nothing; what every rank but 0 has."""
 
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> None:
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
         """One finished step."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -35,7 +48,7 @@ class Journal:
         """A line for the person at the terminal."""
 
     def rewind(self, step: int) -> None:
-        """The run goes back to before `step`: later records of it belong to an abandoned branch."""
+        """The run goes back to before `step`: what was logged of it and later ones is an abandoned branch."""
 
     def close(self, status: str) -> None:
         """The end of this attempt; mirrors are drained."""
@@ -59,17 +72,22 @@ class MainJournal(Journal):
         self._window_tokens = 0
         self._window_steps = 0
 
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> None:
-        values = step_values(record, counters, lr=lr, step_s=step_s)
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
+        values = step_values(record, counters, lr=lr, step_s=sent.step_s)
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)
-        if record.per_parameter:
+        if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
-        if is_incident(record):
-            self._log.write("event", {"name": "incident", **incident_details(record)}, step=record.step)
-            self._console.say(describe_incident(record))
-        self._show(record, values, step_s)
+        incident = Incident.of(record, samples=sent.samples)
+        if incident is not None:
+            details = {"kind": incident_kind(record), "loss": record.loss, "grad_norm": record.grad_norm}
+            self._log.write(
+                "event",
+                {"name": "incident", **details, **dataclasses.asdict(incident), "module": incident.module},
+                step=record.step,
+            )
+        self._show(record, values, sent.step_s)
 
     def _show(self, record: StepRecord, values: Mapping[str, float], step_s: float) -> None:
         self._window_s += step_s
@@ -140,50 +158,26 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
 
 
 def layer_values(record: StepRecord) -> dict[str, dict[str, float]]:
-    """Statistics of each parameter's gradient before the reduction, by statistic and parameter."""
+    """Statistics of each parameter and its gradient, by statistic and name."""
     rows = record.per_parameter.items()
-    return {
+    values = {
         "grad_norm": {name: row.grad_norm for name, row in rows},
         "max_abs": {name: row.max_abs for name, row in rows},
-        "num_nonfinite": {name: row.num_nan + row.num_inf for name, row in rows},
+        "num_nonfinite": {name: float(row.num_nan + row.num_inf) for name, row in rows},
     }
+    if record.sampled:
+        samples = record.sampled.items()
+        values["weight_norm"] = {name: sample.weight_norm for name, sample in samples}
+        values["update_norm"] = {name: sample.update_norm for name, sample in samples}
+        values["update_ratio"] = {name: s.update_ratio for name, s in samples if s.update_ratio is not None}
+        values["underflow_frac"] = {name: sample.underflow_frac for name, sample in samples}
+    if record.attention_logit_max:
+        layers = enumerate(record.attention_logit_max)
+        values["attention_logit_max"] = {f"layer {number}": largest for number, largest in layers}
+    return values
 
 
 def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
-
-
-def incident_details(record: StepRecord) -> dict[str, Any]:
-    """What is known of an incident, as plain data."""
-    return {
-        "verdict": record.verdict,
-        "reason": record.reason,
-        "rank": record.rank,
-        "parameter": record.parameter,
-        "micro_batch": record.micro_batch,
-        "num_nan": record.num_nan,
-        "num_inf": record.num_inf,
-        "loss": record.loss,
-        "grad_norm": record.grad_norm,
-    }
-
-
-def describe_incident(record: StepRecord) -> str:
-    """One line: what was wrong, whose it was, what was done."""
-    culprit = [
-        f"{label} {value}"
-        for label, value in (
-            ("rank", record.rank),
-            ("parameter", record.parameter),
-            ("micro-batch", record.micro_batch),
-        )
-        if value is not None
-    ]
-    done = {"skip": "step left out", "stop": "run stopped", "clip": "clipped", "apply": "applied"}
-    counts = f"{record.num_nan} NaN, {record.num_inf} Inf"
-    return (
-        f"incident at step {record.step}: {record.reason}; {', '.join([*culprit, counts])}; "
-        f"{done[record.verdict]}"
-    )

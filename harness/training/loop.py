@@ -16,9 +16,9 @@ from harness.data import Loader, Task
 from harness.dist import World
 from harness.records import StepRecord
 from harness.stability import Ladder, StepGuard
-from harness.training.counters import Counters, is_incident
+from harness.training.counters import Counters
 from harness.training.evaluate import evaluate
-from harness.training.journal import Journal
+from harness.training.journal import Journal, Sent
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
@@ -52,8 +52,10 @@ class Run:
     stop: StopRequest
     precision: str
     on_incident: Callable[[StepRecord], None] | None = None
-    step_s: dict[int, float] = field(default_factory=dict)
-    """Wall time of the steps whose records are still on their way, by step."""
+    sent: dict[int, Sent] = field(default_factory=dict)
+    """The steps whose records are still on their way."""
+    digested_samples: int = 0
+    """Where the last digested step's samples end in the order of the data."""
 
     def learning_rate(self, step: int) -> float:
         """The schedule's value at `step`."""
@@ -91,6 +93,7 @@ def train_step(run: Run) -> bool:
     started = time.perf_counter()
     step = run.counters.step
     set_learning_rate(run.optimizer, run.learning_rate(step))
+    first_sample = run.loader.position
     micro_batches = run.loader.next()
     data_wait_s = time.perf_counter() - started
     compute_s = run.runner.run(step, micro_batches)
@@ -101,15 +104,17 @@ def train_step(run: Run) -> bool:
         stop_requested=run.stop.requested,
     )
     run.optimizer.zero_grad(set_to_none=True)
-    run.step_s[step] = time.perf_counter() - started
+    run.sent[step] = Sent(time.perf_counter() - started, (first_sample, run.loader.position))
     run.counters.step = step + 1
     evaluating = _is_due(run, run.config.loop.eval_every)
     saving = _is_due(run, run.config.checkpoint.every)
-    stopped = _digest(run, run.guard.drain(wait=evaluating or saving))
-    if evaluating:
-        _evaluate(run)
-    if saving:
-        _save(run)
+    is_last = run.counters.step == run.config.loop.steps
+    stopped = _digest(run, run.guard.drain(wait=evaluating or saving or is_last))
+    if run.counters.step == step + 1:  # and not rolled back
+        if evaluating:
+            _evaluate(run)
+        if saving:
+            _save(run)
     return stopped
 
 
@@ -118,21 +123,20 @@ def _is_due(run: Run, every: int) -> bool:
 
 
 def _digest(run: Run, records: list[StepRecord]) -> bool:
-    """Counts and logs finished steps and lets the ladder act; whether a rank was asked to stop."""
+    """Counts and logs finished steps and lets the ladder act, which may roll the run back; whether a rank was
+    asked to stop."""
     stopped = False
     for record in records:
         run.counters.count(record)
-        run.journal.step(
-            record,
-            run.counters,
-            lr=run.learning_rate(record.step),
-            step_s=run.step_s.pop(record.step),
-        )
+        sent = run.sent.pop(record.step)
+        run.digested_samples = sent.samples[1]
+        run.journal.step(record, run.counters, lr=run.learning_rate(record.step), sent=sent)
+        run.checkpointer.observe(record.step + 1, incident=record.reason is not None)
         if run.on_incident is not None and record.reason is not None:
             run.on_incident(record)
-        run.checkpointer.observe(record.step + 1, incident=is_incident(record))
-        run.ladder.observe(record)
         stopped = stopped or any(row.stop_requested for row in record.per_rank)
+        if run.ladder.observe(record) == "rollback":
+            break  # the records that follow are of the branch that was left
     return stopped
 
 

@@ -1,0 +1,39 @@
+"""The ladder's second rung: back to the last healthy checkpoint, and past the data that broke the run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from harness.errors import CheckpointError
+from harness.records import StepRecord
+from harness.training.loop import Run
+
+__all__ = ["roll_back"]
+
+
+def roll_back(run: Run, record: StepRecord) -> bool:
+    """Brings `run` back to its last healthy state; False if there is none. On all ranks at the same step.
+
+    Steps are numbered on from the checkpoint; their data begins after the failed step, or after
+    `guard.rollback_skip_steps` steps' worth, whichever is later. What counts skips and rollbacks is not
+    rolled back.
+    """
+    failed_at = run.digested_samples
+    before = dataclasses.replace(run.counters)
+    saved = {name: part for name, part in run.saved.items() if name != "ladder"}
+    try:
+        step = run.checkpointer.rollback(saved)
+    except CheckpointError as error:
+        run.journal.say(f"no rollback: {error}")
+        return False
+    run.counters.keep_skips_of(before)
+    run.sent.clear()
+    skipped = max(
+        run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position
+    )
+    run.loader.skip(skipped)
+    run.journal.rewind(step)
+    run.journal.event(
+        "rollback", step, failed_step=record.step, reason=record.reason, skipped_samples=skipped
+    )
+    return True
