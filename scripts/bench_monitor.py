@@ -262,6 +262,28 @@ def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines] + [""]
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars of the medians, a panel per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = report["runs"]
+    figure, panels = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 2.4), squeeze=False, sharey=True)
+    for panel, run in zip(panels[0], runs, strict=True):
+        names = list(run["results"])[::-1]
+        medians = [run["results"][name]["p50_ms"] for name in names]
+        colours = ["tab:blue" if name.startswith("guard") else "0.6" for name in names]
+        panel.bar_label(panel.barh(names, medians, color=colours), fmt="%.0f", padding=2)
+        panel.axvline(run["results"]["clip + step"]["p50_ms"], color="0.3", linewidth=0.8)
+        panel.set_title(f"{run['model']}, {run['dtype']}: ms a step", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
     """Measures what the command line asks for."""
     device = torch.device(options.device)
@@ -298,7 +320,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scaling", action="store_true", help="count messages and bytes over 1 to 8 ranks")
-    parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md, besides printing")
+    parser.add_argument("--out", type=Path, help="write OUT.json, OUT.md and OUT.png too")
     options = parser.parse_args()
     report = run_all(options)
     print(markdown(report))
@@ -306,6 +328,7 @@ def main() -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(markdown(report))
+        draw(report, options.out.with_suffix(".png"))
     return 0 if all(row["holds"] for run in report["runs"] for row in run["bars"]) else 1
 
 

@@ -66,20 +66,17 @@ class Actuator:
 
     def carry_out(self, decision: Decision) -> None:
         """Steps the optimizer, or not. Synchronises only where the class says so."""
-        if self._fused and self._state_exists():
-            with self._told(decision):
+        if not (self._fused and self._state_exists()):
+            skip, divisor = torch.stack([decision.skip_t.float(), decision.grad_scale_t]).tolist()
+            if skip:
+                return
+            if not self._fused:
+                if divisor != 1.0:
+                    torch._foreach_div_(self._gradients(), divisor)
                 self.optimizer.step()
-            return
-        skip, divisor = torch.stack([decision.skip_t.float(), decision.grad_scale_t]).tolist()
-        if skip:
-            return
-        if self._fused:
-            with self._told(decision):
-                self.optimizer.step()
-            return
-        if divisor != 1.0:
-            torch._foreach_div_(self._gradients(), divisor)
-        self.optimizer.step()
+                return
+        with self._told(decision):
+            self.optimizer.step()
 
     @contextmanager
     def _told(self, decision: Decision) -> Iterator[None]:

@@ -188,17 +188,9 @@ class StepGuard:
         if loss is not None:
             self.accumulate(loss, is_last=True)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        host_values = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        told = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        self._micro_batches.look(local)
-        mine = build_lane(
-            local,
-            reduced,
-            loss=self._micro_batches.loss_t,
-            micro_batch=self._micro_batches.suspect_t,
-            host_values=host_values,
-        )
-        packet = self._gather(self._due({"lane": mine}, rows))
+        packet = self._gather(self._due({"lane": self._lane(local, reduced, told)}, rows))
         decision = self._judge.judge(
             packet["lane"], loss_scale_t=self._loss_scale.value_t, nominal_tokens=nominal_tokens
         )
@@ -260,6 +252,16 @@ class StepGuard:
                 rule="a verdict needs this rank's loss, once",
                 remedy="call step(loss); or, with micro-batches, accumulate(...) after each and then step()",
             )
+
+    def _lane(self, local: Tensor, reduced: Tensor, told: tuple[float, ...]) -> Tensor:
+        self._micro_batches.look(local)
+        return build_lane(
+            local,
+            reduced,
+            loss=self._micro_batches.loss_t,
+            micro_batch=self._micro_batches.suspect_t,
+            host_values=told,
+        )
 
     def _due(self, packet: Packet, rows: Tensor) -> Packet:
         """Adds what this step's number asks for: rows of all parameters, checksums of all replicas."""

@@ -73,7 +73,8 @@ class DdpSource:
         self._is_reduced = False
 
     def close(self) -> None:
-        self._hook.observe = None
+        if self._hook.observe == self._see:  # else a later guard has taken over
+            self._hook.observe = None
         self._parameters = []
 
     def _see(self, bucket: GradBucket) -> None:
@@ -105,7 +106,7 @@ class _BucketHook:
         self.observe: Callable[[GradBucket], None] | None = None
         self.comm_hook = comm_hook
         self._group = ddp.process_group
-        self._multiply_exactly = self._group.size() & (self._group.size() - 1) == 0
+        self._is_power_of_two = self._group.size() & (self._group.size() - 1) == 0
         self._storage_of: dict[int, int] = {}
         try:
             ddp.register_comm_hook(None, self.reduce)
@@ -115,7 +116,7 @@ class _BucketHook:
                 rule="the guard measures gradients in DDP's one communication hook",
                 remedy="do not register a hook yourself; hand it to the guard as comm_hook",
             ) from error
-        if ddp.gradient_as_bucket_view and not self._multiply_exactly:
+        if ddp.gradient_as_bucket_view and not self._is_power_of_two:
             ddp.module.register_forward_pre_hook(self._note_storages)
 
     def reduce(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -135,7 +136,7 @@ class _BucketHook:
         that lives there already; for three ranks the two round differently.
         """
         world_size = self._group.size()
-        if self._multiply_exactly or not self._storage_of:
+        if self._is_power_of_two or not self._storage_of:
             bucket.buffer().mul_(1.0 / world_size)
             return
         own = bucket.buffer().untyped_storage().data_ptr()

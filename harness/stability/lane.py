@@ -19,7 +19,6 @@ __all__ = [
     "PARAMETER",
     "REDUCED_BAD",
     "REDUCED_SUM_SQUARES",
-    "STATISTICS",
     "STOP_REQUESTED",
     "TOKENS",
     "UNREDUCED",
@@ -28,7 +27,6 @@ __all__ = [
 ]
 
 # Fields 0 to 4 are the columns of a row of statistics, summed (max-abs: maximised) over the parameters.
-STATISTICS = slice(0, NUM_COLUMNS)
 (
     LOSS_SUM,
     TOKENS,

@@ -49,7 +49,7 @@ def find_odd(sums: Tensor) -> OddReplica | None:
     if not bool(differs.any()):
         return None
     shard, row = (int(where[0]) for where in differs.nonzero(as_tuple=True))
-    values = [tuple(replica[shard].flatten().numpy()) for replica in sums]
+    values = [tuple(replica[shard].tolist()) for replica in sums]
     (common, count), *_ = Counter(values).most_common()
     odd = next(replica for replica, value in enumerate(values) if value != common)
     return OddReplica(rank=odd * sums.shape[1] + shard if 2 * count > len(values) else None, row=row)

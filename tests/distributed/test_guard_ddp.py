@@ -231,6 +231,12 @@ def _registered_twice(rank: int, world_size: int) -> None:
         model.zero_grad()
         guard.step(_backward(model, 2, rank))
         assert guard.drain(wait=True)[0].verdict in ("apply", "clip")
+        StepGuard(model, optimizer).close()  # took the hook over, and left it
+    model.zero_grad()
+    first, second = StepGuard(model, optimizer), StepGuard(model, optimizer)
+    first.close()
+    second.step(_backward(model, 3, rank))
+    assert not second.drain(wait=True)[0].skipped
     with pytest.raises(ConfigError, match="another comm_hook"):
         StepGuard(model, optimizer, comm_hook=bf16_compress_hook)
     hooked = DistributedDataParallel(make_model())
