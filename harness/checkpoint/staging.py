@@ -22,6 +22,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
         self._extremes: dict[str, torch.Tensor] = {}
         self.layout = ShardLayout(parts=())
 
@@ -66,9 +67,10 @@ class Staging:
                 )
 
     def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
-        if self._buffer.numel() < size_bytes or self._buffer.is_pinned() != pinned:
+        if self._buffer.numel() < size_bytes or self._pinned != pinned:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # let go of the old before the new is made
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._pinned = pinned
 
     def _view(self, part: Part) -> torch.Tensor:
         data = self._buffer[part.start : part.start + part.size_bytes]

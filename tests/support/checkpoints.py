@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -46,10 +47,13 @@ class TinyRun:
     ) -> None:
         torch.manual_seed(seed)
         model = TinyModel(dropout=dropout)
-        if kind == "fsdp":
+        if kind in ("fsdp", "hsdp"):
+            shape = (1, world_size) if kind == "fsdp" else (2, world_size // 2)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+            mesh = mesh["shard"] if kind == "fsdp" else mesh
             for block in model.blocks:
-                fully_shard(block)
-            fully_shard(model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         self.model = DistributedDataParallel(model) if kind == "ddp" else model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=True)
         self.step, self.rank, self.world_size = 0, rank, world_size
