@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class Checkpointer:
     """Checkpoints of one run in one directory, which all ranks share.
 
-    All ranks make it together and call `save`, `wait`, `load`, `rollback`, `steps` and `close` together, at
-    the same point of the program; `observe` and `outcomes` are local. Without a process group it serves one
+    All ranks make it together and call `save`, `wait`, `load`, `rollback` and `steps` together, at the same
+    point of the program; `observe`, `outcomes` and `close` are local. Without a process group it serves one
     process. A context manager: leaving it waits for the save under way.
 
     Args:
@@ -230,7 +230,7 @@ class Checkpointer:
         return self._calls.from_main(lambda: sorted({saved.step for saved in self._store.saved()}))
 
     def close(self) -> None:
-        """Waits for the save under way. Idempotent.
+        """Waits for the save under way. Local, for it is called when a rank is in trouble too. Idempotent.
 
         Raises:
             CheckpointError: it failed, or is not done after `give_up_after_s`.
@@ -239,7 +239,7 @@ class Checkpointer:
             return
         self._closed = True
         self._writer.join(self._give_up_after_s)
-        self._calls.together(self._raise_failure)
+        self._raise_failure()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -253,7 +253,7 @@ class Checkpointer:
         if error is None:
             self.close()
         else:
-            # The other ranks may be elsewhere: nothing that needs them.
+            # A failed save has been logged; the error under way is the one to be seen.
             self._writer.join(self._give_up_after_s)
 
     def _agree_on_start(self, step: int) -> bool:
