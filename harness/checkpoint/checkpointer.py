@@ -138,7 +138,7 @@ class Checkpointer:
             state=captured.state,
             rank_state=captured.rank_state,
             trained=captured.trained,
-            tensors=self._planning.tensor_infos() if self._calls.is_main else {},
+            tensors=self._planning.tensor_infos(),
             meta=plain_meta,
             metric=metric if metric is None or math.isfinite(metric) else None,
             began=began,
@@ -151,9 +151,9 @@ class Checkpointer:
         """Waits until the save under way is committed.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: it failed, or is not done after `give_up_after_s`.
         """
-        self._writer.join()
+        self._settle()
         self._calls.together(self._raise_failure)
 
     def load(
@@ -176,7 +176,7 @@ class Checkpointer:
         Raises:
             CheckpointError: it is of another model, has no such step, or all there are are damaged.
         """
-        self._writer.join()
+        self._settle()
         manifest = self._loader.load(state, step=step, healthy=healthy)
         self._health.restart()
         if self._memory is not None:
@@ -195,7 +195,7 @@ class Checkpointer:
         Raises:
             CheckpointError: there is no healthy state, or it does not fit into `state`.
         """
-        self._writer.join()
+        self._settle()
         step = self._restore_from_memory(state)
         if step is None:
             manifest = self._loader.load(state, step=None, healthy=True)
@@ -267,8 +267,14 @@ class Checkpointer:
         if any(busy for _, busy, _ in ranks):
             if self._when_busy == "drop":
                 return False
-            self._writer.join()
+            self._settle()
         return True
+
+    def _settle(self) -> None:
+        """Waits for the save under way, but not for ever: a disk may hang."""
+        self._writer.join(self._give_up_after_s)
+        if any(self._calls.gather(lambda: self._writer.busy)):
+            raise self._given_up()
 
     def _copy(self, step: int, captured: Captured) -> Callable[[], None]:
         """Copies what has to be copied before training may go on; gives what is left to be done."""

@@ -94,7 +94,7 @@ class SavePlanning:
         self._group = group
         self._signature: object = None
         self._mine = ShardLayout(parts=())
-        self._all: list[ShardLayout] = []
+        self._infos: dict[str, TensorInfo] = {}
 
     def update(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Makes a new plan if one is needed on any rank. A collective.
@@ -107,7 +107,7 @@ class SavePlanning:
             return
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(tensors), is_coordinator=self._group.is_main)
-        local = planner.create_local_plan()
+        local = self._group.together(planner.create_local_plan)
         self._mine = self._group.through_main(local, lambda plans: self._plan_all(planner, plans))
         self._signature = current
 
@@ -117,23 +117,14 @@ class SavePlanning:
         return self._mine
 
     def tensor_infos(self) -> dict[str, TensorInfo]:
-        """Where every tensor lies; known on rank 0 only."""
-        chunks: dict[str, list[Chunk]] = {}
-        parts: dict[str, Part] = {}
-        for rank, layout in enumerate(self._all):
-            file, data_start = shard_name(rank), len(layout.header)
-            for part in layout.parts:
-                chunk = Chunk(
-                    offsets=part.offsets, sizes=part.sizes, file=file, start=data_start + part.start
-                )
-                chunks.setdefault(part.tensor, []).append(chunk)
-                parts[part.tensor] = part
-        return {name: _tensor_info(parts[name], found) for name, found in chunks.items()}
+        """Where every tensor lies; known on rank 0 only, empty on the others."""
+        return self._infos
 
     def _plan_all(self, planner: DefaultSavePlanner, plans: list[SavePlan]) -> list[ShardLayout]:
         final, _ = planner.create_global_plan(plans)
-        self._all = [ShardLayout.of(_parts(plan)) for plan in final]
-        return self._all
+        layouts = [ShardLayout.of(_parts(plan)) for plan in final]
+        self._infos = _tensor_infos(layouts)
+        return layouts
 
 
 def shard_name(rank: int) -> str:
@@ -144,6 +135,18 @@ def shard_name(rank: int) -> str:
 def _signature_of(tensors: Mapping[str, torch.Tensor]) -> object:
     """All that a plan depends on: names, shapes, dtypes, placements."""
     return tuple((name, tensor.shape, tensor.dtype, *_placement(tensor)) for name, tensor in tensors.items())
+
+
+def _tensor_infos(layouts: list[ShardLayout]) -> dict[str, TensorInfo]:
+    chunks: dict[str, list[Chunk]] = {}
+    parts: dict[str, Part] = {}
+    for rank, layout in enumerate(layouts):
+        file, data_start = shard_name(rank), len(layout.header)
+        for part in layout.parts:
+            chunk = Chunk(offsets=part.offsets, sizes=part.sizes, file=file, start=data_start + part.start)
+            chunks.setdefault(part.tensor, []).append(chunk)
+            parts[part.tensor] = part
+    return {name: _tensor_info(parts[name], found) for name, found in chunks.items()}
 
 
 def _tensor_info(part: Part, chunks: list[Chunk]) -> TensorInfo:

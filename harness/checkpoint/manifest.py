@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        body = json.dumps(asdict(self), separators=(",", ":"), allow_nan=False).encode()
+        body = json.dumps(_fields(self), separators=(",", ":"), allow_nan=False, default=_fields).encode()
         return b"".join([_HEAD, _digest(body), _MIDDLE, body, _TAIL])
 
     @classmethod
@@ -149,6 +149,11 @@ def _tensor_info(values: dict[str, Any]) -> TensorInfo:
         for chunk in values["chunks"]
     )
     return TensorInfo(dtype=values["dtype"], shape=tuple(values["shape"]), chunks=chunks)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """As `asdict`, but without its copies: a manifest may place many thousand chunks."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _verified_body(content: bytes) -> bytes:

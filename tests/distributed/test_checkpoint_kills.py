@@ -147,12 +147,12 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_training_goes_on(tmp_
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"]
 
 
-def give_up(rank: int, world_size: int, directory: str) -> str:
+def give_up(rank: int, world_size: int, directory: str, when_busy: Any) -> str:
     """Rank 1's disk hangs; the ranks give up at the same save."""
     real = writer.write_shard
     if rank == 1:
         writer.write_shard = lambda *args: (threading.Event().wait(3), real(*args))[1]
-    checkpointer = Checkpointer(directory, when_busy="drop", give_up_after_s=0.5)
+    checkpointer = Checkpointer(directory, when_busy=when_busy, give_up_after_s=0.5)
     for step in range(100):
         try:
             checkpointer.save(step, {"x": step})
@@ -162,7 +162,8 @@ def give_up(rank: int, world_size: int, directory: str) -> str:
     return "never"
 
 
-def test_ranks_give_up_together_when_a_disk_hangs(tmp_path: Path) -> None:
-    first, second = run_ranks(give_up, 2, str(tmp_path))
+@pytest.mark.parametrize("when_busy", ["wait", "drop"])
+def test_ranks_give_up_together_when_a_disk_hangs(tmp_path: Path, when_busy: str) -> None:
+    first, second = run_ranks(give_up, 2, str(tmp_path), when_busy)
     assert first == second
     assert "nothing could be saved for 0.5 s: the save under way does not end" in first
