@@ -150,11 +150,15 @@ class AlertMirror:
     def commit(self) -> dict[str, Any]:
         return {}
 
-    def close(self, end: Mapping[str, Any] | None) -> None:
+    def abandon(self) -> None:
+        """Nothing is written here."""
+
+    def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         if end is None:
             self._speak("crashed", "*", "the training process is gone without a word", "error")
         if self._webhook:
             self._webhook.close()
+        return {}
 
     def _tell(self, rule: Rule, message: str | None) -> None:
         if message is not None:

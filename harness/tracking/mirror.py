@@ -38,14 +38,19 @@ class Mirror(Protocol):
     def take(self, record: Record) -> None:
         """Accepts one record; it need not be visible before `commit`."""
 
-    def commit(self) -> dict[str, Any]:
-        """Makes everything taken durable and returns what `open` needs to go on from here (plain JSON)."""
+    def commit(self) -> dict[str, Any] | None:
+        """Makes everything taken durable and returns what opening it again needs to go on from here (plain
+        JSON); None if that takes longer: nothing more is given then, and it is asked again."""
 
     def idle(self) -> None:
         """Called twice a second while there is nothing to take."""
 
-    def close(self, end: Mapping[str, Any] | None) -> None:
-        """The log has come to its end; `end` is what its `end` record says, None if the trainer died."""
+    def abandon(self) -> None:
+        """Lets go after a failure: another one will be opened at the last commit."""
+
+    def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The log has come to its end; `end` is what its `end` record says, None if the trainer died.
+        Everything taken is durable afterwards; returns what `commit` would."""
 
 
 OpenMirror = Callable[[Mapping[str, Any]], Mirror]
@@ -89,8 +94,13 @@ class MirrorFollower:
                 self.forget()
             except Exception as error:  # noqa: BLE001  (a mirror may fail in any way and must not end the others)
                 self._say(error)
-                time.sleep(delay_s)
+                self._pause(delay_s)
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
+
+    def _pause(self, delay_s: float) -> None:
+        """After the trainer's end somebody may be waiting: no long pauses then."""
+        if self._ended.wait(delay_s):
+            time.sleep(FIRST_RETRY_S)
 
     def forget(self) -> None:
         """Drops the position: the mirror is built anew from the log's beginning."""
@@ -102,21 +112,33 @@ class MirrorFollower:
             folder: Follower(self._log_dir / folder, Position(**place))
             for folder, place in state.get("positions", {}).items()
         }
-        mirror = self._open_mirror(state.get("mirror", {}))
         self._last_end = state.get("end")
+        mirror = self._open_mirror(state.get("mirror", {}))
+        try:
+            self._keep_up(mirror, followers)
+            self._save(mirror.close(self._last_end), followers)
+        except Exception:
+            mirror.abandon()
+            raise
+        self._say_well_again()
+
+    def _keep_up(self, mirror: Mirror, followers: dict[str, Follower]) -> None:
+        """Takes what is written until the log has ended."""
         committed = time.monotonic()
-        dirty = False
+        is_dirty = is_committing = False
         while True:
             ended = self._ended.is_set()  # asked before reading: what is read then is all there is
-            num_taken = self._take_new(mirror, followers)
-            dirty = dirty or num_taken > 0
-            if dirty and (ended or time.monotonic() - committed > COMMIT_EVERY_S):
-                self._save(mirror.commit(), followers)
-                committed, dirty = time.monotonic(), False
-                self._say_well_again()
-            if num_taken == 0 and ended:
-                mirror.close(self._last_end)
+            num_taken = 0 if is_committing and not ended else self._take_new(mirror, followers)
+            if ended and num_taken == 0:
                 return
+            is_dirty = is_dirty or num_taken > 0
+            if is_dirty and not ended and time.monotonic() - committed > COMMIT_EVERY_S:
+                state = mirror.commit()
+                is_committing = state is None
+                if state is not None:
+                    self._save(state, followers)
+                    self._say_well_again()
+                    committed, is_dirty = time.monotonic(), False
             if num_taken == 0:
                 mirror.idle()
                 self._ended.wait(POLL_S)

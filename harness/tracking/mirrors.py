@@ -22,6 +22,8 @@ __all__ = ["MirrorHandle", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
+# A side process may outlive its handle; kept here it is reaped without a complaint about that.
+_STARTED: list[subprocess.Popen[bytes]] = []
 # Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.tracking.side import main; "
 _PROGRAM += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
@@ -116,6 +118,7 @@ def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[by
         raise
     finally:
         os.close(messages_out)
+    _STARTED.append(process)
     return process, messages
 
 

@@ -87,8 +87,11 @@ class TensorBoardMirror:
     def idle(self) -> None:
         """Nothing is watched here."""
 
-    def close(self, end: Mapping[str, Any] | None) -> None:
+    def abandon(self) -> None:
         """Nothing is held open between commits."""
+
+    def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self.commit()
 
     def _begin_attempt(self, attempt: int, step: int, time: float) -> None:
         """TensorBoard forgets what earlier attempts showed from this step on."""

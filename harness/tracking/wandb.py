@@ -7,8 +7,11 @@ crash fall on each other.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import wandb
 from wandb.errors import Error as WandbError
+from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.tracking.codec import Record
 from harness.tracking.mirror import StartAgain, scalars_of
@@ -26,6 +30,8 @@ __all__ = ["WandbMirror"]
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 60.0
+WRITE_TIMEOUT_S = 60.0
+"""wandb writes its file every 15 s, or when 32 KiB are full."""
 
 
 class WandbMirror:
@@ -46,6 +52,9 @@ class WandbMirror:
         self._ordinal: int = state.get("ordinal", 0)
         self._step: int = state.get("step", 0)
         self._run, self._mode = _start(settings, run_dir, run_id)
+        self._file = _RunFile(Path(self._run.settings.sync_file))
+        self._last_row = 0
+        self._waiting_since: float | None = None
         if (state.get("mode"), self._mode) == ("offline", "online"):
             self._run.finish()
             raise StartAgain  # the account is there now: it gets what was kept offline too
@@ -64,14 +73,32 @@ class WandbMirror:
         elif row := self._row(record):
             row |= {"step": self._step, "attempt": record.attempt, "time": record.time}
             self._run.log(row, step=self._ordinal, commit=True)
+            self._last_row = self._ordinal
 
-    def commit(self) -> dict[str, Any]:
-        return {"ordinal": self._ordinal, "step": self._step, "mode": self._mode}
+    def commit(self) -> dict[str, Any] | None:
+        """What is handed over is on disk some seconds later, or never if the disk is full.
+
+        Raises:
+            TimeoutError: wandb has not written the last row for `WRITE_TIMEOUT_S`.
+        """
+        if self._file.last_row() >= self._last_row:
+            self._waiting_since = None
+            return {"ordinal": self._ordinal, "step": self._step, "mode": self._mode}
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        if now - self._waiting_since > WRITE_TIMEOUT_S:
+            raise TimeoutError("wandb does not write its file")
+        return None
 
     def idle(self) -> None:
         """Nothing is watched here."""
 
-    def close(self, end: Mapping[str, Any] | None) -> None:
+    def abandon(self) -> None:
+        """A run that is not finished would keep its id from the next one."""
+        with contextlib.suppress(Exception):
+            self._run.finish(exit_code=1)
+
+    def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
@@ -79,6 +106,9 @@ class WandbMirror:
             folder = tensorboard_dir(self._run_dir, self._settings)
             self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
         self._run.finish(exit_code=1 if state == "crashed" else 0)
+        while (written := self.commit()) is None:
+            time.sleep(0.05)
+        return written
 
     def _row(self, record: Record) -> dict[str, Any]:
         if record.kind == "event":
@@ -104,6 +134,56 @@ class WandbMirror:
             level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
             title = f"alert: {record.values.get('rule')}"
             self._run.alert(title=title, text=str(record.values.get("message")), level=level)
+
+
+class _RunFile:
+    """The file in which wandb's own process keeps a run, online too. Read to learn what has arrived there.
+
+    A 7-byte head, then LevelDB's log framing: blocks of 32 KiB, frames of checksum, length, kind and body.
+    """
+
+    _FRAME = struct.Struct("<IHB")
+    _BLOCK = 32 * 1024
+    _WHOLE, _FIRST, _LAST = 1, 2, 4
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 7
+        self._parts = b""
+        self._last_row = 0
+
+    def last_row(self) -> int:
+        """W&B's own number of the newest row in the file, 0 without one."""
+        self._read_on()
+        return self._last_row
+
+    def _read_on(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        at = 0
+        while True:
+            left = self._BLOCK - (self._offset + at) % self._BLOCK
+            if left < self._FRAME.size:
+                at += left
+            body_at = at + self._FRAME.size
+            if body_at > len(data):
+                break
+            _, length, kind = self._FRAME.unpack_from(data, at)
+            if kind == 0 or body_at + length > len(data):
+                break
+            self._take(kind, data[body_at : body_at + length])
+            at = body_at + length
+        self._offset += at
+
+    def _take(self, kind: int, body: bytes) -> None:
+        self._parts = body if kind in (self._WHOLE, self._FIRST) else self._parts + body
+        if kind in (self._WHOLE, self._LAST):
+            record = WandbRecord.FromString(self._parts)
+            if record.HasField("history"):
+                self._last_row = max(self._last_row, record.history.step.num)
 
 
 def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.Run, str]:

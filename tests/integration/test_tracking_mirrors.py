@@ -36,6 +36,7 @@ class Run: pass
 {behaviour}
 """
 FAKE_ERRORS = "class Error(Exception): pass\n"
+FAKE_PROTO = "class Record: pass\n"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -231,6 +232,8 @@ def test_a_broken_wandb_costs_the_others_nothing_and_is_completed_later(
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_WANDB.format(behaviour=behaviour))
     (package / "errors.py").write_text(FAKE_ERRORS)
+    (package / "proto").mkdir()
+    (package / "proto" / "wandb_internal_pb2.py").write_text(FAKE_PROTO)
     run_dir = tmp_path / "run"
     log = RunLog(run_dir)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
