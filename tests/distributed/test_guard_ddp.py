@@ -88,8 +88,7 @@ def _train(rank: int, world_size: int, culprit: int, bad_micro_batch: int) -> li
     return guard.drain(wait=True)
 
 
-@pytest.mark.parametrize("bad_micro_batch", [0, 1, 2])
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(("culprit", "bad_micro_batch"), [(0, 2), (1, 0)])
 def test_one_ranks_nan_is_skipped_by_all_and_blamed_on_it(culprit: int, bad_micro_batch: int) -> None:
     first, second = run_ranks(_train, 2, culprit, bad_micro_batch)
     assert first == second
