@@ -5,15 +5,34 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from harness import __version__
 
 __all__ = ["COMMANDS", "main"]
 
+
+class Command(NamedTuple):
+    """Where a command lives, as a function `(argv) -> exit code` of a module here, and what it does."""
+
+    module: str
+    function: str
+    what: str
+
+
 COMMANDS = {
-    "train": "train a model; the same program as harness/train.py",
+    "train": Command("train", "run", "train a model; the same program as harness/train.py"),
+    "runs": Command("look", "runs", "a table of all runs"),
+    "show": Command("look", "show", "one run in words and numbers"),
+    "watch": Command("look", "watch", "follow a run in the terminal"),
+    "compare": Command("look", "compare", "how two runs differ, and the first step at which they part"),
+    "report": Command("look", "report", "one self-contained HTML file about a run"),
+    "export": Command(
+        "export", "run", "a run's metrics (csv, parquet, json) or weights (safetensors, torch)"
+    ),
+    "sync": Command("sync", "run", "bring a run's mirrors up to its log, or rebuild them"),
+    "verify": Command("verify", "run", "read a run's checkpoints and compare every checksum"),
 }
-"""Each command is a module of this package with a function `run(argv) -> int`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"harness: unknown command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"harness.cli.{name}").run(arguments[1:]))
+    command = COMMANDS[name]
+    function = getattr(importlib.import_module(f"harness.cli.{command.module}"), command.function)
+    return int(function(arguments[1:]))
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {command.what}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: harness COMMAND [arguments]", "", *lines, "", "`harness COMMAND --help` says more."]
     )

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from harness.config.schema import ModelConfig
 
-__all__ = ["Decoder"]
+__all__ = ["NORM_EPS", "Decoder", "swiglu_dim"]
 
-_EPS = 1e-5
+NORM_EPS = 1e-5
 _INIT_STD = 0.02
 _MLP_MULTIPLE = 64
 
@@ -127,8 +127,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # 8/3 x dim makes three matrices as large as the two of the plain kind with 4 x dim.
-        hidden = config.mlp_dim or math.ceil(8 * config.dim / 3 / _MLP_MULTIPLE) * _MLP_MULTIPLE
+        hidden = swiglu_dim(config)
         self.gate = nn.Linear(config.dim, hidden, bias=config.bias)
         self.up = nn.Linear(config.dim, hidden, bias=config.bias)
         self.down = nn.Linear(hidden, config.dim, bias=config.bias)
@@ -136,6 +135,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return out
+
+
+def swiglu_dim(config: ModelConfig) -> int:
+    """Hidden width; 8/3 x dim makes three matrices as large as the two of the plain kind with 4 x dim."""
+    return config.mlp_dim or math.ceil(8 * config.dim / 3 / _MLP_MULTIPLE) * _MLP_MULTIPLE
 
 
 class GELU(nn.Module):
@@ -188,8 +192,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(config.dim, eps=_EPS)
-    return nn.LayerNorm(config.dim, eps=_EPS, bias=config.bias)
+        return nn.RMSNorm(config.dim, eps=NORM_EPS)
+    return nn.LayerNorm(config.dim, eps=NORM_EPS, bias=config.bias)
 
 
 def _init(module: nn.Module) -> None:

@@ -109,3 +109,4 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             break
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
+    process.stdout.close()

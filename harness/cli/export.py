@@ -1,0 +1,83 @@
+"""`harness export RUN --format ...`: a run's metrics, or its weights, for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.cli.arguments import parser, run_argument, run_directory
+from harness.cli.errors import reporting
+from harness.config import TrainConfig
+
+__all__ = ["run"]
+
+_METRICS = ("csv", "parquet", "json")
+_WEIGHTS = {"safetensors": "model.safetensors", "torch": "model.pt"}
+_CONFIG = "config.json"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Writes the files and prints their paths."""
+    options = _arguments().parse_args(argv)
+    with reporting() as outcome:
+        directory = run_directory(options.run, options.runs)
+        paths = _metrics(directory, options) if options.format in _METRICS else _weights(directory, options)
+        print("\n".join(map(str, paths)))
+    return outcome.exit_code
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = parser("export", "A run's metrics, or the weights of one of its checkpoints.")
+    run_argument(arguments)
+    arguments.add_argument(
+        "--format", choices=(*_METRICS, *_WEIGHTS), default="safetensors", help="default: safetensors"
+    )
+    arguments.add_argument("-o", "--output", type=Path, help="file (default: in RUN/export)")
+    weights = arguments.add_argument_group("weights")
+    weights.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    weights.add_argument(
+        "--names",
+        choices=("own", "llama"),
+        default="own",
+        help="llama: names and config.json of transformers' LlamaForCausalLM, whose from_pretrained reads it",
+    )
+    weights.add_argument("--shard-gb", type=float, help="split safetensors into files of at most so many GB")
+    return arguments
+
+
+def _metrics(directory: Path, options: argparse.Namespace) -> list[Path]:
+    from harness.tracking.export import export_run
+
+    output = options.output or _default(directory, f"metrics.{options.format}")
+    return [export_run(directory, output, format=options.format)]
+
+
+def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
+    from harness.checkpoint import export
+    from harness.models.llama import llama_config, llama_name
+
+    output = options.output or _default(directory, _WEIGHTS[options.format])
+    described = None
+    if options.names == "llama":
+        config = TrainConfig.from_file(directory / "config.yaml")
+        described = llama_config(config.model, sequence_length=config.data.sequence_length)
+    paths = export(
+        directory / "checkpoints",
+        output,
+        step=options.step,
+        format=options.format,
+        rename=llama_name if described else None,
+        max_shard_bytes=int(options.shard_gb * 1e9) if options.shard_gb else None,
+    )
+    if described is not None:
+        (output.parent / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        paths = [*paths, output.parent / _CONFIG]
+    return paths
+
+
+def _default(directory: Path, name: str) -> Path:
+    folder = directory / "export"
+    folder.mkdir(exist_ok=True)
+    return folder / name
