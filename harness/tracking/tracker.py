@@ -14,6 +14,7 @@ import atexit
 import dataclasses
 import functools
 import logging
+import os
 import sys
 import time
 import weakref
@@ -119,7 +120,7 @@ class ExperimentTracker:
         self._began = time.time()
         self._log: RunLog | None = None
         # Weak, so that being registered does not keep a forgotten tracker alive.
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self), os.getpid())
         self._place = find_place(self.config, create=self.is_main)
         if self.is_main:
             self._open()
@@ -386,10 +387,10 @@ class ExperimentTracker:
             self.log_text("notes", config.notes)
 
 
-def _close_at_exit(tracker: weakref.ref[ExperimentTracker]) -> None:
+def _close_at_exit(tracker: weakref.ref[ExperimentTracker], pid: int) -> None:
     """For those who forget to close: the run ended well unless an exception ended the program."""
     live = tracker()
-    if live is not None:
+    if live is not None and pid == os.getpid():  # and not a forked child's
         live.close("crashed" if hasattr(sys, "last_value") else "finished")
 
 

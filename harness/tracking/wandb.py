@@ -29,7 +29,7 @@ __all__ = ["WandbMirror"]
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 60.0
+INIT_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
 """wandb writes its file every 15 s, or when 32 KiB are full."""
 
@@ -81,7 +81,7 @@ class WandbMirror:
         Raises:
             TimeoutError: wandb has not written the last row for `WRITE_TIMEOUT_S`.
         """
-        if self._file.last_row() >= self._last_row:
+        if self._run.disabled or self._file.last_row() >= self._last_row:
             self._waiting_since = None
             return {"ordinal": self._ordinal, "step": self._step, "mode": self._mode}
         now = time.monotonic()
@@ -97,6 +97,7 @@ class WandbMirror:
         """A run that is not finished would keep its id from the next one."""
         with contextlib.suppress(Exception):
             self._run.finish(exit_code=1)
+            wandb.teardown()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
@@ -193,6 +194,7 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
             run = _init(settings, run_dir, run_id, None)  # WANDB_MODE may still say otherwise
             return run, "offline" if run.offline else "online"
         except WandbError as error:
+            wandb.teardown()  # its process still holds the run's id
             reason = str(error).split("\n")[0]
             logger.warning(
                 "Weights & Biases is not reachable (%s): the run is kept offline in %s; "

@@ -264,6 +264,20 @@ def test_without_an_account_wandb_goes_offline_and_says_so_once(
     assert len(history(tmp_path)) == 3
 
 
+@pytest.mark.slow
+def test_an_account_whose_server_is_out_of_reach_falls_back_to_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with RunLog(tmp_path) as log:
+        handle = start_mirrors(tmp_path, wandb="online", **QUIET)
+        write_steps(log, range(100))
+    assert handle.close(90)
+    assert "is kept offline in" in caplog.text
+    assert [row["step"] for row in history(tmp_path) if "train/loss" in row] == list(range(100))
+
+
 def test_asking_for_an_upload_without_an_account_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
