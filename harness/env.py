@@ -11,6 +11,7 @@ __all__ = [
     "Launched",
     "accelerate_precision",
     "cache_dir",
+    "has_launcher",
     "child_environment",
     "is_terminal",
     "launched",
@@ -34,13 +35,18 @@ class Launched:
     """accelerate was told `use_cpu`."""
 
 
+def has_launcher() -> bool:
+    """Whether a launcher has told this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def launched() -> Launched:
     """Reads the variables that torchrun, `accelerate launch` and Slurm wrappers set.
 
     Raises:
         ValueError: a variable is not a whole number.
     """
-    by_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    by_launcher = has_launcher()
     return Launched(
         rank=_int("RANK", 0) if by_launcher else 0,
         local_rank=_int("LOCAL_RANK", 0) if by_launcher else 0,

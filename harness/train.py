@@ -11,6 +11,10 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
+    from harness.parent import stop_with_launcher
+
+    stop_with_launcher()
+
     from harness.cli.train import run
 
     sys.exit(run(sys.argv[1:], prog="harness/train.py"))

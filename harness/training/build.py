@@ -101,6 +101,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         checkpointer=checkpointer,
         saved=saved,
         counters=counters,
+        saved_step=-1 if resumed_from is None else counters.step,
         journal=_journal(config, world, directory, counters, resumed_from),
         stop=stop,
         precision=precision,

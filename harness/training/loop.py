@@ -54,6 +54,8 @@ class Run:
     on_incident: Callable[[StepRecord], None] | None = None
     sent: dict[int, Sent] = field(default_factory=dict)
     """The steps whose records are still on their way."""
+    saved_step: int = -1
+    """Finished steps at the last save."""
     digested_samples: int = 0
     """Where the last digested step's samples end in the order of the data."""
 
@@ -148,6 +150,7 @@ def _evaluate(run: Run) -> None:
 
 def _save(run: Run) -> None:
     run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
+    run.saved_step = run.counters.step
     run.journal.event("checkpoint", run.counters.step - 1, num_steps=run.counters.step)
 
 
@@ -157,7 +160,7 @@ def _finish(run: Run, stopped: bool) -> Status:
     finished = run.counters.step >= run.config.loop.steps
     if finished and run.counters.val_step != run.counters.step:
         _evaluate(run)
-    if run.counters.step not in run.checkpointer.steps():
+    if run.counters.step != run.saved_step:
         _save(run)
     run.checkpointer.wait()
     return "finished" if finished else "stopped"

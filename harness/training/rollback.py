@@ -28,6 +28,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
         return False
     run.counters.keep_skips_of(before)
     run.sent.clear()
+    run.saved_step = run.counters.step
     skipped = max(
         run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position
     )

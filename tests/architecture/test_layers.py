@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "env": 0,
     "logs": 0,
+    "parent": 0,
     "records": 0,
     "config": 1,
     "dist": 2,
@@ -98,7 +99,7 @@ def test_every_room_has_a_floor() -> None:
 
 
 def test_the_ground_floor_needs_the_standard_library_alone() -> None:
-    for name in ("errors", "env", "logs", "records"):
+    for name in ("errors", "env", "logs", "parent", "records"):
         foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
         assert not foreign & {"torch", "numpy", "yaml", "orjson", "harness.config"}, name
 
