@@ -42,6 +42,8 @@ def start_mirrors(
     """
     settings = dataclasses.replace(settings or MirrorSettings(), **changes)
     try:
+        if not settings.node:
+            settings.keep(Path(run_dir))
         return MirrorHandle(*_spawn(Path(run_dir).resolve(), settings))
     except OSError as error:
         logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)

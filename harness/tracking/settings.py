@@ -12,6 +12,8 @@ from harness.config import AlertConfig, TrackingConfig, TrainConfig
 
 __all__ = ["MirrorSettings", "tensorboard_dir"]
 
+_KEPT = Path("log", "mirrors", "settings.json")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorSettings:
@@ -58,6 +60,20 @@ class MirrorSettings:
     def to_json(self) -> str:
         """For the side process's command line."""
         return orjson.dumps(dataclasses.asdict(self)).decode()
+
+    def keep(self, run_dir: Path) -> None:
+        """Notes them in the run directory, for a later `harness sync`."""
+        path = run_dir / _KEPT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json())
+
+    @classmethod
+    def kept(cls, run_dir: Path) -> MirrorSettings:
+        """What the run's side process was last told; the defaults if it never had one."""
+        try:
+            return cls.from_json((run_dir / _KEPT).read_text())
+        except (OSError, ValueError, TypeError, KeyError):
+            return cls()
 
     @classmethod
     def from_json(cls, text: str) -> MirrorSettings:

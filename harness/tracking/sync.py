@@ -11,6 +11,7 @@ import orjson
 
 from harness.errors import TrackingError
 from harness.tracking.log import log_dir
+from harness.tracking.mirror import MirrorFollower
 from harness.tracking.reader import open_run
 from harness.tracking.settings import MirrorSettings
 from harness.tracking.side import followers_for
@@ -32,7 +33,7 @@ def sync_run(
 
     Args:
         run_dir: The run; while its trainer lives, its own side process keeps the mirrors.
-        settings: Which mirrors; default: TensorBoard.
+        settings: Which mirrors; default: those that the run had.
         rebuild: Begins again from the log's first record. W&B rows of a run that was offline are sent to
             the same run under the same numbers, so that none is there twice.
         timeout_s: How long a mirror may take, or be in another process's hands.
@@ -51,27 +52,30 @@ def sync_run(
         )
     ended = threading.Event()
     ended.set()
-    settings = dataclasses.replace(settings or MirrorSettings(), **changes)
-    done = []
-    for follower in followers_for(Path(run_dir).resolve(), settings, ended=ended):
+    settings = dataclasses.replace(settings or MirrorSettings.kept(Path(run_dir)), **changes)
+    followers = followers_for(Path(run_dir).resolve(), settings, ended=ended)
+    for follower in followers:
         if rebuild:
             follower.forget()
-        worker = threading.Thread(target=follower.run, daemon=True)
-        worker.start()
-        if not follower.done.wait(timeout_s):
-            raise TrackingError(
-                f"{follower.name} of {run_dir} is not complete after {timeout_s:.0f} s",
-                rule=follower.trouble or "another process keeps it",
-                remedy="try again later; nothing is lost",
-            )
-        done.append(follower.name)
+        _complete(follower, run_dir, timeout_s)
     if settings.wandb == "online" and _is_kept_offline(Path(run_dir)):
         raise TrackingError(
             f"Weights & Biases is not reachable: {run_dir} is still kept offline",
             rule="an upload needs an account and a network",
             remedy="`wandb login`, then try again",
         )
-    return done
+    return [follower.name for follower in followers]
+
+
+def _complete(follower: MirrorFollower, run_dir: str | Path, timeout_s: float) -> None:
+    """In a thread, which is given up when it hangs."""
+    threading.Thread(target=follower.run, daemon=True).start()
+    if not follower.done.wait(timeout_s):
+        raise TrackingError(
+            f"{follower.name} of {run_dir} is not complete after {timeout_s:.0f} s",
+            rule=follower.trouble or "another process keeps it",
+            remedy="try again later; nothing is lost",
+        )
 
 
 def _is_kept_offline(run_dir: Path) -> bool:

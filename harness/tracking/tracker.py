@@ -29,6 +29,7 @@ from harness.tracking.codec import to_plain
 from harness.tracking.experiment import ExperimentConfig, TrainingMetrics
 from harness.tracking.log import RunLog
 from harness.tracking.mirrors import start_mirrors
+from harness.tracking.numbers import numbers_of, step_numbers
 from harness.tracking.places import RunPlace, find_place
 from harness.tracking.reader import open_run
 from harness.tracking.settings import MirrorSettings
@@ -152,8 +153,8 @@ class ExperimentTracker:
         self._step = step + 1
         if self._log is None or not self.config.log_metrics:
             return
-        numbers = _numbers(_training_values(metrics, values))
-        self._log.write("step", {**numbers, **_clipped(numbers)}, step=step)
+        numbers = step_numbers(metrics, values)
+        self._log.write("step", numbers, step=step)
         if (step + 1) % self.config.log_interval == 0:
             logger.info("step %d  %s", step, "  ".join(f"{k} {v:.5g}" for k, v in numbers.items()))
 
@@ -162,7 +163,7 @@ class ExperimentTracker:
         """Logs metrics of a whole epoch, at the step that was logged last."""
         if self._log is not None and self.config.log_metrics:
             named = {name if "/" in name else f"epoch/{name}": value for name, value in metrics.items()}
-            self._log.write("epoch", {"epoch": epoch, **_numbers(named)}, step=self._last_step)
+            self._log.write("epoch", {"epoch": epoch, **numbers_of(named)}, step=self._last_step)
 
     def log_custom_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Logs one number under a name of your own."""
@@ -172,7 +173,7 @@ class ExperimentTracker:
     def log_metrics_batch(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Logs several numbers under names of your own; default: at the step that was logged last."""
         if self._log is not None and self.config.log_metrics:
-            self._log.write("step", _numbers(metrics), step=self._last_step if step is None else step)
+            self._log.write("step", numbers_of(metrics), step=self._last_step if step is None else step)
 
     @_harmless
     def log_hyperparameters(self, hyperparameters: Mapping[str, Any]) -> None:
@@ -412,50 +413,6 @@ def _settings(config: ExperimentConfig, place: RunPlace) -> MirrorSettings:
         tags=tuple(config.tags),
         notes=config.notes,
     )
-
-
-def _training_values(
-    metrics: TrainingMetrics | Mapping[str, Any] | None, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    if isinstance(metrics, TrainingMetrics):
-        metrics = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
-    given = {**(metrics or {}), **values}
-    usual = {field.name for field in dataclasses.fields(TrainingMetrics)}
-    own = {name: value for name, value in given.items() if name not in usual}
-    named = TrainingMetrics(**{name: value for name, value in given.items() if name in usual}).values()
-    if "loss" not in given:
-        del named["train/loss"]
-    return {**named, **{name if "/" in name else f"train/{name}": value for name, value in own.items()}}
-
-
-def _clipped(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The gradient norm after clipping, where it and the threshold are known."""
-    norm, threshold = numbers.get("train/grad_norm"), numbers.get("train/clip_threshold")
-    if norm is None or threshold is None:
-        return {}
-    return {"train/grad_norm_clipped": threshold if norm > threshold else norm}
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of any kind as Python's; None is left out."""
-    numbers = {str(name): _number(str(name), value) for name, value in metrics.items()}
-    return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _number(name: str, value: Any) -> float | None:
-    if type(value) is float or type(value) is int or value is None:
-        return value
-    plain, nonfinite = to_plain({name: value})
-    [number] = plain.values()
-    if nonfinite and len(nonfinite[0]) == 2:  # the value itself, and not something inside it
-        return float(nonfinite[0][0])
-    if not isinstance(number, float | int):
-        raise TrackingError(
-            f"the metric {name[:100]!r} is {str(value)[:60]!r}",
-            rule="a metric is one number",
-            remedy="use log_text, log_images or log_gradients for other things",
-        )
-    return number
 
 
 def _step_in(name: str) -> int:

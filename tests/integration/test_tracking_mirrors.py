@@ -309,6 +309,18 @@ def test_ten_thousand_metrics_are_mirrored(tmp_path: Path) -> None:
     assert sum(name.startswith("metric/") for name in history(tmp_path)[-1]) == 10_000
 
 
+def test_sync_knows_the_mirrors_that_the_run_had(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    handle = start_mirrors(tmp_path / "run", wandb="offline", tensorboard_dir=str(elsewhere), **QUIET)
+    assert handle.pid is not None
+    os.kill(handle.pid, signal.SIGKILL)
+    write_steps(log, range(3))
+    log.close()
+    assert sync_run(tmp_path / "run") == ["tensorboard", "wandb"]
+    assert len(list(elsewhere.glob("*tfevents*"))) == 1
+
+
 def test_a_run_that_still_goes_on_is_not_synced_by_another(tmp_path: Path) -> None:
     with RunLog(tmp_path), pytest.raises(TrackingError, match="still running"):
         sync_run(tmp_path)
