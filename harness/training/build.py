@@ -19,7 +19,7 @@ from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
 from harness.training.counters import Counters
-from harness.training.debug import debugger_on, debugging
+from harness.training.debug import debugger_on, debugging, with_every_check
 from harness.training.directory import prepare_directory, write_atomically
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal
@@ -44,6 +44,8 @@ def train(config: TrainConfig) -> TrainResult:
             `InstabilityError` when the guard's last rung is reached.
     """
     config.check_world(env.launched().world_size)
+    if config.debug:
+        config = with_every_check(config)
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
         _set_determinism(config)

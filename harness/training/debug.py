@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pdb
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,18 @@ from contextlib import contextmanager
 
 import torch
 
+from harness.config import TrainConfig
 from harness.records import StepRecord
 
-__all__ = ["debugger_on", "debugging"]
+__all__ = ["debugger_on", "debugging", "with_every_check"]
+
+
+def with_every_check(config: TrainConfig) -> TrainConfig:
+    """`config` with verdicts read in their own step, and every measurement made in every step."""
+    guard = dataclasses.replace(
+        config.guard, lag_steps=0, extremes_every=1, per_parameter_every=1, sample_every=1
+    )
+    return dataclasses.replace(config, guard=guard)
 
 
 @contextmanager

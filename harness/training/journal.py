@@ -150,6 +150,7 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
         "guard/skips": counters.num_skips,
         "guard/clips": counters.num_clips,
         "guard/loss_scale": record.loss_scale,
+        "guard/spike_score": record.spike_score,
         "time/step_s": step_s,
         "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
         "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),

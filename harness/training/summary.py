@@ -52,6 +52,7 @@ def render_summary(result: TrainResult, *, tensorboard: bool) -> str:
         f"  checkpoints    {result.directory / 'checkpoints'}",
         f"  picture        {result.directory / 'curves.png'}",
     ]
+    lines.append(f"  look at it     harness show {result.directory}")
     if tensorboard:
         lines.append(f"  TensorBoard    tensorboard --logdir {result.directory / 'tensorboard'}")
     return "\n".join(lines)
