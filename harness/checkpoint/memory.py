@@ -10,6 +10,7 @@ import torch
 
 from harness.checkpoint.adapters import Adapter, Spec
 from harness.checkpoint.capture import Captured
+from harness.checkpoint.hostcopy import copy_to_host
 from harness.checkpoint.staging import local
 from harness.errors import CheckpointError
 
@@ -64,9 +65,9 @@ class Memory:
         if len(self._pending) > 1:
             self._spare.append(self._pending.pop().tensors)
         room = self._spare.pop() if self._spare else {}
-        tensors = {name: _copy(tensor, room.get(name)) for name, tensor in captured.live.items()}
-        if any(tensor.is_cuda for tensor in captured.live.values()):
-            torch.cuda.current_stream().synchronize()
+        sources = {name: local(tensor) for name, tensor in captured.live.items()}
+        tensors = {name: _room_for(source, room.get(name)) for name, source in sources.items()}
+        copy_to_host([(tensors[name], source) for name, source in sources.items()])
         snapshot = Snapshot(step, captured.without_tensors(), tensors)
         self._pending.append(snapshot)
         return snapshot
@@ -90,8 +91,7 @@ class Memory:
         self._spare.extend(snapshot.tensors for snapshot in forgotten)
 
 
-def _copy(tensor: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
-    source = local(tensor)
-    if room is None or room.shape != source.shape or room.dtype != source.dtype:
-        room = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-    return room.copy_(source, non_blocking=True)
+def _room_for(source: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    if room is not None and room.shape == source.shape and room.dtype == source.dtype:
+        return room
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)

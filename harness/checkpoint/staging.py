@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
+from harness.checkpoint.hostcopy import copy_to_host, is_finite
 from harness.checkpoint.layout import Part, ShardLayout
 from harness.errors import CheckpointError
 
@@ -24,22 +25,20 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
         self._extremes: dict[str, torch.Tensor] = {}
+        """Least and largest element of what came from a GPU; both are NaN if one element is."""
         self.layout = ShardLayout(parts=())
 
     def fill(self, layout: ShardLayout, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies this rank's parts of `tensors`. Blocks until the copy is complete, GPU copies included."""
         self.layout, self._extremes = layout, {}
         sources = {part.tensor: local(tensors[part.tensor]) for part in layout.parts}
-        on_gpu = any(tensor.is_cuda for tensor in sources.values())
-        self._reserve(layout.size_bytes, pinned=on_gpu)
+        self._reserve(layout.size_bytes, pinned=any(tensor.is_cuda for tensor in sources.values()))
         for part in layout.parts:
             source = sources[part.tensor]
-            self._view(part).copy_(source, non_blocking=True)
             if source.is_cuda and _can_be_nonfinite(part):
-                self._extremes[part.tensor] = _extreme(source)
-        if on_gpu:
-            self._extremes = _to_host(self._extremes)
-            torch.cuda.current_stream().synchronize()
+                self._extremes[part.tensor] = torch.stack(torch.aminmax(source))
+        copy_to_host([(self._view(part), sources[part.tensor]) for part in layout.parts])
+        self._extremes = _to_host(self._extremes)
 
     @property
     def data(self) -> torch.Tensor:
@@ -57,10 +56,8 @@ class Staging:
         for part in self.layout.parts:
             if part.tensor not in checked or not _can_be_nonfinite(part):
                 continue
-            extreme = self._extremes.get(part.tensor)
-            if extreme is None:
-                extreme = _extreme(self._view(part))
-            if not bool(torch.isfinite(extreme).all()):
+            extremes = self._extremes.get(part.tensor)
+            if not is_finite(self._view(part) if extremes is None else extremes):
                 raise CheckpointError(
                     f"{part.tensor} holds NaN or infinite values",
                     rule="a checkpoint holds finite parameters and optimizer state",
@@ -84,11 +81,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _can_be_nonfinite(part: Part) -> bool:
     return part.dtype.is_floating_point and part.dtype.itemsize > 1 and math.prod(part.sizes) > 0
-
-
-def _extreme(tensor: torch.Tensor) -> torch.Tensor:
-    """Least and largest element; both are NaN if one element is. One pass without a temporary."""
-    return torch.stack(torch.aminmax(tensor))
 
 
 def _to_host(extremes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
