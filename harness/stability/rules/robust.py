@@ -33,8 +33,7 @@ class RobustRule(SpikeRule):
 
     Expected is the median of the last 20 accepted samples. What a sample differs from that by is its
     residual. The spread is taken from the last `window` residuals: their standard deviation about their
-    median, in which none counts as further off than 6 scaled MADs, or the scaled MAD itself if that is
-    larger; and never less than a share of the level. So heavy tails widen it and single outliers do not.
+    median, in which none counts as further off than 6 scaled MADs, and never less than a share of the level. So heavy tails widen it and single outliers do not.
     The score is the residual above the median residual, in spreads: a steady trend, which shifts all
     residuals alike, is no spike. On a falling trend the median residual counts as 0, so that the end of a
     fall is no spike either.
@@ -92,7 +91,7 @@ class RobustRule(SpikeRule):
         mad = MAD_TO_SIGMA * _median(deviations)
         near = torch.minimum(deviations, FAR * mad.unsqueeze(-1))
         sigma = (near.square().nansum(dim=-1) / num).sqrt()
-        spread = torch.maximum(torch.maximum(mad, sigma), self._floor(expected[1].abs()))
+        spread = torch.maximum(sigma, self._floor(expected[1].abs()))
         score = (residual - usual.clamp(min=0.0)) / spread
         return torch.where(num >= self.warmup, score, 0.0), spread
 
