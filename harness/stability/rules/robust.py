@@ -32,11 +32,11 @@ class RobustRule(SpikeRule):
     """Flags a step whose log gradient norm or loss lies `threshold` spreads above what was to be expected.
 
     Expected is the median of the last 20 accepted samples. What a sample differs from that by is its
-    residual. The spread is taken from the last `window` residuals: their standard deviation about their
-    median, in which none counts as further off than 6 scaled MADs, and never less than a share of the level. So heavy tails widen it and single outliers do not.
-    The score is the residual above the median residual, in spreads: a steady trend, which shifts all
-    residuals alike, is no spike. On a falling trend the median residual counts as 0, so that the end of a
-    fall is no spike either.
+    residual. The spread is the standard deviation of the last `window` residuals about their median, in
+    which none counts as further off than 6 scaled MADs, and never less than a share of the level: heavy
+    tails widen it and single outliers do not. The score is the residual above the median residual, in
+    spreads: a steady trend, which shifts all residuals alike, is no spike. On a falling trend the median
+    residual counts as 0, so that the end of a fall is no spike either.
 
     The memory takes only trusted samples that were not flagged: neither a NaN nor a spike changes what later
     steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged for
