@@ -82,6 +82,8 @@ class StepRecord:
     clip_coef: float = 1.0
     """What the gradient was multiplied by: min(1, max_norm / grad_norm); 1.0 if nothing was clipped."""
     num_tokens: int = 0
+    num_correct: int = 0
+    """How many of the tokens were predicted right, where the loop tells."""
     num_nan: int = 0
     """NaN gradient elements over all ranks, before the reduction."""
     num_inf: int = 0

@@ -354,7 +354,7 @@ class TrackingConfig:
     """What is written down and where it is mirrored."""
 
     log_every: int = 10
-    """Steps between printed lines and logged metrics; incidents are logged whenever they happen."""
+    """Steps between printed lines. The log has every step."""
     tensorboard: bool = True
     """Mirror the log to TensorBoard."""
     wandb: Literal["off", "offline", "online"] = "off"
@@ -369,6 +369,8 @@ class TrackingConfig:
     """Free text about the run."""
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
     """auto: a bar on a terminal, lines otherwise."""
+    histograms_every: int = 100
+    """Steps between histograms of rank 0's gradients and parameters, counted on the device; 0: never."""
     system_every_s: float = 10.0
     """Seconds between samples of processor, memory, disk and GPUs on each node; 0: none."""
     alerts: tuple[AlertConfig, ...] = DEFAULT_ALERTS
@@ -378,7 +380,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require_positive("tracking", self, ["log_every"])
-        require_not_negative("tracking", self, ["system_every_s"])
+        require_not_negative("tracking", self, ["system_every_s", "histograms_every"])
         require(
             self.webhook is None or self.webhook.startswith(("http://", "https://")),
             "tracking.webhook",

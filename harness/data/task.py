@@ -77,6 +77,8 @@ class Task:
     """What one sample without padding adds to `LossSum.count`; 1 where samples are counted."""
     bytes_per_token: float | None = None
     """Mean bytes of text per token, to report bits per byte; None where that means nothing."""
+    flops_per_token: float | None = None
+    """Floating-point operations of training per token, for the model FLOPs utilisation; None: unknown."""
     accuracy_of: str = "class"
     """What `LossSum.correct` counts, in words: next byte, class."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from harness.config.schema import ModelConfig
 
-__all__ = ["NORM_EPS", "Decoder", "swiglu_dim"]
+__all__ = ["NORM_EPS", "Decoder", "swiglu_dim", "training_flops_per_token"]
 
 NORM_EPS = 1e-5
 _INIT_STD = 0.02
@@ -66,6 +66,19 @@ class Decoder(nn.Module):
             x = block(x, rotation)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def training_flops_per_token(config: ModelConfig, *, num_parameters: int, sequence_length: int) -> float:
+    """Floating-point operations of forward and backward per token: 6 N + 12 L D T, where N counts the
+    parameters that are multiplied with (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+        num_parameters: Of the whole model, tied ones once.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    if config.positions == "learned":
+        looked_up += sequence_length * config.dim
+    return 6.0 * (num_parameters - looked_up) + 12.0 * config.num_layers * config.dim * sequence_length
 
 
 class Block(nn.Module):

@@ -135,17 +135,25 @@ class StepGuard:
         """What to call `backward` on: `loss` times the loss scale, or `loss` itself without loss scaling."""
         return loss * self._loss_scale.value_t if self._loss_scale.enabled else loss
 
-    def accumulate(self, loss_sum: Tensor, num_tokens: Tensor | float = 1, *, is_last: bool = False) -> None:
+    def accumulate(
+        self,
+        loss_sum: Tensor,
+        num_tokens: Tensor | float = 1,
+        *,
+        num_correct: Tensor | float = 0,
+        is_last: bool = False,
+    ) -> None:
         """Notes a micro-batch after its backward pass, and what it did to the gradient.
 
         Args:
             loss_sum: Sum of the loss over the micro-batch's tokens, 0-d, not scaled.
             num_tokens: How many tokens that were.
+            num_correct: How many of them were predicted right; only passed on to the records.
             is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
                 sees by itself that a micro-batch was reduced.
         """
         with torch.no_grad():
-            self._micro_batches.add(loss_sum, num_tokens)
+            self._micro_batches.add(loss_sum, num_tokens, num_correct)
             if not is_last:
                 self._micro_batches.look(self._source.micro_batch_rows())
 

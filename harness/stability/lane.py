@@ -12,6 +12,7 @@ from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, SUM
 
 __all__ = [
     "COMPUTE_S",
+    "CORRECT",
     "DATA_WAIT_S",
     "LOSS_SUM",
     "MICRO_BATCH",
@@ -30,6 +31,7 @@ __all__ = [
 (
     LOSS_SUM,
     TOKENS,
+    CORRECT,
     PARAMETER,
     MICRO_BATCH,
     REDUCED_SUM_SQUARES,
@@ -38,8 +40,8 @@ __all__ = [
     COMPUTE_S,
     DATA_WAIT_S,
     STOP_REQUESTED,
-) = range(NUM_COLUMNS, NUM_COLUMNS + 10)
-NUM_FIELDS = NUM_COLUMNS + 10
+) = range(NUM_COLUMNS, NUM_COLUMNS + 11)
+NUM_FIELDS = NUM_COLUMNS + 11
 
 
 def build_lane(
@@ -50,7 +52,7 @@ def build_lane(
     Args:
         local: `[P, 5]` statistics of this rank's own gradient, before the reduction.
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
-        loss: `[2]` sum of the loss and number of tokens.
+        loss: `[3]` sum of the loss, number of tokens, and how many of them were predicted right.
         micro_batch: 0-d, the one to blame if the step goes wrong.
         host_values: The fields from UNREDUCED on, known on the host.
     """

@@ -17,16 +17,17 @@ class MicroBatches:
 
     def __init__(self, device: torch.device) -> None:
         self.num = 0
-        self.loss_t = torch.zeros(2, dtype=torch.float64, device=device)
-        """Sum of the loss, number of tokens."""
+        self.loss_t = torch.zeros(3, dtype=torch.float64, device=device)
+        """Sum of the loss, number of tokens, and how many of them were predicted right."""
         self.suspect_t = torch.zeros((), dtype=torch.float64, device=device)
         self._squares_t = torch.zeros_like(self.suspect_t)
         self._largest_change_t = torch.zeros_like(self.suspect_t)
 
-    def add(self, loss_sum: Tensor, num_tokens: Tensor | float) -> None:
+    def add(self, loss_sum: Tensor, num_tokens: Tensor | float, num_correct: Tensor | float) -> None:
         """Counts one more micro-batch."""
         self.loss_t[0] += loss_sum.detach().double()
         self.loss_t[1] += num_tokens
+        self.loss_t[2] += num_correct
         self.num += 1
 
     def look(self, rows: Tensor) -> None:

@@ -82,6 +82,7 @@ class Reader:
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
             num_tokens=int(seen.total(lane.TOKENS)) if counts_tokens else 0,
+            num_correct=int(seen.total(lane.CORRECT)),
             num_nan=_count(seen.total(NUM_NAN)),
             num_inf=_count(seen.total(NUM_INF)),
             num_zero=_count(seen.total(NUM_ZERO)),

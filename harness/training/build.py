@@ -22,7 +22,7 @@ from harness.training.counters import Counters
 from harness.training.debug import debugger_on, debugging, with_every_check
 from harness.training.directory import prepare_directory, write_atomically
 from harness.training.faults import FaultInjector, describe
-from harness.training.journal import Journal, MainJournal
+from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
 from harness.training.rollback import roll_back
@@ -30,6 +30,7 @@ from harness.training.step import StepRunner
 from harness.training.stop import StopRequest
 from harness.training.summary import TrainResult, render_summary
 from harness.training.tasks import build_task
+from harness.training.utilisation import peak_flops
 
 __all__ = ["build_run", "train"]
 
@@ -104,7 +105,14 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         saved=saved,
         counters=counters,
         saved_step=-1 if resumed_from is None else counters.step,
-        journal=_journal(config, world, directory, counters, resumed_from),
+        journal=_journal(
+            config,
+            world,
+            directory,
+            counters=counters,
+            resumed_from=resumed_from,
+            flops_per_token=task.flops_per_token,
+        ),
         stop=stop,
         precision=precision,
         on_incident=debugger_on if config.debug else None,
@@ -157,15 +165,27 @@ def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
 
 
 def _journal(
-    config: TrainConfig, world: World, directory: Path, counters: Counters, resumed_from: int | None
+    config: TrainConfig,
+    world: World,
+    directory: Path,
+    *,
+    counters: Counters,
+    resumed_from: int | None,
+    flops_per_token: float | None,
 ) -> Journal:
     def open_journal() -> Journal:
         if not world.is_main:
-            return Journal()
+            return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
+        peak = peak_flops(world.device)
+        mfu_per_speed = flops_per_token / (peak * world.world_size) if flops_per_token and peak else None
         about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
         versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
         journal = MainJournal(
-            directory, config, first_step=counters.step, about={**about, "versions": versions}
+            directory,
+            config,
+            first_step=counters.step,
+            about={**about, "versions": versions},
+            mfu_per_speed=mfu_per_speed,
         )
         if resumed_from is not None:
             journal.event("resume", counters.step, checkpoint=resumed_from)

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
 from harness.stability import Incident
-from harness.tracking import MirrorSettings, RunLog, start_mirrors
+from harness.tracking import MirrorSettings, RunLog, start_mirrors, start_sampler
+from harness.tracking.histograms import histograms
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
 
-__all__ = ["Journal", "MainJournal", "Sent"]
+__all__ = ["Journal", "MainJournal", "NodeJournal", "Sent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,12 @@ class Journal:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after the step numbered `step`."""
 
+    def histograms(self, step: int, model: nn.Module) -> None:
+        """How gradients and parameters are distributed; synchronises rank 0 with its device."""
+
+    def checkpoint(self, step: int, *, blocked_s: float) -> None:
+        """A checkpoint begun after the step, and for how long training waited for it."""
+
     def event(self, name: str, step: int, **details: Any) -> None:
         """Something that happened."""
 
@@ -54,26 +63,52 @@ class Journal:
         """The end of this attempt; mirrors are drained."""
 
 
+class NodeJournal(Journal):
+    """Samples a node on which rank 0 is not: processor, memory, GPUs; one rank of it."""
+
+    def __init__(self, directory: Path, config: TrainConfig) -> None:
+        self._sampler = start_sampler(directory, MirrorSettings.from_config(config))
+
+    def close(self, status: str) -> None:
+        self._sampler.close(timeout_s=5.0)
+
+
 class MainJournal(Journal):
     """Writes the log, follows it with mirrors, speaks to the terminal; rank 0."""
 
     def __init__(
-        self, directory: Path, config: TrainConfig, *, first_step: int, about: Mapping[str, Any]
+        self,
+        directory: Path,
+        config: TrainConfig,
+        *,
+        first_step: int,
+        about: Mapping[str, Any],
+        mfu_per_speed: float | None,
     ) -> None:
+        """Opens the log and starts its mirrors.
+
+        Args:
+            first_step: The step that comes next; what the log holds of it and later ones is abandoned.
+            about: What to note about this attempt.
+            mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
+        """
         tracking = config.tracking
         self._log = RunLog(directory, info={"config": to_dict(config), **about})
         if first_step:
             self._log.rewind(first_step)
-        self._mirrors = start_mirrors(directory, _mirror_settings(config))
+        self._mirrors = start_mirrors(directory, MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
+        self._mfu_per_speed = mfu_per_speed
         self._window_s = 0.0
         self._window_tokens = 0
         self._window_steps = 0
 
     def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
         values = step_values(record, counters, lr=lr, step_s=sent.step_s)
+        if self._mfu_per_speed is not None:
+            values["speed/mfu"] = values["speed/tokens_per_s"] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)
@@ -105,6 +140,16 @@ class MainJournal(Journal):
         shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
 
+    def histograms(self, step: int, model: nn.Module) -> None:
+        named = list(model.named_parameters())
+        tensors = {f"parameters/{name}": parameter.detach() for name, parameter in named}
+        tensors |= {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
+        self._log.write("histogram", histograms(tensors), step=step)
+
+    def checkpoint(self, step: int, *, blocked_s: float) -> None:
+        self._log.write("step", {"time/checkpoint_blocked_s": blocked_s}, step=step)
+        self.event("checkpoint", step, num_steps=step + 1, blocked_s=blocked_s)
+
     def event(self, name: str, step: int, **details: Any) -> None:
         self._log.write("event", {"name": name, **details}, step=step)
 
@@ -120,24 +165,12 @@ class MainJournal(Journal):
         self._mirrors.close(timeout_s=30.0)
 
 
-def _mirror_settings(config: TrainConfig) -> MirrorSettings:
-    tracking = config.tracking
-    return MirrorSettings(
-        tensorboard=tracking.tensorboard,
-        wandb=tracking.wandb,
-        project=tracking.project,
-        name=config.name,
-        group=tracking.group,
-        tags=tracking.tags,
-        notes=tracking.notes,
-    )
-
-
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
     """A step's scalars under the names that log and mirrors show."""
     return {
         "train/loss": record.loss,
         "train/perplexity": math.exp(min(record.loss, 700.0)),
+        "train/accuracy": record.num_correct / record.num_tokens if record.num_tokens else 0.0,
         "train/grad_norm": record.grad_norm,
         "train/grad_norm_clipped": record.grad_norm * record.clip_coef,
         "train/clip_coef": record.clip_coef,
@@ -148,7 +181,7 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
         "guard/num_zero": record.num_zero,
         "guard/max_abs": record.max_abs,
         "guard/skips": counters.num_skips,
-        "guard/clips": counters.num_clips,
+        "guard/clip_frac": counters.num_clips / (record.step + 1),
         "guard/loss_scale": record.loss_scale,
         "guard/spike_score": record.spike_score,
         "time/step_s": step_s,

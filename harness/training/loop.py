@@ -13,7 +13,7 @@ from torch import nn
 from harness.checkpoint import Checkpointer
 from harness.config import TrainConfig
 from harness.data import Loader, Task
-from harness.dist import World
+from harness.dist import World, plain
 from harness.records import StepRecord
 from harness.stability import Ladder, StepGuard
 from harness.training.counters import Counters
@@ -105,6 +105,8 @@ def train_step(run: Run) -> bool:
         data_wait_s=data_wait_s,
         stop_requested=run.stop.requested,
     )
+    if _is_due(run, run.config.tracking.histograms_every):
+        run.journal.histograms(step, plain(run.model))
     run.optimizer.zero_grad(set_to_none=True)
     run.sent[step] = Sent(time.perf_counter() - started, (first_sample, run.loader.position))
     run.counters.step = step + 1
@@ -149,9 +151,10 @@ def _evaluate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
+    started = time.perf_counter()
     run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
     run.saved_step = run.counters.step
-    run.journal.event("checkpoint", run.counters.step - 1, num_steps=run.counters.step)
+    run.journal.checkpoint(run.counters.step - 1, blocked_s=time.perf_counter() - started)
 
 
 def _finish(run: Run, stopped: bool) -> Status:

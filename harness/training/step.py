@@ -51,7 +51,7 @@ class StepRunner:
         for index, batch in enumerate(micro_batches):
             with self.faults.armed(step, index, batch), gradient_sync(self.model, on=index == last):
                 loss = self._forward_backward(batch)
-                self.guard.accumulate(loss.total, loss.count, is_last=index == last)
+                self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return time.perf_counter() - start
 
     def _forward_backward(self, batch: Batch) -> LossSum:

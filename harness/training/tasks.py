@@ -9,7 +9,7 @@ import torch
 from harness import env
 from harness.config import TrainConfig
 from harness.data import Task, class_loss, load_images, load_task, load_text, next_byte_loss
-from harness.models import build_model
+from harness.models import build_model, training_flops_per_token
 
 __all__ = ["build_task"]
 
@@ -35,13 +35,18 @@ def _text_task(config: TrainConfig) -> Task:
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
     train_data, val_data = load_text(config.data, cache_dir=cache_dir)
     length = config.data.sequence_length
+    model = build_model(config.model, sequence_length=length)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Task(
-        model=build_model(config.model, sequence_length=length),
+        model=model,
         loss=next_byte_loss,
         train_data=train_data,
         val_data=val_data,
         tokens_per_sample=length,
         bytes_per_token=1.0,
+        flops_per_token=training_flops_per_token(
+            config.model, num_parameters=num_parameters, sequence_length=length
+        ),
         accuracy_of="next byte",
     )
 
