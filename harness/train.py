@@ -4,6 +4,7 @@ Started as a file, Python puts this folder at the head of `sys.path`, where its 
 and be imported twice. So the repository takes its place there, and the package does the work.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,4 +18,9 @@ if __name__ == "__main__":
 
     from harness.cli.train import run
 
-    sys.exit(run(sys.argv[1:], prog="harness/train.py"))
+    exit_code = run(sys.argv[1:], prog="harness/train.py")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and closed by now. Shutting the interpreter down beside gloo's threads aborts now and
+    # then, and a launcher would take that for a failure.
+    os._exit(exit_code)

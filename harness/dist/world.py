@@ -55,9 +55,12 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
         yield World(
             rank=launched.rank, local_rank=launched.local_rank, world_size=launched.world_size, device=device
         )
+        if grouped:
+            dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         if grouped:
-            # A DDP object that outlives its gloo group aborts the process now and then.
+            # A model whose gradients were reduced by gloo and that outlives the group aborts the process now
+            # and then. So the caller keeps none, and what hangs together in circles is collected here.
             gc.collect()
             dist.destroy_process_group()
 

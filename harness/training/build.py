@@ -50,8 +50,7 @@ def train(config: TrainConfig) -> TrainResult:
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
         _set_determinism(config)
-        run = build_run(config, world, stop)
-        return _train(run)
+        return _train(build_run(config, world, stop))
 
 
 def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
