@@ -6,7 +6,7 @@ For each strategy a run of two gloo processes is made once without interruption.
 killed by SIGKILL after a random time, started again, and so on until it finishes; then the next one, until
 there were enough kills. A kill takes one rank, all ranks, the launcher, or everything at once, at any moment:
 starting, training, saving. Every finished run has to equal the uninterrupted one bit for bit: each step's
-loss and norm in the log, once each, and the last weights. The result goes to docs/benchmarks/chaos.*.
+loss and norm in the log, once each, and the last weights. The results go to docs/benchmarks/chaos-*.
 """
 
 from __future__ import annotations
@@ -152,12 +152,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"])
     options = parser.parse_args()
-    rows = {}
-    for strategy in options.strategies:
-        rows[strategy] = under_fire(strategy, options.kills // len(options.strategies), options.seed)
     from results import write_results
 
-    write_results("chaos", rows, device=torch.device("cpu"), about={"seed": options.seed})
+    for strategy in options.strategies:
+        row = under_fire(strategy, options.kills // len(options.strategies), options.seed)
+        about = {"seed": options.seed}
+        write_results(f"chaos-{strategy}", {strategy: row}, device=torch.device("cpu"), about=about)
 
 
 def under_fire(strategy: str, num_kills: int, seed: int) -> dict[str, object]:
