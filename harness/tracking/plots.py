@@ -93,7 +93,7 @@ def _draw_grad_norm(axis: Axes, run: Run) -> None:
     after = _curve(axis, run, "train/grad_norm_clipped", "after clipping", GREEN)
     shown = np.concatenate([before, after])
     if np.any(shown[np.isfinite(shown)] > 0):
-        axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="mask")  # the norm over no finite element is 0
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -207,13 +207,17 @@ def _limit_to_bulk(axis: Axes, *curves: npt.NDArray[np.float64]) -> None:
 
 
 def _mark_events(axes: npt.NDArray[np.object_], run: Run) -> list[str]:
-    """Lines at the events' steps; returns the kinds that occurred."""
+    """Lines at the events' steps, one where several fall together; returns the kinds that are shown."""
     events = [e for e in run.events() if e.step is not None and e.name in EVENT_COLOURS]
+    name_at: dict[int | None, str] = {}
+    for name in EVENT_COLOURS:
+        for event in events:
+            if event.name == name:
+                name_at.setdefault(event.step, name)
     for axis in axes:
-        for name, colour in EVENT_COLOURS.items():
-            for step in {event.step for event in events if event.name == name}:
-                axis.axvline(step, color=colour, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 2)), zorder=0)
-    return [name for name in EVENT_COLOURS if any(event.name == name for event in events)]
+        for step, name in name_at.items():
+            axis.axvline(step, color=EVENT_COLOURS[name], linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+    return [name for name in EVENT_COLOURS if name in name_at.values()]
 
 
 def dress(axis: Axes) -> None:
