@@ -61,6 +61,8 @@ class Rule:
     def _event(self, record: Record) -> str | None:
         if record.kind != "event" or not fnmatchcase(str(record.values.get("name")), self.config.metric):
             return None
+        if "summary" in record.values:
+            return f"{record.values['name']}: {record.values['summary']}"
         details = ", ".join(f"{k} {v}" for k, v in record.values.items() if k != "name" and v is not None)
         return f"{record.values['name']} at step {record.step}" + (f": {details}" if details else "")
 

@@ -120,7 +120,7 @@ def _events(run: Run, longest: int = 20) -> str:
             event.name,
             "-" if event.step is None else str(event.step),
             "abandoned" if event.abandoned else "",
-            ", ".join(f"{k} {v}" for k, v in event.details.items() if v is not None)[:100],
+            event.text[:100],
         ]
         for event in events[-longest:]
     ]

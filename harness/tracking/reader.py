@@ -68,6 +68,12 @@ class Event:
     abandoned: bool
     """It happened on a branch that a later attempt replaced. It did happen, so it is listed all the same."""
 
+    @property
+    def text(self) -> str:
+        """What happened, in one line: the event's own summary, or its details one after another."""
+        details = (f"{name} {value}" for name, value in self.details.items() if value is not None)
+        return str(self.details.get("summary") or ", ".join(details))
+
 
 class _Column:
     __slots__ = ("rows", "values")

@@ -58,6 +58,7 @@ h2 { font-size: 1.1rem; margin: 2.6rem 0 .6rem; border-bottom: 1px solid var(--l
 img { width: 100%; height: auto; }
 .scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+td:not(:last-child), th { white-space: nowrap; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
 th { color: var(--faint); font-weight: 500; position: sticky; top: 0; background: white; }
@@ -159,7 +160,7 @@ def _events(events: Sequence[Event]) -> str:
             _cell(event.name),
             _cell("" if event.step is None else event.step),
             _cell("abandoned" if event.abandoned else ""),
-            _cell(", ".join(f"{k}: {v}" for k, v in event.details.items() if v is not None)),
+            _cell(event.text),
         )
         for event in shown
     ]

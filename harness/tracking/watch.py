@@ -63,9 +63,8 @@ def frame(run: Run, width: int = 100) -> str:
     names = set(run.names())
     lines += [_metric(run, name, label, width) for name, label in WATCHED if name in names]
     for event in [e for e in run.events() if e.name != "checkpoint"][-NUM_EVENTS:]:
-        details = ", ".join(f"{k} {v}" for k, v in event.details.items() if v is not None)
         at = "" if event.step is None else f" at step {event.step}"
-        lines.append(printable(f"! {event.name}{at}  {details}", longest=max(20, width)))
+        lines.append(printable(f"! {event.name}{at}  {event.text}", longest=max(20, width)))
     return "\n".join(lines)
 
 

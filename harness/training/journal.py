@@ -119,7 +119,13 @@ class MainJournal(Journal):
             details = {"kind": incident_kind(record), "loss": record.loss, "grad_norm": record.grad_norm}
             self._log.write(
                 "event",
-                {"name": "incident", **details, **dataclasses.asdict(incident), "module": incident.module},
+                {
+                    "name": "incident",
+                    "summary": incident.summary(),
+                    **details,
+                    **dataclasses.asdict(incident),
+                    "module": incident.module,
+                },
                 step=record.step,
             )
         self._show(record, values, sent.step_s)
