@@ -38,8 +38,7 @@ def assert_same_run(one: Path, other: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("strategy", "victim"), [("ddp", 0), ("fsdp", 1)])
 def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
     strategy: str, victim: int, tmp_path: Path
 ) -> None:
