@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
 from harness.stability import Incident
@@ -47,8 +48,8 @@ class Journal:
     def histograms(self, step: int, model: nn.Module) -> None:
         """How gradients and parameters are distributed; synchronises rank 0 with its device."""
 
-    def checkpoint(self, step: int, *, blocked_s: float) -> None:
-        """A checkpoint begun after the step, and for how long training waited for it."""
+    def saved(self, outcome: SaveOutcome) -> None:
+        """A checkpoint that is committed, or that failed."""
 
     def event(self, name: str, step: int, **details: Any) -> None:
         """Something that happened."""
@@ -152,9 +153,14 @@ class MainJournal(Journal):
         tensors |= {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
         self._log.write("histogram", histograms(tensors), step=step)
 
-    def checkpoint(self, step: int, *, blocked_s: float) -> None:
-        self._log.write("step", {"time/checkpoint_blocked_s": blocked_s}, step=step)
-        self.event("checkpoint", step, num_steps=step + 1, blocked_s=blocked_s)
+    def saved(self, outcome: SaveOutcome) -> None:
+        last_step = max(0, outcome.step - 1)
+        self._log.write("step", {"time/checkpoint_blocked_s": outcome.blocked_s}, step=last_step)
+        details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
+        if outcome.error is None:
+            self.event("checkpoint", last_step, size_bytes=outcome.size_bytes, **details)
+        else:
+            self.event("checkpoint_failed", last_step, error=str(outcome.error), **details)
 
     def event(self, name: str, step: int, **details: Any) -> None:
         self._log.write("event", {"name": name, **details}, step=step)

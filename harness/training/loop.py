@@ -119,6 +119,7 @@ def train_step(run: Run) -> bool:
             _evaluate(run)
         if saving:
             _save(run)
+    _note_saves(run)
     return stopped
 
 
@@ -151,10 +152,13 @@ def _evaluate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
-    started = time.perf_counter()
     run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
     run.saved_step = run.counters.step
-    run.journal.checkpoint(run.counters.step - 1, blocked_s=time.perf_counter() - started)
+
+
+def _note_saves(run: Run) -> None:
+    for outcome in run.checkpointer.outcomes():
+        run.journal.saved(outcome)
 
 
 def _finish(run: Run, stopped: bool) -> Status:
@@ -165,5 +169,8 @@ def _finish(run: Run, stopped: bool) -> Status:
         _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run)
-    run.checkpointer.wait()
+    try:
+        run.checkpointer.wait()
+    finally:
+        _note_saves(run)
     return "finished" if finished else "stopped"
