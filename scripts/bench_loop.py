@@ -4,7 +4,7 @@
 
 Both loops live in one process and take turns, segment by segment, so that a noisy machine is noisy for both.
 The harness runs with everything on: guard, log, TensorBoard mirror, checkpoints. Evaluation is off in both.
-The ratio is the median over turns of bare time / harness time; the figures go to docs/benchmarks/loop.*.
+The ratio is the median over turns of bare time / harness time; the figures go to docs/benchmarks/NAME.*.
 """
 
 from __future__ import annotations
@@ -37,50 +37,51 @@ def main() -> None:
     )
     parser.add_argument("--segments", type=int, default=12, help="turns of each loop")
     parser.add_argument("--steps", type=int, default=20, help="steps in a turn")
+    parser.add_argument("--name", default="loop", help="of the results in docs/benchmarks")
     parser.add_argument("settings", nargs="*", help="settings of the run, as for harness train")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = parse_arguments(
             [
+                *options.settings,
                 f"--runs_dir={folder}",
                 "--name=bench",
                 "--loop.steps=1000000",
                 "--loop.eval_every=0",
                 "--checkpoint.every=100",
                 "--tracking.progress=lines",
-                *options.settings,
             ]
         )
-        measure(config, options.segments, options.steps)
+        measure(config, options.segments, options.steps, name=options.name)
 
 
-def measure(config: TrainConfig, segments: int, steps: int) -> None:
+def measure(config: TrainConfig, segments: int, steps: int, *, name: str) -> None:
     with open_world(config.parallel) as world, StopRequest() as stop:
         run = build_run(config, world, stop)
         bare_step = bare_loop(config, build_task(config), world.device, run.precision)
         times: dict[str, list[float]] = {"bare": [], "harness": []}
         for turn in range(segments + 1):
-            for name, step in (("bare", bare_step), ("harness", lambda: train_step(run))):
+            for loop, step in (("bare", bare_step), ("harness", lambda: train_step(run))):
                 seconds = timed(step, steps, world.device)
                 if turn:  # the first turn warms up
-                    times[name].append(seconds / steps)
+                    times[loop].append(seconds / steps)
         run.checkpointer.close()
         run.journal.close("stopped")
     tokens = config.loop.global_batch * config.data.sequence_length
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["harness"], strict=True)]
     rows = {
-        name: {"step_s": summarise(values), "tokens_per_s": tokens / summarise(values)["p50"]}
-        for name, values in times.items()
+        loop: {"step_s": summarise(values), "tokens_per_s": tokens / summarise(values)["p50"]}
+        for loop, values in times.items()
     }
     rows["harness"]["speed_over_bare"] = summarise(ratios)["p50"]
-    write_results(
-        "loop", rows, device=world.device, about={"tokens_per_step": tokens, "steps_per_turn": steps}
-    )
+    write_results(name, rows, device=world.device, about={"tokens_per_step": tokens, "steps_per_turn": steps})
 
 
 def bare_loop(config: TrainConfig, task: Task, device: torch.device, precision: str) -> Callable[[], None]:
     """One step of the loop that one would write by hand: no clipping, no monitor, no log."""
     model: nn.Module = copy.deepcopy(task.model).to(device)
+    if config.loop.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=0.1, fused=True
     )

@@ -26,6 +26,13 @@ part "two gloo ranks" env OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run -
   harness/train.py --config configs/inject_nan.yaml --runs_dir "$runs"
 part "a run in bf16" "$PYTHON" harness/train.py --runs_dir "$runs" --loop.steps 60 --loop.precision bf16
 part "cost of the loop" "$PYTHON" scripts/bench_loop.py --segments 10 --steps 20
+if [[ $("$PYTHON" -c 'import torch; print(torch.cuda.is_available())') == True ]]; then
+  # 32,768 tokens a step; a bare step has neither guard nor clipping.
+  part "cost of a 124M step" "$PYTHON" scripts/bench_loop.py --name loop-124m --segments 8 --steps 20 \
+    -- --config configs/gpt2_124m.yaml
+  part "cost of a 1B step" "$PYTHON" scripts/bench_loop.py --name loop-1b --segments 5 --steps 10 \
+    -- --config configs/llama_1b.yaml --parallel.strategy=auto --loop.micro_batch=null
+fi
 part "cost of the guard" "$PYTHON" scripts/bench_monitor.py
 
 if [[ -n "${OUT:-}" ]]; then
