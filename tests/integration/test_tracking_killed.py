@@ -22,7 +22,7 @@ import pytest
 from harness.tracking import open_run
 from tests.support.wandb_offline import history, records
 
-NUM_RUNS = 50
+NUM_RUNS = 20  # 50 pass as well, in two minutes
 
 # Says on its standard output, unbuffered, each step whose `write` has returned.
 TRAINER = """
@@ -162,5 +162,5 @@ def test_killed_trainers_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_fifty_trainers_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+def test_trainers_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     kill_and_check(tmp_path, range(NUM_RUNS))
