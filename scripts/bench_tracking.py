@@ -36,7 +36,7 @@ NEEDS = {"trackio": "trackio", "MLflow SQLite": "mlflow"}
 SIZES = (10, 300)
 PAUSE_S = 0.002
 WARM_UP = 20
-NUM_BLOCKS, BLOCK_STEPS = 20, 20
+NUM_BLOCKS, BLOCK_STEPS = 12, 60
 
 
 @contextlib.contextmanager
@@ -132,7 +132,9 @@ def measure_apart(python: str, method: str, num_values: int, num_steps: int) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr}")
-    result: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, list[float]] = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith('{"paused"'))
+    )
     return result
 
 
@@ -158,23 +160,48 @@ def training_throughput() -> dict[str, float]:
         return (time.perf_counter() - began) / num_steps
 
     seconds: dict[str, list[float]] = {"off": [], "on": []}
+    side_cpu_s: list[float] = []
     train(BLOCK_STEPS, lambda step, loss: None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for _ in range(NUM_BLOCKS):
+        for block in range(NUM_BLOCKS):
             seconds["off"].append(train(BLOCK_STEPS, lambda step, loss: None))
-            log = RunLog(folder)
-            mirrors = start_mirrors(folder, wandb="offline")
-            time.sleep(3.0)  # the side process has started: it does so once in a run, not every second
+            run_dir = Path(folder, str(block))
+            log = RunLog(run_dir)
+            mirrors = start_mirrors(run_dir, wandb="offline")
+            _wait_until_started(run_dir)
 
             def write(step: int, loss: float, log: RunLog = log) -> None:
                 log.write("step", {f"metric/{i}": loss for i in range(20)}, step=step)
 
+            cpu_before = _side_cpu_s(mirrors.pid)
             seconds["on"].append(train(BLOCK_STEPS, write))
+            time.sleep(2.0)  # what was written last is mirrored too
+            side_cpu_s.append((_side_cpu_s(mirrors.pid) - cpu_before) / BLOCK_STEPS)
             log.close()
             mirrors.close(60)
     off, on = (statistics.median(seconds[which]) for which in ("off", "on"))
     ratios = [a / b for a, b in zip(seconds["off"], seconds["on"], strict=True)]
-    return {"step_ms": 1e3 * off, "step_ms_tracked": 1e3 * on, "throughput": statistics.median(ratios)}
+    return {
+        "step (ms)": 1e3 * off,
+        "step, tracked (ms)": 1e3 * on,
+        "throughput against untracked": statistics.median(ratios),
+        "CPU of the side process per step (ms)": 1e3 * statistics.median(side_cpu_s),
+    }
+
+
+def _side_cpu_s(pid: int | None) -> float:
+    """Processor seconds of the side process and wandb's."""
+    import psutil
+
+    side = psutil.Process(pid)
+    return sum(sum(each.cpu_times()[:2]) for each in (side, *side.children(recursive=True)))
+
+
+def _wait_until_started(run_dir: Path) -> None:
+    """Side process and wandb start once in a run, not every few seconds as here."""
+    while not list(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        time.sleep(0.1)
+    time.sleep(3.0)
 
 
 def main() -> None:
