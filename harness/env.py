@@ -92,8 +92,13 @@ def set_default(name: str, value: str) -> None:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment with some variables changed, for a process that it starts."""
-    return {**os.environ, **changes}
+    """This process's environment with some variables changed, for a process that it starts.
+
+    wandb's mark of a service that this process runs for itself is left out: a child that took it up would
+    share its runs, and find its own run's name in use.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**own, **changes}
 
 
 def _int(name: str, default: int) -> int:

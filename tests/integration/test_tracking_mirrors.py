@@ -290,14 +290,16 @@ def test_asking_for_an_upload_without_an_account_is_an_error(
 
 
 def test_hostile_metric_names_and_settings_reach_the_mirrors(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "one"
     names = ["../../x", "a\nb", "nul\0", "x" * 5000, "ünï😀", "_step", "a.b[0]"]
-    with RunLog(tmp_path) as log:
+    with RunLog(run_dir) as log:
         log.write("step", dict.fromkeys(names, 1.0), step=0)
     settings = {"project": "a/b:c#?%\n", "name": "../..\n", "tags": ("x" * 200, "a\0b"), "notes": "\x1b[2J"}
-    assert sync_run(tmp_path, wandb="offline", **settings) == ["tensorboard", "wandb"]
-    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert sync_run(run_dir, wandb="offline", **settings) == ["tensorboard", "wandb"]
+    tags = EventAccumulator(str(run_dir / "tensorboard")).Reload().Tags()["scalars"]
     assert set(names) <= set(tags)
-    assert not [p for p in tmp_path.parent.iterdir() if p != tmp_path and "x" in p.name]
+    assert list(run_dir.parent.iterdir()) == [run_dir]
+    assert list(tmp_path.iterdir()) == [run_dir.parent]
 
 
 def test_ten_thousand_metrics_are_mirrored(tmp_path: Path) -> None:
