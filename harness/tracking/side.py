@@ -40,7 +40,7 @@ DRAIN_S = 600.0
 """How long mirrors may take after the trainer's end, an upload included, before they are given up."""
 SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
-NICENESS = 10
+NICENESS = 19
 
 
 def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
