@@ -14,16 +14,17 @@ def run(argv: Sequence[str]) -> int:
     """Completes or rebuilds the mirrors and says what was done."""
     arguments = parser("sync", "Bring a run's mirrors up to its log; idempotent.")
     run_argument(arguments)
-    arguments.add_argument(
-        "--wandb", choices=("off", "offline", "online"), default="off", help="mirror to W&B"
-    )
-    arguments.add_argument("--project", default="harness", help="W&B project")
+    kept = "(default: as the run had it)"
+    arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {kept}")
+    arguments.add_argument("--project", help=f"W&B project {kept}")
     arguments.add_argument("--rebuild", action="store_true", help="begin again from the log's first record")
     options = arguments.parse_args(argv)
     with reporting() as outcome:
         from harness.tracking.sync import sync_run
 
+        asked = {"wandb": options.wandb, "project": options.project}
+        changes = {name: value for name, value in asked.items() if value is not None}
         directory = run_directory(options.run, options.runs)
-        said = sync_run(directory, rebuild=options.rebuild, wandb=options.wandb, project=options.project)
-        print("\n".join(said) or "the mirrors are complete")
+        mirrors = sync_run(directory, rebuild=options.rebuild, **changes)
+        print(f"up to the log's end: {', '.join(mirrors)}" if mirrors else "this run has no mirrors")
     return outcome.exit_code

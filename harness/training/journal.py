@@ -109,7 +109,7 @@ class MainJournal(Journal):
     def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
         values = step_values(record, counters, lr=lr, step_s=sent.step_s)
         if self._mfu_per_speed is not None:
-            values["speed/mfu"] = values["speed/tokens_per_s"] * self._mfu_per_speed
+            values["speed/mfu_frac"] = values["speed/tokens_per_s"] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)

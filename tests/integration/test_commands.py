@@ -70,6 +70,14 @@ def test_verify_fails_on_a_damaged_checkpoint(runs: Path, capsys: pytest.Capture
     assert shard.name in capsys.readouterr().out
 
 
+def test_sync_completes_the_mirrors_that_the_run_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(tmp_path, "--tracking.tensorboard=true", "--tracking.wandb=offline", "--loop.steps=2"))
+    assert "tensorboard, wandb" in said(capsys, "sync", "tiny", "--runs", str(tmp_path / "runs"), "--rebuild")
+    assert list((tmp_path / "runs/tiny/tensorboard").glob("events.*"))
+
+
 def weights(runs: Path) -> torch.nn.Module:
     config = tiny_config(runs.parent)
     model = build_model(config.model, sequence_length=config.data.sequence_length)
