@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,22 @@ __all__ = [
     "accelerate_precision",
     "cache_dir",
     "child_environment",
+    "dashboard_password",
     "has_launcher",
     "is_terminal",
     "launched",
+    "program_environment",
     "set_default",
     "unheard_launcher",
     "wants_traceback",
 ]
+
+_SAID_BY_LAUNCHERS = {
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
+}  # fmt: skip
+_LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +96,37 @@ def wants_traceback() -> bool:
     return _flag("HARNESS_TRACEBACK")
 
 
+def dashboard_password() -> str | None:
+    """`HARNESS_DASHBOARD_PASSWORD`: not an argument, which every user of the machine could read."""
+    return os.environ.get("HARNESS_DASHBOARD_PASSWORD")
+
+
 def set_default(name: str, value: str) -> None:
     """Sets a variable for libraries and child processes unless the user has set it."""
     os.environ.setdefault(name, value)
 
 
-def child_environment(**changes: str) -> dict[str, str]:
+def child_environment(defaults: Mapping[str, str] | None = None, /, **changes: str) -> dict[str, str]:
     """This process's environment with some variables changed, for a process that it starts.
+
+    Args:
+        defaults: Variables that are set where this process has them not.
+        **changes: Variables that are set in any case.
 
     wandb's mark of a service that this process runs for itself is left out: a child that took it up would
     share its runs, and find its own run's name in use.
     """
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return {**own, **changes}
+    return {**(defaults or {}), **own, **changes}
+
+
+def program_environment(**changes: str) -> dict[str, str]:
+    """`child_environment` for a run of its own: without what a launcher has told this process about its."""
+    return {
+        name: value
+        for name, value in child_environment(**changes).items()
+        if name not in _SAID_BY_LAUNCHERS and not name.startswith(_LAUNCHERS_PREFIXES)
+    }
 
 
 def _int(name: str, default: int) -> int:

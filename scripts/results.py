@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were taken on."""
     about = {
-        "cores": psutil.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),  # that this process may use
         "processor": platform.machine(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),

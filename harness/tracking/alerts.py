@@ -39,6 +39,7 @@ class Rule:
     def __init__(self, config: AlertConfig) -> None:
         self.config = config
         self._windows: dict[str, deque[float]] = {}
+        self._watched: dict[str, bool] = {}
         self._spoke_at = -math.inf
 
     def judge(self, record: Record) -> str | None:
@@ -67,13 +68,22 @@ class Rule:
         return f"{record.values['name']} at step {record.step}" + (f": {details}" if details else "")
 
     def _metrics(self, record: Record) -> str | None:
+        if self.config.kind == "stall":
+            return None
         said = None
         for name, value in scalars_of(record).items():
-            if name == self.config.metric or fnmatchcase(name, self.config.metric):
-                at = "" if record.step is None else f" at step {record.step}"
-                complaint = self._metric(name, value)
-                said = said or (f"{name}{at} {complaint}" if complaint else None)
+            complaint = self._metric(name, value) if self._watches(name) else None
+            if complaint and not said:
+                said = name + ("" if record.step is None else f" at step {record.step}") + f" {complaint}"
         return said
+
+    def _watches(self, name: str) -> bool:
+        """Remembered by name: the same names come with every step."""
+        watched = self._watched.get(name)
+        if watched is None:
+            watched = name == self.config.metric or fnmatchcase(name, self.config.metric)
+            self._watched[name] = watched
+        return watched
 
     def _metric(self, name: str, value: float) -> str | None:
         kind, limit = self.config.kind, self.config.value

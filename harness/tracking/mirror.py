@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
@@ -26,7 +27,8 @@ __all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of"]
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5
+POLL_S = 2.0
+"""Mirrors are for looking back: the live views read the log. Larger portions cost less."""
 COMMIT_EVERY_S = 2.0
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
@@ -43,7 +45,7 @@ class Mirror(Protocol):
         JSON); None if that takes longer: nothing more is given then, and it is asked again."""
 
     def idle(self) -> None:
-        """Called twice a second while there is nothing to take."""
+        """Called every few seconds while there is nothing to take."""
 
     def abandon(self) -> None:
         """Lets go after a failure: another one will be opened at the last commit."""
@@ -70,16 +72,32 @@ class MirrorFollower:
         name: Name of the mirror; its state is kept in `log/mirrors/NAME.json`.
         open_mirror: See `OpenMirror`.
         ended: Set when nothing more will be written to the log; what is there is then taken to its end.
+        poll_s: How often to look for something new.
+
+    Attributes:
+        done: Set when the mirror is complete.
+        moved_at: When the last record was taken, by the monotonic clock.
+        trouble: What the last failure said, None if all is well.
     """
 
-    def __init__(self, run_dir: Path, name: str, open_mirror: OpenMirror, *, ended: threading.Event) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        open_mirror: OpenMirror,
+        *,
+        ended: threading.Event,
+        poll_s: float = POLL_S,
+    ) -> None:
         self.name = name
         self._log_dir = log_dir(run_dir)
         self._state_path = self._log_dir / "mirrors" / f"{name}.json"
         self._open_mirror = open_mirror
         self._ended = ended
+        self._poll_s = poll_s
         self._last_end: Mapping[str, Any] | None = None
         self.done = threading.Event()
+        self.moved_at = time.monotonic()
         self.trouble: str | None = None
 
     def run(self) -> None:
@@ -141,7 +159,7 @@ class MirrorFollower:
                     committed, is_dirty = time.monotonic(), False
             if num_taken == 0:
                 mirror.idle()
-                self._ended.wait(POLL_S)
+                self._ended.wait(self._poll_s)
 
     def _take_new(self, mirror: Mirror, followers: dict[str, Follower]) -> int:
         for folder in [".", *(f"nodes/{path.name}" for path in self._log_dir.glob("nodes/*"))]:
@@ -156,6 +174,7 @@ class MirrorFollower:
                 elif record.kind == "end":
                     self._last_end = record.values
                 mirror.take(record)
+                self.moved_at = time.monotonic()
         return num_taken
 
     def _load(self) -> dict[str, Any]:
@@ -211,7 +230,10 @@ def scalars_of(record: Record) -> dict[str, float]:
 
 
 def _spread(row: list[float]) -> dict[str, float]:
-    """Minimum, mean and maximum over ranks, and which rank holds the maximum."""
+    """Minimum, mean and maximum over ranks, and which rank holds the maximum; all NaN if one rank is."""
+    for rank, value in enumerate(row):
+        if math.isnan(value):
+            return {"min": value, "mean": value, "max": value, "max_rank": rank}
     largest = max(row)
     return {"min": min(row), "mean": sum(row) / len(row), "max": largest, "max_rank": row.index(largest)}
 

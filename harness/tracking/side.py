@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from harness.priority import pass_on_to, stop_yielding
 from harness.tracking.alerts import AlertMirror
 from harness.tracking.log import log_dir
 from harness.tracking.mirror import Mirror, MirrorFollower
@@ -36,15 +39,16 @@ logger = logging.getLogger(__name__)
 
 ALERTS_S = 5.0
 """How long mirrors wait for the last alert."""
-DRAIN_S = 600.0
-"""How long mirrors may take after the trainer's end, an upload included, before they are given up."""
+ALERTS_POLL_S = 1.0
+STUCK_S = 600.0
+"""How long a mirror may stand still after the trainer's end, an upload included, before it is given up. Much
+may be left to do then: beside a training that keeps all cores busy a mirror gets little of them."""
 SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
-NICENESS = 19
 
 
 def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
-    """Runs until the trainer is gone or said `close`, and all mirrors are complete or `DRAIN_S` are over."""
+    """Runs until the trainer is gone or said `close`, and all mirrors are complete or stuck."""
     path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
     _settle_in(path, messages_fd)
     ended, alerts_done = threading.Event(), threading.Event()
@@ -58,17 +62,27 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     while not ended.wait(WATCH_S):
         if not lives(trainer_pid, trainer_start):
             ended.set()
+    _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
     _wait_for((alerts, *mirrors), run_dir)
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
 
 
+def _hurry() -> None:
+    """There is no trainer any more to give way to, and somebody may be waiting for the mirrors."""
+    stop_yielding()
+    for child in psutil.Process().children():
+        pass_on_to(child.pid)
+
+
 def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
-    deadline = time.monotonic() + DRAIN_S
+    ended_at = time.monotonic()
     for follower in followers:
-        if not follower.done.wait(max(0.0, deadline - time.monotonic())):
-            logger.warning("%s is incomplete; `harness sync %s` completes it", follower.name, run_dir)
+        while not follower.done.wait(WATCH_S):
+            if time.monotonic() - max(ended_at, follower.moved_at) > STUCK_S:
+                logger.warning("%s is incomplete; `harness sync %s` completes it", follower.name, run_dir)
+                break
 
 
 def followers_for(run_dir: Path, settings: MirrorSettings, *, ended: threading.Event) -> list[MirrorFollower]:
@@ -89,7 +103,7 @@ def _alerts_follower(
     def open_alerts(state: Mapping[str, Any]) -> Mirror:
         return AlertMirror(settings.alerts, node_log=node_log, webhook=settings.webhook, run=str(run_dir))
 
-    return MirrorFollower(run_dir, "alerts", open_alerts, ended=ended)
+    return MirrorFollower(run_dir, "alerts", open_alerts, ended=ended, poll_s=ALERTS_POLL_S)
 
 
 def _watch_node(
@@ -135,8 +149,7 @@ def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
 
 
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
-    """Gives way to the trainer, leaves its terminal alone, and sends messages for people back to it."""
-    os.nice(NICENESS)
+    """Leaves the trainer's terminal alone, and sends messages for people back to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
     output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

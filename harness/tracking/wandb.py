@@ -11,16 +11,19 @@ import contextlib
 import logging
 import re
 import struct
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import wandb
 from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
+from harness.priority import pass_on_to
 from harness.tracking.codec import Record
 from harness.tracking.mirror import StartAgain, scalars_of
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
@@ -30,8 +33,12 @@ __all__ = ["WandbMirror"]
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
+START_LIMIT_S = 300.0
+"""How long wandb may take to begin a run, its process included: that one it would wait for without limit.
+Where training keeps every core busy a sound start takes a minute or two."""
 WRITE_TIMEOUT_S = 60.0
-"""wandb writes its file every 15 s, or when 32 KiB are full."""
+"""How long wandb may write nothing. It writes every 15 s, or when 32 KiB are full: some forty rows, which it
+manages in this time with a thousandth of a core."""
 
 
 class WandbMirror:
@@ -79,13 +86,15 @@ class WandbMirror:
         """What is handed over is on disk some seconds later, or never if the disk is full.
 
         Raises:
-            TimeoutError: wandb has not written the last row for `WRITE_TIMEOUT_S`.
+            TimeoutError: wandb has written nothing for `WRITE_TIMEOUT_S` and still has rows to write.
         """
+        before = self._file.offset
         if self._run.disabled or self._file.last_row() >= self._last_row:
             self._waiting_since = None
             return {"ordinal": self._ordinal, "step": self._step, "mode": self._mode}
         now = time.monotonic()
-        self._waiting_since = self._waiting_since or now
+        if self._waiting_since is None or self._file.offset > before:
+            self._waiting_since = now
         if now - self._waiting_since > WRITE_TIMEOUT_S:
             raise TimeoutError("wandb does not write its file")
         return None
@@ -141,6 +150,7 @@ class _RunFile:
     """The file in which wandb's own process keeps a run, online too. Read to learn what has arrived there.
 
     A 7-byte head, then LevelDB's log framing: blocks of 32 KiB, frames of checksum, length, kind and body.
+    `offset` is how far it has been read.
     """
 
     _FRAME = struct.Struct("<IHB")
@@ -149,7 +159,7 @@ class _RunFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = 7
+        self.offset = 7
         self._parts = b""
         self._last_row = 0
 
@@ -162,11 +172,11 @@ class _RunFile:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             data = file.read()
         at = 0
         while True:
-            left = self._BLOCK - (self._offset + at) % self._BLOCK
+            left = self._BLOCK - (self.offset + at) % self._BLOCK
             if left < self._FRAME.size:
                 at += left
             body_at = at + self._FRAME.size
@@ -177,7 +187,7 @@ class _RunFile:
                 break
             self._take(kind, data[body_at : body_at + length])
             at = body_at + length
-        self._offset += at
+        self.offset += at
 
     def _take(self, kind: int, body: bytes) -> None:
         self._parts = body if kind in (self._WHOLE, self._FIRST) else self._parts + body
@@ -206,6 +216,16 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
 
 
 def _init(settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None) -> wandb.Run:
+    with _within(START_LIMIT_S):
+        run = _begun(settings, run_dir, run_id, mode)
+    for child in psutil.Process().children():  # wandb's own process, which begins a session
+        pass_on_to(child.pid)
+    return run
+
+
+def _begun(
+    settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None
+) -> wandb.Run:
     return wandb.init(
         project=_cleaned(settings.project, r"[/\\#?%:\x00-\x1f]", 128) or "harness",
         name=_cleaned(settings.name or run_dir.resolve().name, r"[\x00-\x1f]", 128),
@@ -226,6 +246,32 @@ def _init(settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["o
             x_disable_stats=True,  # it would watch the side process; `resources` watches the node
         ),
     )
+
+
+@contextlib.contextmanager
+def _within(limit_s: float) -> Iterator[None]:
+    """Ends wandb's own process when the time is over; what waits for its answer raises then."""
+    is_over = threading.Event()
+    timer = threading.Timer(limit_s, _end_service, (is_over,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if is_over.is_set():
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # or the next run would ask the same process
+            raise TimeoutError(f"wandb has begun no run within {limit_s:.0f} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def _end_service(is_over: threading.Event) -> None:
+    is_over.set()
+    for child in psutil.Process().children():
+        if child.name() == "wandb-core":
+            child.kill()
 
 
 def _cleaned(text: str, forbidden: str, longest: int) -> str:

@@ -15,6 +15,7 @@ FLOORS = {
     "env": 0,
     "logs": 0,
     "parent": 0,
+    "priority": 0,
     "records": 0,
     "config": 1,
     "dist": 2,
@@ -24,6 +25,7 @@ FLOORS = {
     "checkpoint": 3,
     "tracking": 3,
     "training": 4,
+    "dashboard": 4,
     "cli": 5,
     "train": 6,
 }
@@ -36,6 +38,7 @@ SOLE_IMPORTERS = {
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/load.py"},
     "tqdm": {"harness/training/console.py"},
+    "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
 }
 
 COLLECTIVES = {
@@ -99,7 +102,7 @@ def test_every_room_has_a_floor() -> None:
 
 
 def test_the_ground_floor_needs_the_standard_library_alone() -> None:
-    for name in ("errors", "env", "logs", "parent", "records"):
+    for name in ("errors", "env", "logs", "parent", "priority", "records"):
         foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
         assert not foreign & {"torch", "numpy", "yaml", "orjson", "harness.config"}, name
 
@@ -141,3 +144,15 @@ def test_device_values_are_read_in_named_places_only() -> None:
         if room_of(path) in ("training", "stability") and {"item", "tolist", "cpu"} & attribute_names(path)
     }
     assert readers <= MAY_SYNCHRONISE
+
+
+# A page that shows runs cannot change them: it reads the log, and starts programs like anybody else.
+DASHBOARD_MAY_USE = {"compare", "digest", "kept", "overview", "process", "reader", "sample", "text"}
+
+
+def test_the_dashboard_reads_logs_and_nothing_else() -> None:
+    for path in (path for path in MODULES if room_of(path) == "dashboard"):
+        names = [name.split(".") for name in imports(path)]
+        assert not {parts[0] for parts in names} & {"torch"}, path
+        used = {parts[2] for parts in names if parts[:2] == ["harness", "tracking"] and len(parts) > 2}
+        assert used <= DASHBOARD_MAY_USE, path

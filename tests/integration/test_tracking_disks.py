@@ -56,6 +56,13 @@ def fill(path: Path) -> Path:
     return junk
 
 
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
 def write_steps(log: RunLog, steps: range) -> None:
     for step in steps:
         log.write("step", {"train/loss": float(step)}, step=step)
@@ -73,7 +80,7 @@ def test_a_full_disk_costs_no_record_and_sync_completes_the_mirrors(
     log = RunLog(disk / "run")
     handle = start_mirrors(disk / "run", wandb="offline", **QUIET)
     write_steps(log, range(100))
-    time.sleep(3.0)  # mirrors are under way
+    wait_until((disk / "run" / "log" / "mirrors" / "wandb.json").exists)  # mirrors are under way
     junk = fill(disk)
     began = time.monotonic()
     write_steps(log, range(100, 3000))

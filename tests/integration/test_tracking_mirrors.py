@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -241,13 +243,40 @@ def test_a_broken_wandb_costs_the_others_nothing_and_is_completed_later(
     monkeypatch.delenv("PYTHONPATH")
     write_steps(log, range(100))
     log.close()
-    assert not handle.close(timeout_s=2.0)
+    assert not handle.close(timeout_s=1.0)
+    wait_until((run_dir / "log" / "mirrors" / "tensorboard.json").exists)
     assert len(shown_by_tensorboard(run_dir, "train/loss")) == 100
     assert handle.pid is not None
     os.kill(handle.pid, signal.SIGKILL)
     wait_until(lambda: not handle.is_alive())
     assert sync_run(run_dir, wandb="offline") == ["tensorboard", "wandb"]
     assert [row["step"] for row in history(run_dir) if "train/loss" in row] == list(range(100))
+
+
+@pytest.mark.slow
+def test_a_wandb_process_that_hangs_at_its_start_is_ended_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("harness.tracking.wandb.START_LIMIT_S", 5.0)
+    with RunLog(tmp_path) as log:
+        write_steps(log, range(5))
+    hung: list[int] = []
+    own = {child.pid for child in psutil.Process().children()}
+
+    def hang_the_first() -> None:
+        while not hung:
+            for child in psutil.Process().children():
+                if child.pid not in own and child.name() == "wandb-core":
+                    child.suspend()
+                    hung.append(child.pid)
+            time.sleep(0.002)
+
+    wandb.teardown()  # of another test in this process
+    threading.Thread(target=hang_the_first, daemon=True).start()
+    assert sync_run(tmp_path, wandb="offline", tensorboard=False, timeout_s=120) == ["wandb"]
+    assert hung
+    assert "has begun no run within 5 s" in caplog.text
+    assert len(history(tmp_path)) == 5
 
 
 def test_without_an_account_wandb_goes_offline_and_says_so_once(
@@ -276,6 +305,25 @@ def test_an_account_whose_server_is_out_of_reach_falls_back_to_offline(
     assert handle.close(90)
     assert "is kept offline in" in caplog.text
     assert [row["step"] for row in history(tmp_path) if "train/loss" in row] == list(range(100))
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not group by session")
+def test_the_side_process_and_wandb_give_way_to_the_trainer(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    handle = start_mirrors(tmp_path, wandb="offline", **QUIET)
+    write_steps(log, range(3))
+    wait_until(lambda: (tmp_path / "log" / "mirrors" / "wandb.json").exists(), timeout_s=60)
+    side = psutil.Process(handle.pid)
+    helpers = [side, *side.children(recursive=True)]
+    assert "wandb-core" in [each.name() for each in helpers]
+    for helper in helpers:
+        group = Path(f"/proc/{helper.pid}/autogroup").read_text().split()[-1]
+        threads = {int(path.name) for path in Path(f"/proc/{helper.pid}/task").iterdir()}
+        assert (group, {os.sched_getscheduler(thread) for thread in threads}) == ("19", {os.SCHED_BATCH}), (
+            helper
+        )
+    log.close()
+    assert handle.close(60)
 
 
 def test_asking_for_an_upload_without_an_account_is_an_error(
