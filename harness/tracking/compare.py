@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from harness.tracking.digest import Digest
 from harness.tracking.reader import Run, open_run
 from harness.tracking.text import number, table
 
 __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
 PARTING_METRIC = "train/loss"
+_OF_THE_MACHINE = ("time/", "speed/", "system/")
+"""What these say of the same training is another number every time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,9 +54,7 @@ def compare_runs(a: str | Path, b: str | Path) -> Comparison:
     first, second = open_run(a), open_run(b)
     ours, theirs = settings_of(first), settings_of(second)
     metrics = sorted(set(first.names()) | set(second.names()))
-    partings = [
-        _parting(first, second, name) for name in metrics if not name.startswith(("time/", "system/"))
-    ]
+    partings = [_parting(first, second, name) for name in metrics if not name.startswith(_OF_THE_MACHINE)]
     return Comparison(
         names=(_name(first), _name(second)),
         settings={
@@ -82,7 +83,7 @@ def compare_text(a: str | Path, b: str | Path) -> str:
     return "\n\n".join(parts)
 
 
-def settings_of(run: Run) -> dict[str, Any]:
+def settings_of(run: Run | Digest) -> dict[str, Any]:
     """The run's configuration and hyperparameters under dotted names."""
     path = run.path / "config.yaml"
     config = yaml.safe_load(path.read_text()) if path.exists() else run.info.get("config")

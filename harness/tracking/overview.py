@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -11,12 +12,69 @@ from typing import Any
 import numpy as np
 
 from harness.errors import TrackingError
-from harness.tracking.reader import Run, is_run, open_run
+from harness.tracking.digest import Digest
+from harness.tracking.reader import Run, State, is_run, open_run
+from harness.tracking.sample import open_digest
 from harness.tracking.text import age, number, table
 
-__all__ = ["find_runs", "runs_table", "show_run", "summarise"]
+__all__ = ["Glance", "glance", "glances", "run_paths", "runs_table", "show_run", "summarise"]
 
 LOSSES = ("train/loss", "val/loss")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Glance:
+    """A run in a few numbers: a row of a table."""
+
+    path: Path
+    state: State
+    attempts: int
+    last_step: int | None
+    total_steps: int | None
+    """What its configuration asks for."""
+    loss: float | None
+    val_loss: float | None
+    tokens_per_s: float | None
+    skips: float | None
+    num_incidents: int
+    group: str | None
+    tags: tuple[str, ...]
+    host: str | None
+    started: float | None
+    """Seconds since the epoch; `updated` too."""
+    updated: float | None
+    num_damaged: int
+    read_frac: float
+    """How much of the log these numbers stand for."""
+
+
+def glance(digest: Digest) -> Glance:
+    """The run's row."""
+    tracking = _section(digest.info.get("config"), "tracking")
+    return Glance(
+        path=digest.path,
+        state=digest.state(),
+        attempts=len(digest.attempts),
+        last_step=digest.last_step,
+        total_steps=_section(digest.info.get("config"), "loop").get("steps"),
+        loss=digest.last("train/loss"),
+        val_loss=digest.last("val/loss"),
+        tokens_per_s=digest.last("speed/tokens_per_s"),
+        skips=digest.last("guard/skips"),
+        num_incidents=len(digest.events("incident")),
+        group=tracking.get("group"),
+        tags=tuple(tracking.get("tags") or ()),
+        host=digest.info.get("host"),
+        started=digest.started,
+        updated=digest.updated,
+        num_damaged=digest.num_damaged,
+        read_frac=digest.read_frac,
+    )
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -42,25 +100,34 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def find_runs(runs_dir: str | Path) -> list[Path]:
-    """The run directories in a folder and below, newest first; runs are not looked into."""
+def run_paths(runs_dir: str | Path) -> list[Path]:
+    """The run directories in a folder and below, in no order; links are not followed."""
+    found, folders = [], [Path(runs_dir)]
+    while folders:
+        folder = folders.pop()
+        try:
+            if is_run(folder):
+                found.append(folder)
+            else:
+                folders += [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+        except OSError:  # not ours to read, or gone meanwhile
+            continue
+    return found
+
+
+def glances(runs_dir: str | Path) -> list[Glance]:
+    """Every run in a folder and below, the one that logged last first."""
     root = Path(runs_dir)
     if not root.is_dir():
         raise TrackingError(f"there is no folder {root}", remedy="name the folder that holds the runs")
-    found, folders = [], [root]
-    while folders:
-        folder = folders.pop()
-        if is_run(folder):
-            found.append(folder)
-        else:
-            folders += [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted(found, key=lambda path: -(open_run(path).updated or 0.0))
+    found = [glance(open_digest(path)) for path in run_paths(root)]
+    return sorted(found, key=lambda one: -(one.updated or 0.0))
 
 
 def runs_table(runs_dir: str | Path) -> str:
     """One line per run: state, step, losses, tokens/s, skips, age. For `harness runs`."""
     heads = ["run", "state", "step", "loss", "held out", "tokens/s", "skips", "incidents", "age"]
-    rows = [_row(open_run(path)) for path in find_runs(runs_dir)]
+    rows = [_row(one) for one in glances(runs_dir)]
     return table(heads, rows) if rows else f"no runs in {runs_dir}"
 
 
@@ -72,16 +139,16 @@ def show_run(run_dir: str | Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _row(run: Run) -> list[str]:
-    step = run.last_step
-    incidents = len(run.events("incident"))
+def _row(one: Glance) -> list[str]:
+    """Of a long log only a sample has been read, so there may be more incidents than were seen."""
+    incidents = str(one.num_incidents) if one.read_frac >= 1 else f"{one.num_incidents or ''}?"
     return [
-        run.path.resolve().name,
-        run.state(),
-        "-" if step is None else str(step),
-        *(number(run.last(name)) for name in (*LOSSES, "speed/tokens_per_s", "guard/skips")),
-        str(incidents),
-        age(time.time() - (run.updated or time.time())),
+        one.path.resolve().name,
+        one.state,
+        "-" if one.last_step is None else str(one.last_step),
+        *(number(value) for value in (one.loss, one.val_loss, one.tokens_per_s, one.skips)),
+        incidents,
+        age(time.time() - (one.updated or time.time())),
     ]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.tracking.codec import Record, decode
 
-__all__ = ["Follower", "Position", "SegmentWriter", "segments"]
+__all__ = ["Follower", "Position", "SegmentWriter", "segment_name", "segments"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,11 @@ BACKLOG_BYTES = 64 << 20
 """Lines kept in memory while the disk refuses them."""
 RETRY_S = 1.0
 READ_BYTES = 1 << 20
+
+
+def segment_name(number: int) -> str:
+    """The file of that number."""
+    return f"{number:08d}.jsonl"
 
 
 def segments(folder: Path) -> list[Path]:
@@ -100,7 +105,7 @@ class SegmentWriter:
             self._say_stuck(error)
 
     def _begin_segment(self) -> None:
-        path = self._folder / f"{self._number + 1:08d}.jsonl"
+        path = self._folder / segment_name(self._number + 1)
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         if self._fd >= 0:
             os.close(self._fd)
@@ -151,6 +156,8 @@ class Follower:
     def __init__(self, folder: Path, position: Position = Position()) -> None:
         self.folder = folder
         self.position = position
+        self.began = position
+        """Where the records that were read last begin."""
         self.num_damaged = 0
 
     def read(self, max_bytes: int = READ_BYTES) -> list[Record]:
@@ -173,6 +180,7 @@ class Follower:
             if data and b"\n" not in data:  # one long line, or a torn one
                 data += file.readline()
         complete = data[: data.rfind(b"\n") + 1]
+        self.began = self.position
         self.position = dataclasses.replace(self.position, offset=self.position.offset + len(complete))
         lines = complete.split(b"\n")[:-1]
         records = [record for record in map(decode, lines) if record is not None]

@@ -55,10 +55,12 @@ class Shelf:
 def test_each_record_is_taken_once_whatever_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    for name in ("POLL_S", "COMMIT_EVERY_S", "FIRST_RETRY_S", "LAST_RETRY_S"):
+    for name in ("COMMIT_EVERY_S", "FIRST_RETRY_S", "LAST_RETRY_S"):
         monkeypatch.setattr(mirror_module, name, 0.0)
     dice, kept, ended = random.Random(seed), list[int](), threading.Event()
-    follower = MirrorFollower(tmp_path, "shelf", lambda state: Shelf(kept, dice, state), ended=ended)
+    follower = MirrorFollower(
+        tmp_path, "shelf", lambda state: Shelf(kept, dice, state), ended=ended, poll_s=0.0
+    )
     with RunLog(tmp_path, segment_bytes=2000) as log:
         worker = threading.Thread(target=follower.run)
         worker.start()
@@ -80,7 +82,7 @@ def test_a_state_file_that_is_damaged_means_beginning_again(tmp_path: Path) -> N
     state.write_text('{"positions": {".": {"segm')
     dice = random.Random(0)
     dice.random = lambda: 1.0  # type: ignore[method-assign]  # it never fails
-    MirrorFollower(tmp_path, "shelf", lambda state: Shelf(kept, dice, state), ended=ended).run()
+    MirrorFollower(tmp_path, "shelf", lambda state: Shelf(kept, dice, state), ended=ended, poll_s=0.0).run()
     assert kept == [0]
 
 

@@ -14,8 +14,9 @@ import pytest
 from harness.errors import TrackingError
 from harness.tracking.log import RunLog, log_dir
 from harness.tracking.process import identity
-from harness.tracking.reader import STALE_AFTER_S, open_run
+from harness.tracking.reader import open_run
 from harness.tracking.segments import segments
+from harness.tracking.timeline import STALE_AFTER_S
 
 
 def steps_of(log: RunLog, steps: range, value: float) -> None:

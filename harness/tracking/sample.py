@@ -1,0 +1,110 @@
+"""A first look at a log that is too long to be read at once: a few records from many places of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from harness.tracking.codec import Record, decode
+from harness.tracking.digest import Digest
+from harness.tracking.kept import restored
+from harness.tracking.log import log_dir
+from harness.tracking.segments import segments
+from harness.tracking.traces import Entries
+
+__all__ = ["LONG_BYTES", "open_digest", "sample"]
+
+LONG_BYTES = 32 << 20
+"""So much of a log is read while somebody waits."""
+NUM_PLACES = 600
+LINES_PER_PLACE = 3
+HEAD_LINES = 20
+"""At the beginning of each segment: that is where an attempt says what it is."""
+TAIL_BYTES = 256 << 10
+
+
+def sample(run_dir: str | Path, *, num_places: int = NUM_PLACES, tail_bytes: int = TAIL_BYTES) -> Digest:
+    """A digest of records from evenly spaced places, and of the newest ones; takes a fraction of a second.
+
+    Spikes and events between those places are missing: `is_sample` says so.
+
+    Args:
+        num_places: From how many places between the first records and the newest.
+        tail_bytes: How much of the log's end is read.
+    """
+    return _Sample(run_dir, num_places, tail_bytes)
+
+
+def open_digest(run_dir: str | Path, *, kept: Path | None = None) -> Digest:
+    """The run's digest, read to the end of its log; of a log with more than `LONG_BYTES` to read a sample.
+
+    Args:
+        kept: File in which an earlier reading may have been kept; see `kept.keep`.
+    """
+    digest = (restored(Path(run_dir), kept) if kept is not None else None) or Digest(run_dir)
+    if digest.bytes_behind() > LONG_BYTES:
+        return sample(run_dir)
+    digest.refresh()
+    return digest
+
+
+class _Sample(Digest):
+    is_sample = True
+
+    def __init__(self, run_dir: str | Path, num_places: int, tail_bytes: int) -> None:
+        super().__init__(run_dir)
+        records: list[Record] = []
+        num_bytes = total = 0
+        for folder in self._folders():
+            paths = segments(log_dir(run_dir) / folder)
+            sizes = [path.stat().st_size for path in paths]
+            total += sum(sizes)
+            for path, size in zip(paths, sizes, strict=True):
+                every = max(1, sum(sizes) // num_places) if num_places else size
+                end = size - tail_bytes if path == paths[-1] else size
+                for line in _lines(path, every=every, middle_ends=end, has_tail=path == paths[-1]):
+                    num_bytes += len(line)
+                    record = decode(line)
+                    if record is not None:
+                        records.append(record)
+        self._take(records, block=0)
+        self.num_bytes = self._size()
+        self.read_frac = min(0.999, num_bytes / max(1, total))
+
+    def refresh(self, *, budget_s: float | None = None) -> bool:
+        """What was sampled stays as it is."""
+        return True
+
+    def bytes_behind(self) -> int:
+        """Nothing more is going to be read."""
+        return 0
+
+    def _is_near(self, entries: Entries) -> bool:
+        return False  # where the records lie is not kept
+
+
+def _lines(path: Path, *, every: int, middle_ends: int, has_tail: bool) -> Iterator[bytes]:
+    """Whole lines of a segment: the first ones, some at each place, and all after the middle's end."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        yield from _some(file, HEAD_LINES)
+        for place in range(every, middle_ends, every):
+            if place > file.tell():
+                file.seek(place)
+                file.readline()
+                if file.tell() < middle_ends:
+                    yield from _some(file, LINES_PER_PLACE)
+        if has_tail:
+            if middle_ends > file.tell():
+                file.seek(middle_ends)
+                file.readline()
+            yield from iter(lambda: next(_some(file, 1), b""), b"")
+
+
+def _some(file: BinaryIO, most: int) -> Iterator[bytes]:
+    for _ in range(most):
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            return
+        yield line
