@@ -3,7 +3,8 @@
     python scripts/bench_loop.py [--segments 12] [--steps 20] [-- --any.setting value]
 
 Both loops live in one process and take turns, segment by segment, so that a noisy machine is noisy for both.
-The harness runs with everything on: guard, log, TensorBoard mirror, checkpoints. Evaluation is off in both.
+The harness runs with everything on: guard, log, histograms, mirrors in TensorBoard and W&B (offline),
+checkpoints. Evaluation is off in both.
 The ratio is the median over turns of bare time / harness time; the figures go to docs/benchmarks/NAME.*.
 """
 
@@ -50,6 +51,7 @@ def main() -> None:
                 "--loop.eval_every=0",
                 "--checkpoint.every=100",
                 "--tracking.progress=lines",
+                "--tracking.wandb=offline",
             ]
         )
         measure(config, options.segments, options.steps, name=options.name)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from harness.errors import ConfigError
-from harness.stability.sources import dense_gradients
+from harness.stability.sources import gradients_of
 from harness.stability.verdict import Decision
 
 __all__ = ["Actuator"]
@@ -67,7 +67,7 @@ class Actuator:
     def carry_out(self, decision: Decision) -> None:
         """Steps the optimizer, or not. Synchronises only where the class says so."""
         if not (self._fused and self._state_exists()):
-            skip, divisor = torch.stack([decision.skip_t.float(), decision.grad_scale_t]).tolist()
+            skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
             if skip:
                 return
             if not self._fused:
@@ -81,7 +81,7 @@ class Actuator:
     @contextmanager
     def _told(self, decision: Decision) -> Iterator[None]:
         """Within it the optimizer has the two attributes that fused implementations look for."""
-        self.optimizer.found_inf = decision.skip_t.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = decision.found_inf_t  # type: ignore[attr-defined]
         self.optimizer.grad_scale = decision.grad_scale_t  # type: ignore[attr-defined]
         try:
             yield
@@ -104,4 +104,4 @@ class Actuator:
 
     def _gradients(self) -> list[Tensor]:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return dense_gradients(parameters)[1]
+        return gradients_of(parameters)[1]

@@ -2,7 +2,8 @@
 
 Growing logits (beyond about 100) saturate the softmax and announce a divergence (Dehghani et al., "Scaling
 Vision Transformers to 22 Billion Parameters", 2023). Fused attention never shows them, so those of a few
-queries are computed a second time. Compiled models call no such function and show nothing.
+queries are computed a second time. A compiled model shows nothing, and should not be run within the probe:
+it would be compiled a second time for it.
 
 Legend: B batch, H query heads, K key heads, T queries, U keys, D width of a head.
 """
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionProbe"]
+__all__ = ["AttentionProbe", "is_compiled"]
 
 NUM_QUERIES = 32
 """Queries per call whose logits are computed, evenly spaced."""
@@ -33,10 +34,18 @@ class AttentionProbe(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and not torch.compiler.is_compiling():
             with torch.no_grad():
                 self.maxima.append(_largest_logit(*args, **kwargs))
         return function(*args, **kwargs)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of it runs as `torch.compile` left it."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _largest_logit(

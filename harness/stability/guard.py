@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,9 +20,10 @@ from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
 from harness.stability.attach import layout_of, source_of
-from harness.stability.attention import AttentionProbe
+from harness.stability.attention import AttentionProbe, is_compiled
+from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
-from harness.stability.lane import build_lane
+from harness.stability.lane import NUM_HOST_FIELDS, build_lane
 from harness.stability.layout import SUM_SQUARES
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
@@ -91,6 +93,7 @@ class StepGuard:
             enabled=precision == torch.float16,
         )
         self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
+        self._is_compiled = is_compiled(model)
         self._parameters = [p for p in model.parameters() if id(p) in self.layout.row_of]
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
         self._sampler = WeightSampler(self._parameters, self._actuator.optimizer, precision=precision)
@@ -103,6 +106,10 @@ class StepGuard:
         self._step = 0
         self._attention: Tensor | None = None
         self._micro_batches = MicroBatches(device)
+        self._lane = Graphed(functools.partial(_lane, self._micro_batches))
+        self._decision = Graphed(
+            functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.memory
+        )
         self._start_step()
 
     @classmethod
@@ -155,13 +162,14 @@ class StepGuard:
         with torch.no_grad():
             self._micro_batches.add(loss_sum, num_tokens, num_correct)
             if not is_last:
-                self._micro_batches.look(self._source.micro_batch_rows())
+                self._micro_batches.look(self._source.micro_batch_rows(), self._micro_batches.num - 1)
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
         """Put the forward pass into it, and every `sample_every` steps it notes the largest attention logit
-        of each layer. Optional."""
-        if not self._is_due(self.config.sample_every):
+        of each layer. Optional; of a model that was compiled before it was guarded it sees nothing, and one
+        that is compiled later is compiled twice."""
+        if not self._is_due(self.config.sample_every) or self._is_compiled:
             yield
             return
         with AttentionProbe() as probe:
@@ -196,12 +204,12 @@ class StepGuard:
         if loss is not None:
             self.accumulate(loss, is_last=True)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        told = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        known = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        known_t = self._from_host(*known, *self._micro_batches.told(), nominal_tokens or 0.0)
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        packet = self._gather(self._due({"lane": self._lane(local, reduced, told)}, rows))
-        decision = self._judge.judge(
-            packet["lane"], loss_scale_t=self._loss_scale.value_t, nominal_tokens=nominal_tokens
-        )
+        (lane,) = self._lane(local, reduced, known_t)
+        packet = self._gather(self._due({"lane": lane}, rows))
+        decision = Decision(*self._decision(packet["lane"], known_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
         self._monitor.push(self._step, packet, rows=rows, counts_tokens=loss is None)
@@ -261,15 +269,11 @@ class StepGuard:
                 remedy="call step(loss); or, with micro-batches, accumulate(...) after each and then step()",
             )
 
-    def _lane(self, local: Tensor, reduced: Tensor, told: tuple[float, ...]) -> Tensor:
-        self._micro_batches.look(local)
-        return build_lane(
-            local,
-            reduced,
-            loss=self._micro_batches.loss_t,
-            micro_batch=self._micro_batches.suspect_t,
-            host_values=told,
-        )
+    def _from_host(self, *values: float) -> Tensor:
+        """Numbers that the host knows, `[n]` float64 on the device, without a synchronisation."""
+        on_cuda = self._loss_scale.value_t.is_cuda
+        host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
+        return host.to(self._loss_scale.value_t.device, non_blocking=True)
 
     def _due(self, packet: Packet, rows: Tensor) -> Packet:
         """Adds what this step's number asks for: rows of all parameters, checksums of all replicas."""
@@ -287,6 +291,8 @@ class StepGuard:
 
     def _gather(self, packet: Packet) -> Packet:
         """The step's one collective: everything from all ranks, in one message."""
+        if self._source.group is None:
+            return {name: tensor[None] for name, tensor in packet.items()}
         flat, spec = pack(packet)
         return unpack(gather_lanes(flat, group=self._source.group), spec)
 
@@ -303,3 +309,23 @@ class StepGuard:
             packet["samples"] = samples[: self._source.num_shards].contiguous()
         else:
             packet["samples"] = samples[None]
+
+
+def _lane(micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor) -> tuple[Tensor]:
+    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, nominal tokens."""
+    host_values, loss, number = known_t[:-1].split([NUM_HOST_FIELDS, 3, 1])
+    micro_batches.look(local, number[0])
+    lane = build_lane(
+        local,
+        reduced,
+        loss=micro_batches.loss_t + loss,
+        micro_batch=micro_batches.suspect_t,
+        host_values=host_values,
+    )
+    return (lane,)
+
+
+def _decide(judge: Judge, loss_scale: LossScale, lanes: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
+    """The fields of a `Decision`."""
+    decision = judge.judge(lanes, loss_scale_t=loss_scale.value_t, nominal_tokens_t=known_t[-1])
+    return tuple(getattr(decision, field.name) for field in fields(Decision))

@@ -3,9 +3,10 @@
 Stage 1, a program per chunk: a row of partial results. Stage 2, a program per segment: its chunks' rows in a
 fixed order. So the same gradients give the same bits every time.
 
-A chunk's sum of squares is taken in fp32 after scaling by a power of two that is chosen by its max-abs, and
-leaves the program unscaled in float64: neither can the squares of finite elements overflow nor those of tiny
-ones vanish. Elements are widened to fp32 at the load. `reference.py` is the specification.
+Elements are widened to fp32 at the load. A finite sum of squares proves that a chunk holds neither NaN nor
+Inf, and with a max-abs of ordinary size it is the result. Otherwise the finite elements are scaled by a power
+of two chosen by their max-abs, and leave the program unscaled in float64: neither can squares of finite
+elements overflow nor those of tiny ones vanish. `reference.py` is the specification.
 
 This module imports `triton`: import it where there is a CUDA device, or with `TRITON_INTERPRET=1`.
 """
@@ -28,7 +29,11 @@ from harness.stability.reference import flattened
 __all__ = ["BLOCK", "bucket_statistics", "launch", "tensor_statistics"]
 
 BLOCK = 8192
-"""Elements per chunk: eight 16-byte loads in flight for each of 256 threads in fp32."""
+"""Elements per chunk."""
+
+WARPS = {4: 2, 2: 1}
+"""Warps per chunk, by an element's bytes. Few: many loads in flight for each thread, little to combine
+between them: the fastest of 1, 2, 4 and 8 on an H200."""
 
 ROWS_AT_ONCE = 512
 """Chunks that stage 2 adds at once."""
@@ -48,7 +53,7 @@ def bucket_statistics(
 ) -> Tensor:
     """Statistics of consecutive segments of a flat buffer: `[len(sizes), 5]` float64 on its device."""
     starts = (0, *itertools.accumulate(sizes))[: len(sizes)]
-    table = _cached_table(starts, tuple(sizes), block, flat.device, _stream(flat.device))
+    table = _cached_table(starts, tuple(sizes), block, flat.device, _stream(flat.device), item_bytes=1)
     return launch(flattened(flat), table, extremes=extremes, block=block)
 
 
@@ -59,26 +64,29 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True, block
     """
     if not tensors:
         return torch.zeros(0, NUM_COLUMNS, dtype=torch.float64)
-    flat = [flattened(tensor) for tensor in tensors]
-    dtypes = dict.fromkeys(tensor.dtype for tensor in flat)
+    dtypes = dict.fromkeys([tensor.dtype for tensor in tensors])
     if len(dtypes) == 1:
-        return _same_dtype_statistics(flat, extremes, block)
+        return _same_dtype_statistics(tensors, extremes, block)
     rows: dict[int, Tensor] = {}
     for dtype in dtypes:
-        places = [place for place, tensor in enumerate(flat) if tensor.dtype == dtype]
-        table = _same_dtype_statistics([flat[place] for place in places], extremes, block)
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        table = _same_dtype_statistics([tensors[place] for place in places], extremes, block)
         rows.update(zip(places, table.unbind(), strict=True))
-    return torch.stack([rows[place] for place in range(len(flat))])
+    return torch.stack([rows[place] for place in range(len(tensors))])
 
 
-def _same_dtype_statistics(flat: Sequence[Tensor], extremes: bool, block: int) -> Tensor:
-    """Addresses are given to the kernel as distances, in elements, from the lowest tensor."""
-    base = min(flat, key=Tensor.data_ptr)
-    origin, item_bytes = base.data_ptr(), base.element_size()
-    starts = tuple((tensor.data_ptr() - origin) // item_bytes for tensor in flat)
-    sizes = tuple(tensor.numel() for tensor in flat)
-    table = _cached_table(starts, sizes, block, base.device, _stream(base.device))
-    return launch(base, table, extremes=extremes, block=block)
+def _same_dtype_statistics(tensors: Sequence[Tensor], extremes: bool, block: int) -> Tensor:
+    """Addresses are given to the kernel as distances, in elements, from the lowest tensor.
+
+    Hundreds of tensors are a part of a step's host time, so each is asked little, and by maps.
+    """
+    if not all(map(Tensor.is_contiguous, tensors)):
+        tensors = [flattened(tensor) for tensor in tensors]
+    addresses, sizes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
+    base = tensors[addresses.index(min(addresses))]
+    stream = _stream(base.device)
+    table = _cached_table(addresses, sizes, block, base.device, stream, item_bytes=base.element_size())
+    return launch(base.detach().view(-1), table, extremes=extremes, block=block)
 
 
 def _stream(device: torch.device) -> int:
@@ -87,14 +95,23 @@ def _stream(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _cached_table(
-    starts: tuple[int, ...], sizes: tuple[int, ...], block: int, device: torch.device, stream: int
+    addresses: tuple[int, ...],
+    sizes: tuple[int, ...],
+    block: int,
+    device: torch.device,
+    stream: int,
+    *,
+    item_bytes: int,
 ) -> ChunkTable:
     """A table belongs to the stream that it was copied on: another one might read it before it is there."""
+    origin = min(addresses, default=0)
+    starts = [(address - origin) // item_bytes for address in addresses]
     return chunk_table(starts, sizes, block=block).to(device)
 
 
 def launch(base: Tensor, table: ChunkTable, *, extremes: bool, block: int) -> Tensor:
     """Measures the segments of `table`, whose indices count elements from the start of `base`."""
+    warps = WARPS[base.element_size()]
     if base.dtype == torch.bfloat16:
         base = base.view(
             torch.int16
@@ -105,7 +122,7 @@ def launch(base: Tensor, table: ChunkTable, *, extremes: bool, block: int) -> Te
     with torch.cuda.device_of(base):
         if num_chunks:
             _measure_chunk[(num_chunks,)](
-                base, table.starts, table.lengths, partial, num_chunks, BLOCK=block, num_warps=8
+                base, table.starts, table.lengths, partial, num_chunks, BLOCK=block, num_warps=warps
             )
         if num_segments:
             _add_chunks[(num_segments,)](
@@ -114,11 +131,21 @@ def launch(base: Tensor, table: ChunkTable, *, extremes: bool, block: int) -> Te
     return result
 
 
+@triton.jit
+def _widened(raw):  # type: ignore[no-untyped-def]
+    """As fp32; int16 stands for the bits of bf16."""
+    if raw.dtype == tl.int16:
+        values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        values = raw.to(tl.float32)
+    return values
+
+
 @triton.jit(do_not_specialize=["num_chunks"])  # type: ignore[untyped-decorator]
 def _measure_chunk(  # type: ignore[no-untyped-def]
     base, starts, lengths, partial, num_chunks, BLOCK: tl.constexpr
 ):
-    """partial[:, chunk] = statistics of base[start : start + length]; int16 stands for the bits of bf16."""
+    """partial[:, chunk] = statistics of base[start : start + length]."""
     chunk = tl.program_id(0)
     start, length = tl.load(starts + chunk), tl.load(lengths + chunk)
     lane = tl.arange(0, BLOCK)
@@ -127,23 +154,28 @@ def _measure_chunk(  # type: ignore[no-untyped-def]
         raw = tl.load(base + start // _ALIGNMENT * _ALIGNMENT + lane)
     else:
         raw = tl.load(base + start + lane, mask=lane < length, other=0)
-    if base.dtype.element_ty == tl.int16:
-        values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    values = _widened(raw)
+    # What is masked out was loaded as 0. Counted in floats, which are exact here and spare the integer units.
+    num_zero = tl.sum(tl.where(values == 0.0, 1.0, 0.0), axis=0) - (BLOCK - length).to(tl.float32)
+    num_nan, num_inf = num_zero * 0.0, num_zero * 0.0
+    max_abs = tl.max(tl.abs(values), axis=0)
+    in_fp32 = tl.sum(values * values, axis=0)
+    sum_squares = in_fp32.to(tl.float64)
+    is_ordinary = (max_abs == 0.0) | ((max_abs >= _TINY) & (max_abs <= _HUGE))
+    if (in_fp32 < float("inf")) & is_ordinary:
+        pass
     else:
-        values = raw.to(tl.float32)
-    magnitude = tl.abs(values)
-    finite = magnitude < float("inf")
-    magnitude_or_0 = tl.where(finite, magnitude, 0.0)
-    max_abs = tl.max(magnitude_or_0, axis=0)
-
-    scale = tl.where(max_abs < _TINY, _TINY_SCALE, tl.where(max_abs > _HUGE, _HUGE_SCALE, 1.0))
-    scaled = magnitude_or_0 * scale
-    unscale = 1.0 / scale.to(tl.float64)
-    sum_squares = tl.sum(scaled * scaled, axis=0).to(tl.float64) * unscale * unscale
-
-    num_nan = tl.sum((values != values).to(tl.int32), axis=0)
-    num_inf = tl.sum((magnitude == float("inf")).to(tl.int32), axis=0)
-    num_zero = tl.sum(((values == 0.0) & (lane < length)).to(tl.int32), axis=0)
+        # Read once more rather than kept: this is rare, and registers are what limits the reading.
+        again = _widened(tl.load(base + start + lane, mask=lane < length, other=0))
+        magnitude = tl.abs(again)
+        finite = tl.where(magnitude < float("inf"), magnitude, 0.0)
+        max_abs = tl.max(finite, axis=0)
+        scale = tl.where(max_abs < _TINY, _TINY_SCALE, tl.where(max_abs > _HUGE, _HUGE_SCALE, 1.0))
+        scaled = finite * scale
+        unscale = 1.0 / scale.to(tl.float64)
+        sum_squares = tl.sum(scaled * scaled, axis=0).to(tl.float64) * unscale * unscale
+        num_nan = tl.sum(tl.where(again != again, 1.0, 0.0), axis=0)
+        num_inf = tl.sum(tl.where(magnitude == float("inf"), 1.0, 0.0), axis=0)
 
     row = partial + chunk
     tl.store(row + _SUM_SQUARES * num_chunks, sum_squares)

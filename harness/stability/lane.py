@@ -17,6 +17,7 @@ __all__ = [
     "LOSS_SUM",
     "MICRO_BATCH",
     "NUM_FIELDS",
+    "NUM_HOST_FIELDS",
     "PARAMETER",
     "REDUCED_BAD",
     "REDUCED_SUM_SQUARES",
@@ -43,9 +44,12 @@ __all__ = [
 ) = range(NUM_COLUMNS, NUM_COLUMNS + 11)
 NUM_FIELDS = NUM_COLUMNS + 11
 
+NUM_HOST_FIELDS = NUM_FIELDS - UNREDUCED
+"""The fields from UNREDUCED on are known on the host."""
+
 
 def build_lane(
-    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: tuple[float, ...]
+    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: Tensor
 ) -> Tensor:
     """This rank's lane, `[NUM_FIELDS]` float64.
 
@@ -54,7 +58,7 @@ def build_lane(
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
         loss: `[3]` sum of the loss, number of tokens, and how many of them were predicted right.
         micro_batch: 0-d, the one to blame if the step goes wrong.
-        host_values: The fields from UNREDUCED on, known on the host.
+        host_values: `[NUM_HOST_FIELDS]`, the fields from UNREDUCED on.
     """
     totals = local.sum(0)
     totals[MAX_ABS] = local[:, MAX_ABS].amax()
@@ -66,8 +70,7 @@ def build_lane(
         reduced[:, SUM_SQUARES].sum(),
         reduced_bad.any().double(),
     ]
-    known = [local.new_full((), value) for value in host_values]
-    return torch.cat([totals, loss, torch.stack(tail + known)])
+    return torch.cat([totals, loss, torch.stack(tail), host_values])
 
 
 def bad_rows(rows: Tensor) -> Tensor:

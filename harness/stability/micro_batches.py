@@ -13,35 +13,49 @@ __all__ = ["MicroBatches"]
 
 class MicroBatches:
     """Sums up losses and tokens; suspects the first micro-batch that left anything non-finite, else the one
-    that changed the size of the accumulated gradient most. All on the device, without synchronising."""
+    that changed the size of the accumulated gradient most. Without synchronising: what is known on the device
+    is summed up there, and what the host knows on the host. Tensors keep their places from step to step."""
 
     def __init__(self, device: torch.device) -> None:
         self.num = 0
+        self._num_tokens, self._num_correct = 0.0, 0.0
         self.loss_t = torch.zeros(3, dtype=torch.float64, device=device)
-        """Sum of the loss, number of tokens, and how many of them were predicted right."""
+        """`[3]` sum of the loss, number of tokens, and how many of them were predicted right; without what
+        the host was told as plain numbers."""
         self.suspect_t = torch.zeros((), dtype=torch.float64, device=device)
         self._squares_t = torch.zeros_like(self.suspect_t)
         self._largest_change_t = torch.zeros_like(self.suspect_t)
+        self._loss_sum_t, self._tokens_t, self._correct_t = self.loss_t.unbind()
 
     def add(self, loss_sum: Tensor, num_tokens: Tensor | float, num_correct: Tensor | float) -> None:
         """Counts one more micro-batch."""
-        self.loss_t[0] += loss_sum.detach().double()
-        self.loss_t[1] += num_tokens
-        self.loss_t[2] += num_correct
+        self._loss_sum_t.add_(loss_sum.detach())
+        if isinstance(num_tokens, Tensor):
+            self._tokens_t.add_(num_tokens)
+        else:
+            self._num_tokens += num_tokens
+        if isinstance(num_correct, Tensor):
+            self._correct_t.add_(num_correct)
+        else:
+            self._num_correct += num_correct
         self.num += 1
 
-    def look(self, rows: Tensor) -> None:
-        """Takes `[P, 5]` of the gradient as the latest micro-batch left it; twice the same does no harm."""
+    def told(self) -> tuple[float, float, float, int]:
+        """What the host knows: three numbers to add to `loss_t`, and the number of the last micro-batch."""
+        return 0.0, self._num_tokens, self._num_correct, self.num - 1
+
+    def look(self, rows: Tensor, number: Tensor | int) -> None:
+        """Takes `[P, 5]` of the gradient as micro-batch `number` left it; twice the same does no harm."""
         squares = rows[:, SUM_SQUARES].sum()
-        bad = bad_rows(rows).any() | ~self.loss_t[0].isfinite()
+        bad = bad_rows(rows).any() | ~self._loss_sum_t.isfinite()
         change = torch.where(bad, torch.inf, (squares - self._squares_t).abs())
         worse = change > self._largest_change_t
-        self.suspect_t.masked_fill_(worse, self.num - 1)
+        self.suspect_t.copy_(torch.where(worse, number, self.suspect_t))
         torch.maximum(change, self._largest_change_t, out=self._largest_change_t)
         self._squares_t.copy_(squares)
 
     def clear(self) -> None:
         """Begins the next step."""
         self.num = 0
-        for tensor in (self.loss_t, self.suspect_t, self._squares_t, self._largest_change_t):
-            tensor.zero_()
+        self._num_tokens, self._num_correct = 0.0, 0.0
+        torch._foreach_zero_([self.loss_t, self.suspect_t, self._squares_t, self._largest_change_t])

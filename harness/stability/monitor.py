@@ -21,14 +21,38 @@ from harness.stability.reading import Reader
 __all__ = ["Monitor"]
 
 
+class _Copy:
+    """Numbers on their way from the device to the host, and the memory for the next ones of their size."""
+
+    def __init__(self, packed: Tensor) -> None:
+        self._on_cuda = packed.is_cuda
+        if self._on_cuda:
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._arrived = torch.cuda.Event()
+        self.start(packed)
+
+    def start(self, packed: Tensor) -> None:
+        """Does not wait."""
+        if self._on_cuda:
+            self._host.copy_(packed, non_blocking=True)
+            self._arrived.record()
+        else:
+            self._host = packed
+
+    def wait(self) -> Tensor:
+        """The numbers, on the host."""
+        if self._on_cuda:
+            self._arrived.synchronize()
+        return self._host
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
     """A step whose numbers are on their way to the host."""
 
     step: int
-    host: Tensor
-    """The packed numbers in host memory, complete once `ready`."""
-    ready: torch.cuda.Event | None
+    copy: _Copy
+    """The packed numbers."""
     spec: Spec
     rows: Tensor
     """`[P, 6]` on the device, this rank's, in case the step turns out to be an incident."""
@@ -49,6 +73,8 @@ class Monitor:
         self._reader = Reader(layout, num_replicas=num_replicas)
         self._lag_steps = lag_steps
         self._pending: deque[_Pending] = deque()
+        self._idle: dict[int, list[_Copy]] = {}
+        """Copies that were read, by their size: pinned memory is costly to ask for."""
 
     def push(self, step: int, packet: Packet, *, rows: Tensor, counts_tokens: bool) -> None:
         """Starts the copy of a step's numbers to the host.
@@ -59,9 +85,8 @@ class Monitor:
             counts_tokens: Whether the lanes' token counts were told by the caller.
         """
         flat, spec = pack(packet)
-        host, ready = _to_host(flat)
         self._pending.append(
-            _Pending(step=step, host=host, ready=ready, spec=spec, rows=rows, counts_tokens=counts_tokens)
+            _Pending(step=step, copy=self._copied(flat), spec=spec, rows=rows, counts_tokens=counts_tokens)
         )
 
     def drain(self, *, wait: bool) -> list[StepRecord]:
@@ -79,20 +104,19 @@ class Monitor:
         self._pending.clear()
 
     def _record(self, pending: _Pending) -> StepRecord:
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        packet = unpack(pending.host, pending.spec)
+        flat = pending.copy.wait()
+        packet = unpack(flat, pending.spec)
         if self._reader.is_skip(packet) and "rows" not in packet:
             rows = gather_lanes(pending.rows.flatten(), group=self._group)
             packet["rows"] = rows.view(-1, *pending.rows.shape).cpu()
-        return self._reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
+        record = self._reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
+        self._idle.setdefault(flat.numel(), []).append(pending.copy)
+        return record
 
-
-def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if packed.device.type != "cuda":
-        return packed, None
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-    host.copy_(packed, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return host, ready
+    def _copied(self, flat: Tensor) -> _Copy:
+        idle = self._idle.get(flat.numel())
+        if not idle:
+            return _Copy(flat)
+        copy = idle.pop()
+        copy.start(flat)
+        return copy

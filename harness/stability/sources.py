@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
 from harness.stability.layout import NUM_COLUMNS, Layout
 from harness.stability.statistics import tensor_statistics
 
-__all__ = ["GradientSource", "PlainSource", "RowTable", "dense_gradients"]
+__all__ = ["GradientSource", "PlainSource", "RowTable", "gradients_of"]
 
 
 class GradientSource(Protocol):
@@ -107,31 +106,20 @@ class RowTable:
 
     def spread(self, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """`[P, 5]` with `statistics` in the rows of `parameters` and zeros elsewhere."""
-        if list(map(id, parameters)) == list(self._layout.row_of):
+        if len(parameters) == len(self._layout) and list(map(id, parameters)) == list(self._layout.row_of):
             return statistics
         return self.empty().index_copy_(0, self.index(parameters), statistics)
 
     def measure(self, parameters: Sequence[nn.Parameter], *, extremes: bool) -> Tensor:
         """`[P, 5]` of the gradients that lie in `parameters`."""
-        having, gradients = dense_gradients(parameters)
+        having, gradients = gradients_of(parameters)
         if not having:
             return self.empty()
         return self.spread(having, tensor_statistics(gradients, extremes=extremes))
 
 
-def dense_gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Those of `parameters` that have a gradient, and the gradients; of a DTensor, the local shard.
-
-    Raises:
-        ConfigError: a gradient is sparse.
-    """
-    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+def gradients_of(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Those of `parameters` that have a gradient, and the gradients; of a DTensor, the local shard."""
+    pairs = [(p, gradient) for p in parameters if (gradient := p.grad) is not None]
     gradients: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for _, gradient in pairs]
-    for gradient in gradients:
-        if gradient.layout is not torch.strided:
-            raise ConfigError(
-                f"a gradient of layout {gradient.layout} and shape {tuple(gradient.shape)}",
-                rule="the guard measures dense gradients",
-                remedy="build embeddings with sparse=False",
-            )
     return [p for p, _ in pairs], gradients

@@ -49,6 +49,8 @@ class Decision:
 
     skip_t: Tensor
     """Bool: parameters and optimizer state stay as they are."""
+    found_inf_t: Tensor
+    """fp32: the same as 0 or 1, as fused optimizers read it."""
     grad_scale_t: Tensor
     """fp32: gradients are to be divided by it."""
     overflowed_t: Tensor
@@ -69,18 +71,22 @@ class Judge:
         self._num_replicas = num_replicas
         self.rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
 
-    def judge(self, lanes: Tensor, *, loss_scale_t: Tensor, nominal_tokens: float | None) -> Decision:
+    def memory(self) -> dict[str, Tensor]:
+        """The spike rule's memory, live; empty without a rule."""
+        return {} if self.rule is None else self.rule.memory
+
+    def judge(self, lanes: Tensor, *, loss_scale_t: Tensor, nominal_tokens_t: Tensor) -> Decision:
         """The decision on a step. Does not synchronise.
 
         Args:
             lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
-            nominal_tokens: What the loss was divided by before the backward pass; None: by its own tokens.
+            nominal_tokens_t: 0-d, what the loss was divided by before the backward pass; 0: its own tokens.
         """
         tokens = lanes[:, lane.TOKENS].sum()
         loss = lanes[:, lane.LOSS_SUM].sum() / tokens
         divisor = loss_scale_t.double()
-        if nominal_tokens is not None:
-            divisor = torch.where(tokens > 0, divisor * tokens / nominal_tokens, divisor)
+        is_nominal = (tokens > 0) & (nominal_tokens_t > 0)
+        divisor = torch.where(is_nominal, divisor * tokens / nominal_tokens_t, divisor)
         squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
         norm = squares.amax().sqrt() / divisor
         gradient_bad = _num_bad(lanes) > 0
@@ -105,6 +111,7 @@ class Judge:
         }
         return Decision(
             skip_t=skip,
+            found_inf_t=skip.float(),
             grad_scale_t=(divisor / coefficient).float(),
             overflowed_t=gradient_bad & loss.isfinite(),
             summary=torch.stack([summary[field.name].double() for field in fields(Summary)]),

@@ -16,7 +16,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     Matrices are decayed; norms, biases and everything else with fewer than two dimensions are not.
     Fused, because only fused optimizers take the guard's verdict on the device; but torch has no fused SGD
-    and Adagrad for sharded parameters, and there the guard synchronises.
+    and Adagrad for sharded parameters, and none of Adagrad on CUDA before 2.13; there the guard synchronises.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -28,6 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.name == "adagrad":
+        fused = fused and (not trainable[0].is_cuda or torch.__version__ >= "2.13")
         return torch.optim.Adagrad(groups, lr=config.lr, eps=config.eps, fused=fused)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from harness.records import StepRecord
@@ -167,3 +167,34 @@ def test_a_skipped_step_has_no_update_and_tiny_gradients_count_as_underflow() ->
     sample = record.sampled["2.weight"]
     assert (record.verdict, sample.update_norm, sample.underflow_frac) == ("skip", 0.0, 1.0)
     assert sample.second_moment_max is None
+
+
+class _Attends(nn.Module):
+    """Two calls of attention, to be compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        query = self.project(inputs)
+        once = nn.functional.scaled_dot_product_attention(query, inputs, inputs)
+        return nn.functional.scaled_dot_product_attention(once, inputs, inputs)
+
+
+def test_watching_a_compiled_model_does_not_have_it_compiled_again() -> None:
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    model = _Attends()
+    model.compile(backend=backend)
+    guard = StepGuard(model, OPTIMIZERS["sgd"](model.parameters()), sample_every=2)
+    for _ in range(6):
+        with guard.watch_forward():
+            loss = model(torch.randn(2, 4, 10, 8)).sum()
+        loss.backward()
+        guard.step(loss)
+    assert len(compiled) == 1

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from harness.stability import reference
 from harness.stability.statistics import bucket_statistics, tensor_statistics
+from tests.support.cuda import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture
-def no_synchronisation() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -34,12 +25,12 @@ def test_the_kernel_says_what_the_reference_says(dtype: torch.dtype) -> None:
     torch.testing.assert_close(table[:, 0], truth[:, 0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.usefixtures("no_synchronisation")
 def test_measuring_does_not_wait_for_the_device() -> None:
     tensors = [torch.randn(1000, device="cuda"), torch.randn(77, device="cuda").bfloat16()]
-    for _ in range(2):
-        bucket_statistics(tensors[0], [400, 600])
-        tensor_statistics(tensors)
+    with no_synchronisation():
+        for _ in range(2):
+            bucket_statistics(tensors[0], [400, 600])
+            tensor_statistics(tensors)
 
 
 def test_ten_thousand_measurements_give_the_same_bits() -> None:

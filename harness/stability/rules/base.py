@@ -50,6 +50,11 @@ class SpikeRule(abc.ABC):
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         """The memory of a rule that has seen nothing."""
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """The memory itself, live; empty before the first step."""
+        return self._state
+
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         """The memory, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
         if not self._state:
