@@ -31,6 +31,7 @@ COMMANDS = {
         "export", "run", "a run's metrics (csv, parquet, json) or weights (safetensors, torch)"
     ),
     "sync": Command("sync", "run", "bring a run's mirrors up to its log, or rebuild them"),
+    "dashboard": Command("dashboard", "run", "see every run in a browser, start one, stop one"),
     "verify": Command("verify", "run", "read a run's checkpoints and compare every checksum"),
 }
 

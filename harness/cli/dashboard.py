@@ -1,0 +1,74 @@
+"""`harness dashboard`: every run in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+import webbrowser
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import env
+from harness.cli.arguments import parser
+from harness.cli.errors import reporting
+from harness.errors import ConfigError
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serves the dashboard until Ctrl-C."""
+    options = _options(argv)
+    with reporting() as outcome:
+        if importlib.util.find_spec("gradio") is None:
+            raise ConfigError("Gradio is not installed", remedy="pip install 'stability-harness[dashboard]'")
+        from harness.dashboard.access import Access
+        from harness.dashboard.server import serve
+
+        access = Access(
+            host=options.host,
+            port=options.port,
+            token=secrets.token_urlsafe(24) if options.token == "auto" else options.token,
+            user=options.user,
+            password=env.dashboard_password() if options.user is not None else None,
+            may_control=options.control,
+        )
+        serve(options.runs, access, started=lambda address: _tell(address, access.controls, options))
+    return outcome.exit_code
+
+
+def _options(argv: Sequence[str]) -> Namespace:
+    arguments = parser(
+        "dashboard",
+        "See every run in a browser: live, finished or crashed; compare them, start one, stop one. It reads "
+        "the logs and never slows a run.",
+    )
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    arguments.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    arguments.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
+    arguments.add_argument(
+        "--token", help="asked for before anything is shown; `auto` makes one and prints it in the address"
+    )
+    arguments.add_argument(
+        "--user", help="asked for together with the password in HARNESS_DASHBOARD_PASSWORD"
+    )
+    control = arguments.add_mutually_exclusive_group()
+    control.add_argument(
+        "--control",
+        action="store_true",
+        default=None,
+        help="the page starts and stops runs (default: only when it listens to this machine alone)",
+    )
+    control.add_argument("--no-control", dest="control", action="store_false", help="the page only shows")
+    arguments.add_argument("--open", action="store_true", help="open it in this machine's browser")
+    return arguments.parse_args(argv)
+
+
+def _tell(address: str, controls: bool, options: Namespace) -> None:
+    starts = "starts and stops runs" if controls else "only shows"
+    print(f"dashboard of {options.runs} at {address} ({starts}); Ctrl-C ends it, runs go on", flush=True)
+    if options.open:
+        webbrowser.open(address)

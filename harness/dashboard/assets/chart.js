@@ -1,0 +1,254 @@
+// One picture of some metrics over steps: bands, smoothing, marks for events and for values that are no numbers.
+
+import { element, number, tick } from "./format.js";
+
+export const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#ff8ab7"];
+const MARKS = {
+  incident: "#e5484d",
+  rollback: "#f76b15",
+  fault: "#8e4ec6",
+  alert: "#ffb224",
+  stop: "#889096",
+  resume: "#3e63dd",
+  checkpoint_failed: "#e5484d",
+};
+const NON_FINITE = "#d6009a";
+const HEIGHT = 200;
+
+// Exponential moving average without the bias towards its first value.
+function smoothed(values, weight) {
+  let mean = 0;
+  let mass = 0;
+  return values.map((value) => {
+    if (value == null) return value;
+    mean = weight * mean + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return mean / mass;
+  });
+}
+
+function positive(values) {
+  return values.map((value) => (value > 0 ? value : null));
+}
+
+// The steps, and from there the x, that belong to an event.
+function placeOf(step, axis) {
+  if (step == null || !axis || !axis.steps.length) return null;
+  const { steps, x } = axis;
+  let low = 0;
+  let high = steps.length - 1;
+  if (step < steps[0] || step > steps[high] + Math.max(1, steps[high] - steps[high - 1] || 1)) return null;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (steps[middle] <= step) low = middle;
+    else high = middle - 1;
+  }
+  const next = Math.min(low + 1, steps.length - 1);
+  const share = steps[next] > steps[low] ? Math.min(1, (step - steps[low]) / (steps[next] - steps[low])) : 0;
+  return x[low] + share * (x[next] - x[low]);
+}
+
+export class Chart {
+  // plot: { title, lines: [{ name, label }], log, threshold: { value, label } }
+  constructor(plot, { onzoom, sync = "run" }) {
+    this.plot = plot;
+    this.onzoom = onzoom;
+    this.sync = sync;
+    this.log = plot.log || false;
+    this.marks = [];
+    this.odd = [];
+    this.key = "";
+    this.body = element("div", { class: "h-chart-body" });
+    this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
+    this.node = element(
+      "figure",
+      { class: "h-chart", "data-plot": plot.title },
+      element("figcaption", {}, element("span", {}, plot.title), this.toggle),
+      this.body,
+    );
+    this.observer = new ResizeObserver(() => this.u && this.u.setSize({ width: this.width(), height: HEIGHT }));
+    this.observer.observe(this.node);
+  }
+
+  get names() {
+    return this.plot.lines.map((line) => line.name);
+  }
+
+  width() {
+    return Math.max(220, this.body.clientWidth);
+  }
+
+  setLog(log) {
+    this.log = log;
+    if (this.last) this.draw(...this.last);
+  }
+
+  // view: the server's answer about curves. events: those of the run. options: { smoothing }.
+  draw(view, events, options) {
+    this.last = [view, events, options];
+    const present = this.plot.lines.filter((line) => view.xs[(view.curves[line.name] || {}).x]?.x.length);
+    this.node.classList.toggle("h-empty", present.length === 0);
+    this.toggle.classList.toggle("h-on", this.log);
+    this.toggle.setAttribute("aria-pressed", this.log);
+    if (!present.length) {
+      this.clear();
+      return;
+    }
+    const { series, bands, tables } = this.layout(view, present, options);
+    const data = window.uPlot.join(tables);
+    const axis = view.xs[view.curves[present[0].name].x];
+    this.marks = events
+      .filter((event) => event.name in MARKS && !event.abandoned)
+      .map((event) => ({ ...event, x: placeOf(event.step, axis) }))
+      .filter((mark) => mark.x != null);
+    this.odd = present.flatMap((line) => {
+      const curve = view.curves[line.name];
+      return curve.odd.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
+    });
+    this.axis = axis;
+    const key = JSON.stringify([series.map((one) => one.label), this.log, view.axis, document.body.classList.contains("dark")]);
+    if (key !== this.key || !this.u) {
+      this.clear();
+      this.key = key;
+      this.u = new window.uPlot(this.options(series, bands, view.axis), data, this.body);
+    } else {
+      this.u.setData(data);
+    }
+    this.node.dataset.points = Math.max(...present.map((line) => view.xs[view.curves[line.name].x].x.length));
+    this.node.dataset.first = axis.steps[0];
+    this.node.dataset.last = axis.steps[axis.steps.length - 1];
+    this.node.dataset.odd = this.odd.length;
+    this.node.dataset.marks = this.marks.length;
+  }
+
+  layout(view, present, { smoothing }) {
+    const scale = this.log ? positive : (values) => values;
+    const series = [{ label: view.axis }];
+    const bands = [];
+    const tables = [];
+    present.forEach((line, index) => {
+      const colour = line.colour || COLOURS[index % COLOURS.length];
+      const curve = view.curves[line.name];
+      const columns = [view.xs[curve.x].x];
+      const width = 1.5;
+      if (curve.high) {
+        bands.push({ series: [series.length, series.length + 1], fill: colour + "33" });
+        for (const [side, values] of [["max", curve.high], ["min", curve.low]]) {
+          series.push({ label: `${line.label} ${side}`, stroke: colour + "66", width: 0.5, spanGaps: true, points: { show: false } });
+          columns.push(scale(values));
+        }
+      }
+      const sparse = curve.mean.length < 60;
+      if (smoothing > 0) {
+        series.push({ label: `${line.label} raw`, stroke: colour + "55", width: 1, spanGaps: true, points: { show: false } });
+        columns.push(scale(curve.mean));
+      }
+      series.push({ label: line.label, stroke: colour, width, spanGaps: true, points: { show: sparse, size: 4, fill: colour } });
+      columns.push(scale(smoothing > 0 ? smoothed(curve.mean, smoothing) : curve.mean));
+      tables.push(columns);
+    });
+    return { series, bands, tables };
+  }
+
+  options(series, bands, axis) {
+    const style = getComputedStyle(this.node);
+    const ink = style.getPropertyValue("--h-faint").trim() || "#888";
+    const grid = { stroke: style.getPropertyValue("--h-grid").trim() || "#8883", width: 1 };
+    const marks = series.map((one) => ({ ...one, value: (u, value) => number(value) }));
+    marks[0].value = (u, value) => (value == null ? "–" : this.xText(value, axis));
+    return {
+      width: this.width(),
+      height: HEIGHT,
+      series: marks,
+      bands,
+      scales: { x: { time: axis === "clock" }, y: { distr: this.log ? 3 : 1 } },
+      axes: [
+        { stroke: ink, grid, ticks: grid, size: 28, values: axis === "clock" ? undefined : (u, ticks) => ticks.map((value) => this.xText(value, axis)) },
+        { stroke: ink, grid, ticks: grid, size: 54, values: (u, ticks) => ticks.map((value) => (value == null ? "" : tick(value))) },
+      ],
+      cursor: { sync: { key: this.sync }, drag: { x: true, y: false, setScale: false } },
+      legend: { live: true },
+      hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.tell(u)] },
+    };
+  }
+
+  xText(value, axis) {
+    return axis === "hours" ? `${tick(value)} h` : axis === "clock" ? new Date(value * 1000).toLocaleTimeString() : tick(value);
+  }
+
+  paint(u) {
+    const { ctx, bbox } = u;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    const ratio = window.devicePixelRatio || 1;
+    ctx.lineWidth = ratio;
+    for (const mark of this.marks) {
+      const x = Math.round(u.valToPos(mark.x, "x", true));
+      ctx.strokeStyle = MARKS[mark.name] + "aa";
+      ctx.setLineDash(mark.name === "incident" ? [] : [4 * ratio, 4 * ratio]);
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+    }
+    ctx.setLineDash([]);
+    if (this.plot.threshold && this.plot.threshold.value != null) {
+      const y = Math.round(u.valToPos(this.plot.threshold.value, "y", true));
+      ctx.strokeStyle = MARKS.incident + "88";
+      ctx.setLineDash([2 * ratio, 3 * ratio]);
+      ctx.beginPath();
+      ctx.moveTo(bbox.left, y);
+      ctx.lineTo(bbox.left + bbox.width, y);
+      ctx.stroke();
+    }
+    ctx.fillStyle = NON_FINITE;
+    for (const odd of this.odd) {
+      const x = u.valToPos(odd.x, "x", true);
+      const size = 5 * ratio;
+      ctx.beginPath();
+      ctx.moveTo(x - size, bbox.top);
+      ctx.lineTo(x + size, bbox.top);
+      ctx.lineTo(x, bbox.top + 1.6 * size);
+      ctx.fill();
+    }
+    ctx.restore();
+  }
+
+  // What is marked under the pointer, as the chart's title.
+  tell(u) {
+    const left = u.cursor.left;
+    const near = (x) => left >= 0 && Math.abs(u.valToPos(x, "x") - left) < 5;
+    const texts = [
+      ...this.marks.filter((mark) => near(mark.x)).map((mark) => `${mark.name} at step ${mark.step}: ${mark.text}`),
+      ...this.odd.filter((odd) => near(odd.x)).map((odd) => `${odd.label}: ${odd.nan} NaN, ${odd.inf} infinite`),
+    ];
+    u.over.title = texts.slice(0, 6).join("\n");
+  }
+
+  zoom(u) {
+    if (u.select.width < 4) return;
+    const from = u.posToIdx(u.select.left);
+    const to = u.posToIdx(u.select.left + u.select.width);
+    const x = u.data[0];
+    u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+    const stepAt = (value) => {
+      const index = this.axis.x.findIndex((one) => one >= value);
+      return this.axis.steps[index < 0 ? this.axis.steps.length - 1 : index];
+    };
+    this.onzoom([stepAt(x[from]), Math.max(stepAt(x[to]), stepAt(x[from]) + 1)]);
+  }
+
+  clear() {
+    if (this.u) this.u.destroy();
+    this.u = null;
+    this.key = "";
+  }
+
+  remove() {
+    this.observer.disconnect();
+    this.clear();
+    this.node.remove();
+  }
+}

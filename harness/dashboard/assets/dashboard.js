@@ -1,0 +1,5 @@
+// The elements that the page is made of.
+
+import "./monitor.js";
+import "./output.js";
+import "./runs.js";

@@ -1,0 +1,305 @@
+// One run, live: its state, its curves, its layers, its incidents and its checkpoints.
+
+import { ask, opened, repeat } from "./api.js";
+import { Chart } from "./chart.js";
+import { badge, bytes, clock, duration, element, number, table } from "./format.js";
+import { HeatMap } from "./heatmap.js";
+
+const PLOTS = (run) => [
+  { title: "loss", lines: [{ name: "train/loss", label: "training" }, { name: "val/loss", label: "held out", colour: "#ff725c" }] },
+  { title: "accuracy", lines: [{ name: "train/accuracy", label: "training" }, { name: "val/accuracy", label: "held out", colour: "#ff725c" }] },
+  { title: "learning rate", lines: [{ name: "train/lr", label: "learning rate" }] },
+  {
+    title: "gradient norm",
+    lines: [{ name: "train/grad_norm", label: "before clipping" }, { name: "train/grad_norm_clipped", label: "after clipping", colour: "#3ca951" }],
+    threshold: { value: run.max_norm },
+    log: true,
+  },
+  { title: "NaN and Inf in gradients", lines: [{ name: "guard/num_nan", label: "NaN" }, { name: "guard/num_inf", label: "Inf", colour: "#ff725c" }] },
+  { title: "skipped steps", lines: [{ name: "guard/skips", label: "skips" }] },
+  { title: "clipped share", lines: [{ name: "guard/clip_frac", label: "share of steps clipped" }] },
+  { title: "spike score", lines: [{ name: "guard/spike_score", label: "robust z" }] },
+  { title: "loss scale", lines: [{ name: "guard/loss_scale", label: "loss scale" }], log: true },
+  { title: "tokens per second", lines: [{ name: "speed/tokens_per_s", label: "tokens/s" }] },
+  { title: "model FLOP utilisation", lines: [{ name: "speed/mfu_frac", label: "MFU" }] },
+  {
+    title: "time per step (s)",
+    lines: [
+      { name: "time/step_s", label: "step" },
+      { name: "time/compute_s", label: "compute" },
+      { name: "time/data_wait_s", label: "waiting for data" },
+      { name: "time/checkpoint_blocked_s", label: "blocked by checkpoints" },
+    ],
+  },
+  ...["compute_s", "data_wait_s", "loss", "grad_norm"].map((name) => ({
+    title: `ranks: ${name.replace("_s", " (s)").replace("_", " ")}`,
+    lines: ["max", "mean", "min"].map((part) => ({ name: `ranks/${name}/${part}`, label: part })),
+  })),
+];
+
+class Monitor extends HTMLElement {
+  connectedCallback() {
+    if (this.built) return;
+    this.built = true;
+    this.settings = { axis: "step", smoothing: 0, within: null };
+    this.charts = [];
+    this.head = element("div", { class: "h-head" });
+    this.note = element("div", { class: "h-note", role: "status" });
+    this.grid = element("div", { class: "h-grid" });
+    this.system = element("div", { class: "h-grid" });
+    this.more = element("div", { class: "h-grid" });
+    this.incidents = element("div", {});
+    this.checkpoints = element("div", {});
+    this.events = element("div", {});
+    this.ranks = element("div", {});
+    this.layerChart = element("div", { class: "h-grid" });
+    this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
+    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.drawLayers() });
+    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.poll?.soon() }, element("summary", {}, title), ...nodes);
+    this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
+    this.append(
+      this.head,
+      this.note,
+      this.controls(),
+      section("Incidents", true, this.incidents),
+      this.grid,
+      section("Layers", true, this.statistic, this.heat.node, this.layerChart),
+      section("Ranks, last step", false, this.ranks),
+      section("Checkpoints", false, this.checkpoints),
+      section("Host and devices", false, this.system),
+      section("More metrics", false, this.search, this.more),
+      section("Events", false, this.events),
+    );
+    this.addEventListener("harness-trouble", (event) => (this.note.textContent = event.detail));
+    this.poll = repeat(this, 1200, () => this.refresh());
+    this.run = this.wanted || opened.run;
+  }
+
+  disconnectedCallback() {
+    this.poll?.stop();
+    this.charts.forEach((chart) => chart.remove());
+    this.replaceChildren();
+    this.built = false;
+  }
+
+  // The run that is shown; set by the page.
+  set run(id) {
+    const isShown = this.built && (id || "") === this.dataset.run;
+    this.wanted = id;
+    if (!this.built || isShown) return;
+    this.version = null;
+    this.data = null;
+    this.settings.within = null;
+    this.charts.forEach((chart) => chart.remove());
+    this.charts = [];
+    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.layerChart, this.statistic]) node.replaceChildren();
+    this.dataset.run = id || "";
+    this.poll.soon();
+  }
+
+  get run() {
+    return this.wanted;
+  }
+
+  controls() {
+    const change = () => {
+      this.version = null;
+      this.poll.soon();
+    };
+    const axis = element(
+      "select",
+      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), change()) },
+      [["step", "by step"], ["tokens", "by tokens"], ["hours", "by hours"], ["clock", "by time of day"]].map(([value, text]) => element("option", { value }, text)),
+    );
+    const smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "smoothing", oninput: () => {
+      this.settings.smoothing = Number(smoothing.value);
+      this.charts.forEach((chart) => chart.last && chart.draw(chart.last[0], chart.last[1], this.settings));
+    } });
+    const logs = element("input", { type: "checkbox", onchange: () => this.charts.forEach((chart) => chart.setLog(logs.checked)) });
+    this.reset = element("button", { class: "h-button", type: "button", disabled: true, onclick: () => this.zoom(null) }, "Whole run");
+    return element(
+      "div",
+      { class: "h-bar" },
+      axis,
+      element("label", {}, "smoothing ", smoothing),
+      element("label", {}, logs, " log axes"),
+      this.reset,
+      element("span", { class: "h-note" }, "drag in a picture to zoom"),
+    );
+  }
+
+  zoom(within) {
+    this.settings.within = within;
+    this.reset.disabled = !within;
+    this.version = null;
+    this.poll.soon();
+  }
+
+  async refresh() {
+    const run = this.wanted;
+    if (!run) {
+      this.note.textContent = "no run is chosen: pick one above, or in the table of runs";
+      return;
+    }
+    const answer = await ask("run", { run, seen: this.version });
+    if (run !== this.wanted) return;
+    this.note.textContent = "";
+    if (answer.unchanged && this.version) return;
+    if (!answer.unchanged) this.data = answer;
+    this.version = answer.version;
+    this.dataset.state = this.data.state;
+    this.tell();
+    this.makeCharts();
+    await this.drawCharts();
+    this.dataset.lastStep = this.data.last_step;
+    await this.drawLayers();
+    this.dataset.ready = "true";
+  }
+
+  tell() {
+    const { data } = this;
+    const steps = data.last_step == null ? 0 : data.last_step + 1;
+    const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
+    const last = (name) => number(data.last[name]);
+    const fact = (label, value) => element("div", { class: "h-fact" }, element("span", {}, label), element("b", {}, value));
+    this.head.replaceChildren(
+      element("h2", {}, this.wanted, " ", badge(data.state)),
+      element(
+        "div",
+        { class: "h-facts" },
+        fact("steps", number(steps) + (data.total_steps ? ` / ${number(data.total_steps)}` : "")),
+        fact("loss", last("train/loss")),
+        fact("held out", last("val/loss")),
+        fact("gradient norm", last("train/grad_norm")),
+        fact("tokens/s", last("speed/tokens_per_s")),
+        fact("skips", last("guard/skips")),
+        fact("incidents", number(data.event_counts.incident || 0)),
+        fact("rollbacks", number(data.event_counts.rollback || 0)),
+        fact("attempts", number(data.attempts)),
+        fact("running for", duration(data.updated - data.started)),
+        fact("host", data.host || "–"),
+      ),
+      share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide" }),
+    );
+    const words = [];
+    if (data.is_sample) words.push(`this is a sample of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
+    if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
+    this.note.textContent = words.join("; ");
+    this.tellIncidents();
+    this.tellCheckpoints();
+    this.events.replaceChildren(
+      table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
+    );
+    const ranks = Object.entries(data.ranks || {});
+    const world = Math.max(0, ...ranks.map(([, row]) => row.length));
+    this.ranks.replaceChildren(table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
+  }
+
+  tellIncidents() {
+    const { incidents } = this.data;
+    if (!incidents.length) {
+      this.incidents.replaceChildren(element("p", { class: "h-note" }, "none"));
+      return;
+    }
+    const rows = incidents.slice().reverse().map((one) => [
+      one.step ?? "–",
+      one.kind || "",
+      one.rank ?? "–",
+      one.parameter || "–",
+      one.micro_batch ?? "–",
+      number(one.num_nan),
+      number(one.num_inf),
+      Array.isArray(one.samples) ? `${one.samples[0]} to ${one.samples[1] - 1}` : "–",
+      one.verdict || one.action || "–",
+      (one.reason || one.summary || "") + (one.abandoned ? " (on a branch that was replaced)" : ""),
+    ]);
+    this.incidents.replaceChildren(table(["step", "kind", "rank", "parameter", "micro-batch", "NaN", "Inf", "samples", "guard", "reason"], rows, { class: "h-table h-incidents" }));
+  }
+
+  tellCheckpoints() {
+    const rows = this.data.checkpoints.slice().reverse().map((one) => [
+      one.num_steps,
+      element("span", { class: `h-health h-${one.health}` }, one.health),
+      bytes(one.size_bytes),
+      one.seconds == null ? "–" : `${number(one.seconds)} s`,
+      one.blocked_s == null ? "–" : `${number(one.blocked_s)} s`,
+      clock(one.time),
+    ]);
+    this.checkpoints.replaceChildren(rows.length ? table(["after steps", "health", "size", "written in", "training blocked", "time"], rows) : element("p", { class: "h-note" }, "none"));
+  }
+
+  makeCharts() {
+    const known = new Set(this.charts.map((chart) => chart.plot.title));
+    const make = (plot, parent) => {
+      if (known.has(plot.title)) return;
+      const chart = new Chart(plot, { onzoom: (range) => this.zoom(range) });
+      chart.node.addEventListener("dblclick", () => this.zoom(null));
+      this.charts.push(chart);
+      parent.append(chart.node);
+    };
+    for (const plot of PLOTS(this.data)) make(plot, this.grid);
+    for (const name of this.data.names.filter((one) => one.startsWith("system/")).slice(0, 60))
+      make({ title: name.replace("system/", ""), lines: [{ name, label: name.split("/").pop() }] }, this.system);
+    this.showMore(false);
+  }
+
+  showMore(redraw = true) {
+    const shown = new Set(this.charts.flatMap((chart) => (chart.plot.more ? [] : chart.names)));
+    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const names = this.data ? this.data.names.filter((name) => !shown.has(name) && words.every((word) => name.toLowerCase().includes(word))).slice(0, 24) : [];
+    for (const chart of this.charts.filter((one) => one.plot.more && !names.includes(one.names[0]))) {
+      chart.remove();
+      this.charts.splice(this.charts.indexOf(chart), 1);
+    }
+    const present = new Set(this.charts.filter((one) => one.plot.more).map((one) => one.names[0]));
+    for (const name of names.filter((one) => !present.has(one))) {
+      const chart = new Chart({ title: name, lines: [{ name, label: name.split("/").pop() }], more: true }, { onzoom: (range) => this.zoom(range) });
+      this.charts.push(chart);
+      this.more.append(chart.node);
+    }
+    if (redraw) {
+      this.version = null;
+      this.poll.soon();
+    }
+  }
+
+  // Only what can be seen is asked for: a closed section costs nothing.
+  async drawCharts() {
+    const seen = this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null);
+    const names = [...new Set(seen.flatMap((chart) => chart.names))].filter((name) => name.startsWith("ranks/") || name.startsWith("layers/") || this.data.names.includes(name));
+    const view = await ask("curves", {
+      run: this.wanted,
+      name: names,
+      axis: this.settings.axis,
+      first: this.settings.within?.[0],
+      last: this.settings.within?.[1],
+      points: 400,
+    });
+    for (const chart of seen) {
+      for (const name of chart.names) view.curves[name] ??= { x: -1, mean: [], odd: [] };
+      chart.draw(view, this.data.events, this.settings);
+    }
+  }
+
+  async drawLayers() {
+    const { statistics } = this.data;
+    if (this.statistic.options.length !== statistics.length)
+      this.statistic.replaceChildren(...statistics.map((name) => element("option", { value: name, selected: name === "grad_norm" }, name)));
+    if (!statistics.length || this.heat.node.offsetParent === null) return;
+    const within = this.settings.within;
+    this.heat.draw(await ask("layers", { run: this.wanted, statistic: this.statistic.value || statistics[0], first: within?.[0], last: within?.[1] }));
+  }
+
+  pick(layer) {
+    const name = `layers/${this.statistic.value}/${layer}`;
+    this.charts.filter((chart) => chart.plot.layer).forEach((chart) => chart.remove());
+    this.charts = this.charts.filter((chart) => !chart.plot.layer);
+    const chart = new Chart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, { onzoom: (range) => this.zoom(range) });
+    this.charts.push(chart);
+    this.layerChart.append(chart.node);
+    this.version = null;
+    this.poll.soon();
+  }
+}
+
+customElements.define("harness-monitor", Monitor);

@@ -1,0 +1,40 @@
+// What a program that was started here has printed, as it comes.
+
+import { ask, repeat } from "./api.js";
+import { element } from "./format.js";
+
+const LONGEST = 200000;
+
+class Output extends HTMLElement {
+  connectedCallback() {
+    this.text = element("pre", { class: "h-output", tabindex: 0 });
+    this.replaceChildren(this.text);
+    this.run = this.wanted;
+    this.poll = repeat(this, 1000, () => this.refresh());
+  }
+
+  disconnectedCallback() {
+    this.poll.stop();
+  }
+
+  set run(id) {
+    this.wanted = id;
+    this.offset = 0;
+    if (this.text) this.text.textContent = "";
+    if (this.text) this.text.dataset.note = id ? `${id} has printed nothing that is kept here: only what is started from this page is` : "what the chosen run prints is shown here";
+    this.poll?.soon();
+  }
+
+  async refresh() {
+    const run = this.wanted;
+    if (!run) return;
+    const answer = await ask("output", { run, offset: this.offset });
+    if (run !== this.wanted || !answer.text) return;
+    const atEnd = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 20;
+    this.offset = answer.offset;
+    this.text.textContent = (this.text.textContent + answer.text).slice(-LONGEST);
+    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
+  }
+}
+
+customElements.define("harness-output", Output);

@@ -1,0 +1,58 @@
+"""Runs side by side: what was set differently, what came out, and where each parts from the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.dashboard.catalogue import Catalogue
+from harness.tracking.compare import compare_runs, settings_of
+
+__all__ = ["compare_view"]
+
+MAX_LOG_BYTES = 64 << 20
+"""Comparing bit for bit reads both logs whole; longer ones are for the command line."""
+
+
+def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
+    """Settings that differ, last values, and for every run but the first the step at which they part."""
+    settings, last = [], []
+    for run in runs:
+        with catalogue.reading(run) as digest:
+            settings.append(settings_of(digest))
+            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
+            last.append({name: digest.last(name) for name in names})
+    return {
+        "settings": [
+            row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
+        ],
+        "metrics": _rows(last),
+        "partings": [_parting(catalogue, runs[0], run) for run in runs[1:]],
+    }
+
+
+def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = sorted({name for column in columns for name in column})
+    return [{"name": name, "values": [_shown(column.get(name)) for column in columns]} for name in names]
+
+
+def _shown(value: Any) -> Any:
+    return value if value is None or isinstance(value, float) else str(value)
+
+
+def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
+    paths = [catalogue.directory(run) for run in (first, second)]
+    runs = [first, second]
+    if sum(file.stat().st_size for path in paths for file in (path / "log").glob("*.jsonl")) > MAX_LOG_BYTES:
+        return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
+    partings = compare_runs(*paths).partings
+    if not partings:
+        return {"runs": runs, "num_common": 0}
+    earliest = partings[0]
+    return {
+        "runs": runs,
+        "metric": earliest.metric,
+        "step": earliest.step,
+        "num_common": earliest.num_common,
+        "values": [repr(value) for value in earliest.values or ()],
+    }

@@ -1,0 +1,316 @@
+"""The configuration as a form: what can be set, in which sections, with which help; and the way back.
+
+All of it comes from the schema, so that a new key appears by itself. What a person has filled in goes the way
+of the command line, and is refused in the same words.
+
+Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory, which is the
+repository's own where the dashboard is started there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import docstring_parser
+import yaml
+
+from harness.config import TrainConfig, parse_arguments, to_dict
+from harness.config.load import flatten
+from harness.errors import ConfigError
+
+__all__ = [
+    "CONFIGS",
+    "DEFAULTS",
+    "Field",
+    "Kind",
+    "Section",
+    "arguments",
+    "preset",
+    "presets",
+    "read",
+    "save",
+    "sections",
+    "values_of",
+    "yaml_of",
+]
+
+CONFIGS = Path("configs")
+DEFAULTS = "defaults"
+"""The preset that is no file: the schema's own values."""
+
+Kind = Literal["bool", "choice", "integer", "number", "text", "list"]
+_KINDS: dict[Any, Kind] = {bool: "bool", int: "integer", float: "number", str: "text"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One key of the schema as something to fill in."""
+
+    key: str
+    """As on the command line: `optim.lr`."""
+    kind: Kind
+    """bool: True or False; choice: one of `choices`; list: YAML text, empty for none."""
+    optional: bool
+    """It may be left empty, which is null: None or blank text."""
+    choices: tuple[str, ...]
+    default: Any
+    """As `values_of` gives it."""
+    help: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Fields that belong together."""
+
+    name: str
+    """Of the keys: `optim`; empty for the run's own."""
+    title: str
+    help: str
+    fields: tuple[Field, ...]
+
+
+@functools.cache
+def sections() -> tuple[Section, ...]:
+    """The whole schema: the run's own settings first, then each section in its order."""
+    hints, helps = typing.get_type_hints(TrainConfig), _helps(TrainConfig)
+    nested = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+    own = _section("", "Run", TrainConfig, leave_out=nested)
+    return own, *(_section(name, helps[name].rstrip("."), hints[name]) for name in nested)
+
+
+def values_of(config: TrainConfig) -> dict[str, Any]:
+    """What the form shows for `config`: a value for every key."""
+    return dict(_form_values(config))
+
+
+def read(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that has been filled in; keys that are missing have their defaults.
+
+    Numbers may be numbers or text, and lists may be lists or YAML text.
+
+    Raises:
+        ConfigError: as on the command line.
+    """
+    spelled = {key: _spelled(_field(key), value) for key, value in values.items()}
+    defaults = {key: _spelled(_field(key), _field(key).default) for key in values}
+    # What is left as it is need not be read: it takes as long as all the rest.
+    return parse_arguments([f"--{key}={text}" for key, text in spelled.items() if text != defaults[key]])
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """What `harness train` has to be told for `config`: a `--key=value` for all that is not the default."""
+    changed = flatten(_changes(config))
+    return [f"--{key}={_spelled(_field(key), value)}" for key, value in changed.items()]
+
+
+def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
+    """As YAML for `--config`: all of it, or what differs from the schema's defaults."""
+    return _dump(_changes(config) if only_changes else to_dict(config), flow=False)
+
+
+def presets(folder: Path = CONFIGS) -> list[str]:
+    """The names of the configurations to start from: the defaults first, then the folder's."""
+    names = {path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+    return [DEFAULTS, *sorted(names - {DEFAULTS})]
+
+
+def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
+    """The configuration called `name`.
+
+    Raises:
+        ConfigError: there is none, or its file is wrong.
+    """
+    return TrainConfig() if name == DEFAULTS else TrainConfig.from_file(_path(name, folder))
+
+
+def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path = CONFIGS) -> Path:
+    """Keeps what `config` changes as `name`.yaml in the folder, which is made if need be. Atomic.
+
+    Raises:
+        ConfigError: no name for a file, a name that is taken, or a folder that cannot be written.
+    """
+    path = _path(name, folder)
+    if name == DEFAULTS:
+        raise ConfigError(
+            f"the name is {name!r}", rule="that is the schema's own", remedy="choose another name"
+        )
+    try:
+        _write(path, yaml_of(config, only_changes=True), overwrite=overwrite)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} is there already",
+            rule="a configuration is overwritten only on request",
+            remedy="choose another name, or ask for it to be overwritten",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}",
+            rule="configurations are kept in that folder",
+            remedy="start the dashboard where there is a folder `configs` that can be written",
+        ) from error
+    return path
+
+
+def _section(name: str, title: str, schema: type, *, leave_out: typing.Collection[str] = ()) -> Section:
+    helps, defaults = _helps(schema), dict(_form_values(schema()))
+    prefix = f"{name}." if name else ""
+    fields = []
+    for key, hint in typing.get_type_hints(schema).items():
+        if key not in leave_out:
+            kind, optional, choices = _kind(hint)
+            fields.append(
+                Field(
+                    key=prefix + key,
+                    kind=kind,
+                    optional=optional,
+                    choices=choices,
+                    default=defaults[key],
+                    help=helps.get(key, ""),
+                )
+            )
+    return Section(name=name, title=title, help=_first_line(schema), fields=tuple(fields))
+
+
+def _kind(hint: Any) -> tuple[Kind, bool, tuple[str, ...]]:
+    """Kind, whether it may be empty, and choices of a field's type."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+        kind, _, choices = _kind(inner)
+        return kind, True, choices
+    if typing.get_origin(hint) is Literal:
+        return "choice", False, typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return "list", False, ()
+    return _KINDS[hint], False, ()
+
+
+def _helps(schema: type) -> dict[str, str]:
+    """The text under each field of a class."""
+    texts = docstring_parser.parse_from_object(schema).params
+    return {text.arg_name: " ".join((text.description or "").split()) for text in texts}
+
+
+def _first_line(schema: type) -> str:
+    return (docstring_parser.parse(schema.__doc__ or "").short_description or "").strip()
+
+
+def _form_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _form_values(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            yield prefix + field.name, _dump(_changes(value), flow=None).strip() if value else ""
+        elif value is None and _kind(typing.get_type_hints(type(config))[field.name])[0] == "text":
+            yield prefix + field.name, ""
+        else:
+            yield prefix + field.name, value
+
+
+def _changes(value: Any) -> Any:
+    """Plain data without what a class would set by itself."""
+    if isinstance(value, tuple):
+        return [_changes(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    changed = {}
+    for field in dataclasses.fields(value):
+        mine, default = getattr(value, field.name), _default(field)
+        if mine != default:
+            changed[field.name] = _changes(mine)
+    return changed
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@functools.cache
+def _fields() -> dict[str, Field]:
+    return {field.key: field for section in sections() for field in section.fields}
+
+
+def _field(key: str) -> Field:
+    """Nothing but a field's key ever becomes an argument's name."""
+    if key not in _fields():
+        raise ConfigError(
+            f"unknown key {key!r}",
+            rule="only keys of the schema are read",
+            remedy="`harness train --help` lists them",
+        )
+    return _fields()[key]
+
+
+def _spelled(field: Field, value: Any) -> str:
+    """The value as it would be written on the command line."""
+    if isinstance(value, str) and (field.optional or field.kind != "text"):
+        value = value.strip()
+    if value is None or value == "":
+        return "null" if field.optional else "[]" if field.kind == "list" else ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return _dump(list(value), flow=True).strip()
+    if field.kind == "integer" and isinstance(value, float) and value.is_integer():
+        return str(int(value))  # a box for numbers gives 400.0
+    return str(value)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the configuration's reader would take for a number, such as the name 1e-3."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
+    list("-+0123456789"),
+)
+
+
+def _dump(data: Any, *, flow: bool | None) -> str:
+    """YAML: a line for each item, all on one line, or (None) a line for what holds no other collection."""
+    return yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=1 << 20
+    )
+
+
+def _path(name: str, folder: Path) -> Path:
+    stem = name.removesuffix(".yaml")
+    if not stem or stem.startswith(".") or set(stem) & set("/\\") or not stem.isprintable():
+        raise ConfigError(
+            f"the configuration's name is {name!r}",
+            rule="it is one file's name, without slashes, control characters or a leading dot",
+            remedy="choose another name",
+        )
+    return folder / f"{stem}.yaml"
+
+
+def _write(path: Path, text: str, *, overwrite: bool) -> None:
+    """All of the file or nothing of it. Raises FileExistsError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # which fails where something is
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)

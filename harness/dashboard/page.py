@@ -1,0 +1,123 @@
+"""The page: its tabs. Those that change something are in `control`; the two alone import Gradio.
+
+Pictures and tables are elements of `assets/`, which ask the server under /api themselves; Gradio carries the
+tabs, the form and every button that changes something.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from harness.dashboard.access import Access
+from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.control import (
+    CHOICE_OF_RUNS,
+    configuration_tab,
+    known_runs,
+    own_element,
+    tensorboard_tab,
+    training_tab,
+)
+from harness.dashboard.tensorboards import TensorBoards
+
+__all__ = ["mount_page"]
+
+HEAD = """
+<link rel="stylesheet" href="/own/uPlot.min.css">
+<link rel="stylesheet" href="/own/dashboard.css">
+<script src="/own/uPlot.iife.min.js"></script>
+<script type="module" src="/own/dashboard.js"></script>
+"""
+FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
+MONO = ["ui-monospace", "Consolas", "monospace"]
+PRESSED_EVERY_S = 0.05
+# Lists of runs are read when one is opened, and again while it stays open: a run that has just begun has to
+# turn up under the eyes of the one who looks for it.
+RUNS_SCRIPT = """
+element.addEventListener('harness-open', (event) => trigger('open', { run: event.detail }));
+const isChoice = (node) => Boolean(node?.closest?.('.CHOICE'));
+document.addEventListener('focusin', (event) => isChoice(event.target) && trigger('choose'));
+setInterval(() => !document.hidden && isChoice(document.activeElement) && trigger('choose'), 1500);
+""".replace("CHOICE", CHOICE_OF_RUNS)
+
+
+def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: TensorBoards) -> FastAPI:
+    """Puts the page at the root of `app`."""
+    page = _page(catalogue, access, servers)
+    theme = gr.themes.Default(font=FONTS, font_mono=MONO)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        theme=theme,
+        head=HEAD,
+        footer_links=[],
+        run_history=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        show_error=True,
+    )
+    # Gradio looks 1,000 times a second whether a button was pressed, which costs a tenth of a core.
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = PRESSED_EVERY_S
+    return app
+
+
+def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blocks:
+    with gr.Blocks(title="Harness", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML("<h1 style='margin:0'>Harness</h1>", padding=False)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Runs", id="runs"):
+                runs = gr.HTML(
+                    html_template="<harness-runs></harness-runs>",
+                    js_on_load=RUNS_SCRIPT,
+                    apply_default_css=False,
+                )
+            with gr.Tab("Monitoring", id="monitoring"):
+                chosen = gr.Dropdown(
+                    label="Run",
+                    choices=[],
+                    value=None,
+                    interactive=True,
+                    elem_id="chosen-run",
+                    elem_classes=CHOICE_OF_RUNS,
+                )
+                monitor = own_element("harness-monitor")
+            with gr.Tab("Configuration", id="configuration"):
+                fields = configuration_tab(access)
+            with gr.Tab("Training", id="training"):
+                controlled = training_tab(catalogue, access, fields)
+            with gr.Tab("TensorBoard", id="tensorboard"):
+                drawn = tensorboard_tab(catalogue, access, servers)
+
+        runs.open(_open_run(catalogue), outputs=[chosen, monitor, tabs], show_progress="hidden")
+        chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
+        told = gr.State(None)
+        choices = [told, chosen, controlled, drawn]
+        runs.choose(_tell_choices(catalogue), told, choices, show_progress="hidden", trigger_mode="once")
+    return page
+
+
+def _tell_choices(catalogue: Catalogue) -> Any:
+    """Sends the names of runs where they are new: what is sent to an open list undoes what is typed there."""
+
+    def tell_choices(told: Any) -> Any:
+        found, known = catalogue.names(), known_runs(catalogue)
+        if told == (found, known):
+            return gr.skip()
+        return (found, known), *(gr.update(choices=runs) for runs in (found, known, found))
+
+    return tell_choices
+
+
+def _open_run(catalogue: Catalogue) -> Any:
+    def open_run(event: gr.EventData) -> tuple[Any, str, Any]:
+        run = str(event.run)
+        catalogue.directory(run)
+        return gr.update(choices=catalogue.names(), value=run), run, gr.update(selected="monitoring")
+
+    return open_run

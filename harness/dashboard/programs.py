@@ -1,0 +1,416 @@
+"""Runs as programs of their own: started, stopped, taken up again, and heard.
+
+A program that was started here belongs to a session of its own, reads nothing, and prints into a file, so
+that it goes on when the dashboard ends. What is known of it stands beside the runs, since a run's own
+directory has to be empty until the run makes it:
+
+    runs/.dashboard/NAME/config.yaml     what it was started with
+    runs/.dashboard/NAME/output.log      what it has printed, of all attempts
+    runs/.dashboard/NAME/program.json    its process, and how it ended
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness.config import TrainConfig, check_same_run, read_yaml
+from harness.config.load import flatten
+from harness.dashboard.form import read, yaml_of
+from harness.dashboard.printed import read_printed
+from harness.env import program_environment
+from harness.errors import ConfigError, LaunchError, TrackingError
+from harness.tracking.process import identity, is_alive
+from harness.tracking.reader import is_run
+from harness.tracking.sample import open_digest
+
+__all__ = [
+    "CONFIG_FILE",
+    "PROGRAM",
+    "RECORDS",
+    "Program",
+    "check_processes",
+    "configuration",
+    "kill",
+    "last_processes",
+    "output",
+    "program",
+    "programs",
+    "resume",
+    "run_directory",
+    "start",
+    "stop",
+]
+
+PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
+RECORDS = ".dashboard"
+"""Folder, beside the runs, of what is known of their programs."""
+CONFIG_FILE = "config.yaml"
+_OUTPUT, _PROCESS = "output.log", "program.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The newest attempt at a run that was started here."""
+
+    directory: Path
+    """The run's, which need not exist yet."""
+    command: tuple[str, ...]
+    processes: int
+    pid: int
+    """Of the training itself, or of torchrun's agent where there are several processes."""
+    process_start: float
+    machine: str
+    host: str
+    started: float
+    """Seconds since the epoch."""
+    exit_code: int | None = None
+    """0: finished, 75: stopped with a checkpoint, negative: ended by that signal; of several processes
+    torchrun says 1 for all that is not 0. None: it runs, or ended after the dashboard that had started it."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.directory.name
+
+    def is_running(self) -> bool:
+        """Whether it still runs, on this machine."""
+        return self.exit_code is None and is_alive(dataclasses.asdict(self)) is True
+
+
+def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> Program:
+    """Starts the run that `config` describes, below `runs_dir` whatever its own `runs_dir` is.
+
+    Args:
+        processes: One is started as it is, several by torchrun, all on this machine.
+
+    Raises:
+        ConfigError: the name leads out of the folder, the batch cannot be split over so many processes, or
+            the run exists with other settings.
+        TrackingError: the run is running.
+        LaunchError: no program can be started.
+    """
+    directory = run_directory(runs_dir, config.name)
+    config = dataclasses.replace(config, runs_dir=str(directory.parent))
+    check_processes(config, processes)
+    with _records(directory) as records:
+        _check_not_running(directory, records)
+        if (directory / CONFIG_FILE).exists():
+            check_same_run(config, directory / CONFIG_FILE)
+        return _launch(records, directory, config, processes)
+
+
+def resume(run_dir: Path | str, *, processes: int | None = None, steps: int | None = None) -> Program:
+    """Goes on with a run from its newest checkpoint, with the configuration that is kept in its directory.
+
+    Args:
+        processes: As for `start`; None: as many as last time.
+        steps: A new `loop.steps`.
+
+    Raises:
+        ConfigError, TrackingError, LaunchError: as for `start`; or there is no run.
+    """
+    directory = Path(run_dir).resolve()
+    config = dataclasses.replace(configuration(directory), name=directory.name, resume="must")
+    if steps is not None:
+        config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
+    if processes is None:
+        processes = last_processes(directory)
+    return start(config, runs_dir=directory.parent, processes=processes)
+
+
+def stop(run_dir: Path | str) -> None:
+    """Asks a run to finish its step, save a checkpoint and leave; returns at once.
+
+    Rank 0 is asked, wherever the run was started on this machine, and tells the others. torchrun's agent is
+    not: it would wait half a minute for its workers and kill them. An agent that someone else has told to
+    restart workers (`--max-restarts`) will do so.
+
+    Raises:
+        TrackingError: the run is not running, or not on this machine.
+    """
+    directory = Path(run_dir).resolve()
+    started, last = program(directory), _last_attempt(directory)
+    if not last.ended and is_alive(last.info):
+        _signal(directory, int(last.info["pid"]), signal.SIGTERM)
+    elif started is not None and started.is_running() and not _is_ending(started, last):
+        _signal(directory, started.pid, signal.SIGTERM)  # it is still loading: there is nothing to save
+    else:
+        raise _not_running(directory, last)
+
+
+def kill(run_dir: Path | str) -> None:
+    """Ends a run that was started here at once, by SIGKILL; what came after its last checkpoint is lost.
+
+    Its side process is left to complete the mirrors.
+
+    Raises:
+        TrackingError: it is not running, or was not started here.
+    """
+    directory = Path(run_dir).resolve()
+    started = program(directory)
+    if started is None or not started.is_running():
+        raise TrackingError(
+            f"there is no program of {directory} to kill",
+            rule="only what was started here and still runs is killed",
+            remedy="`stop` asks any run on this machine to leave",
+        )
+    for group in _groups(started):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def program(run_dir: Path | str) -> Program | None:
+    """The program of a run that was last started here, or None."""
+    directory = Path(run_dir).resolve()
+    return _noted(_records_of(directory), directory)
+
+
+def programs(runs_dir: Path | str) -> list[Program]:
+    """All that was started in a folder of runs, newest first; those too that ended before they were runs."""
+    root = Path(runs_dir).resolve()
+    found = [_noted(records, root / records.name) for records in (root / RECORDS).glob("*/")]
+    return sorted((one for one in found if one is not None), key=lambda one: -one.started)
+
+
+def output(runs_dir: Path | str, run: str, offset: int = 0) -> tuple[str, int]:
+    """What the run has printed from `offset` on, and the next offset; no text if it was not started here.
+
+    Raises:
+        ConfigError: `run` leads out of the folder.
+    """
+    return read_printed(_records_of(run_directory(runs_dir, run)) / _OUTPUT, offset)
+
+
+def configuration(run_dir: Path | str) -> TrainConfig:
+    """The configuration that a run keeps in its directory.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    return read(flatten(read_yaml(Path(run_dir) / CONFIG_FILE)))
+
+
+def run_directory(runs_dir: Path | str, run: str) -> Path:
+    """Where the run of that name, or path below the folder, has its directory.
+
+    Raises:
+        ConfigError: it is not below the folder, or can be no folder's name.
+    """
+    root = Path(runs_dir).resolve()
+    directory = root / run
+    try:
+        is_below = directory.resolve() == directory and directory != root and directory.is_relative_to(root)
+        directory.is_dir()  # refuses what is too long
+    except (OSError, ValueError):
+        is_below = False
+    if not is_below or RECORDS in directory.relative_to(root).parts:
+        raise ConfigError(
+            f"the run's name is {run[:200]!r}",
+            rule=f"it is a folder below {root}, without links on the way",
+            remedy="choose another name",
+        )
+    return directory
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Checks that the run can be spread over so many.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if processes < 1:
+        raise ConfigError(f"the number of processes is {processes}", rule="it has to be 1 or more")
+    config.check_world(processes)
+
+
+def last_processes(run_dir: Path | str) -> int:
+    """How many processes the run last had, as its log says; 1 if it does not."""
+    return int(_last_attempt(Path(run_dir).resolve()).info.get("world_size", 1))
+
+
+def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
+    file = records / CONFIG_FILE
+    _write(file, yaml_of(config))
+    command = [*_launcher(processes), str(PROGRAM), "--config", str(file)]
+    try:
+        with open(records / _OUTPUT, "ab") as printed:
+            printed.write(f"\n$ {shlex.join(command)}\n".encode(errors="replace"))
+            printed.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=program_environment(PYTHONUNBUFFERED="1"),
+            )
+    except OSError as error:
+        raise LaunchError(
+            f"the run {config.name!r} cannot be started: {error.strerror}",
+            rule="a run is a program of its own that prints into a file",
+            remedy=f"look after {records}, and after the machine's memory and processes",
+        ) from error
+    here = identity()
+    started = Program(
+        directory=directory,
+        command=tuple(command),
+        processes=processes,
+        pid=process.pid,
+        process_start=psutil.Process(process.pid).create_time(),
+        machine=here["machine"],
+        host=here["host"],
+        started=time.time(),
+    )
+    _note(records, started)
+    threading.Thread(target=_wait_for_end, args=(process, started), name="program", daemon=True).start()
+    return started
+
+
+def _launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    # -P: the working folder's modules are none of the launcher's business.
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(processes), "--max-restarts", "0"]
+
+
+def _wait_for_end(process: subprocess.Popen[bytes], started: Program) -> None:
+    """Leaves no zombie, and notes the exit code unless the run has been started again."""
+    exit_code = process.wait()
+    with contextlib.suppress(ConfigError, OSError), _records(started.directory) as records:
+        if _noted(records, started.directory) == started:
+            _note(records, dataclasses.replace(started, exit_code=exit_code))
+            _say_signal(records, exit_code)
+
+
+def _say_signal(records: Path, exit_code: int) -> None:
+    """What a signal has ended could not say so itself; who reads its output would wait for more."""
+    if exit_code < 0:
+        with open(records / _OUTPUT, "ab") as printed:
+            printed.write(f"\n[ended by {signal.strsignal(-exit_code)}, signal {-exit_code}]\n".encode())
+
+
+def _check_not_running(directory: Path, records: Path) -> None:
+    started, last = _noted(records, directory), _last_attempt(directory)
+    if (started is not None and started.is_running()) or is_alive(last.info) or last.runs_elsewhere:
+        raise TrackingError(
+            f"{directory} is running, on {last.info.get('host', 'this machine')}",
+            rule="a run has one writer",
+            remedy="stop it and wait for its end, or choose another name",
+        )
+
+
+def _not_running(directory: Path, last: _Attempt) -> TrackingError:
+    if last.runs_elsewhere:
+        return TrackingError(
+            f"{directory} is running on {last.info.get('host')}",
+            rule="a run is stopped on the machine of its rank 0",
+            remedy=f"there, `kill -TERM {last.info.get('pid')}` stops it",
+        )
+    return TrackingError(f"{directory} is not running", rule="only a run that is running can be stopped")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What the run's log says of the newest attempt, wherever it was started."""
+
+    info: Mapping[str, Any]
+    """Of its rank 0; empty without a log."""
+    ended: bool
+    runs_elsewhere: bool
+    """On another machine, as far as can be told."""
+    updated: float = 0.0
+    """Time of its last record, in seconds since the epoch."""
+
+
+def _last_attempt(directory: Path) -> _Attempt:
+    if not is_run(directory):
+        return _Attempt({}, ended=True, runs_elsewhere=False)
+    log = open_digest(directory)  # a sample of a long log has both ends of it, which is where this stands
+    elsewhere = is_alive(log.info) is None and log.state() == "running"
+    return _Attempt(log.info, ended=log.end is not None, runs_elsewhere=elsewhere, updated=log.updated or 0.0)
+
+
+def _is_ending(started: Program, last: _Attempt) -> bool:
+    """Whether the attempt that this program made has written its end: what lives is about to leave."""
+    return last.ended and last.updated > started.started
+
+
+def _signal(directory: Path, pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError as error:
+        raise TrackingError(f"{directory} has just ended", rule="only what runs can be stopped") from error
+    except PermissionError as error:
+        raise TrackingError(
+            f"{directory} is run by another user, as process {pid}",
+            rule="a program is stopped by who has started it",
+        ) from error
+
+
+def _groups(started: Program) -> list[int]:
+    """The process groups of a program: torchrun gives every worker one of its own."""
+    if started.processes == 1:
+        return [started.pid]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        agent = psutil.Process(started.pid)
+        agent.suspend()  # or it might start another worker meanwhile
+        return [started.pid, *(child.pid for child in agent.children() if os.getpgid(child.pid) == child.pid)]
+    return [started.pid]
+
+
+def _records_of(directory: Path) -> Path:
+    return directory.parent / RECORDS / directory.name
+
+
+@contextlib.contextmanager
+def _records(directory: Path) -> Iterator[Path]:
+    """The folder of what is known of a run's program, made if need be and held by one at a time."""
+    records = _records_of(directory)
+    try:
+        records.mkdir(parents=True, exist_ok=True)
+        lock = open(records / "lock", "ab")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {records}: {error.strerror}",
+            rule="the dashboard notes there what it starts",
+            remedy="look after the disk, or choose another folder for runs",
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield records
+
+
+def _noted(records: Path, directory: Path) -> Program | None:
+    try:
+        noted = json.loads((records / _PROCESS).read_text(encoding="utf-8"))
+        return Program(**{**noted, "directory": directory, "command": tuple(noted["command"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _note(records: Path, started: Program) -> None:
+    noted = dataclasses.asdict(started)
+    del noted["directory"]  # where it lies says that
+    _write(records / _PROCESS, json.dumps(noted))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,166 @@
+"""The dashboard's server: data for the page's pictures, the page itself, and the gate before both."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import uvicorn
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.middleware.gzip import GZipMiddleware
+
+from harness.dashboard import programs
+from harness.dashboard.access import Access, Gate
+from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.comparison import compare_view
+from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.views import Axis, curves_view, layers_view, run_view
+from harness.errors import ConfigError, HarnessError
+
+__all__ = ["ASSETS", "application", "serve"]
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+MAX_NAMES = 2000
+MAX_COMPARED = 12
+
+First = Annotated[int | None, Query()]
+Last = Annotated[int | None, Query()]
+
+
+def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> Gate:
+    """The whole application behind its gate. Loads Gradio."""
+    from harness.dashboard.page import mount_page  # heavy, and not needed to say what is wrong with options
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
+    app.add_exception_handler(HarnessError, _say_what_is_wrong)  # type: ignore[arg-type]
+    _add_data(app, catalogue)
+    app.mount("/own", StaticFiles(directory=ASSETS), name="assets")
+    return Gate(mount_page(app, catalogue, access, servers), access)
+
+
+def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = print) -> None:
+    """Serves until Ctrl-C.
+
+    Args:
+        runs_dir: Folder of runs.
+        access: Where to listen, and for whom.
+        started: Told the address when it is open.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    listener = _listen(access)
+    access = dataclasses.replace(access, port=listener.getsockname()[1])
+    catalogue = Catalogue(runs_dir)
+    servers = TensorBoards()
+    app = application(catalogue, access, servers)
+    catalogue.start()
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    started(address(access))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # raised once more when everything has ended
+            uvicorn.Server(settings).run(sockets=[listener])
+    finally:
+        servers.close()
+        catalogue.close()
+
+
+def address(access: Access) -> str:
+    """What to open in a browser, the token included."""
+    host = f"[{access.host}]" if ":" in access.host else access.host
+    return f"http://{host}:{access.port}/" + (f"?token={access.token}" if access.token else "")
+
+
+def _listen(access: Access) -> socket.socket:
+    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((access.host, access.port))
+        listener.listen(128)  # whoever is told the address may come at once
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {access.host}:{access.port}: {error.strerror}",
+            rule="the address is this machine's and the port is free",
+            remedy="take another --port; 0 finds a free one",
+        ) from error
+    return listener
+
+
+def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
+    """The addresses under /api. Each answers from the log alone and changes nothing."""
+
+    @app.get("/api/runs")
+    def runs() -> Response:
+        return _json(
+            {
+                "runs": catalogue.rows(),
+                "now": time.time(),
+                "folder": str(catalogue.root),
+                "reading": catalogue.num_unread(),
+            }
+        )
+
+    @app.get("/api/run")
+    def run(run: str, seen: str = "") -> Response:
+        with catalogue.reading(run) as digest:
+            version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
+            return _json(
+                {"version": version, "unchanged": True}
+                if version == seen
+                else {"version": version, **run_view(digest)}
+            )
+
+    @app.get("/api/curves")
+    def curves(
+        run: str,
+        name: Annotated[list[str], Query()] = [],  # noqa: B006  (FastAPI copies it)
+        axis: Axis = "step",
+        first: First = None,
+        last: Last = None,
+        points: Annotated[int, Query(ge=10, le=5000)] = 800,
+    ) -> Response:
+        with catalogue.reading(run) as digest:
+            view = curves_view(
+                digest, name[:MAX_NAMES], axis=axis, within=_within(first, last), max_points=points
+            )
+            return _json(view)
+
+    @app.get("/api/layers")
+    def layers(run: str, statistic: str, first: First = None, last: Last = None) -> Response:
+        with catalogue.reading(run) as digest:
+            return _json(layers_view(digest, statistic, within=_within(first, last)))
+
+    @app.get("/api/compare")
+    def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:
+        return _json(compare_view(catalogue, run))
+
+    @app.get("/api/output")
+    def output(run: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
+        text, end = programs.output(catalogue.root, run, offset)
+        return _json({"text": text, "offset": end})
+
+
+def _within(first: int | None, last: int | None) -> tuple[int, int] | None:
+    return None if first is None or last is None else (min(first, last), max(first, last))
+
+
+def _json(answer: Any) -> Response:
+    content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
+
+
+def _say_what_is_wrong(request: Request, error: HarnessError) -> Response:
+    return Response(orjson.dumps({"error": str(error)}), status_code=404, media_type="application/json")

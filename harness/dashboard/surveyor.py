@@ -1,0 +1,249 @@
+"""Reads every run's log for the dashboard's table, in a process of its own that gives way to all others.
+
+It is started by `catalogue`, takes orders from its standard input, `{"look": true}` and `{"want": RUN}`, and
+answers on its standard output, each a line of JSON:
+
+    {"runs": [RUN, ...]}                 what a search has found, newest first
+    {"run": RUN, "glance": {...}}        a row of the table, at first from a peek at both ends of the log
+    {"run": RUN, "read_frac": 0.25}      how far a long log has been read
+
+Logs are read whole a little at a time, between orders. The digests of long ones are kept in files, which is
+how the dashboard itself gets them, and so are the rows of runs that have ended. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from harness.errors import HarnessError
+from harness.priority import yield_to_others
+from harness.tracking.digest import Digest
+from harness.tracking.kept import keep, kept_path, restored
+from harness.tracking.overview import glance, run_paths
+from harness.tracking.sample import LONG_BYTES, sample
+
+__all__ = ["Surveyor", "main"]
+
+logger = logging.getLogger(__name__)
+
+SEARCH_EVERY_S = 5.0
+SLICE_S = 0.5
+"""How long a long log is read on before orders are heard."""
+KEEP_EVERY_S = 60.0
+PEEK_BYTES = 16 << 10
+TABLE = "table.json"
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def main(root: str, kept: str) -> None:
+    """Serves until standard input ends."""
+    yield_to_others()
+    orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    surveyor = Surveyor(Path(root), Path(kept), _say)
+    surveyor.look()
+    while True:
+        for order in _orders(orders, wait=not surveyor.has_unread):
+            if order is None:
+                return
+            if "want" in order:
+                surveyor.want(order["want"])
+            else:
+                surveyor.look()
+        surveyor.read_on(SLICE_S)
+
+
+class Surveyor:
+    """Finds the runs below a folder and keeps account of them.
+
+    Args:
+        root: The folder.
+        kept: Where digests of long logs are kept.
+        tell: Takes the answers.
+    """
+
+    def __init__(self, root: Path, kept: Path, tell: Tell) -> None:
+        self._root = root
+        self._kept = kept
+        self._tell = tell
+        self._searched = -SEARCH_EVERY_S
+        self._paths: dict[str, Path] = {}
+        self._open: dict[str, Digest] = {}
+        """Of runs that have not ended, and of the one that is being read."""
+        self._unread: dict[str, float] = {}
+        """Runs whose log is to be read whole, the next one first, and when what was read was last kept."""
+        self._table = _read_table(kept / TABLE)
+        self._has_told_table = False
+        self._table_kept = time.monotonic()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether there are logs to be read on."""
+        return bool(self._unread)
+
+    def look(self) -> None:
+        """Looks for runs, and at those whose log has grown or whose state may change by itself."""
+        has_searched = time.monotonic() - self._searched >= SEARCH_EVERY_S
+        if has_searched:
+            self._search()
+        for run, path in self._paths.items():
+            if has_searched or run not in self._table:  # runs that have ended are looked at less often
+                with _unless_unreadable(run):
+                    self._look_at(run, path)
+
+    def want(self, run: str) -> None:
+        """Somebody looks at this run: it is the next to be read."""
+        if run in self._unread:
+            self._unread = {run: self._unread.pop(run), **self._unread}
+
+    def read_on(self, budget_s: float) -> None:
+        """Reads logs on for a while; keeps the digest of a long one when it is complete or much was read."""
+        deadline = time.monotonic() + budget_s
+        while self._unread and (left_s := deadline - time.monotonic()) > 0:
+            run, kept_at = next(iter(self._unread.items()))
+            del self._unread[run]
+            with _unless_unreadable(run):
+                if not self._read(run, self._paths[run], kept_at, left_s):
+                    return
+        if time.monotonic() - self._table_kept > KEEP_EVERY_S or not self._unread:
+            self._keep_table()
+
+    def _read(self, run: str, path: Path, kept_at: float, budget_s: float) -> bool:
+        """Whether the log has been read to its end within the time; else it is the next one again."""
+        digest = self._digest(run, path)
+        signature, size = _signature(path)
+        is_complete = digest.refresh(budget_s=budget_s)
+        if size > LONG_BYTES and (is_complete or time.monotonic() - kept_at > KEEP_EVERY_S):
+            keep(digest, kept_path(self._kept, run))
+            kept_at = time.monotonic()
+        if is_complete:
+            self._show(run, digest, signature)
+        else:
+            self._unread = {run: kept_at, **self._unread}
+            self._tell({"run": run, "read_frac": digest.read_frac})
+        return is_complete
+
+    def _search(self) -> None:
+        self._searched = time.monotonic()
+        found = sorted(run_paths(self._root), key=_last_written, reverse=True)
+        self._paths = {path.relative_to(self._root).as_posix(): path for path in found}
+        known: dict[str, Any]
+        for known in (self._table, self._open, self._unread):
+            for gone in set(known) - set(self._paths):
+                del known[gone]
+        self._tell({"runs": list(self._paths)})
+        if not self._has_told_table:
+            self._has_told_table = True
+            for run, (_, row) in self._table.items():
+                self._tell({"run": run, "glance": row})
+
+    def _look_at(self, run: str, path: Path) -> None:
+        signature, size = _signature(path)
+        if run in self._unread or self._table.get(run, ("", {}))[0] == signature:
+            return
+        self._table.pop(run, None)
+        digest = self._open.get(run)
+        if digest is None and size > PEEK_BYTES:
+            self._unread[run] = time.monotonic()
+            self._tell_row(run, sample(path, num_places=0, tail_bytes=PEEK_BYTES))
+        elif digest is not None and digest.bytes_behind() > LONG_BYTES:
+            self._unread[run] = time.monotonic()
+        else:
+            digest = self._digest(run, path)
+            digest.refresh()
+            self._show(run, digest, signature)
+
+    def _show(self, run: str, digest: Digest, signature: str) -> None:
+        row = self._tell_row(run, digest)
+        if row["state"] not in ("running", "stale"):
+            self._table[run] = (signature, row)  # it stays like that until the log grows
+            self._open.pop(run, None)
+
+    def _tell_row(self, run: str, digest: Digest) -> dict[str, Any]:
+        row = dataclasses.asdict(glance(digest))
+        del row["path"]  # it stays on the server
+        self._tell({"run": run, "glance": row})
+        return row
+
+    def _digest(self, run: str, path: Path) -> Digest:
+        if run not in self._open:
+            self._open[run] = restored(path, kept_path(self._kept, run)) or Digest(path)
+        return self._open[run]
+
+    def _keep_table(self) -> None:
+        self._table_kept = time.monotonic()
+        path = self._kept / TABLE
+        with contextlib.suppress(OSError):
+            path.with_suffix(".new").write_bytes(_json(self._table))
+            path.with_suffix(".new").replace(path)
+
+
+def _read_table(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The rows that were kept, each with the signature of its log."""
+    try:
+        kept = orjson.loads(path.read_bytes())
+        return {str(run): (str(signature), dict(row)) for run, (signature, row) in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+@contextlib.contextmanager
+def _unless_unreadable(run: str) -> Iterator[None]:
+    """One run that cannot be read must not hide the others."""
+    try:
+        yield
+    except (OSError, HarnessError, LookupError, TypeError, ValueError) as error:
+        logger.info("%s cannot be read: %r", run, error)
+
+
+def _last_written(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return (path / "log").stat().st_mtime
+    return 0.0
+
+
+def _signature(path: Path) -> tuple[str, int]:
+    """Changes whenever the log grows; and how many bytes it has."""
+    files = [(str(file), file.stat()) for file in sorted((path / "log").rglob("*.jsonl"))]
+    known_by = repr([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    return hashlib.sha256(known_by.encode()).hexdigest()[:32], sum(status.st_size for _, status in files)
+
+
+def _listen(orders: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    for line in sys.stdin.buffer:
+        orders.put(orjson.loads(line))
+    orders.put(None)
+
+
+def _orders(
+    orders: queue.SimpleQueue[dict[str, Any] | None], *, wait: bool
+) -> Iterable[dict[str, Any] | None]:
+    """Those that have come, several looks as one; waits for the first one if there is nothing else to do."""
+    come: list[dict[str, Any] | None] = []
+    with contextlib.suppress(queue.Empty):
+        come.append(orders.get(block=wait))
+        while True:
+            come.append(orders.get_nowait())
+    return [order for number, order in enumerate(come) if order not in come[:number]]
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(_json(answer) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS, default=str)

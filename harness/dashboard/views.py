@@ -1,0 +1,207 @@
+"""What the page is told: a run, its curves and its layers as plain data. Nothing here keeps state.
+
+Curves are bands: each point is the smallest, the mean and the largest value of the steps that it stands for,
+and says how many of them were not finite, so that nothing that happened is hidden by the width of a screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.tracking.digest import Bands, Digest
+from harness.tracking.reader import Event
+
+__all__ = ["Axis", "curves_view", "events_view", "layers_view", "run_view"]
+
+Axis = Literal["step", "tokens", "hours", "clock"]
+MAX_EVENTS = 500
+MAX_NAMES = 5000
+"""Names of metrics sent at once; beyond them the page asks for what it searches."""
+TOKENS = "train/tokens"
+CHECKPOINT = re.compile(r"step-(\d+)")
+
+Floats = npt.NDArray[np.float64]
+
+
+def run_view(digest: Digest) -> dict[str, Any]:
+    """State, settings, metrics and events of a run: all of the page but its curves."""
+    names = digest.names()
+    config = digest.info.get("config") or {}
+    return {
+        "state": digest.state(),
+        "last_step": digest.last_step,
+        "total_steps": _nested(config, "loop", "steps"),
+        "max_norm": _nested(config, "guard", "max_norm"),
+        "started": digest.started,
+        "updated": digest.updated,
+        "attempts": len(digest.attempts),
+        "read_frac": digest.read_frac,
+        "is_sample": digest.is_sample,
+        "num_damaged": digest.num_damaged,
+        "host": digest.info.get("host"),
+        "command": [str(part) for part in digest.info.get("command", [])],
+        "end": digest.end,
+        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith("layers/")},
+        "names": [name for name in names if not name.startswith(("layers/", "ranks/"))][:MAX_NAMES],
+        "num_names": len(names),
+        "statistics": sorted({name.split("/")[1] for name in names if name.startswith("layers/")}),
+        "ranks": digest.ranks(),
+        "checkpoints": _checkpoints(digest),
+        **events_view(digest.events()),
+    }
+
+
+def events_view(events: Sequence[Event]) -> dict[str, Any]:
+    """The newest events, the incidents among them, and how many there are of each kind."""
+    kinds: dict[str, int] = {}
+    for event in events:
+        kinds[event.name] = kinds.get(event.name, 0) + 1
+    return {
+        "event_counts": kinds,
+        "events": [
+            {"name": e.name, "step": e.step, "time": e.time, "abandoned": e.abandoned, "text": e.text[:500]}
+            for e in events[-MAX_EVENTS:]
+        ],
+        "incidents": [
+            {
+                "time": e.time,
+                "attempt": e.attempt,
+                "abandoned": e.abandoned,
+                "step": e.step,
+                **_brief(e.details),
+            }
+            for e in events
+            if e.name == "incident"
+        ][-MAX_EVENTS:],
+    }
+
+
+def curves_view(
+    digest: Digest,
+    names: Iterable[str],
+    *,
+    axis: Axis = "step",
+    within: tuple[int, int] | None = None,
+    max_points: int = 800,
+) -> dict[str, Any]:
+    """Metrics as bands, those with the same steps on one common x.
+
+    Args:
+        digest: The run.
+        names: Metrics; unknown ones come back empty.
+        axis: What x counts: steps, tokens, hours since the start, or seconds since the epoch.
+        within: First and last step to show; None for all.
+        max_points: Points per curve at most.
+    """
+    ruler = _Ruler(digest, axis)
+    xs: list[dict[str, Any]] = []
+    known: dict[bytes, int] = {}
+    curves = {}
+    for name in names:
+        bands = digest.bands(name, within=within, max_points=max_points)
+        key = bands.steps.tobytes() + (bands.times.tobytes() if axis in ("hours", "clock") else b"")
+        if key not in known:
+            known[key] = len(xs)
+            xs.append({"x": ruler.measure(bands), "steps": bands.steps})
+        curves[name] = {"x": known[key], **_curve(bands)}
+    return {"xs": xs, "curves": curves, "axis": axis}
+
+
+def layers_view(
+    digest: Digest, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int = 300
+) -> dict[str, Any]:
+    """A statistic of every parameter over steps, the largest of each column; for the heat map."""
+    layers = digest.layers(statistic, within=within, max_columns=max_columns)
+    return {
+        "statistic": statistic,
+        "steps": layers.steps,
+        "names": layers.names,
+        "values": [_compact(np.ascontiguousarray(row)) for row in layers.values.T],
+        "nonfinite": [np.flatnonzero(np.isinf(row)) for row in layers.values.T],
+    }
+
+
+class _Ruler:
+    """Turns steps and times into what the x axis counts."""
+
+    def __init__(self, digest: Digest, axis: Axis) -> None:
+        self._axis = axis
+        self._started = digest.started or 0.0
+        self._tokens = digest.bands(TOKENS) if axis == "tokens" else None
+
+    def measure(self, bands: Bands) -> npt.NDArray[Any]:
+        if self._axis == "hours":
+            return (bands.times - self._started) / 3600
+        if self._axis == "clock":
+            return bands.times
+        if self._tokens is not None and len(self._tokens.steps):
+            return np.interp(bands.steps, self._tokens.steps, self._tokens.high)
+        return bands.steps
+
+
+def _curve(bands: Bands) -> dict[str, Any]:
+    reduced = bool((bands.num_points > 1).any())
+    odd = np.flatnonzero(bands.num_nan + bands.num_inf)
+    return {
+        "mean": _compact(bands.mean),
+        "low": _compact(bands.low) if reduced else None,
+        "high": _compact(bands.high) if reduced else None,
+        "odd": np.stack([odd, bands.num_nan[odd], bands.num_inf[odd]], axis=1),
+    }
+
+
+def _compact(values: Floats) -> npt.NDArray[Any]:
+    """Seven digits are enough for a picture, unless they lose a number's size."""
+    with np.errstate(over="ignore"):
+        short = values.astype(np.float32)
+    return values if np.isinf(short).any() else short
+
+
+def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
+    """What the log says was saved, and what is there of it now."""
+    there = _directories(digest.path / "checkpoints")
+    saved = [
+        {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
+        for e in digest.events("checkpoint")
+        if isinstance(e.details.get("num_steps"), int)
+    ]
+    by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}
+    for num_steps, health in there.items():
+        by_steps.setdefault(num_steps, {"num_steps": num_steps, "time": None})["health"] = health
+    return [by_steps[num_steps] for num_steps in sorted(by_steps)][-MAX_EVENTS:]
+
+
+def _directories(folder: Path) -> dict[int, str]:
+    """Committed checkpoints by their number of steps: `healthy`, or `pending` until time has told."""
+    try:
+        paths = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)]
+    except OSError:
+        return {}
+    return {
+        int(path.name.removeprefix("step-")): "healthy" if (path / "healthy").exists() else "pending"
+        for path in paths
+        if (path / "manifest.json").exists()
+    }
+
+
+def _brief(details: dict[str, Any]) -> dict[str, Any]:
+    """An event's details, lists cut to what a table can show."""
+    return {
+        name: [*value[:8], f"and {len(value) - 8} more"]
+        if isinstance(value, list) and len(value) > 9
+        else value
+        for name, value in details.items()
+        if name not in ("time", "attempt", "abandoned")
+    }
+
+
+def _nested(config: Any, *path: str) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config

@@ -1,0 +1,170 @@
+"""One run as a person sees it: live, by another axis, smoothed, zoomed, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from subprocess import Popen
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from harness.tracking import RunLog
+from tests.browser.actions import hover, open_run, picture, shown
+from tests.browser.conftest import Dashboard, Place
+from tests.support.runs import PROGRAM, start
+
+NAN = "--faults=[{step: 30, kind: nan, target: gradient}]"
+LAST_STEP = "Number(document.querySelector('harness-monitor').dataset.lastStep)"
+# Where something is drawn in a curve's blue near a picture's upper edge, from 0, the plot's left end, to 1.
+PEAKS = """(canvas) => {
+  const over = canvas.closest('.uplot').querySelector('.u-over').getBoundingClientRect();
+  const all = canvas.getBoundingClientRect();
+  const scale = canvas.width / all.width;
+  const top = Math.round((over.top - all.top + over.height / 10) * scale);
+  const left = Math.round((over.left - all.left) * scale);
+  const [width, height] = [Math.round(over.width * scale), Math.round((over.height / 10) * scale)];
+  const { data } = canvas.getContext('2d').getImageData(left, top, width, height);
+  const isBlue = (at) => data[at + 3] > 40 && data[at + 2] > data[at] + 40;
+  const columns = [...Array(width).keys()];
+  return columns
+    .filter((x) => [...Array(height).keys()].some((y) => isBlue(4 * (y * width + x))))
+    .map((x) => x / width);
+}"""
+
+
+@pytest.fixture
+def endless(place: Place) -> Iterator[Popen[str]]:
+    """A run from elsewhere that trains until it is ended, with a NaN at step 30."""
+    arguments = place.arguments("live", "--loop.steps=100000", "--checkpoint.every=0", NAN)
+    process = start([sys.executable, PROGRAM, *arguments])
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_that_trains_is_seen_live_and_its_nan_is_named(
+    page: Page, dashboard: Dashboard, endless: Popen[str]
+) -> None:
+    monitor = open_run(page, dashboard, "live")
+    expect(monitor).to_have_attribute("data-state", "running")
+    before = page.evaluate(LAST_STEP)
+    page.wait_for_function(f"before => {LAST_STEP} > before", arg=before, timeout=2000)
+    row = monitor.locator(".h-incidents tbody tr").first
+    expect(row).to_contain_text("non-finite gradient")
+    expect(row.locator("td").nth(0)).to_have_text("30")
+    expect(row.locator("td").nth(2)).to_have_text("0")
+    expect(row).to_contain_text("token_embedding.weight")
+    expect(row).to_contain_text("skip")
+    os.killpg(endless.pid, signal.SIGKILL)
+    expect(monitor).to_have_attribute("data-state", "crashed")
+
+
+def test_layers_lead_to_their_history(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:
+    monitor = open_run(page, dashboard, trained[0])
+    expect(monitor.locator(".h-heat-box")).to_have_attribute("data-columns", "6")
+    monitor.locator(".h-heat").click(position={"x": 20, "y": 2})
+    expect(picture(page, "token_embedding.weight: grad_norm")).to_have_attribute("data-points", "6")
+
+
+def test_the_x_axis_counts_tokens_or_hours(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    monitor = open_run(page, dashboard, trained[0])
+    loss = picture(page, "loss")
+    hover(page, loss, 1.0)
+    expect(loss.locator(".u-legend .u-value").first).to_have_text("11")
+    monitor.get_by_label("x axis").select_option("tokens")
+    expect(loss.locator(".u-legend .u-label").first).to_have_text("tokens")
+    hover(page, loss, 1.0)
+    assert shown(loss)["tokens"] == "3,072"  # of 12 steps with 8 samples of 32
+    monitor.get_by_label("x axis").select_option("hours")
+    expect(loss.locator(".u-legend .u-label").first).to_have_text("hours")
+    hover(page, loss, 1.0)
+    assert shown(loss)["hours"].endswith(" h")
+
+
+@pytest.fixture(scope="module")
+def ramp(place: Place) -> str:
+    """A run whose loss is the number of its step."""
+    with RunLog(place.runs / "ramp") as log:
+        for step in range(5):
+            log.write("step", {"train/loss": float(step)}, step=step)
+        log.end("finished")
+    return "ramp"
+
+
+def test_smoothing_is_an_average_and_leaves_the_curve_visible(
+    page: Page, dashboard: Dashboard, ramp: str
+) -> None:
+    monitor = open_run(page, dashboard, ramp)
+    loss = picture(page, "loss")
+    monitor.get_by_label("smoothing").fill("0.5")
+    expect(loss.locator(".u-legend .u-label")).to_have_text(["step", "training raw", "training"])
+    hover(page, loss, 1.0)
+    weights = [0.5 ** (4 - step) for step in range(5)]
+    average = sum(step * weight for step, weight in enumerate(weights)) / sum(weights)
+    assert shown(loss) == {"step": "4", "training raw": "4", "training": f"{average:.4g}"}
+
+
+def test_logarithmic_axes_leave_out_what_has_no_logarithm(
+    page: Page, dashboard: Dashboard, ramp: str
+) -> None:
+    monitor = open_run(page, dashboard, ramp)
+    loss = picture(page, "loss")
+    hover(page, loss, 0.0)
+    assert shown(loss) == {"step": "0", "training": "0"}
+    monitor.get_by_label("log axes").check()
+    expect(loss.get_by_role("button", name="log")).to_have_attribute("aria-pressed", "true")
+    hover(page, loss, 0.0)
+    assert shown(loss) == {"step": "0", "training": "–"}
+    hover(page, loss, 1.0)
+    assert shown(loss) == {"step": "4", "training": "4"}
+
+
+def test_no_spike_is_hidden_and_dragging_zooms_to_the_steps_themselves(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    num_steps, spike = 5000, 3333
+    with RunLog(place.runs / "long") as log:
+        for step in range(num_steps):
+            log.write("step", {"train/loss": 1000.0 if step == spike else 1.0}, step=step)
+        log.end("finished")
+    monitor = open_run(page, dashboard, "long")
+    loss = picture(page, "loss")
+    assert int(loss.get_attribute("data-points") or "") < 1000
+    peaks = loss.locator("canvas").evaluate(PEAKS)
+    assert peaks
+    assert peaks == pytest.approx([spike / num_steps] * len(peaks), abs=0.01)
+    assert "1,000" in largest_near(page, loss, spike / num_steps)
+
+    over = loss.locator(".u-over").bounding_box()
+    assert over is not None
+    left, right = (over["x"] + over["width"] * share for share in (0.65, 0.68))
+    page.mouse.move(left, over["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(right, over["y"] + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_function(
+        "() => Number(document.querySelector('figure[data-plot=loss]').dataset.first) > 3000"
+    )
+    first, last = (int(loss.get_attribute(f"data-{end}") or "") for end in ("first", "last"))
+    assert 3200 < first < spike < last < 3450
+    assert int(loss.get_attribute("data-points") or "") == last - first + 1
+    hover(page, loss, (spike - first) / (last - first))
+    assert shown(loss) == {"step": "3,333", "training": "1,000"}
+    monitor.get_by_role("button", name="Whole run").click()
+    expect(loss).to_have_attribute("data-first", "0")
+
+
+def largest_near(page: Page, chart: Locator, share: float) -> set[str]:
+    """What the legend of a reduced curve gives as the largest values around a place."""
+    found = set()
+    for offset in range(-8, 9):
+        hover(page, chart, share + offset / 2000)
+        found.add(shown(chart).get("training max", ""))
+    return found
