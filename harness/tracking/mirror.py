@@ -76,6 +76,7 @@ class MirrorFollower:
 
     Attributes:
         done: Set when the mirror is complete.
+        has_turn: Whether no other process keeps the mirror.
         moved_at: When the last record was taken, by the monotonic clock.
         trouble: What the last failure said, None if all is well.
     """
@@ -97,6 +98,7 @@ class MirrorFollower:
         self._poll_s = poll_s
         self._last_end: Mapping[str, Any] | None = None
         self.done = threading.Event()
+        self.has_turn = False
         self.moved_at = time.monotonic()
         self.trouble: str | None = None
 
@@ -106,11 +108,12 @@ class MirrorFollower:
         while not self.done.is_set():
             try:
                 with _only_one(self._state_path.with_suffix(".lock")):
+                    self.has_turn = True
                     self._follow()
                 self.done.set()
             except StartAgain:
                 self.forget()
-            except Exception as error:  # noqa: BLE001  (a mirror may fail in any way and must not end the others)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  (a mirror may fail in any way)
                 self._say(error)
                 self._pause(delay_s)
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
@@ -135,7 +138,7 @@ class MirrorFollower:
         try:
             self._keep_up(mirror, followers)
             self._save(mirror.close(self._last_end), followers)
-        except Exception:
+        except (Exception, SystemExit):
             mirror.abandon()
             raise
         self._say_well_again()
@@ -194,7 +197,7 @@ class MirrorFollower:
         unfinished.write_bytes(orjson.dumps(state))
         unfinished.replace(self._state_path)
 
-    def _say(self, error: Exception) -> None:
+    def _say(self, error: BaseException) -> None:
         trouble = f"{type(error).__name__}: {error}"
         if trouble != self.trouble:
             logger.warning(

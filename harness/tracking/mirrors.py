@@ -1,4 +1,4 @@
-"""Starts and ends the side process. Nothing that happens to it reaches the trainer."""
+"""Starts and ends the side process. Nothing that happens to it reaches the process that started it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 
 from harness.env import child_environment
+from harness.errors import TrackingError
+from harness.tracking.log import log_dir
 from harness.tracking.settings import MirrorSettings
 
-__all__ = ["MirrorHandle", "start_mirrors", "start_sampler"]
+__all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +31,16 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
 # Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.priority import yield_to_others; "
-_PROGRAM += "yield_to_others(); from harness.tracking.side import main; "
-_PROGRAM += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); "
+_FOLLOW = "from harness.priority import yield_to_others; yield_to_others(); "
+_FOLLOW += "from harness.tracking.side import main; "
+_FOLLOW += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
+_COMPLETE = "from harness.tracking.side import complete; "
+_COMPLETE += (
+    "complete(sys.argv[2], sys.argv[3], sys.argv[4] == 'rebuild', float(sys.argv[5]), int(sys.argv[6]))"
+)
+_GRACE_S = 60.0
+"""What starting and ending a process may take on a busy machine."""
 
 
 def start_mirrors(
@@ -58,6 +68,51 @@ def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
     node = socket.gethostname()
     return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+
+
+def complete_mirrors(
+    run_dir: Path, settings: MirrorSettings, *, rebuild: bool, timeout_s: float
+) -> dict[str, str | None]:
+    """Brings the mirrors of a run that has ended up to its log's end, in a process of their own.
+
+    In this process a library that hangs could not be ended, and one that fails may not start again.
+
+    Returns:
+        For each mirror None if it is complete, else what keeps it from that.
+
+    Raises:
+        OSError: the process cannot be started.
+        TrackingError: it ended too early, or not at all.
+    """
+    messages, messages_out = os.pipe()
+    try:
+        how = "rebuild" if rebuild else "go on"
+        arguments = (run_dir, settings.to_json(), how, timeout_s, messages_out)
+        process = _start(
+            _COMPLETE, *arguments, messages=messages_out, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+    except OSError:
+        os.close(messages)
+        raise
+    finally:
+        os.close(messages_out)
+    repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
+    repeating.start()
+    try:
+        said, _ = process.communicate(timeout=timeout_s + _GRACE_S)
+    except subprocess.TimeoutExpired:
+        said = b""
+    finally:
+        _end(process)
+    repeating.join(_GRACE_S)
+    if not said:
+        raise TrackingError(
+            f"the mirrors of {run_dir} are not complete: their process ended with {process.returncode}",
+            rule=f"what it said is in {log_dir(run_dir) / 'side.log'}",
+            remedy="try again later; nothing is lost",
+        )
+    outcome: dict[str, str | None] = orjson.loads(said)
+    return outcome
 
 
 class MirrorHandle:
@@ -98,27 +153,11 @@ class MirrorHandle:
 
 
 def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
-    root = Path(__file__).resolve().parents[2]
-    messages, messages_out = os.pipe()
     trainer = psutil.Process()
-    arguments = [
-        str(root),
-        str(run_dir),
-        settings.to_json(),
-        trainer.pid,
-        trainer.create_time(),
-        messages_out,
-    ]
+    messages, messages_out = os.pipe()
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[messages_out],
-            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
-            env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
-        )
+        arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time(), messages_out)
+        process = _start(_FOLLOW, *arguments, messages=messages_out, stdin=subprocess.PIPE)
     except OSError:
         os.close(messages)
         raise
@@ -126,6 +165,31 @@ def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[by
         os.close(messages_out)
     _STARTED.append(process)
     return process, messages
+
+
+def _start(
+    program: str, *arguments: object, messages: int, stdin: int, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _PROGRAM + program, str(root), *map(str, arguments)],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[messages],
+        start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
+        env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it has started; nothing happens if it has ended already."""
+    if process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+    process.communicate()
 
 
 def _repeat_messages(fd: int) -> None:

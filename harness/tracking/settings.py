@@ -27,6 +27,9 @@ class MirrorSettings:
     """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
     wandb_tensorboard: bool = False
     """Give W&B the event file too, for its TensorBoard tab."""
+    wandb_start_s: float = 300.0
+    """How long wandb may take to begin a run before it is ended and started again: for its own process
+    it would wait without limit. Where training keeps every core busy a sound start takes a minute or two."""
     project: str = "harness"
     """W&B project."""
     name: str | None = None

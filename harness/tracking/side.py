@@ -1,13 +1,14 @@
 """The side process: follows a run's log into its mirrors, outlives the trainer, and then ends by itself.
 
 It is started by `mirrors.start_mirrors`, reads `close` from its standard input, and otherwise looks every
-second whether the trainer still lives. One thread per mirror: a mirror that hangs holds up no other. It
-imports no torch.
+second whether the trainer still lives. `mirrors.complete_mirrors` starts it for a run that has ended. One
+thread per mirror: a mirror that hangs holds up no other. It imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import logging
 import os
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 
 from harness.priority import pass_on_to, stop_yielding
@@ -33,7 +35,7 @@ from harness.tracking.resources import Sampler, sample_forever
 from harness.tracking.segments import segments
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
-__all__ = ["followers_for", "main"]
+__all__ = ["complete", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     ended, alerts_done = threading.Event(), threading.Event()
     node_log = NodeLog(path)
     alerts = _alerts_follower(path, settings, node_log, ended=ended)
-    mirrors = followers_for(path, settings, ended=alerts_done)
+    mirrors = _followers_for(path, settings, ended=alerts_done)
     for follower in (alerts, *mirrors):
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
     _watch_node(path, settings, node_log, trainer_pid, ended)
@@ -67,6 +69,37 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     alerts_done.set()  # now the mirrors can see the last alert too
     _wait_for((alerts, *mirrors), run_dir)
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+
+
+def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
+    """Brings the mirrors up to the end of a log that has ended, and ends.
+
+    Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
+    """
+    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
+    outcome_fd = os.dup(1)
+    _settle_in(path, messages_fd)
+    ended = threading.Event()
+    ended.set()
+    followers = _followers_for(path, settings, ended=ended)
+    for follower in followers:
+        if rebuild:
+            follower.forget()
+        threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
+    deadline = time.monotonic() + timeout_s
+    troubles = {follower.name: _trouble(follower, deadline) for follower in followers}
+    if any(troubles.values()):
+        faulthandler.dump_traceback()  # into side.log: where it hangs
+        for child in psutil.Process().children():
+            child.kill()
+    os.write(outcome_fd, orjson.dumps(troubles))
+    os._exit(0)
+
+
+def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
+    if follower.done.wait(max(0.0, deadline - time.monotonic())):
+        return None
+    return follower.trouble or ("it hangs" if follower.has_turn else "another process keeps it")
 
 
 def _hurry() -> None:
@@ -85,7 +118,9 @@ def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
                 break
 
 
-def followers_for(run_dir: Path, settings: MirrorSettings, *, ended: threading.Event) -> list[MirrorFollower]:
+def _followers_for(
+    run_dir: Path, settings: MirrorSettings, *, ended: threading.Event
+) -> list[MirrorFollower]:
     """One follower for each mirror that the settings ask for."""
     followers = []
     if settings.tensorboard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import orjson
 
 from harness.errors import TrackingError
 from harness.tracking.log import log_dir
-from harness.tracking.mirror import MirrorFollower
+from harness.tracking.mirrors import complete_mirrors
 from harness.tracking.reader import open_run
 from harness.tracking.settings import MirrorSettings
-from harness.tracking.side import followers_for
 
 __all__ = ["sync_run"]
 
@@ -50,32 +48,22 @@ def sync_run(
         raise TrackingError(
             f"{run_dir} is still running", rule="a running trainer's side process keeps the mirrors"
         )
-    ended = threading.Event()
-    ended.set()
     settings = dataclasses.replace(settings or MirrorSettings.kept(Path(run_dir)), **changes)
-    followers = followers_for(Path(run_dir).resolve(), settings, ended=ended)
-    for follower in followers:
-        if rebuild:
-            follower.forget()
-        _complete(follower, run_dir, timeout_s)
+    outcome = complete_mirrors(Path(run_dir).resolve(), settings, rebuild=rebuild, timeout_s=timeout_s)
+    for name, trouble in outcome.items():
+        if trouble is not None:
+            raise TrackingError(
+                f"{name} of {run_dir} is not complete after {timeout_s:.0f} s",
+                rule=trouble,
+                remedy="try again later; nothing is lost",
+            )
     if settings.wandb == "online" and _is_kept_offline(Path(run_dir)):
         raise TrackingError(
             f"Weights & Biases is not reachable: {run_dir} is still kept offline",
             rule="an upload needs an account and a network",
             remedy="`wandb login`, then try again",
         )
-    return [follower.name for follower in followers]
-
-
-def _complete(follower: MirrorFollower, run_dir: str | Path, timeout_s: float) -> None:
-    """In a thread, which is given up when it hangs."""
-    threading.Thread(target=follower.run, daemon=True).start()
-    if not follower.done.wait(timeout_s):
-        raise TrackingError(
-            f"{follower.name} of {run_dir} is not complete after {timeout_s:.0f} s",
-            rule=follower.trouble or "another process keeps it",
-            remedy="try again later; nothing is lost",
-        )
+    return list(outcome)
 
 
 def _is_kept_offline(run_dir: Path) -> bool:

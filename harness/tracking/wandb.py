@@ -33,9 +33,6 @@ __all__ = ["WandbMirror"]
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
-START_LIMIT_S = 300.0
-"""How long wandb may take to begin a run, its process included: that one it would wait for without limit.
-Where training keeps every core busy a sound start takes a minute or two."""
 WRITE_TIMEOUT_S = 60.0
 """How long wandb may write nothing. It writes every 15 s, or when 32 KiB are full: some forty rows, which it
 manages in this time with a thousandth of a core."""
@@ -106,7 +103,7 @@ class WandbMirror:
         """A run that is not finished would keep its id from the next one."""
         with contextlib.suppress(Exception):
             self._run.finish(exit_code=1)
-            wandb.teardown()
+        _tear_down()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
@@ -204,7 +201,6 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
             run = _init(settings, run_dir, run_id, None)  # WANDB_MODE may still say otherwise
             return run, "offline" if run.offline else "online"
         except WandbError as error:
-            wandb.teardown()  # its process still holds the run's id
             reason = str(error).split("\n")[0]
             logger.warning(
                 "Weights & Biases is not reachable (%s): the run is kept offline in %s; "
@@ -216,7 +212,7 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
 
 
 def _init(settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None) -> wandb.Run:
-    with _within(START_LIMIT_S):
+    with _within(settings.wandb_start_s):
         run = _begun(settings, run_dir, run_id, mode)
     for child in psutil.Process().children():  # wandb's own process, which begins a session
         pass_on_to(child.pid)
@@ -250,7 +246,10 @@ def _begun(
 
 @contextlib.contextmanager
 def _within(limit_s: float) -> Iterator[None]:
-    """Ends wandb's own process when the time is over; what waits for its answer raises then."""
+    """Ends wandb's own process when the time is over; what waits for its answer raises then.
+
+    After any failure too: one that was started in vain would stay, and keep the run's id.
+    """
     is_over = threading.Event()
     timer = threading.Timer(limit_s, _end_service, (is_over,))
     timer.daemon = True
@@ -258,9 +257,10 @@ def _within(limit_s: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_over.is_set():
-            with contextlib.suppress(Exception):
-                wandb.teardown()  # or the next run would ask the same process
+        was_late = is_over.is_set()
+        _end_service(is_over)
+        _tear_down()  # or the next run would ask the same process
+        if was_late:
             raise TimeoutError(f"wandb has begun no run within {limit_s:.0f} s") from error
         raise
     finally:
@@ -270,8 +270,14 @@ def _within(limit_s: float) -> Iterator[None]:
 def _end_service(is_over: threading.Event) -> None:
     is_over.set()
     for child in psutil.Process().children():
-        if child.name() == "wandb-core":
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "wandb-core":
+                child.kill()
+
+
+def _tear_down() -> None:
+    with contextlib.suppress(Exception, SystemExit):  # it exits, thread or not, if its process failed
+        wandb.teardown()
 
 
 def _cleaned(text: str, forbidden: str, longest: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -46,6 +46,17 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
+    """Processes that are started from now on import a wandb that behaves like this."""
+    package = tmp_path / "fake" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_WANDB.format(behaviour=behaviour))
+    (package / "errors.py").write_text(FAKE_ERRORS)
+    (package / "proto").mkdir()
+    (package / "proto" / "wandb_internal_pb2.py").write_text(FAKE_PROTO)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
 
 
 def write_steps(log: RunLog, steps: range, value: float = 1.0) -> None:
@@ -221,24 +232,19 @@ def test_the_side_process_loads_neither_torch_nor_tensorflow() -> None:
     [
         "def init(**_): time.sleep(1000)",
         "def init(**_): raise RuntimeError('refused')",
+        "def init(**_): raise SystemExit(1)",
         "raise ImportError('broken installation')",
         "def log(*_, **__): raise OSError('no')\n"
         "def init(**_):\n r = Run(); r.offline = True; r.define_metric = log; return r",
     ],
-    ids=["hangs", "refuses", "cannot be imported", "raises on logging"],
+    ids=["hangs", "refuses", "exits", "cannot be imported", "raises on logging"],
 )
 def test_a_broken_wandb_costs_the_others_nothing_and_is_completed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
 ) -> None:
-    package = tmp_path / "fake" / "wandb"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(FAKE_WANDB.format(behaviour=behaviour))
-    (package / "errors.py").write_text(FAKE_ERRORS)
-    (package / "proto").mkdir()
-    (package / "proto" / "wandb_internal_pb2.py").write_text(FAKE_PROTO)
     run_dir = tmp_path / "run"
     log = RunLog(run_dir)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    fake_wandb(tmp_path, monkeypatch, behaviour)
     handle = start_mirrors(run_dir, wandb="online", **QUIET)
     monkeypatch.delenv("PYTHONPATH")
     write_steps(log, range(100))
@@ -255,28 +261,40 @@ def test_a_broken_wandb_costs_the_others_nothing_and_is_completed_later(
 
 @pytest.mark.slow
 def test_a_wandb_process_that_hangs_at_its_start_is_ended_and_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("harness.tracking.wandb.START_LIMIT_S", 5.0)
     with RunLog(tmp_path) as log:
         write_steps(log, range(5))
-    hung: list[int] = []
-    own = {child.pid for child in psutil.Process().children()}
+    hung: list[psutil.Process] = []
 
     def hang_the_first() -> None:
         while not hung:
-            for child in psutil.Process().children():
-                if child.pid not in own and child.name() == "wandb-core":
-                    child.suspend()
-                    hung.append(child.pid)
+            for helper in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if helper.name() == "wandb-core":
+                        helper.suspend()
+                        hung.append(helper)
             time.sleep(0.002)
 
-    wandb.teardown()  # of another test in this process
     threading.Thread(target=hang_the_first, daemon=True).start()
-    assert sync_run(tmp_path, wandb="offline", tensorboard=False, timeout_s=120) == ["wandb"]
-    assert hung
+    assert sync_run(tmp_path, wandb="offline", tensorboard=False, wandb_start_s=5.0) == ["wandb"]
+    assert not hung[0].is_running()
     assert "has begun no run within 5 s" in caplog.text
     assert len(history(tmp_path)) == 5
+
+
+def test_a_sync_that_hangs_is_given_up_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLog(tmp_path / "run") as log:
+        write_steps(log, range(5))
+    fake_wandb(tmp_path, monkeypatch, "def init(**_): time.sleep(1000)")
+    with pytest.raises(TrackingError, match=r"wandb .* is not complete after 3 s: it hangs"):
+        sync_run(tmp_path / "run", wandb="offline", timeout_s=3.0)
+    assert len(shown_by_tensorboard(tmp_path / "run", "train/loss")) == 5
+    assert "in _begun" in (tmp_path / "run" / "log" / "side.log").read_text()
+    monkeypatch.delenv("PYTHONPATH")
+    assert sync_run(tmp_path / "run", wandb="offline") == ["tensorboard", "wandb"]
 
 
 def test_without_an_account_wandb_goes_offline_and_says_so_once(
