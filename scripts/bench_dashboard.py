@@ -242,13 +242,10 @@ def watch(address: str, run: str) -> None:
     """Asks for what the page asks for while it shows a run that is live."""
     seen = ""
     while True:
-        query = urllib.parse.urlencode({"run": run, "seen": seen})
+        asked = {"run": run, "seen": seen, "name": WATCHED, "statistic": "grad_norm", "points": 400}
+        query = urllib.parse.urlencode(asked, doseq=True)
         with urllib.request.urlopen(f"{address}api/run?{query}", timeout=60) as answer:
-            told = json.load(answer)
-        if not told.get("unchanged"):
-            query = urllib.parse.urlencode({"run": run, "name": WATCHED, "points": 400}, doseq=True)
-            urllib.request.urlopen(f"{address}api/curves?{query}", timeout=60).read()
-        seen = told["version"]
+            seen = json.load(answer)["version"]
         time.sleep(ASK_EVERY_S)
 
 

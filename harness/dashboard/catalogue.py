@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import orjson
 
-from harness.dashboard.programs import RECORDS
+from harness.dashboard.records import RECORDS
 from harness.env import child_environment
 from harness.errors import TrackingError
 from harness.tracking.digest import Digest

@@ -25,6 +25,7 @@ from harness.errors import ConfigError, HarnessError, LaunchError
 __all__ = [
     "CHOICE_OF_RUNS",
     "Form",
+    "choice_of_runs",
     "configuration_tab",
     "guarded",
     "known_runs",
@@ -37,6 +38,7 @@ CHOICE_OF_RUNS = "h-choice-of-runs"
 """Class of the lists of runs, which `page` keeps up to date."""
 SMALL: dict[str, Any] = {"scale": 0, "min_width": 130, "size": "md"}
 """A button as wide as its words, beside fields."""
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
 OPEN_SECTIONS = ("", "loop", "optim")
 SHOW_RUN = """
 const show = () => { const it = element.querySelector('NAME'); if (it && props.value) it.run = props.value; };
@@ -45,14 +47,27 @@ watch('value', show);
 """
 
 
-def own_element(name: str) -> gr.HTML:
+def own_element(name: str, **more: Any) -> gr.HTML:
     """One of the page's own elements; its value is the run that it shows."""
     return gr.HTML(
         value=None,
         html_template=f"<{name}></{name}>",
         js_on_load=SHOW_RUN.replace("NAME", name),
         apply_default_css=False,
+        **more,
     )
+
+
+def choice_of_runs(label: str, elem_id: str, **more: Any) -> gr.Dropdown:
+    """A list of runs, empty until it is opened."""
+    return gr.Dropdown(
+        label=label, choices=[], interactive=True, elem_id=elem_id, elem_classes=CHOICE_OF_RUNS, **more
+    )
+
+
+def _order(label: str, elem_id: str, access: Access, **more: Any) -> gr.Button:
+    """A button that changes something."""
+    return gr.Button(label, interactive=access.controls, elem_id=elem_id, **SMALL, **more)
 
 
 def guarded(access: Access, action: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +116,7 @@ def configuration_tab(access: Access) -> Form:
         )
         name = gr.Textbox(label="Save as configs/NAME.yaml", placeholder="NAME", elem_id="save-name")
         overwrite = gr.Checkbox(label="overwrite")
-        save = gr.Button("Save", interactive=access.controls, elem_id="save", **SMALL)
+        save = _order("Save", "save", access)
     with gr.Row():
         with gr.Column(scale=3, min_width=480):
             fields = Form()
@@ -130,11 +145,11 @@ def configuration_tab(access: Access) -> Form:
 
     for component in fields.components:
         event = component.blur if isinstance(component, gr.Textbox) else component.input
-        event(check, fields.components, [verdict, text], show_progress="hidden", trigger_mode="always_last")
-    preset.focus(lambda: gr.update(choices=form.presets()), None, preset, show_progress="hidden")
-    loaded = preset.input(_told(load), preset, fields.components, show_progress="hidden")
-    loaded.then(check, fields.components, [verdict, text], show_progress="hidden")
-    save.click(guarded(access, keep), [name, overwrite, *fields.components], preset, show_progress="hidden")
+        event(check, fields.components, [verdict, text], **QUIET, trigger_mode="always_last")
+    preset.focus(lambda: gr.update(choices=form.presets()), None, preset, **QUIET)
+    loaded = preset.input(_told(load), preset, fields.components, **QUIET)
+    loaded.then(check, fields.components, [verdict, text], **QUIET)
+    save.click(guarded(access, keep), [name, overwrite, *fields.components], preset, **QUIET)
     return fields
 
 
@@ -148,56 +163,23 @@ def training_tab(catalogue: Catalogue, access: Access, fields: Form) -> gr.Dropd
         if access.controls
         else "This dashboard only shows; `--control` lets it start and stop runs."
     )
+    chosen = choice_of_runs("Run", "controlled-run", allow_custom_value=True, render=False)
+    output = own_element("harness-output", render=False)
+    processes = _starting(catalogue, access, fields, shown=[chosen, output])
+    _going_on(catalogue, access, chosen, output)
+    _forking(catalogue, access, chosen, output)
+    output.render()
+    _spelling(fields, processes)
+    chosen.input(lambda run: run, chosen, output, **QUIET)
+    return chosen
+
+
+def _starting(catalogue: Catalogue, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
+    """Begins runs, which are then `shown`. Returns the number of processes."""
     with gr.Row(elem_classes="h-orders"):
         processes = gr.Number(1, label="Processes", precision=0, minimum=1, elem_id="processes")
-        start = gr.Button(
-            "Start the run of the form",
-            variant="primary",
-            interactive=access.controls,
-            elem_id="start",
-            **SMALL,
-        )
-        demonstrate = gr.Button(
-            "Start the demonstration", interactive=access.controls, elem_id="demonstrate", **SMALL
-        )
-    with gr.Row(elem_classes="h-orders"):
-        chosen = gr.Dropdown(
-            label="Run",
-            choices=[],
-            interactive=True,
-            allow_custom_value=True,
-            elem_id="controlled-run",
-            elem_classes=CHOICE_OF_RUNS,
-        )
-        steps = gr.Number(None, label="New number of steps (0: as it was)", precision=0, elem_id="new-steps")
-        stop = gr.Button("Stop with a checkpoint", interactive=access.controls, elem_id="stop", **SMALL)
-        resume = gr.Button("Resume", interactive=access.controls, elem_id="resume", **SMALL)
-        kill = gr.Button("Kill", variant="stop", interactive=access.controls, elem_id="kill", **SMALL)
-    with gr.Accordion("Fork the run with changes", open=False), gr.Row(elem_classes="h-orders"):
-        name = gr.Textbox(label="Name of the new run", elem_id="fork-name")
-        changes = gr.Textbox(
-            label="Changes, a line each",
-            placeholder="optim.lr: 0.001",
-            lines=3,
-            elem_id="fork-changes",
-        )
-        step = gr.Textbox(
-            label="From the checkpoint of step", placeholder="empty: from the beginning", elem_id="fork-step"
-        )
-        fork = gr.Button("Fork", interactive=access.controls, elem_id="fork", **SMALL)
-    output = own_element("harness-output")
-    with gr.Accordion("The command, to start the form's run elsewhere", open=False):
-        with gr.Row(elem_classes="h-orders"):
-            launcher = gr.Dropdown(
-                list(get_args(commands.Launcher)),
-                value="python",
-                label="Launcher",
-                interactive=True,
-                elem_id="launcher",
-            )
-            nodes = gr.Number(1, label="Nodes", precision=0, minimum=1, elem_id="nodes")
-            spell = gr.Button("Show the command", elem_id="spell", **SMALL)
-        spelled = gr.Code(language="shell", label="command", interactive=False, elem_id="command")
+        start = _order("Start the run of the form", "start", access, variant="primary")
+        demonstrate = _order("Start the demonstration", "demonstrate", access)
 
     def begin(config: TrainConfig, count: float) -> tuple[Any, str]:
         program = programs.start(config, runs_dir=catalogue.root, processes=int(count or 1))
@@ -206,6 +188,22 @@ def training_tab(catalogue: Catalogue, access: Access, fields: Form) -> gr.Dropd
 
     def start_form(count: float, *values: Any) -> tuple[Any, str]:
         return begin(fields.read(values), count)
+
+    def start_demonstration(count: float) -> tuple[Any, str]:
+        return begin(TrainConfig(), count)
+
+    start.click(guarded(access, start_form), [processes, *fields.components], shown, **QUIET)
+    demonstrate.click(guarded(access, start_demonstration), processes, shown, **QUIET)
+    return processes
+
+
+def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+    with gr.Row(elem_classes="h-orders"):
+        chosen.render()
+        steps = gr.Number(None, label="New number of steps (0: as it was)", precision=0, elem_id="new-steps")
+        stop = _order("Stop with a checkpoint", "stop", access)
+        resume = _order("Resume", "resume", access)
+        kill = _order("Kill", "kill", access, variant="stop")
 
     def ask_to_stop(run: str) -> None:
         programs.stop(_directory(catalogue, run))
@@ -222,46 +220,63 @@ def training_tab(catalogue: Catalogue, access: Access, fields: Form) -> gr.Dropd
         programs.kill(_directory(catalogue, run))
         gr.Info(_text(f"{run} is killed"))
 
+    stop.click(guarded(access, ask_to_stop), chosen, **QUIET)
+    resume.click(guarded(access, go_on), [chosen, steps], output, **QUIET)
+    kill.click(guarded(access, end_at_once), chosen, **QUIET)
+
+
+def _forking(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+    with gr.Accordion("Fork the run with changes", open=False), gr.Row(elem_classes="h-orders"):
+        name = gr.Textbox(label="Name of the new run", elem_id="fork-name")
+        changes = gr.Textbox(
+            label="Changes, a line each",
+            placeholder="optim.lr: 0.001",
+            lines=3,
+            elem_id="fork-changes",
+        )
+        step = gr.Textbox(
+            label="From the checkpoint of step", placeholder="empty: from the beginning", elem_id="fork-step"
+        )
+        fork = _order("Fork", "fork", access)
+
     def branch(run: str, called: str, text: str, at: str) -> tuple[Any, str]:
         where = _directory(catalogue, run)
         program = forks.fork(where, called.strip(), _changes(text), step=_steps(at))
         gr.Info(_text(f"{program.name} is started as a fork of {run}"))
         return _chosen(catalogue, program.name), program.name
 
+    fork.click(guarded(access, branch), [chosen, name, changes, step], [chosen, output], **QUIET)
+
+
+def _spelling(fields: Form, processes: gr.Number) -> None:
+    """The command alone, which anybody may see."""
+    with gr.Accordion("The command, to start the form's run elsewhere", open=False):
+        with gr.Row(elem_classes="h-orders"):
+            launcher = gr.Dropdown(
+                list(get_args(commands.Launcher)),
+                value="python",
+                label="Launcher",
+                interactive=True,
+                elem_id="launcher",
+            )
+            nodes = gr.Number(1, label="Nodes", precision=0, minimum=1, elem_id="nodes")
+            spell = gr.Button("Show the command", elem_id="spell", **SMALL)
+        spelled = gr.Code(language="shell", label="command", interactive=False, elem_id="command")
+
     def spell_out(how: Any, count: float, num_nodes: float, *values: Any) -> str:
         config = fields.read(values)
         return commands.command(config, how, processes=int(count or 1), nodes=int(num_nodes or 1))
 
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
-    start.click(guarded(access, start_form), [processes, *fields.components], [chosen, output], **quiet)
-    demonstrate.click(
-        guarded(access, lambda count: begin(TrainConfig(), count)), processes, [chosen, output], **quiet
-    )
-    chosen.input(lambda run: run, chosen, output, **quiet)
-    stop.click(guarded(access, ask_to_stop), chosen, **quiet)
-    resume.click(guarded(access, go_on), [chosen, steps], output, **quiet)
-    kill.click(guarded(access, end_at_once), chosen, **quiet)
-    fork.click(guarded(access, branch), [chosen, name, changes, step], [chosen, output], **quiet)
-    spell.click(_told(spell_out), [launcher, processes, nodes, *fields.components], spelled, **quiet)
-    return chosen
+    spell.click(_told(spell_out), [launcher, processes, nodes, *fields.components], spelled, **QUIET)
 
 
 def tensorboard_tab(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Dropdown:
     """Start TensorBoard for chosen runs, link to it, stop it. Returns the list of runs."""
     gr.Markdown("TensorBoard listens to the dashboard's own machine alone, on a free port.")
     with gr.Row(elem_classes="h-orders"):
-        chosen = gr.Dropdown(
-            label="Runs",
-            choices=[],
-            multiselect=True,
-            interactive=True,
-            elem_id="tensorboard-runs",
-            elem_classes=CHOICE_OF_RUNS,
-        )
-        start = gr.Button(
-            "Start TensorBoard", interactive=access.controls, elem_id="tensorboard-start", **SMALL
-        )
-        stop = gr.Button("Stop all", interactive=access.controls, elem_id="tensorboard-stop", **SMALL)
+        chosen = choice_of_runs("Runs", "tensorboard-runs", multiselect=True)
+        start = _order("Start TensorBoard", "tensorboard-start", access)
+        stop = _order("Stop all", "tensorboard-stop", access)
     running = gr.HTML(_servers_shown(servers), elem_id="tensorboards")
 
     def begin(runs: list[str]) -> str:
@@ -273,7 +288,7 @@ def tensorboard_tab(catalogue: Catalogue, access: Access, servers: TensorBoards)
         return _servers_shown(servers)
 
     start.click(guarded(access, begin), chosen, running)
-    stop.click(guarded(access, end), None, running, show_progress="hidden")
+    stop.click(guarded(access, end), None, running, **QUIET)
     return chosen
 
 

@@ -20,14 +20,13 @@ from harness.config import TrainConfig, check_same_run
 from harness.dashboard.form import read, values_of, yaml_of
 from harness.dashboard.programs import (
     CONFIG_FILE,
-    RECORDS,
-    Program,
     check_processes,
     configuration,
     last_processes,
     run_directory,
     start,
 )
+from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "checkpoints", "fork"]

@@ -15,6 +15,7 @@ from harness.dashboard.access import Access
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.control import (
     CHOICE_OF_RUNS,
+    choice_of_runs,
     configuration_tab,
     known_runs,
     own_element,
@@ -78,14 +79,7 @@ def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blo
                     apply_default_css=False,
                 )
             with gr.Tab("Monitoring", id="monitoring"):
-                chosen = gr.Dropdown(
-                    label="Run",
-                    choices=[],
-                    value=None,
-                    interactive=True,
-                    elem_id="chosen-run",
-                    elem_classes=CHOICE_OF_RUNS,
-                )
+                chosen = choice_of_runs("Run", "chosen-run", value=None)
                 monitor = own_element("harness-monitor")
             with gr.Tab("Configuration", id="configuration"):
                 fields = configuration_tab(access)

@@ -1,20 +1,13 @@
 """Runs as programs of their own: started, stopped, taken up again, and heard.
 
 A program that was started here belongs to a session of its own, reads nothing, and prints into a file, so
-that it goes on when the dashboard ends. What is known of it stands beside the runs, since a run's own
-directory has to be empty until the run makes it:
-
-    runs/.dashboard/NAME/config.yaml     what it was started with
-    runs/.dashboard/NAME/output.log      what it has printed, of all attempts
-    runs/.dashboard/NAME/program.json    its process, and how it ended
+that it goes on when the dashboard ends. What is known of it is in `records`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import os
 import shlex
 import signal
@@ -22,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +25,16 @@ from harness.config import TrainConfig, check_same_run, read_yaml
 from harness.config.load import flatten
 from harness.dashboard.form import read, yaml_of
 from harness.dashboard.printed import read_printed
+from harness.dashboard.records import (
+    OUTPUT_FILE,
+    RECORDS,
+    Program,
+    hold_records,
+    note,
+    noted,
+    records_of,
+    write,
+)
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.tracking.process import identity, is_alive
@@ -41,8 +44,6 @@ from harness.tracking.sample import open_digest
 __all__ = [
     "CONFIG_FILE",
     "PROGRAM",
-    "RECORDS",
-    "Program",
     "check_processes",
     "configuration",
     "kill",
@@ -57,39 +58,7 @@ __all__ = [
 ]
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
-RECORDS = ".dashboard"
-"""Folder, beside the runs, of what is known of their programs."""
 CONFIG_FILE = "config.yaml"
-_OUTPUT, _PROCESS = "output.log", "program.json"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """The newest attempt at a run that was started here."""
-
-    directory: Path
-    """The run's, which need not exist yet."""
-    command: tuple[str, ...]
-    processes: int
-    pid: int
-    """Of the training itself, or of torchrun's agent where there are several processes."""
-    process_start: float
-    machine: str
-    host: str
-    started: float
-    """Seconds since the epoch."""
-    exit_code: int | None = None
-    """0: finished, 75: stopped with a checkpoint, negative: ended by that signal; of several processes
-    torchrun says 1 for all that is not 0. None: it runs, or ended after the dashboard that had started it."""
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.directory.name
-
-    def is_running(self) -> bool:
-        """Whether it still runs, on this machine."""
-        return self.exit_code is None and is_alive(dataclasses.asdict(self)) is True
 
 
 def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> Program:
@@ -107,7 +76,7 @@ def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> P
     directory = run_directory(runs_dir, config.name)
     config = dataclasses.replace(config, runs_dir=str(directory.parent))
     check_processes(config, processes)
-    with _records(directory) as records:
+    with hold_records(directory) as records:
         _check_not_running(directory, records)
         if (directory / CONFIG_FILE).exists():
             check_same_run(config, directory / CONFIG_FILE)
@@ -177,13 +146,13 @@ def kill(run_dir: Path | str) -> None:
 def program(run_dir: Path | str) -> Program | None:
     """The program of a run that was last started here, or None."""
     directory = Path(run_dir).resolve()
-    return _noted(_records_of(directory), directory)
+    return noted(records_of(directory), directory)
 
 
 def programs(runs_dir: Path | str) -> list[Program]:
     """All that was started in a folder of runs, newest first; those too that ended before they were runs."""
     root = Path(runs_dir).resolve()
-    found = [_noted(records, root / records.name) for records in (root / RECORDS).glob("*/")]
+    found = [noted(records, root / records.name) for records in (root / RECORDS).glob("*/")]
     return sorted((one for one in found if one is not None), key=lambda one: -one.started)
 
 
@@ -193,7 +162,7 @@ def output(runs_dir: Path | str, run: str, offset: int = 0) -> tuple[str, int]:
     Raises:
         ConfigError: `run` leads out of the folder.
     """
-    return read_printed(_records_of(run_directory(runs_dir, run)) / _OUTPUT, offset)
+    return read_printed(records_of(run_directory(runs_dir, run)) / OUTPUT_FILE, offset)
 
 
 def configuration(run_dir: Path | str) -> TrainConfig:
@@ -245,10 +214,10 @@ def last_processes(run_dir: Path | str) -> int:
 
 def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
     file = records / CONFIG_FILE
-    _write(file, yaml_of(config))
+    write(file, yaml_of(config))
     command = [*_launcher(processes), str(PROGRAM), "--config", str(file)]
     try:
-        with open(records / _OUTPUT, "ab") as printed:
+        with open(records / OUTPUT_FILE, "ab") as printed:
             printed.write(f"\n$ {shlex.join(command)}\n".encode(errors="replace"))
             printed.flush()
             process = subprocess.Popen(
@@ -276,7 +245,7 @@ def _launch(records: Path, directory: Path, config: TrainConfig, processes: int)
         host=here["host"],
         started=time.time(),
     )
-    _note(records, started)
+    note(records, started)
     threading.Thread(target=_wait_for_end, args=(process, started), name="program", daemon=True).start()
     return started
 
@@ -292,21 +261,21 @@ def _launcher(processes: int) -> list[str]:
 def _wait_for_end(process: subprocess.Popen[bytes], started: Program) -> None:
     """Leaves no zombie, and notes the exit code unless the run has been started again."""
     exit_code = process.wait()
-    with contextlib.suppress(ConfigError, OSError), _records(started.directory) as records:
-        if _noted(records, started.directory) == started:
-            _note(records, dataclasses.replace(started, exit_code=exit_code))
+    with contextlib.suppress(ConfigError, OSError), hold_records(started.directory) as records:
+        if noted(records, started.directory) == started:
+            note(records, dataclasses.replace(started, exit_code=exit_code))
             _say_signal(records, exit_code)
 
 
 def _say_signal(records: Path, exit_code: int) -> None:
     """What a signal has ended could not say so itself; who reads its output would wait for more."""
     if exit_code < 0:
-        with open(records / _OUTPUT, "ab") as printed:
+        with open(records / OUTPUT_FILE, "ab") as printed:
             printed.write(f"\n[ended by {signal.strsignal(-exit_code)}, signal {-exit_code}]\n".encode())
 
 
 def _check_not_running(directory: Path, records: Path) -> None:
-    started, last = _noted(records, directory), _last_attempt(directory)
+    started, last = noted(records, directory), _last_attempt(directory)
     if (started is not None and started.is_running()) or is_alive(last.info) or last.runs_elsewhere:
         raise TrackingError(
             f"{directory} is running, on {last.info.get('host', 'this machine')}",
@@ -372,45 +341,3 @@ def _groups(started: Program) -> list[int]:
         agent.suspend()  # or it might start another worker meanwhile
         return [started.pid, *(child.pid for child in agent.children() if os.getpgid(child.pid) == child.pid)]
     return [started.pid]
-
-
-def _records_of(directory: Path) -> Path:
-    return directory.parent / RECORDS / directory.name
-
-
-@contextlib.contextmanager
-def _records(directory: Path) -> Iterator[Path]:
-    """The folder of what is known of a run's program, made if need be and held by one at a time."""
-    records = _records_of(directory)
-    try:
-        records.mkdir(parents=True, exist_ok=True)
-        lock = open(records / "lock", "ab")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {records}: {error.strerror}",
-            rule="the dashboard notes there what it starts",
-            remedy="look after the disk, or choose another folder for runs",
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield records
-
-
-def _noted(records: Path, directory: Path) -> Program | None:
-    try:
-        noted = json.loads((records / _PROCESS).read_text(encoding="utf-8"))
-        return Program(**{**noted, "directory": directory, "command": tuple(noted["command"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _note(records: Path, started: Program) -> None:
-    noted = dataclasses.asdict(started)
-    del noted["directory"]  # where it lies says that
-    _write(records / _PROCESS, json.dumps(noted))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

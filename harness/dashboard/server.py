@@ -35,6 +35,8 @@ MAX_COMPARED = 12
 
 First = Annotated[int | None, Query()]
 Last = Annotated[int | None, Query()]
+Names = Annotated[list[str], Query()]
+Points = Annotated[int, Query(ge=10, le=5000)]
 
 
 def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> Gate:
@@ -114,34 +116,44 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
         )
 
     @app.get("/api/run")
-    def run(run: str, seen: str = "") -> Response:
+    def run(
+        run: str,
+        name: Names = [],  # noqa: B006  (FastAPI copies it)
+        statistic: str | None = None,
+        axis: Axis = "step",
+        first: First = None,
+        last: Last = None,
+        points: Points = 800,
+        seen: str = "",
+    ) -> Response:
+        """All that the page shows of a run in one answer; next to nothing if it has been `seen`."""
+        within = _within(first, last)
         with catalogue.reading(run) as digest:
             version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
-            return _json(
-                {"version": version, "unchanged": True}
-                if version == seen
-                else {"version": version, **run_view(digest)}
+            if version == seen:
+                return _json({"version": version, "unchanged": True})
+            view = {"version": version, **run_view(digest)}
+            view["curves"] = curves_view(
+                digest, name[:MAX_NAMES], axis=axis, within=within, max_points=points
             )
+            view["layers"] = layers_view(digest, statistic, within=within) if statistic else None
+            return _json(view)
 
     @app.get("/api/curves")
     def curves(
         run: str,
-        name: Annotated[list[str], Query()] = [],  # noqa: B006  (FastAPI copies it)
+        name: Names = [],  # noqa: B006
         axis: Axis = "step",
         first: First = None,
         last: Last = None,
-        points: Annotated[int, Query(ge=10, le=5000)] = 800,
+        points: Points = 800,
     ) -> Response:
+        """Curves alone, where runs are compared."""
         with catalogue.reading(run) as digest:
             view = curves_view(
                 digest, name[:MAX_NAMES], axis=axis, within=_within(first, last), max_points=points
             )
             return _json(view)
-
-    @app.get("/api/layers")
-    def layers(run: str, statistic: str, first: First = None, last: Last = None) -> Response:
-        with catalogue.reading(run) as digest:
-            return _json(layers_view(digest, statistic, within=_within(first, last)))
 
     @app.get("/api/compare")
     def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:

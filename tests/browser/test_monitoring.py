@@ -52,6 +52,7 @@ def test_a_run_that_trains_is_seen_live_and_its_nan_is_named(
 ) -> None:
     monitor = open_run(page, dashboard, "live")
     expect(monitor).to_have_attribute("data-state", "running")
+    page.wait_for_function(f"{LAST_STEP} > 0")  # it says that it runs before it trains
     before = page.evaluate(LAST_STEP)
     page.wait_for_function(f"before => {LAST_STEP} > before", arg=before, timeout=2000)
     row = monitor.locator(".h-incidents tbody tr").first
@@ -62,6 +63,14 @@ def test_a_run_that_trains_is_seen_live_and_its_nan_is_named(
     expect(row).to_contain_text("skip")
     os.killpg(endless.pid, signal.SIGKILL)
     expect(monitor).to_have_attribute("data-state", "crashed")
+
+
+def test_a_section_opened_later_shows_its_pictures_though_the_run_has_ended(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    monitor = open_run(page, dashboard, trained[0])
+    monitor.get_by_text("More metrics").click()
+    expect(picture(page, "val/perplexity").locator("canvas").first).to_be_visible()
 
 
 def test_layers_lead_to_their_history(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:

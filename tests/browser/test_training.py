@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from harness.tracking.reader import open_run as open_log
-from tests.browser.actions import choose, fill, go_to, picture, toast
+from tests.browser.actions import choose, fill, go_to, toast
 from tests.browser.conftest import Dashboard, Place, watched_page
 
 START_MS = 60_000
+LAST_OF_LOSS = "Number(document.querySelector('figure[data-plot=loss]').dataset.last)"
+POINTS_OF_LOSS = "Number(document.querySelector('figure[data-plot=loss]').dataset.points)"
 NAME = 'it\'s <b>"formed": $(id) 1e-3'
 
 
@@ -105,7 +108,10 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     assert losses(place.runs / NAME) == list(range(reached + 8))
     go_to(page, "Monitoring")
     expect(monitor).to_have_attribute("data-state", "finished")
-    expect(picture(page, "loss")).to_have_attribute("data-last", str(reached + 7))
+    expect(monitor).to_have_attribute("data-last-step", str(reached + 7))
+    last = page.evaluate(LAST_OF_LOSS)
+    steps_per_point = math.ceil((reached + 8) / page.evaluate(POINTS_OF_LOSS))  # more than one if it got far
+    assert reached + 8 - steps_per_point <= last < reached + 8
     expect(monitor.locator(".h-fact", has_text="attempts").locator("b")).to_have_text("2")
 
 

@@ -17,7 +17,7 @@ from harness.config import TrainConfig
 from harness.config.load import flatten, read_yaml
 from harness.dashboard import programs
 from harness.dashboard.forks import checkpoints, fork
-from harness.dashboard.programs import Program
+from harness.dashboard.records import Program
 from harness.errors import CheckpointError, ConfigError, TrackingError
 from harness.tracking.process import identity
 from harness.tracking.reader import open_run

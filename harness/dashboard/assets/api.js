@@ -1,5 +1,7 @@
 // What the page asks the server. Every answer is plain data; an error has one sentence for people.
 
+const PAUSE_MS = 250;
+
 export async function ask(path, parameters = {}) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters))
@@ -10,13 +12,15 @@ export async function ask(path, parameters = {}) {
   return answer;
 }
 
-// Calls `work` now and again every `everyMs` while `node` is on the screen; never twice at the same time.
+// Calls `work` now and again every `everyMs`, from one begin to the next, while `node` is on the screen; never twice
+// at the same time, and with a pause in between however long it takes.
 export function repeat(node, everyMs, work) {
   let stopped = false;
   let busy = false;
   let again = false;
   let timer = null;
   const round = async () => {
+    const began = performance.now();
     busy = true;
     if (node.isConnected && node.offsetParent !== null && !document.hidden) {
       try {
@@ -26,7 +30,7 @@ export function repeat(node, everyMs, work) {
       }
     }
     busy = false;
-    if (!stopped) timer = setTimeout(round, again ? 0 : everyMs);
+    if (!stopped) timer = setTimeout(round, again ? 0 : Math.max(PAUSE_MS, everyMs - (performance.now() - began)));
     again = false;
   };
   round();

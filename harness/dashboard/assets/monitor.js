@@ -43,6 +43,8 @@ class Monitor extends HTMLElement {
     this.built = true;
     this.settings = { axis: "step", smoothing: 0, within: null };
     this.charts = [];
+    this.asked = null;
+    this.turn = 0;
     this.head = element("div", { class: "h-head" });
     this.note = element("div", { class: "h-note", role: "status" });
     this.grid = element("div", { class: "h-grid" });
@@ -54,8 +56,8 @@ class Monitor extends HTMLElement {
     this.ranks = element("div", {});
     this.layerChart = element("div", { class: "h-grid" });
     this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
-    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.drawLayers() });
-    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.poll?.soon() }, element("summary", {}, title), ...nodes);
+    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.lookAgain() });
+    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.lacks() && this.lookAgain() }, element("summary", {}, title), ...nodes);
     this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
     this.append(
       this.head,
@@ -87,14 +89,13 @@ class Monitor extends HTMLElement {
     const isShown = this.built && (id || "") === this.dataset.run;
     this.wanted = id;
     if (!this.built || isShown) return;
-    this.version = null;
     this.data = null;
     this.settings.within = null;
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
     for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.layerChart, this.statistic]) node.replaceChildren();
     this.dataset.run = id || "";
-    this.poll.soon();
+    this.lookAgain();
   }
 
   get run() {
@@ -102,13 +103,9 @@ class Monitor extends HTMLElement {
   }
 
   controls() {
-    const change = () => {
-      this.version = null;
-      this.poll.soon();
-    };
     const axis = element(
       "select",
-      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), change()) },
+      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.lookAgain()) },
       [["step", "by step"], ["tokens", "by tokens"], ["hours", "by hours"], ["clock", "by time of day"]].map(([value, text]) => element("option", { value }, text)),
     );
     const smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "smoothing", oninput: () => {
@@ -131,6 +128,12 @@ class Monitor extends HTMLElement {
   zoom(within) {
     this.settings.within = within;
     this.reset.disabled = !within;
+    this.lookAgain();
+  }
+
+  // Something else is to be seen: an answer that is under way is not the last word.
+  lookAgain() {
+    this.turn += 1;
     this.version = null;
     this.poll.soon();
   }
@@ -141,19 +144,38 @@ class Monitor extends HTMLElement {
       this.note.textContent = "no run is chosen: pick one above, or in the table of runs";
       return;
     }
-    const answer = await ask("run", { run, seen: this.version });
+    const { turn } = this;
+    this.asked = this.sights();
+    const { axis, within } = this.settings;
+    const answer = await ask("run", { run, seen: this.version, ...this.asked, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
     this.note.textContent = "";
-    if (answer.unchanged && this.version) return;
-    if (!answer.unchanged) this.data = answer;
-    this.version = answer.version;
-    this.dataset.state = this.data.state;
+    if (answer.unchanged) return;
+    this.data = answer;
+    this.version = turn === this.turn ? answer.version : null;
+    this.dataset.state = answer.state;
     this.tell();
     this.makeCharts();
-    await this.drawCharts();
-    this.dataset.lastStep = this.data.last_step;
-    await this.drawLayers();
+    this.drawCharts();
+    this.drawLayers();
+    this.dataset.lastStep = answer.last_step;
     this.dataset.ready = "true";
+    if (this.lacks()) this.lookAgain();
+  }
+
+  // What can be seen, and only that is asked for: a closed section costs nothing.
+  sights() {
+    const charts = this.data ? this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null) : [];
+    const names = charts.length ? charts.flatMap((chart) => chart.names) : PLOTS({}).flatMap((plot) => plot.lines.map((line) => line.name));
+    const hasLayers = this.heat.node.closest("details").open;
+    return { name: [...new Set(names)], statistic: hasLayers ? this.statistic.value || "grad_norm" : null };
+  }
+
+  // Whether something can be seen that was not asked for.
+  lacks() {
+    if (!this.data) return false;
+    const { name, statistic } = this.sights();
+    return name.some((one) => !this.asked.name.includes(one)) || (statistic !== null && statistic !== this.asked.statistic && this.data.statistics.includes(statistic));
   }
 
   tell() {
@@ -257,37 +279,20 @@ class Monitor extends HTMLElement {
       this.charts.push(chart);
       this.more.append(chart.node);
     }
-    if (redraw) {
-      this.version = null;
-      this.poll.soon();
-    }
+    if (redraw) this.lookAgain();
   }
 
-  // Only what can be seen is asked for: a closed section costs nothing.
-  async drawCharts() {
-    const seen = this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null);
-    const names = [...new Set(seen.flatMap((chart) => chart.names))].filter((name) => name.startsWith("ranks/") || name.startsWith("layers/") || this.data.names.includes(name));
-    const view = await ask("curves", {
-      run: this.wanted,
-      name: names,
-      axis: this.settings.axis,
-      first: this.settings.within?.[0],
-      last: this.settings.within?.[1],
-      points: 400,
-    });
-    for (const chart of seen) {
-      for (const name of chart.names) view.curves[name] ??= { x: -1, mean: [], odd: [] };
-      chart.draw(view, this.data.events, this.settings);
-    }
+  drawCharts() {
+    const { curves, events } = this.data;
+    for (const chart of this.charts) if (chart.names.some((name) => name in curves.curves)) chart.draw(curves, events, this.settings);
   }
 
-  async drawLayers() {
-    const { statistics } = this.data;
+  drawLayers() {
+    const { layers, statistics } = this.data;
     if (this.statistic.options.length !== statistics.length)
       this.statistic.replaceChildren(...statistics.map((name) => element("option", { value: name, selected: name === "grad_norm" }, name)));
-    if (!statistics.length || this.heat.node.offsetParent === null) return;
-    const within = this.settings.within;
-    this.heat.draw(await ask("layers", { run: this.wanted, statistic: this.statistic.value || statistics[0], first: within?.[0], last: within?.[1] }));
+    this.heat.node.hidden = !statistics.length;
+    if (layers && statistics.length) this.heat.draw(layers);
   }
 
   pick(layer) {
@@ -297,8 +302,7 @@ class Monitor extends HTMLElement {
     const chart = new Chart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, { onzoom: (range) => this.zoom(range) });
     this.charts.push(chart);
     this.layerChart.append(chart.node);
-    this.version = null;
-    this.poll.soon();
+    this.lookAgain();
   }
 }
 
