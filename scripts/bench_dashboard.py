@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -187,6 +190,7 @@ def training_beside(runs: Path) -> dict[str, float]:
     model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = torch.randn(512, 512)
+    shutil.rmtree(runs / "watched", ignore_errors=True)  # of another time
     dashboard = Dashboard(runs)
     wait_for(lambda: dashboard.ask("runs")["reading"] == 0, every_s=1.0)
     watcher = subprocess.Popen(
@@ -219,6 +223,7 @@ def training_beside(runs: Path) -> dict[str, float]:
                 process.resume()
             ratios.append(train() / alone[-1])
     watched_s = NUM_PAIRS * BLOCK_S
+    assert watcher.poll() is None
     watcher.kill()
     watcher.wait()
     used = [after - before for before, after in zip(cpu_before, cpu_s(dashboard), strict=True)]
@@ -239,13 +244,19 @@ def cpu_s(dashboard: Dashboard) -> list[float]:
 
 
 def watch(address: str, run: str) -> None:
-    """Asks for what the page asks for while it shows a run that is live."""
+    """Asks for what the page asks for while it shows a run that is live, over one connection like a browser;
+    does nothing with the answers."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=60)
     seen = ""
     while True:
         asked = {"run": run, "seen": seen, "name": WATCHED, "statistic": "grad_norm", "points": 400}
-        query = urllib.parse.urlencode(asked, doseq=True)
-        with urllib.request.urlopen(f"{address}api/run?{query}", timeout=60) as answer:
-            seen = json.load(answer)["version"]
+        try:
+            connection.request("GET", "/api/run?" + urllib.parse.urlencode(asked, doseq=True))
+            answer = connection.getresponse().read()
+        except (http.client.HTTPException, ConnectionError):  # kept too long: a browser opens another one too
+            connection.close()
+            continue
+        seen = re.findall(rb'"version":"([^"]*)"', answer[:200])[0].decode()
         time.sleep(ASK_EVERY_S)
 
 

@@ -34,7 +34,7 @@ HEAD = """
 """
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
-PRESSED_EVERY_S = 0.05
+PRESSED_EVERY_S, PROGRESS_EVERY_S = 0.1, 5.0
 # Lists of runs are read when one is opened, and again while it stays open: a run that has just begun has to
 # turn up under the eyes of the one who looks for it.
 RUNS_SCRIPT = """
@@ -63,8 +63,10 @@ def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: Tens
         mcp_server=False,
         show_error=True,
     )
-    # Gradio looks 1,000 times a second whether a button was pressed, which costs a tenth of a core.
-    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = PRESSED_EVERY_S
+    # Gradio looks 1,000 times a second whether a button was pressed, which costs a tenth of a core, and how
+    # far its progress bars are, of which there are none.
+    page._queue.sleep_when_free = PRESSED_EVERY_S
+    page._queue.progress_update_sleep_when_free = PROGRESS_EVERY_S
     return app
 
 

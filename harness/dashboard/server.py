@@ -18,7 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.gzip import GZipMiddleware
 
 from harness.dashboard import programs
-from harness.dashboard.access import Access, Gate
+from harness.dashboard.access import Access, Gate, is_loopback
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.comparison import compare_view
 from harness.dashboard.tensorboards import TensorBoards
@@ -44,7 +44,8 @@ def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> 
     from harness.dashboard.page import mount_page  # heavy, and not needed to say what is wrong with options
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
+    if not is_loopback(access.host):  # on this machine it would only cost time
+        app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
     app.add_exception_handler(HarnessError, _say_what_is_wrong)  # type: ignore[arg-type]
     _add_data(app, catalogue)
     app.mount("/own", StaticFiles(directory=ASSETS), name="assets")

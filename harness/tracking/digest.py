@@ -26,7 +26,16 @@ from harness.tracking.log import log_dir
 from harness.tracking.segments import Follower, Position, segment_name, segments
 from harness.tracking.series import Layers, last_of_each_step
 from harness.tracking.timeline import Timeline, line_of
-from harness.tracking.traces import ENTRY, Entries, Trace, entries_of, merged, one_after_another, visible
+from harness.tracking.traces import (
+    ENTRY,
+    Entries,
+    Trace,
+    drawn,
+    entries_of,
+    merged,
+    one_after_another,
+    visible,
+)
 
 __all__ = ["Bands", "Digest"]
 
@@ -138,17 +147,22 @@ class Digest(Timeline):
             max_points: Where there are more steps, neighbouring ones share a point.
         """
         shown = self._shown(name, within=within, close_below=max_points)
-        points = merged(shown, _starts(len(shown), max_points))
-        none = points["num_finite"] == 0
+        starts = _starts(len(shown), max_points)
+        count = drawn(shown["num_finite"], starts, np.add)
+        num_nan, num_inf = (drawn(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
+        low, total, high = (
+            np.where(count == 0, np.nan, drawn(shown[name], starts, how))
+            for name, how in (("low", np.minimum), ("total", np.add), ("high", np.maximum))
+        )
         return Bands(
-            points["first_step"].copy(),  # of their own, not columns of a table: orjson wants them so
-            points["time"].copy(),
-            np.where(none, np.nan, points["low"]),
-            np.where(none, np.nan, points["total"] / np.maximum(points["num_finite"], 1)),
-            np.where(none, np.nan, points["high"]),
-            (points["num_finite"] + points["num_nan"] + points["num_inf"]).astype(np.int64),
-            points["num_nan"].astype(np.int64),
-            points["num_inf"].astype(np.int64),
+            shown["first_step"][starts],
+            shown["time"][starts],
+            low,
+            total / np.maximum(count, 1),
+            high,
+            count + num_nan + num_inf,
+            num_nan,
+            num_inf,
         )
 
     def layers(
@@ -254,6 +268,8 @@ class Digest(Timeline):
             return _in_order(touched)
         if len(touched) < close_below and self._is_near(touched):
             return _in_order(self._points(name, touched, within))
+        if whole.all():
+            return _in_order(entries)
         pieces = [self._points(name, entries[at : at + 1], within) for at in np.flatnonzero(cut)]
         return _in_order(one_after_another([entries[whole], *(_as_one(piece) for piece in pieces)]))
 

@@ -8,13 +8,14 @@ has `most` of them, neighbours are merged in pairs and each new entry stands for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.tracking.series import Series
 
-__all__ = ["ENTRY", "Entries", "Trace", "entries_of", "merged", "one_after_another", "visible"]
+__all__ = ["ENTRY", "Entries", "Trace", "drawn", "entries_of", "merged", "one_after_another", "visible"]
 
 ENTRY = np.dtype(
     [
@@ -170,6 +171,17 @@ def merged(entries: Entries, starts: npt.NDArray[np.int64]) -> Entries:
     for name in ("last_step", "high"):
         result[name] = np.maximum.reduceat(entries[name], starts)
     return result
+
+
+def drawn(column: npt.NDArray[Any], starts: npt.NDArray[np.int64], how: np.ufunc) -> npt.NDArray[Any]:
+    """One number for each group of neighbours, as `merged` has them; integers as 64 bits."""
+    dtype = np.int64 if column.dtype.kind == "i" else None
+    if len(starts) == len(column):
+        return column.astype(dtype or column.dtype)
+    if dtype and not column.any():
+        return np.zeros(len(starts), dtype=dtype)
+    numbers: npt.NDArray[Any] = how.reduceat(column, starts, dtype=dtype)
+    return numbers
 
 
 def visible(
