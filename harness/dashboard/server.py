@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import orjson
 import uvicorn
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -24,6 +24,7 @@ from harness.dashboard.comparison import compare_view
 from harness.dashboard.tensorboards import TensorBoards
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view
 from harness.errors import ConfigError, HarnessError
+from harness.tracking.digest import Digest
 
 __all__ = ["ASSETS", "application", "serve"]
 
@@ -33,10 +34,26 @@ ASSETS = Path(__file__).parent / "assets"
 MAX_NAMES = 2000
 MAX_COMPARED = 12
 
-First = Annotated[int | None, Query()]
-Last = Annotated[int | None, Query()]
-Names = Annotated[list[str], Query()]
-Points = Annotated[int, Query(ge=10, le=5000)]
+
+class _Sight:
+    """Which curves are asked for, in the words of an address."""
+
+    def __init__(
+        self,
+        name: Annotated[list[str], Query()] = [],  # noqa: B006  (FastAPI copies it)
+        axis: Axis = "step",
+        first: int | None = None,
+        last: int | None = None,
+        points: Annotated[int, Query(ge=10, le=5000)] = 800,
+    ) -> None:
+        self.within = None if first is None or last is None else (min(first, last), max(first, last))
+        self._names, self._axis, self._points = name[:MAX_NAMES], axis, points
+
+    def curves(self, digest: Digest) -> dict[str, Any]:
+        return curves_view(digest, self._names, axis=self._axis, within=self.within, max_points=self._points)
+
+
+Sight = Annotated[_Sight, Depends()]
 
 
 def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> Gate:
@@ -117,44 +134,21 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
         )
 
     @app.get("/api/run")
-    def run(
-        run: str,
-        name: Names = [],  # noqa: B006  (FastAPI copies it)
-        statistic: str | None = None,
-        axis: Axis = "step",
-        first: First = None,
-        last: Last = None,
-        points: Points = 800,
-        seen: str = "",
-    ) -> Response:
+    def run(run: str, sight: Sight, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run in one answer; next to nothing if it has been `seen`."""
-        within = _within(first, last)
         with catalogue.reading(run) as digest:
             version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
             if version == seen:
                 return _json({"version": version, "unchanged": True})
-            view = {"version": version, **run_view(digest)}
-            view["curves"] = curves_view(
-                digest, name[:MAX_NAMES], axis=axis, within=within, max_points=points
-            )
-            view["layers"] = layers_view(digest, statistic, within=within) if statistic else None
-            return _json(view)
+            layers = layers_view(digest, statistic, within=sight.within) if statistic else None
+            view = {**run_view(digest), "curves": sight.curves(digest), "layers": layers}
+            return _json({"version": version, **view})
 
     @app.get("/api/curves")
-    def curves(
-        run: str,
-        name: Names = [],  # noqa: B006
-        axis: Axis = "step",
-        first: First = None,
-        last: Last = None,
-        points: Points = 800,
-    ) -> Response:
+    def curves(run: str, sight: Sight) -> Response:
         """Curves alone, where runs are compared."""
         with catalogue.reading(run) as digest:
-            view = curves_view(
-                digest, name[:MAX_NAMES], axis=axis, within=_within(first, last), max_points=points
-            )
-            return _json(view)
+            return _json(sight.curves(digest))
 
     @app.get("/api/compare")
     def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:
@@ -164,10 +158,6 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
     def output(run: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
         text, end = programs.output(catalogue.root, run, offset)
         return _json({"text": text, "offset": end})
-
-
-def _within(first: int | None, last: int | None) -> tuple[int, int] | None:
-    return None if first is None or last is None else (min(first, last), max(first, last))
 
 
 def _json(answer: Any) -> Response:

@@ -30,10 +30,10 @@ from harness.tracking.traces import (
     ENTRY,
     Entries,
     Trace,
-    drawn,
     entries_of,
     merged,
     one_after_another,
+    reduced,
     visible,
 )
 
@@ -148,10 +148,10 @@ class Digest(Timeline):
         """
         shown = self._shown(name, within=within, close_below=max_points)
         starts = _starts(len(shown), max_points)
-        count = drawn(shown["num_finite"], starts, np.add)
-        num_nan, num_inf = (drawn(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
+        count = reduced(shown["num_finite"], starts, np.add)
+        num_nan, num_inf = (reduced(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
         low, total, high = (
-            np.where(count == 0, np.nan, drawn(shown[name], starts, how))
+            np.where(count == 0, np.nan, reduced(shown[name], starts, how))
             for name, how in (("low", np.minimum), ("total", np.add), ("high", np.maximum))
         )
         return Bands(

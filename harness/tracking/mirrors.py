@@ -84,18 +84,8 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
-    messages, messages_out = os.pipe()
-    try:
-        how = "rebuild" if rebuild else "go on"
-        arguments = (run_dir, settings.to_json(), how, timeout_s, messages_out)
-        process = _start(
-            _COMPLETE, *arguments, messages=messages_out, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-        )
-    except OSError:
-        os.close(messages)
-        raise
-    finally:
-        os.close(messages_out)
+    arguments = (run_dir, settings.to_json(), "rebuild" if rebuild else "go on", timeout_s)
+    process, messages = _start(_COMPLETE, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
     try:
@@ -154,32 +144,32 @@ class MirrorHandle:
 
 def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
     trainer = psutil.Process()
+    arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time())
+    process, messages = _start(_FOLLOW, *arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    _STARTED.append(process)
+    return process, messages
+
+
+def _start(program: str, *arguments: object, stdin: int, stdout: int) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and where to read what it has to say to people. It is told that as its last argument."""
+    root = Path(__file__).resolve().parents[2]
     messages, messages_out = os.pipe()
     try:
-        arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time(), messages_out)
-        process = _start(_FOLLOW, *arguments, messages=messages_out, stdin=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM + program, *map(str, (root, *arguments, messages_out))],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[messages_out],
+            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
+            env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+        )
     except OSError:
         os.close(messages)
         raise
     finally:
         os.close(messages_out)
-    _STARTED.append(process)
     return process, messages
-
-
-def _start(
-    program: str, *arguments: object, messages: int, stdin: int, stdout: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", _PROGRAM + program, str(root), *map(str, arguments)],
-        stdin=stdin,
-        stdout=stdout,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[messages],
-        start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
-        env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
-    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from harness.tracking.series import Series
 
-__all__ = ["ENTRY", "Entries", "Trace", "drawn", "entries_of", "merged", "one_after_another", "visible"]
+__all__ = ["ENTRY", "Entries", "Trace", "entries_of", "merged", "one_after_another", "reduced", "visible"]
 
 ENTRY = np.dtype(
     [
@@ -163,22 +163,22 @@ def merged(entries: Entries, starts: npt.NDArray[np.int64]) -> Entries:
     for name in _FIRSTS:
         result[name] = entries[name][starts]
     for name in _SUMS:
-        result[name] = np.add.reduceat(entries[name], starts)
+        result[name] = reduced(entries[name], starts, np.add)
     result["last_block"] = entries["last_block"][ends]
     result["last"] = entries["last"][ends]
     for name in ("first_step", "low"):
-        result[name] = np.minimum.reduceat(entries[name], starts)
+        result[name] = reduced(entries[name], starts, np.minimum)
     for name in ("last_step", "high"):
-        result[name] = np.maximum.reduceat(entries[name], starts)
+        result[name] = reduced(entries[name], starts, np.maximum)
     return result
 
 
-def drawn(column: npt.NDArray[Any], starts: npt.NDArray[np.int64], how: np.ufunc) -> npt.NDArray[Any]:
-    """One number for each group of neighbours, as `merged` has them; integers as 64 bits."""
-    dtype = np.int64 if column.dtype.kind == "i" else None
+def reduced(column: npt.NDArray[Any], starts: npt.NDArray[np.int64], how: np.ufunc) -> npt.NDArray[Any]:
+    """One number for each group of neighbours; a group begins at each of `starts`. Counts come as 64 bits."""
+    dtype = np.dtype(np.int64) if column.dtype.kind == "i" else column.dtype
     if len(starts) == len(column):
-        return column.astype(dtype or column.dtype)
-    if dtype and not column.any():
+        return column.astype(dtype)
+    if how is np.add and not column.any():  # nearly always, of what is not finite
         return np.zeros(len(starts), dtype=dtype)
     numbers: npt.NDArray[Any] = how.reduceat(column, starts, dtype=dtype)
     return numbers
