@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from subprocess import Popen
 
@@ -41,10 +42,12 @@ def endless(place: Place) -> Iterator[Popen[str]]:
     """A run from elsewhere that trains until it is ended, with a NaN at step 30."""
     arguments = place.arguments("live", "--loop.steps=100000", "--checkpoint.every=0", NAN)
     process = start([sys.executable, PROGRAM, *arguments])
+    reader = threading.Thread(target=process.communicate)  # a pipe that is full would hold the training up
+    reader.start()
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    reader.join()
 
 
 def test_a_run_that_trains_is_seen_live_and_its_nan_is_named(
