@@ -1,107 +1,149 @@
-"""Carries a decision out on an optimizer: on the device where it can, else by one question a step."""
+"""Carries a decision out on the optimizers: on the device where they can, else by one question a step."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import SGD, Adagrad, Adam
 
 from harness.errors import ConfigError
+from harness.stability.obedience import Obedience
+from harness.stability.optimizers import Optimizers
 from harness.stability.sources import gradients_of
 from harness.stability.verdict import Decision
 
 __all__ = ["Actuator"]
 
+HONOURING = {inspect.unwrap(kind.step) for kind in (Adam, SGD, Adagrad)}
+"""Step functions that, fused, honour `found_inf` and `grad_scale` (torch 2.13). AdamW's is Adam's."""
+
 logger = logging.getLogger(__name__)
 
 
 class Actuator:
-    """Steps an optimizer by decisions.
+    """Steps optimizers by decisions.
 
     Fused Adam, AdamW, SGD and Adagrad read `found_inf` and `grad_scale` on the device and leave parameters
-    and state alone, or divide the gradients, in the one pass that they make anyway. Any other optimizer costs
-    a synchronisation per step and, when it clips, a pass over the gradients. A step in which a fused
-    optimizer creates state synchronises too: fused SGD leaves momentum uninitialised in a step that it skips.
+    and state alone, or divide the gradients, in the one pass that they make anyway. Only torch's own step
+    functions are trusted with that, without hooks on the step, and they are watched until they have proven
+    it (`Obedience`). Any other optimizer is called only for steps that are applied, with gradients that are
+    clipped already; that costs a synchronisation per step and, when it clips, a pass over the gradients. A
+    step in which a fused optimizer creates state synchronises too: fused SGD leaves momentum uninitialised in
+    a step that it skips. How an optimizer is set up is read anew in every step.
 
     Raises:
-        ConfigError: the optimizer evaluates the model itself (LBFGS), or is one that torch cannot run on
-            sharded parameters.
+        ConfigError: an optimizer is one that torch cannot run on sharded parameters.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        # accelerate and others wrap the optimizer; the attributes have to reach the one that computes.
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
-        if isinstance(optimizer, LBFGS):
-            raise ConfigError(
-                "the optimizer is LBFGS",
-                rule="a guarded optimizer takes one gradient and makes one step",
-                remedy="use fused AdamW, or another first-order optimizer",
-            )
-        self.optimizer = optimizer
-        self._fused = all(group.get("fused") for group in optimizer.param_groups)
-        self._refuse_what_torch_cannot_do()
-        self._has_all_state = False
-        if not self._fused:
-            logger.warning(
-                "%s reads the guard's verdict on the host, one synchronisation per step; pass fused=True to "
-                "Adam, AdamW, SGD or Adagrad to avoid it",
-                type(optimizer).__name__,
-            )
+    def __init__(self, optimizers: Optimizers, *, device: torch.device) -> None:
+        self._optimizers = optimizers
+        self.obedience = Obedience(device)
+        self._told_of: set[str] = set()
+        for optimizer in optimizers.stepped:
+            if not self._is_fused(optimizer):
+                self._tell_once(optimizer)
+        self.start_over()
 
-    def _refuse_what_torch_cannot_do(self) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sharded = any(isinstance(p, DTensor) for p in parameters)
-        if self._fused and sharded and not isinstance(self.optimizer, Adam):
-            raise ConfigError(
-                f"fused {type(self.optimizer).__name__} over parameters sharded by FSDP2",
-                rule="of torch's fused optimizers only Adam and AdamW take sharded parameters",
-                remedy="use fused AdamW, or the same optimizer with fused=False",
-            )
+    def start_over(self) -> None:
+        """Forgets which parameters have optimizer state, because the optimizers hold others now."""
+        self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.stepped}
 
-    def carry_out(self, decision: Decision) -> None:
-        """Steps the optimizer, or not. Synchronises only where the class says so."""
-        if not (self._fused and self._state_exists()):
+    def carry_out(self, step: int, decision: Decision) -> None:
+        """Steps the optimizers, or not. Synchronises only where the class says so."""
+        fused = [optimizer for optimizer in self._optimizers.stepped if self._is_fused(optimizer)]
+        by_device = [one for one in fused if not self._stateless[id(one)].is_to_make_state()]
+        skip, divisor = False, 1.0
+        if len(by_device) < len(self._optimizers.stepped):
             skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
-            if skip:
-                return
-            if not self._fused:
-                if divisor != 1.0:
-                    torch._foreach_div_(self._gradients(), divisor)
-                self.optimizer.step()
-                return
-        with self._told(decision):
-            self.optimizer.step()
+        with self.obedience.watched(step, by_device, decision):
+            for optimizer in self._optimizers.stepped:
+                if optimizer in by_device or (optimizer in fused and not skip):
+                    with _told(optimizer, decision):
+                        optimizer.step()
+                elif not skip:
+                    _scale_gradients(optimizer, divisor)
+                    optimizer.step()
 
-    @contextmanager
-    def _told(self, decision: Decision) -> Iterator[None]:
-        """Within it the optimizer has the two attributes that fused implementations look for."""
-        self.optimizer.found_inf = decision.found_inf_t  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = decision.grad_scale_t  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            del self.optimizer.found_inf, self.optimizer.grad_scale  # type: ignore[attr-defined]
+    def _is_fused(self, optimizer: Any) -> bool:
+        """Whether it takes the verdict on the device."""
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            self._tell_once(optimizer)
+            return False
+        honours = inspect.unwrap(optimizer.step) in HONOURING and not _has_step_hooks(optimizer)
+        if honours:
+            _refuse_sharded(optimizer)
+        if not honours:
+            self._tell_once(optimizer)
+        return honours
 
-    def _state_exists(self) -> bool:
-        """Whether every parameter that takes part in this step has its optimizer state already."""
-        if not self._has_all_state:
-            stateful = [
-                p
-                for group in self.optimizer.param_groups
-                if not (isinstance(self.optimizer, SGD) and group["momentum"] == 0)
-                for p in group["params"]
-                if p.requires_grad
-            ]
-            self._has_all_state = all(self.optimizer.state.get(p) for p in stateful)
-            return all(self.optimizer.state.get(p) for p in stateful if p.grad is not None)
-        return True
+    def _tell_once(self, optimizer: Any) -> None:
+        name = type(optimizer).__name__
+        if name not in self._told_of:
+            self._told_of.add(name)
+            logger.warning(
+                "%s reads the guard's verdict on the host, one synchronisation per step; torch's own Adam, "
+                "AdamW, SGD and Adagrad with fused=True and without step hooks avoid it",
+                name,
+            )
 
-    def _gradients(self) -> list[Tensor]:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return gradients_of(parameters)[1]
+
+class _Stateless:
+    """Which of an optimizer's parameters have no optimizer state yet."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._seen: tuple[object, ...] = ()
+        self._missing: list[nn.Parameter] = []
+
+    def is_to_make_state(self) -> bool:
+        """Whether the step at hand creates state."""
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        # A loaded checkpoint puts another dictionary in its place; a new group adds parameters.
+        seen = (id(state), len(state), *(len(group["params"]) for group in groups))
+        if seen != self._seen:
+            self._seen = seen
+            stateful = [g for g in groups if not (isinstance(self._optimizer, SGD) and g["momentum"] == 0)]
+            self._missing = [p for group in stateful for p in group["params"] if not state.get(p)]
+        return any(p.grad is not None for p in self._missing)
+
+
+@contextmanager
+def _told(optimizer: Any, decision: Decision) -> Iterator[None]:
+    """Within it the optimizer has the two attributes that fused implementations look for."""
+    optimizer.found_inf, optimizer.grad_scale = decision.found_inf_t, decision.grad_scale_t
+    try:
+        yield
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale
+
+
+def _has_step_hooks(optimizer: Any) -> bool:
+    # They run around a step that is skipped on the device too, and may change parameters.
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def _scale_gradients(optimizer: Any, divisor: float) -> None:
+    gradients: list[Tensor] = gradients_of([p for group in optimizer.param_groups for p in group["params"]])[
+        1
+    ]
+    if divisor != 1.0 and gradients:
+        torch._foreach_div_(gradients, divisor)
+
+
+def _refuse_sharded(optimizer: Any) -> None:
+    """Refuses what torch cannot do: of its fused optimizers only Adam and AdamW take DTensors."""
+    if not isinstance(optimizer, Adam) and any(
+        isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"][:1]
+    ):
+        raise ConfigError(
+            f"fused {type(optimizer).__name__} over parameters sharded by FSDP2",
+            rule="of torch's fused optimizers only Adam and AdamW take sharded parameters",
+            remedy="use fused AdamW, or the same optimizer with fused=False",
+        )

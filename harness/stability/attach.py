@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from harness.errors import ConfigError
 from harness.stability.fsdp import FsdpSource
 from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.layout import Layout
+from harness.stability.optimizers import Optimizers
 from harness.stability.sources import GradientSource, PlainSource
 
-__all__ = ["layout_of", "source_of"]
+__all__ = ["layout_of", "named_parameters", "source_of"]
 
 logger = logging.getLogger(__name__)
 
 
-def layout_of(model: nn.Module, optimizer: Optimizer) -> Layout:
-    """A row for each parameter of `model` that takes a gradient.
+def layout_of(model: nn.Module, optimizers: Optimizers) -> Layout:
+    """A row for each parameter of `model` that a step of the optimizers may change.
 
     Raises:
-        ConfigError: something about the model or its optimizer's parameters that the guard cannot measure.
+        ConfigError: something about the model or its optimizers' parameters that the guard cannot measure.
     """
-    named = _authors_model(model).named_parameters()
-    # A submodule compiled by itself still has its wrapper in the name.
-    layout = Layout.of((name.replace("_orig_mod.", ""), parameter) for name, parameter in named)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    _check(bool(parameters), "the model has no parameter that takes a gradient", "there has to be one")
-    devices = {p.device for p in parameters}
+    Layout.of(named_parameters(model), of=optimizers.held)  # whatever they hold has to be the model's
+    layout = Layout.of(named_parameters(model), of=optimizers.changed)
+    _check(len(layout) > 0, "the optimizer has no parameter that takes a gradient", "there has to be one")
+    devices = {p.device for p in layout.parameters}
     _check(len(devices) == 1, f"parameters on {len(devices)} devices", "all have to be on one device")
-    complex_ones = [name for name, p in zip(layout.names, parameters, strict=True) if p.is_complex()]
+    pairs = list(zip(layout.names, layout.parameters, strict=True))
+    complex_ones = [name for name, p in pairs if p.is_complex()]
     _check(not complex_ones, f"complex parameters: {complex_ones}", "the guard measures real gradients")
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False)]
     _check(not sparse, f"sparse gradients in {sparse}", "gradients have to be dense: build with sparse=False")
-    layout.rows([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
     return layout
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters under the names that the model's author gave them, shared ones under each of theirs."""
+    for name, parameter in _authors_model(model).named_parameters(remove_duplicate=False):
+        # A submodule compiled by itself still has its wrapper in the name.
+        yield name.replace("_orig_mod.", ""), parameter
 
 
 def source_of(
@@ -58,7 +64,7 @@ def source_of(
             "reduce its gradients yourself, give the guard the group",
             dist.get_world_size(),
         )
-    return PlainSource(model, layout, group=group)
+    return PlainSource(layout, group=group)
 
 
 def _authors_model(model: nn.Module) -> nn.Module:

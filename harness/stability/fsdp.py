@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.errors import ConfigError
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
-from harness.stability.sources import RowTable
+from harness.stability.sources import Observations, RowTable
 from harness.stability.statistics import bucket_statistics, tensor_statistics
 
 __all__ = ["FsdpSource"]
@@ -38,25 +38,29 @@ class FsdpSource:
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self.layout = layout
         self.extremes = True
-        self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
-        mesh = _mesh(self._parameters)
+        mesh = _mesh(layout.parameters)
         self.num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         self.num_shards = mesh.size() // self.num_replicas
+        self.measures_backward = self.num_shards > 1
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
-        self._table = RowTable(layout, self._parameters[0].device)
-        self._rows: Tensor | None = None
+        self._seen = Observations()
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
         self._groups = [
             _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
         ]
         for group in self._groups:
             group.refuse_offload()
+        self.watch(layout)
+
+    def watch(self, layout: Layout) -> None:
+        _mesh(layout.parameters)
+        self.layout = layout
+        self._table = RowTable(layout)
 
     def micro_batch_rows(self) -> Tensor:
-        if self._rows is not None:
-            return self._rows
+        if self._seen:
+            return self._seen.rows(self._table)
         pairs = [pair for group in self._groups for pair in group.unreduced()]
         if not pairs:
             return self.local_rows()
@@ -65,23 +69,26 @@ class FsdpSource:
 
     def local_rows(self) -> Tensor:
         if self.num_shards == 1:
-            return self._table.measure(self._parameters, extremes=self.extremes)
-        return self._table.empty() if self._rows is None else self._rows
+            return self._table.measure(extremes=self.extremes)
+        return self._seen.rows(self._table)
 
     def reduced_rows(self) -> Tensor:
-        return self._table.measure(self._parameters, extremes=False)
+        return self._table.measure(extremes=False)
 
     @property
     def is_reduced(self) -> bool:
-        return self._rows is not None or self.num_shards == 1
+        return bool(self._seen) or self.num_shards == 1
+
+    def left_out(self) -> list[nn.Parameter]:
+        return []
 
     def start_step(self) -> None:
-        self._rows = None
+        self._seen.clear()
 
     def close(self) -> None:
         for group in self._groups:
             group.close()
-        self._groups, self._parameters = [], []
+        self._groups = []
 
     def _see(self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float) -> None:
         """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
@@ -92,9 +99,7 @@ class FsdpSource:
         rows[:, MAX_ABS] = by_shard[:, :, MAX_ABS].amax(0) * divided_by
         rows[:, SUM_SQUARES] *= divided_by**2
         rows[:, NUM_ZERO] -= plan.padding
-        if self._rows is None:
-            self._rows = self._table.empty()
-        self._rows.index_copy_(0, plan.index, rows)
+        self._seen.note(parameters, rows)
 
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
         key = tuple(map(id, parameters))
@@ -104,7 +109,6 @@ class FsdpSource:
             self._plan_of[key] = _Plan(
                 pieces=[total // self.num_shards for total in padded],
                 padding=torch.tensor(padding, dtype=torch.float64, device=device),
-                index=torch.tensor(self.layout.rows(parameters), device=device),
             )
         return self._plan_of[key]
 
@@ -117,8 +121,6 @@ class _Plan:
     """Elements of each parameter's padded shard."""
     padding: Tensor
     """Zeros that were added to each parameter."""
-    index: Tensor
-    """Each parameter's row."""
 
 
 def _modules_with_groups(model: nn.Module) -> list[FSDPModule]:

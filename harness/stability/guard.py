@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from harness.config import GuardConfig
@@ -19,21 +22,25 @@ from harness.dist.collectives import gather_lanes
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
-from harness.stability.attach import layout_of, source_of
+from harness.stability.attach import layout_of, named_parameters, source_of
 from harness.stability.attention import AttentionProbe, is_compiled
+from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
-from harness.stability.lane import NUM_HOST_FIELDS, build_lane
-from harness.stability.layout import SUM_SQUARES
+from harness.stability.lane import NUM_HOST_FIELDS, Fault, build_lane
+from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
 from harness.stability.monitor import Monitor
+from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet, pack, unpack
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
 from harness.stability.verdict import Decision, Judge
 
 __all__ = ["StepGuard"]
+
+logger = logging.getLogger(__name__)
 
 
 class StepGuard:
@@ -52,7 +59,11 @@ class StepGuard:
 
     Args:
         model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
-        optimizer: Its parameters are all the model's. Fused Adam, AdamW, SGD and Adagrad need no host.
+        optimizer: One or several, with one norm and one verdict for all; their parameters are the model's.
+            What they hold in a step is what is measured, clipped and judged in it: groups may be added,
+            layers thawed, parameters replaced. What no optimizer holds is left alone, and said once. Fused
+            Adam, AdamW, SGD and Adagrad need no host. Other optimizers over other parts of the model may
+            have guards of their own; a later guard of the same parameters closes the earlier one.
         max_norm: The gradient is scaled down to this L2 norm; None: never.
         nonfinite: Whether a step that is not finite is left out, or ends the run (its record says `stop`).
         spike: What to do about a finite but extraordinary loss or norm.
@@ -64,14 +75,14 @@ class StepGuard:
         settings: Any other field of `GuardConfig`.
 
     Raises:
-        ConfigError: parameters on several devices, of complex type or unknown to the model; sparse
-            embeddings; a DDP model that has a communication hook already.
+        ConfigError: parameters on several devices, of complex type or unknown to the model, or in two
+            optimizers; sparse embeddings; a DDP model that has a communication hook already.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         max_norm: float | None = 1.0,
         nonfinite: Literal["skip", "stop"] = "skip",
@@ -82,10 +93,12 @@ class StepGuard:
         **settings: Any,
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
-        self._actuator = Actuator(optimizer)
-        self.layout = layout_of(model, self._actuator.optimizer)
+        self._model = model
+        self._optimizers = Optimizers(optimizer)
+        self.layout = layout_of(model, self._optimizers)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
-        device = next(model.parameters()).device
+        device = self.layout.parameters[0].device
+        self._actuator = Actuator(self._optimizers, device=device)
         self._loss_scale = LossScale(
             self.config.init_loss_scale,
             growth_steps=self.config.loss_scale_growth_steps,
@@ -94,11 +107,9 @@ class StepGuard:
         )
         self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
         self._is_compiled = is_compiled(model)
-        self._parameters = [p for p in model.parameters() if id(p) in self.layout.row_of]
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
-        self._sampler = WeightSampler(self._parameters, self._actuator.optimizer, precision=precision)
+        self._precision = precision
         self._monitor = Monitor(
-            self.layout,
             group=self._source.group,
             num_replicas=self._source.num_replicas,
             lag_steps=self.config.lag_steps,
@@ -110,13 +121,17 @@ class StepGuard:
         self._decision = Graphed(
             functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.memory
         )
+        self._closed_because: str | None = None
+        self._is_first_call = True
+        self._is_gated = False
+        self._watch(self.layout)
         self._start_step()
 
     @classmethod
     def from_config(
         cls,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         config: GuardConfig,
         *,
         precision: str = "fp32",
@@ -159,6 +174,7 @@ class StepGuard:
             is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
                 sees by itself that a micro-batch was reduced.
         """
+        self._require_open()
         with torch.no_grad():
             self._micro_batches.add(loss_sum, num_tokens, num_correct)
             if not is_last:
@@ -183,6 +199,7 @@ class StepGuard:
         self,
         loss: Tensor | None = None,
         *,
+        scaler: GradScaler | EllipsisType | None = ...,
         nominal_tokens: float | None = None,
         compute_s: float = 0.0,
         data_wait_s: float = 0.0,
@@ -192,27 +209,44 @@ class StepGuard:
 
         Args:
             loss: This rank's mean loss, not scaled, of a step with a single batch; with several, call
-                `accumulate` after each instead.
+                `accumulate` after each instead. Within `accelerator.accumulate`, of each micro-batch: with
+                an optimizer prepared by accelerate the step is made when accelerate makes one.
+            scaler: The loop's own GradScaler, if it scales this loss: its scale is taken out of the gradients
+                here, with or without `unscale_` before, and `scaler.update()` follows as ever. One that is
+                in use and not handed over is an error; None says that it scales another loss.
             nominal_tokens: The constant that summed losses were divided by before the backward pass; the
                 gradient becomes that of the mean over the tokens that were really there.
             compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
 
         Raises:
-            ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both.
+            ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
+                GradScaler is in use that was not handed over; the optimizer holds a parameter that is not the
+                model's, or that DDP does not reduce; the guard is closed.
         """
+        self._require_open()
         self._require_one_loss(loss)
+        is_accumulating = self._optimizers.is_accumulating
         if loss is not None:
-            self.accumulate(loss, is_last=True)
+            self.accumulate(loss, is_last=not is_accumulating)
+        if is_accumulating:
+            self._is_gated = True
+            return
+        self._follow_the_optimizers()
+        scaled = self._scaled_gradients(scaler)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        known = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        if scaled is not None and scaled.is_unscaled and self._source.measures_backward:
+            local = scaled.unscaled(local)
+        known = (float(self._fault()), compute_s, data_wait_s, float(stop_requested))
         known_t = self._from_host(*known, *self._micro_batches.told(), nominal_tokens or 0.0)
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        (lane,) = self._lane(local, reduced, known_t)
+        (lane,) = self._lane(local, reduced, known_t, self._actuator.obedience.faults_t)
         packet = self._gather(self._due({"lane": lane}, rows))
         decision = Decision(*self._decision(packet["lane"], known_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
-        self._monitor.push(self._step, packet, rows=rows, counts_tokens=loss is None)
+        if scaled is not None:
+            scaled.tell(decision.overflowed_t)
+        self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
         self._start_step()
@@ -222,7 +256,10 @@ class StepGuard:
 
         Equal on all ranks, which all have to call it at the same steps.
         """
-        return self._monitor.drain(wait=wait)
+        records = self._monitor.drain(wait=wait)
+        for record in records:
+            self._actuator.obedience.learn(record)
+        return records
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, without the records still to drain. Does not synchronise."""
@@ -243,9 +280,9 @@ class StepGuard:
         self._start_step()
 
     def close(self) -> None:
-        """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent."""
-        self._source.close()
-        self._monitor.clear()
+        """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
+        after it is an error: the loop has to call the optimizer itself again."""
+        self._close("it was closed")
 
     def __enter__(self) -> StepGuard:
         return self
@@ -255,14 +292,88 @@ class StepGuard:
     ) -> None:
         self.close()
 
+    def _close(self, reason: str) -> None:
+        self._closed_because = self._closed_because or reason
+        _open_guards.discard(self)
+        self._source.close()
+        self._monitor.clear()
+
+    def _watch(self, layout: Layout) -> None:
+        """Takes `layout` for what the optimizers hold; guards that watched any of it before are closed."""
+        self.layout, self._signature = layout, self._optimizers.signature
+        self._source.watch(layout)
+        self._actuator.start_over()
+        self._sampler = WeightSampler(layout.parameters, self._optimizers.state_of, precision=self._precision)
+        for other in list(_open_guards):
+            if other is not self and other.layout.row_of.keys() & layout.row_of.keys():
+                other._close("a later guard watches its parameters")
+        _open_guards.add(self)
+
+    def _follow_the_optimizers(self) -> None:
+        """Takes in what they hold now, and refuses what is not reduced."""
+        if self._optimizers.signature != self._signature:
+            self._watch(layout_of(self._model, self._optimizers))
+        left_out = self._source.left_out()
+        if left_out:
+            names = [self.layout.names[self.layout.row_of[id(p)]] for p in left_out]
+            raise ConfigError(
+                f"the gradients of {_listed(names)} are not reduced over the ranks",
+                rule="DDP reduces what took a gradient when it was made, and each rank would go its own way",
+                remedy="thaw or add parameters first and make the DistributedDataParallel then",
+            )
+        if self._is_first_call:
+            self._say_what_nobody_holds()
+
+    def _say_what_nobody_holds(self) -> None:
+        watched = {row for guard in _open_guards for row in guard.layout.row_of}
+        named = named_parameters(self._model)
+        names = [name for name, p in named if p.requires_grad and id(p) not in watched]
+        if names and (self._source.group is None or self._source.group.rank() == 0):
+            logger.warning(
+                "no guarded optimizer holds %s, so the gradients taken there are neither measured nor used; "
+                "requires_grad_(False) saves the work",
+                _listed(names),
+            )
+
+    def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
+        """What the loop's GradScaler, if it has one, did to the gradients."""
+        if isinstance(scaler, EllipsisType):
+            scaler = self._optimizers.grad_scaler
+            if scaler is None and self._is_first_call:
+                refuse_forgotten_scaler()
+        self._is_first_call = False
+        if scaler is None or not scaler.is_enabled():
+            self._loss_scale.follow(None)
+            return None
+        by_accelerate = scaler is self._optimizers.grad_scaler
+        scaled = ScaledGradients(scaler, self._optimizers.stepped, updates=by_accelerate)
+        self._loss_scale.follow(None if scaled.is_unscaled else scaled.scale_t)
+        return scaled
+
+    def _fault(self) -> Fault:
+        fault = Fault(0) if self._source.is_reduced else Fault.UNREDUCED
+        if all(p.grad is None for p in self.layout.parameters):
+            fault |= Fault.NO_GRADIENT
+        return fault
+
     def _start_step(self) -> None:
+        self._is_gated = False
         self._source.start_step()
         self._source.extremes = self._step % self.config.extremes_every == 0
         self._micro_batches.clear()
         self._attention = None
 
+    def _require_open(self) -> None:
+        if self._closed_because is not None:
+            raise ConfigError(
+                f"the guard was used after {self._closed_because}",
+                rule="a closed guard measures nothing, and what is not measured is not applied",
+                remedy="make a new StepGuard, or call the optimizer yourself",
+            )
+
     def _require_one_loss(self, loss: Tensor | None) -> None:
-        if (loss is None) == (self._micro_batches.num == 0):
+        noted = self._micro_batches.num > 0 and not self._is_gated
+        if (loss is None) != noted:
             raise ConfigError(
                 "step() was called without a loss" if loss is None else "step() was given a loss once more",
                 rule="a verdict needs this rank's loss, once",
@@ -283,7 +394,7 @@ class StepGuard:
             packet["attention"] = self._attention
         if self._compares_replicas and self._is_due(self.config.replicas_every):
             # Of what the previous step left behind, so that it needs no collective of its own.
-            packet["checksums"] = checksums(self._parameters, self._actuator.optimizer)
+            packet["checksums"] = checksums(self.layout.parameters, self._optimizers.state_of)
         return packet
 
     def _is_due(self, every: int) -> bool:
@@ -299,10 +410,10 @@ class StepGuard:
     def _apply(self, decision: Decision, packet: Packet) -> None:
         """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
         if not self._is_due(self.config.sample_every):
-            self._actuator.carry_out(decision)
+            self._actuator.carry_out(self._step, decision)
             return
         self._sampler.before()
-        self._actuator.carry_out(decision)
+        self._actuator.carry_out(self._step, decision)
         samples = self._sampler.after()
         if self._source.num_shards > 1:
             samples = gather_lanes(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
@@ -311,9 +422,22 @@ class StepGuard:
             packet["samples"] = samples[None]
 
 
-def _lane(micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor) -> tuple[Tensor]:
-    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, nominal tokens."""
+_open_guards: WeakSet[StepGuard] = WeakSet()
+"""A parameter has one guard."""
+
+
+def _listed(names: Sequence[str], num: int = 3) -> str:
+    more = f" and {len(names) - num} more" if len(names) > num else ""
+    return ", ".join(names[:num]) + more
+
+
+def _lane(
+    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor, faults_t: Tensor
+) -> tuple[Tensor]:
+    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, nominal tokens. `faults_t`:
+    0-d, to be added to the faults among the host fields."""
     host_values, loss, number = known_t[:-1].split([NUM_HOST_FIELDS, 3, 1])
+    host_values = torch.cat([host_values[:1] + faults_t, host_values[1:]])
     micro_batches.look(local, number[0])
     lane = build_lane(
         local,

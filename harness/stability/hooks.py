@@ -5,7 +5,7 @@ No `from __future__ import annotations` here: DDP inspects a hook's annotations 
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ConfigError
 from harness.stability.layout import Layout
-from harness.stability.sources import RowTable
+from harness.stability.sources import Observations, RowTable
 from harness.stability.statistics import bucket_statistics
 
 __all__ = ["CommHook", "DdpSource"]
@@ -25,7 +25,7 @@ CommHook = Callable[[Any, GradBucket], Future[Tensor]]
 """A communication hook as torch's own: called with the process group and a bucket."""
 
 _hook_of: WeakKeyDictionary[DistributedDataParallel, "_BucketHook"] = WeakKeyDictionary()
-"""DDP takes one hook for its whole life, so a later guard on the same model finds the first one's."""
+"""DDP takes one hook for its whole life, so all guards of a model share it."""
 
 
 class DdpSource:
@@ -39,50 +39,55 @@ class DdpSource:
     """
 
     def __init__(self, ddp: DistributedDataParallel, layout: Layout, *, comm_hook: CommHook | None) -> None:
-        self.layout = layout
         self.group: dist.ProcessGroup | None = ddp.process_group
         self.num_replicas, self.num_shards = ddp.process_group.size(), 1
+        self.measures_backward = True
         self.extremes = True
-        self._parameters = [p for p in ddp.parameters() if id(p) in layout.row_of]
-        self._table = RowTable(layout, self._parameters[0].device)
-        self._rows: Tensor | None = None
+        self._seen = Observations()
+        self._in_buckets: set[int] = set()
         self._is_reduced = False
         self._hook = _hook_on(ddp, comm_hook)
-        self._hook.observe = self._see
+        self._hook.observers.add(self)
         self._alone = self.num_replicas == 1 and comm_hook is None
+        self.watch(layout)
+
+    def watch(self, layout: Layout) -> None:
+        self.layout = layout
+        self._table = RowTable(layout)
 
     def micro_batch_rows(self) -> Tensor:
-        if self._rows is not None:
-            return self._rows
-        return self._table.measure(self._parameters, extremes=False)
+        return self._seen.rows(self._table) if self._seen else self._table.measure(extremes=False)
 
     def local_rows(self) -> Tensor:
-        return self._table.empty() if self._rows is None else self._rows
+        return self._seen.rows(self._table)
 
     def reduced_rows(self) -> Tensor:
-        if self._alone:
-            return self.local_rows()
-        return self._table.measure(self._parameters, extremes=False)
+        return self.local_rows() if self._alone else self._table.measure(extremes=False)
 
     @property
     def is_reduced(self) -> bool:
         return self._is_reduced
 
+    def left_out(self) -> list[nn.Parameter]:
+        if not self._is_reduced or self._in_buckets >= self.layout.row_of.keys():
+            return []
+        outside = [p for p in self.layout.parameters if id(p) not in self._in_buckets]
+        return [p for p in outside if p.requires_grad]
+
     def start_step(self) -> None:
-        self._rows = None
+        self._seen.clear()
         self._is_reduced = False
 
     def close(self) -> None:
-        if self._hook.observe == self._see:  # else a later guard has taken over
-            self._hook.observe = None
-        self._parameters = []
+        self._hook.observers.discard(self)
 
-    def _see(self, bucket: GradBucket) -> None:
+    def see(self, bucket: GradBucket) -> None:
+        """Measures a bucket that is about to be reduced. What took a gradient when DDP was made is in buckets
+        for life, and nothing else ever is."""
         flat, parameters = bucket.buffer(), bucket.parameters()
         statistics = bucket_statistics(flat, [p.numel() for p in parameters], extremes=self.extremes)
-        if self._rows is None:
-            self._rows = self._table.empty()
-        self._rows.index_copy_(0, self._table.index(parameters), statistics)
+        self._seen.note(parameters, statistics)
+        self._in_buckets.update(map(id, parameters))
         self._is_reduced = bucket.is_last()
 
 
@@ -100,10 +105,10 @@ def _hook_on(ddp: DistributedDataParallel, comm_hook: CommHook | None) -> "_Buck
 
 
 class _BucketHook:
-    """Shows each bucket to `observe`, then reduces it. Holds no reference to the DDP model."""
+    """Shows each bucket to its observers, then reduces it. Keeps neither the DDP model nor them alive."""
 
     def __init__(self, ddp: DistributedDataParallel, comm_hook: CommHook | None) -> None:
-        self.observe: Callable[[GradBucket], None] | None = None
+        self.observers: WeakSet[DdpSource] = WeakSet()
         self.comm_hook = comm_hook
         self._group = ddp.process_group
         self._is_power_of_two = self._group.size() & (self._group.size() - 1) == 0
@@ -120,8 +125,8 @@ class _BucketHook:
             ddp.module.register_forward_pre_hook(self._note_storages)
 
     def reduce(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if self.observe is not None:
-            self.observe(bucket)
+        for observer in self.observers:
+            observer.see(bucket)
         if self.comm_hook is not None:
             return self.comm_hook(self._group, bucket)
         self._average(bucket)

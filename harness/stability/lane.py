@@ -5,6 +5,8 @@ Legend: P parameters, W ranks. Everything stays on the device; nothing here sync
 
 from __future__ import annotations
 
+from enum import IntFlag
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ __all__ = [
     "COMPUTE_S",
     "CORRECT",
     "DATA_WAIT_S",
+    "FAULTS",
     "LOSS_SUM",
     "MICRO_BATCH",
     "NUM_FIELDS",
@@ -23,7 +26,7 @@ __all__ = [
     "REDUCED_SUM_SQUARES",
     "STOP_REQUESTED",
     "TOKENS",
-    "UNREDUCED",
+    "Fault",
     "bad_rows",
     "build_lane",
 ]
@@ -37,15 +40,28 @@ __all__ = [
     MICRO_BATCH,
     REDUCED_SUM_SQUARES,
     REDUCED_BAD,
-    UNREDUCED,
+    FAULTS,
     COMPUTE_S,
     DATA_WAIT_S,
     STOP_REQUESTED,
 ) = range(NUM_COLUMNS, NUM_COLUMNS + 11)
 NUM_FIELDS = NUM_COLUMNS + 11
 
-NUM_HOST_FIELDS = NUM_FIELDS - UNREDUCED
-"""The fields from UNREDUCED on are known on the host."""
+NUM_HOST_FIELDS = NUM_FIELDS - FAULTS
+"""The fields from FAULTS on are known on the host."""
+
+
+class Fault(IntFlag):
+    """What is wrong with a rank's step besides its numbers; a step with any of them is not applied."""
+
+    UNREDUCED = 1
+    """The gradients were not reduced."""
+    NO_GRADIENT = 2
+    """There are none."""
+    IGNORED_SKIP = 4
+    """An optimizer changed parameters in an earlier step that was to be left out."""
+    IGNORED_CLIP = 8
+    """An optimizer did not divide gradients in an earlier step that was to be clipped."""
 
 
 def build_lane(
@@ -58,7 +74,7 @@ def build_lane(
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
         loss: `[3]` sum of the loss, number of tokens, and how many of them were predicted right.
         micro_batch: 0-d, the one to blame if the step goes wrong.
-        host_values: `[NUM_HOST_FIELDS]`, the fields from UNREDUCED on.
+        host_values: `[NUM_HOST_FIELDS]`, the fields from FAULTS on.
     """
     totals = local.sum(0)
     totals[MAX_ABS] = local[:, MAX_ABS].amax()

@@ -5,10 +5,10 @@ Legend: P number of parameters, N elements of a flat buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from harness.errors import ConfigError
 
@@ -25,18 +25,35 @@ class Layout:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     """Elements per parameter, as this rank sees them."""
-    parameters: tuple[Tensor, ...]
-    """The parameters themselves, held so that no `id` is ever given to another one."""
+    parameters: tuple[nn.Parameter, ...]
+    """The parameters themselves, kept so that no `id` is ever given to another one."""
     row_of: Mapping[int, int]
     """Row by `id(parameter)`: parameters are compared by identity, shared ones have one row."""
 
     @classmethod
-    def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Layout:
-        """The layout of all parameters that take a gradient; frozen ones have no row."""
-        unique: dict[Tensor, str] = {}
+    def of(
+        cls, named_parameters: Iterable[tuple[str, nn.Parameter]], *, of: Collection[nn.Parameter]
+    ) -> Layout:
+        """The layout of the parameters in `of`, by the names and in the order of the model's.
+
+        Raises:
+            ConfigError: one of them is not among `named_parameters`.
+        """
+        ids = {id(parameter) for parameter in of}
+        unique: dict[nn.Parameter, str] = {}
         for name, parameter in named_parameters:
-            if parameter.requires_grad:
+            if id(parameter) in ids:
                 unique.setdefault(parameter, name)
+        strangers = [tuple(p.shape) for p in of if p not in unique]
+        if strangers:
+            raise ConfigError(
+                f"the optimizer holds {len(strangers)} parameters that are not the model's, of shapes "
+                f"{_first(strangers)}",
+                rule="what a guarded optimizer changes has to be in the guarded model, to be measured there",
+                remedy="make the optimizer from the parameters of the model as it is now, after it was "
+                "moved, sharded or rebuilt; one that keeps copies of its own (fp32 masters) has to have the "
+                "model's parameters in its param_groups",
+            )
         return cls(
             names=tuple(unique.values()),
             sizes=tuple(parameter.numel() for parameter in unique),
@@ -47,18 +64,7 @@ class Layout:
     def __len__(self) -> int:
         return len(self.names)
 
-    def rows(self, parameters: Sequence[Tensor]) -> list[int]:
-        """The row of each of `parameters` (those of a bucket, say), in their order.
 
-        Raises:
-            ConfigError: one of them was not there, or was frozen, when the layout was taken.
-        """
-        try:
-            return [self.row_of[id(parameter)] for parameter in parameters]
-        except KeyError:
-            strangers = [tuple(p.shape) for p in parameters if id(p) not in self.row_of]
-            raise ConfigError(
-                f"no row for parameters of shapes {strangers}",
-                rule="all parameters that take a gradient have to exist when the guard is made",
-                remedy="make the guard after unfreezing or replacing parameters",
-            ) from None
+def _first(shapes: list[tuple[int, ...]], num: int = 3) -> str:
+    more = f" and {len(shapes) - num} more" if len(shapes) > num else ""
+    return ", ".join(map(str, shapes[:num])) + more

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.errors import ConfigError
+
 __all__ = ["LossScale"]
 
 MAX_SCALE = 2.0**24
@@ -19,9 +21,28 @@ class LossScale:
 
     def __init__(self, initial: float, *, growth_steps: int, device: torch.device, enabled: bool) -> None:
         self.enabled = enabled
+        self._is_borrowed = False
         self.value_t = torch.tensor(initial if enabled else 1.0, dtype=torch.float32, device=device)
         self._growth_steps = growth_steps
         self._clean_steps_t = torch.zeros((), dtype=torch.int32, device=device)
+
+    def follow(self, scale_t: Tensor | None) -> None:
+        """Takes over the scale of the loop's own GradScaler for a step; None: the loss is not scaled by one.
+
+        Raises:
+            ConfigError: the guard scales losses itself.
+        """
+        if scale_t is not None and self.enabled:
+            raise ConfigError(
+                "a GradScaler was handed to a guard with precision=torch.float16",
+                rule="one of the two scales the loss",
+                remedy="leave precision out, or the GradScaler and call guard.scale(loss).backward()",
+            )
+        if scale_t is not None:
+            self.value_t.copy_(scale_t)
+        elif self._is_borrowed:
+            self.value_t.fill_(1.0)
+        self._is_borrowed = scale_t is not None
 
     def update(self, *, overflowed_t: Tensor, skip_t: Tensor) -> None:
         """Moves the scale by what became of a step. In place, without synchronising."""

@@ -54,6 +54,8 @@ class _Pending:
     copy: _Copy
     """The packed numbers."""
     spec: Spec
+    layout: Layout
+    """What the rows are of."""
     rows: Tensor
     """`[P, 6]` on the device, this rank's, in case the step turns out to be an incident."""
     counts_tokens: bool
@@ -66,27 +68,33 @@ class Monitor:
     acts on all ranks at once.
     """
 
-    def __init__(
-        self, layout: Layout, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int
-    ) -> None:
+    def __init__(self, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int) -> None:
         self._group = group
-        self._reader = Reader(layout, num_replicas=num_replicas)
+        self._num_replicas = num_replicas
         self._lag_steps = lag_steps
         self._pending: deque[_Pending] = deque()
         self._idle: dict[int, list[_Copy]] = {}
         """Copies that were read, by their size: pinned memory is costly to ask for."""
 
-    def push(self, step: int, packet: Packet, *, rows: Tensor, counts_tokens: bool) -> None:
+    def push(self, step: int, packet: Packet, *, layout: Layout, rows: Tensor, counts_tokens: bool) -> None:
         """Starts the copy of a step's numbers to the host.
 
         Args:
             packet: What `Reader.record` reads.
+            layout: Which parameter is which row.
             rows: `[P, 6]`, this rank's statistics and the reduced sums of squares.
             counts_tokens: Whether the lanes' token counts were told by the caller.
         """
         flat, spec = pack(packet)
         self._pending.append(
-            _Pending(step=step, copy=self._copied(flat), spec=spec, rows=rows, counts_tokens=counts_tokens)
+            _Pending(
+                step=step,
+                copy=self._copied(flat),
+                spec=spec,
+                layout=layout,
+                rows=rows,
+                counts_tokens=counts_tokens,
+            )
         )
 
     def drain(self, *, wait: bool) -> list[StepRecord]:
@@ -106,10 +114,11 @@ class Monitor:
     def _record(self, pending: _Pending) -> StepRecord:
         flat = pending.copy.wait()
         packet = unpack(flat, pending.spec)
-        if self._reader.is_skip(packet) and "rows" not in packet:
+        reader = Reader(pending.layout, num_replicas=self._num_replicas)
+        if reader.is_skip(packet) and "rows" not in packet:
             rows = gather_lanes(pending.rows.flatten(), group=self._group)
             packet["rows"] = rows.view(-1, *pending.rows.shape).cpu()
-        record = self._reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
+        record = reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
         self._idle.setdefault(flat.numel(), []).append(pending.copy)
         return record
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.records import ParameterRow, RankRow, StepRecord
 from harness.stability import lane
+from harness.stability.lane import Fault
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
 from harness.stability.replicas import OddReplica, find_odd
@@ -22,6 +23,15 @@ from harness.stability.verdict import VERDICTS, Summary
 __all__ = ["Reader"]
 
 SKIP = VERDICTS.index("skip")
+
+_WORDS = {
+    Fault.IGNORED_SKIP: "a fused optimizer of rank {rank} has changed parameters in an earlier step that was "
+    "skipped: make it with fused=False, and go on from a checkpoint",
+    Fault.IGNORED_CLIP: "a fused optimizer of rank {rank} has not divided gradients in an earlier step that "
+    "was clipped: make it with fused=False",
+    Fault.NO_GRADIENT: "rank {rank} has no gradient: step() came without backward(), or after zero_grad()",
+    Fault.UNREDUCED: "rank {rank}'s gradients were not reduced: its backward pass went around the wrapper",
+}
 
 OUTSTANDING = 3.0
 """Times the median of the other ranks' norms from which a rank is blamed for a spike."""
@@ -169,7 +179,7 @@ def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) 
 
 
 def _is_bad(one: list[float]) -> bool:
-    gradient = one[NUM_NAN] or one[NUM_INF] or one[lane.UNREDUCED]
+    gradient = one[NUM_NAN] or one[NUM_INF] or one[lane.FAULTS]
     return bool(gradient) or not math.isfinite(one[lane.LOSS_SUM])
 
 
@@ -185,8 +195,10 @@ def _skip_reason(seen: _Step) -> str:
 
 
 def _blame(one: list[float], rank: int) -> str:
-    if one[lane.UNREDUCED]:
-        return f"rank {rank}'s gradients were not reduced: its backward pass went around the wrapper"
+    faults = Fault(int(one[lane.FAULTS]))
+    for fault, words in _WORDS.items():
+        if fault in faults:
+            return words.format(rank=rank)
     if not math.isfinite(one[lane.LOSS_SUM]):
         return f"the loss is {one[lane.LOSS_SUM]} on rank {rank}"
     return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"

@@ -8,12 +8,14 @@ Legend: R replicas, S shards of each, P parameters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from harness.stability.optimizers import StateOf
 
 __all__ = ["OddReplica", "checksums", "find_odd"]
 
@@ -31,12 +33,12 @@ class OddReplica:
     """The first parameter that is, or whose optimizer state is, not the same everywhere."""
 
 
-def checksums(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> Tensor:
+def checksums(parameters: Sequence[nn.Parameter], state_of: StateOf) -> Tensor:
     """`[P]` int64: for each parameter an integer sum over the raw bits of it and of its optimizer state.
 
     Reads everything once; does not synchronise. Sums are exact, so the order of summation does not matter.
     """
-    return torch.stack([_of_parameter(p, optimizer) for p in parameters])
+    return torch.stack([_of_parameter(p, state_of(p)) for p in parameters])
 
 
 def find_odd(sums: Tensor) -> OddReplica | None:
@@ -55,8 +57,7 @@ def find_odd(sums: Tensor) -> OddReplica | None:
     return OddReplica(rank=odd * sums.shape[1] + shard if 2 * count > len(values) else None, row=row)
 
 
-def _of_parameter(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
-    state = optimizer.state.get(parameter, {})
+def _of_parameter(parameter: nn.Parameter, state: Mapping[str, Any]) -> Tensor:
     tensors = [parameter] + [value for _, value in sorted(state.items()) if isinstance(value, Tensor)]
     total = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for position, tensor in enumerate(tensors):

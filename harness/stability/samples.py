@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from harness.records import ParameterSample
 from harness.stability.layout import SUM_SQUARES, Layout
+from harness.stability.optimizers import StateOf
 from harness.stability.statistics import tensor_statistics
 
 __all__ = ["WeightSampler", "parameter_samples"]
@@ -30,14 +30,15 @@ class WeightSampler:
     """Looks at parameters just before and just after the optimizer's step. Nothing in it synchronises.
 
     Args:
+        state_of: Gives the optimizer's state of a parameter.
         precision: Of the arithmetic that made the gradients; what is too small for it counts as underflown.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], optimizer: Optimizer, *, precision: torch.dtype
+        self, parameters: Sequence[nn.Parameter], state_of: StateOf, *, precision: torch.dtype
     ) -> None:
         self._parameters = parameters
-        self._optimizer = optimizer
+        self._state_of = state_of
         self._least_normal = torch.finfo(precision).tiny
         self._before: list[Tensor] = []
         self._underflown: list[Tensor] = []
@@ -63,7 +64,7 @@ class WeightSampler:
         return [squares, *self._moment_extremes(parameter), self._underflown[row]]
 
     def _moment_extremes(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        moment = self._optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        moment = self._state_of(parameter).get("exp_avg_sq")
         if moment is None or not _local(moment).numel():
             nothing = torch.full((), torch.nan, dtype=torch.float64, device=parameter.device)
             return nothing, nothing

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harness.stability.layout import NUM_COLUMNS, Layout
 from harness.stability.statistics import tensor_statistics
 
-__all__ = ["GradientSource", "PlainSource", "RowTable", "gradients_of"]
+__all__ = ["GradientSource", "Observations", "PlainSource", "RowTable", "gradients_of"]
 
 
 class GradientSource(Protocol):
@@ -28,6 +28,8 @@ class GradientSource(Protocol):
     """Copies of each element among them."""
     num_shards: int
     """Pieces of each copy, on neighbouring ranks of the group."""
+    measures_backward: bool
+    """Whether `local_rows` were taken during the backward pass, rather than where gradients lie now."""
     extremes: bool
     """Whether max-abs and zeros are measured too; to be set before the backward pass."""
 
@@ -45,6 +47,12 @@ class GradientSource(Protocol):
     def is_reduced(self) -> bool:
         """Whether every gradient has been through the reduction since `start_step`."""
 
+    def left_out(self) -> list[nn.Parameter]:
+        """Parameters of the layout that take a gradient which the reduction that was made did not cover."""
+
+    def watch(self, layout: Layout) -> None:
+        """Gives rows by another layout from now on, of the step under way too."""
+
     def start_step(self) -> None:
         """Forgets the step that is over."""
 
@@ -55,21 +63,24 @@ class GradientSource(Protocol):
 class PlainSource:
     """A model that is not spread, or whose gradients the caller reduces before the guard sees them."""
 
-    def __init__(self, model: nn.Module, layout: Layout, *, group: dist.ProcessGroup | None) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, *, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.num_replicas, self.num_shards = 1 if group is None else group.size(), 1
+        self.measures_backward = False
         self.extremes = True
-        self._parameters = [p for p in model.parameters() if id(p) in layout.row_of]
-        self._table = RowTable(layout, self._parameters[0].device)
         self._rows: Tensor | None = None
+        self.watch(layout)
+
+    def watch(self, layout: Layout) -> None:
+        self.layout = layout
+        self._table = RowTable(layout)
 
     def micro_batch_rows(self) -> Tensor:
-        return self._table.measure(self._parameters, extremes=False)
+        return self._table.measure(extremes=False)
 
     def local_rows(self) -> Tensor:
         if self._rows is None:
-            self._rows = self._table.measure(self._parameters, extremes=self.extremes)
+            self._rows = self._table.measure(extremes=self.extremes)
         return self._rows
 
     def reduced_rows(self) -> Tensor:
@@ -77,45 +88,90 @@ class PlainSource:
 
     is_reduced = True
 
+    def left_out(self) -> list[nn.Parameter]:
+        return []
+
     def start_step(self) -> None:
         self._rows = None
 
     def close(self) -> None:
-        self._parameters = []
+        self._rows = None
 
 
 class RowTable:
-    """Puts the statistics of some parameters into the table of all, on the device."""
+    """Puts the statistics of some parameters into the table of all of a layout, on the device. Those of
+    parameters without a row are passed over."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._device = device
-        self._index_of: dict[tuple[int, ...], Tensor] = {}
+        self._device = layout.parameters[0].device
+        self._places_of: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
 
     def empty(self) -> Tensor:
         """`[P, 5]` of a gradient that is not there: zeros."""
         return torch.zeros(len(self._layout), NUM_COLUMNS, dtype=torch.float64, device=self._device)
 
-    def index(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Rows of `parameters` as a tensor; copied to the device once for each set of parameters."""
-        key = tuple(map(id, parameters))
-        if key not in self._index_of:
-            rows = self._layout.rows(parameters)
-            self._index_of[key] = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        return self._index_of[key]
+    def put(self, rows: Tensor, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
+        """`rows`, in place, with `statistics` `[len(parameters), 5]` in the rows of `parameters`."""
+        chosen, index = self._places(parameters)
+        return rows.index_copy_(0, index, statistics if chosen is None else statistics[chosen])
 
     def spread(self, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """`[P, 5]` with `statistics` in the rows of `parameters` and zeros elsewhere."""
         if len(parameters) == len(self._layout) and list(map(id, parameters)) == list(self._layout.row_of):
             return statistics
-        return self.empty().index_copy_(0, self.index(parameters), statistics)
+        return self.put(self.empty(), parameters, statistics)
 
-    def measure(self, parameters: Sequence[nn.Parameter], *, extremes: bool) -> Tensor:
-        """`[P, 5]` of the gradients that lie in `parameters`."""
-        having, gradients = gradients_of(parameters)
+    def measure(self, *, extremes: bool) -> Tensor:
+        """`[P, 5]` of the gradients that lie in the layout's parameters."""
+        having, gradients = gradients_of(self._layout.parameters)
         if not having:
             return self.empty()
         return self.spread(having, tensor_statistics(gradients, extremes=extremes))
+
+    def _places(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Which of `parameters` have a row (None: all) and which row; copied to the device once."""
+        key = tuple(map(id, parameters))
+        if key not in self._places_of:
+            row_of = self._layout.row_of
+            chosen = [number for number, one in enumerate(key) if one in row_of]
+            index = self._on_device([row_of[key[number]] for number in chosen])
+            self._places_of[key] = (None if len(chosen) == len(key) else self._on_device(chosen), index)
+        return self._places_of[key]
+
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+class Observations:
+    """Statistics of one step's gradients, taken group by group (a bucket, an FSDP module) as they are
+    reduced; spread into rows only when they are asked for, so that the layout may change meanwhile."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
+
+    def note(self, parameters: Sequence[Tensor], statistics: Tensor) -> None:
+        """Takes `[len(parameters), 5]`; what was noted of the same parameters before is forgotten."""
+        self._of[tuple(map(id, parameters))] = (parameters, statistics)
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    def covers(self, parameter: Tensor) -> bool:
+        """Whether there are statistics of `parameter`."""
+        return any(id(parameter) in key for key in self._of)
+
+    def rows(self, table: RowTable) -> Tensor:
+        """`[P, 5]`; zeros of parameters of which nothing was noted."""
+        if len(self._of) == 1:
+            return table.spread(*next(iter(self._of.values())))
+        rows = table.empty()
+        for parameters, statistics in self._of.values():
+            table.put(rows, parameters, statistics)
+        return rows
+
+    def clear(self) -> None:
+        self._of.clear()
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -95,7 +95,10 @@ class Judge:
         coefficient = (limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
         bad = bad | ~(divisor / coefficient).float().isfinite()
-        verdict = self._verdict(bad, is_spike, coefficient)
+        overflowed = gradient_bad & loss.isfinite()
+        # An overflow that a smaller loss scale may cure is no reason to end a run.
+        fatal = bad & ~(overflowed & (loss_scale_t > 1))
+        verdict = self._verdict(bad, fatal, is_spike, coefficient)
         skip = verdict >= SKIP
         coefficient = torch.where(skip, 1.0, coefficient)
         summary = {
@@ -113,16 +116,17 @@ class Judge:
             skip_t=skip,
             found_inf_t=skip.float(),
             grad_scale_t=(divisor / coefficient).float(),
-            overflowed_t=gradient_bad & loss.isfinite(),
+            overflowed_t=overflowed,
             summary=torch.stack([summary[field.name].double() for field in fields(Summary)]),
         )
 
-    def _verdict(self, bad: Tensor, is_spike: Tensor, coefficient: Tensor) -> Tensor:
+    def _verdict(self, bad: Tensor, fatal: Tensor, is_spike: Tensor, coefficient: Tensor) -> Tensor:
         """Index into VERDICTS."""
         verdict = (coefficient < 1).long()
         if self._config.spike == "skip":
             verdict = torch.where(is_spike, SKIP, verdict)
-        return torch.where(bad, STOP if self._config.nonfinite == "stop" else SKIP, verdict)
+        verdict = torch.where(bad, SKIP, verdict)
+        return torch.where(fatal, STOP, verdict) if self._config.nonfinite == "stop" else verdict
 
     def _consult_rule(self, norm: Tensor, loss: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score, whether the step is a spike, and the norm to clip to."""
@@ -141,7 +145,7 @@ class Judge:
 
 
 def _num_bad(lanes: Tensor) -> Tensor:
-    bad = lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD] + lanes[:, lane.UNREDUCED]
+    bad = lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD] + lanes[:, lane.FAULTS]
     return bad.sum()
 
 

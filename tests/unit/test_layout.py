@@ -15,20 +15,15 @@ def tied_model() -> nn.Module:
     return model
 
 
-def test_rows_follow_the_forward_order_and_leave_out_shared_and_frozen_parameters() -> None:
-    layout = Layout.of(tied_model().named_parameters(remove_duplicate=False))
-    assert layout.names == ("embed.weight", "head.bias")
-    assert layout.sizes == (15, 5)
-    assert len(layout) == 2
-
-
-def test_parameters_of_a_bucket_find_their_rows_in_any_order() -> None:
+def test_rows_follow_the_forward_order_of_what_is_held_and_shared_parameters_have_one() -> None:
     model = tied_model()
-    layout = Layout.of(model.named_parameters())
-    assert layout.rows([model["head"].bias, model["head"].weight]) == [1, 0]
+    held = [model["head"].bias, model["head"].weight, *model["frozen"].parameters()]
+    layout = Layout.of(model.named_parameters(remove_duplicate=False), of=held)
+    assert layout.names == ("embed.weight", "frozen.weight", "frozen.bias", "head.bias")
+    assert layout.sizes == (15, 9, 3, 5)
+    assert [layout.row_of[id(p)] for p in held] == [3, 0, 1, 2]
 
 
-def test_a_parameter_that_came_later_is_named_by_its_shape() -> None:
-    layout = Layout.of(tied_model().named_parameters())
-    with pytest.raises(ConfigError, match=r"\(7, 2\)"):
-        layout.rows([nn.Parameter(torch.zeros(7, 2))])
+def test_a_parameter_that_is_not_the_models_is_named_by_its_shape() -> None:
+    with pytest.raises(ConfigError, match=r"1 parameters that are not the model's, of shapes \(7, 2\)"):
+        Layout.of(tied_model().named_parameters(), of=[nn.Parameter(torch.zeros(7, 2))])
