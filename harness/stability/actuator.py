@@ -24,6 +24,9 @@ __all__ = ["Actuator"]
 HONOURING = {inspect.unwrap(kind.step) for kind in (Adam, SGD, Adagrad)}
 """Step functions that, fused, honour `found_inf` and `grad_scale` (torch 2.13). AdamW's is Adam's."""
 
+HONOURING_DEVICES = {"cpu", "cuda"}
+"""On MPS fused Adam ignored both (pytorch #186360)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,12 +79,13 @@ class Actuator:
         if not all(group.get("fused") for group in optimizer.param_groups):
             self._tell_once(optimizer)
             return False
-        honours = inspect.unwrap(optimizer.step) in HONOURING and not _has_step_hooks(optimizer)
-        if honours:
+        devices = {p.device.type for group in optimizer.param_groups for p in group["params"][:1]}
+        honours = inspect.unwrap(optimizer.step) in HONOURING and devices <= HONOURING_DEVICES
+        if honours and not _has_step_hooks(optimizer):
             _refuse_sharded(optimizer)
-        if not honours:
-            self._tell_once(optimizer)
-        return honours
+            return True
+        self._tell_once(optimizer)
+        return False
 
     def _tell_once(self, optimizer: Any) -> None:
         name = type(optimizer).__name__

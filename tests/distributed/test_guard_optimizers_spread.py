@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -255,6 +256,34 @@ def _under_accelerate(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_accelerates_accumulation_is_respected(world_size: int) -> None:
     run_ranks(_under_accelerate, world_size)
+
+
+def _scaled_by_accelerate(rank: int, world_size: int) -> None:
+    """In fp16 accelerate keeps the scaler in its wrapper, and its step is unscale, step and update."""
+    Accelerator(cpu=True)
+    model = make_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    optimizer = AcceleratedOptimizer(SGD(model.parameters(), lr=0.1, fused=True), scaler=scaler)
+    guard = StepGuard(model, optimizer, max_norm=0.1)
+    scales = []
+    for step in range(4):
+        loss = _loss(model, step, rank)
+        scaler.scale(loss).backward()
+        expected = _norm(model.parameters()) / scaler.get_scale()
+        if step == 3:
+            model[0].weight.grad.mul_(math.inf)
+        guard.step(loss)
+        scales.append(scaler.get_scale())
+        (record,) = guard.drain(wait=True)
+        if step < 3:
+            assert (record.verdict, record.grad_norm) == ("clip", pytest.approx(expected, rel=1e-6))
+        optimizer.zero_grad()
+    assert record.verdict == "skip"
+    assert scales == [1024, 2048, 2048, 1024]
+
+
+def test_accelerates_scaler_is_updated_as_its_own_step_would() -> None:
+    run_ranks(_scaled_by_accelerate, 1)
 
 
 def _partitioned(rank: int, world_size: int) -> None:
