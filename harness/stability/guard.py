@@ -21,6 +21,7 @@ from harness.records import StepRecord
 from harness.stability.actuator import Actuator
 from harness.stability.attach import layout_of, source_of
 from harness.stability.attention import AttentionProbe, is_compiled
+from harness.stability.buffers import Buffers
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
 from harness.stability.lane import NUM_HOST_FIELDS, build_lane
@@ -48,7 +49,8 @@ class StepGuard:
             ...
 
     A step with a NaN or an Inf in any rank's loss or gradient changes neither parameters nor optimizer state
-    on any rank. Nothing here synchronises with the device but `drain`, and optimizers that are not fused.
+    on any rank, and what its forward passes did to the model's buffers is undone. Nothing here synchronises
+    with the device but `drain`, and optimizers that are not fused.
 
     Args:
         model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
@@ -96,6 +98,7 @@ class StepGuard:
         self._is_compiled = is_compiled(model)
         self._parameters = [p for p in model.parameters() if id(p) in self.layout.row_of]
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
+        self._buffers = Buffers(model)
         self._sampler = WeightSampler(self._parameters, self._actuator.optimizer, precision=precision)
         self._monitor = Monitor(
             self.layout,
@@ -212,6 +215,7 @@ class StepGuard:
         decision = Decision(*self._decision(packet["lane"], known_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
+        self._buffers.settle(decision.skip_t)
         self._monitor.push(self._step, packet, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
@@ -240,11 +244,13 @@ class StepGuard:
         if self._judge.rule is not None:
             self._judge.rule.load_state_dict(state["spike_rule"])
         self._monitor.clear()
+        self._buffers.remember()
         self._start_step()
 
     def close(self) -> None:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent."""
         self._source.close()
+        self._buffers.close()
         self._monitor.clear()
 
     def __enter__(self) -> StepGuard:
