@@ -1,8 +1,9 @@
 """Looks at FSDP2's gradients: the whole local ones just before the reduce-scatter, the shards after it.
 
 FSDP2 hands a custom reduce-scatter one flat buffer per module, without a word about which parameters are in
-it. Their order is that of the module's parameter group, whose attributes are not public; they are used in
-`_Group` and `_modules_with_groups` alone.
+it. It is called at the end of the group's `post_backward`, which takes the gradients out of the parameters:
+what is in them just before is what the buffer will hold, in the order of the group, however the forward pass
+was called. The group's attributes are not public; they are used in `_Group` and `_modules_with_groups` alone.
 
 Legend: P parameters, S shards.
 """
@@ -10,7 +11,7 @@ Legend: P parameters, S shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class FsdpSource:
         return self._table.spread([p for p, _ in pairs], statistics)
 
     def local_rows(self) -> Tensor:
+        """Of a gradient that is reduce-scattered in several pieces (of a micro-batch each, of a module that
+        was called twice) squares and counts of NaN and Inf are added up, as if the pieces were orthogonal."""
         if self.num_shards == 1:
             return self._table.measure(self._parameters, extremes=self.extremes)
         return self._table.empty() if self._rows is None else self._rows
@@ -73,10 +76,13 @@ class FsdpSource:
 
     @property
     def is_reduced(self) -> bool:
-        return self._rows is not None or self.num_shards == 1
+        if self.num_shards == 1:
+            return True
+        return self._rows is not None and not any(group.holds_unreduced() for group in self._groups)
 
     def start_step(self) -> None:
         self._rows = None
+        self._seen: set[int] = set()
 
     def close(self) -> None:
         for group in self._groups:
@@ -94,7 +100,19 @@ class FsdpSource:
         rows[:, NUM_ZERO] -= plan.padding
         if self._rows is None:
             self._rows = self._table.empty()
+        if not self._seen.isdisjoint(map(id, parameters)):
+            rows = self._added(rows, plan, parameters)
+        self._seen.update(map(id, parameters))
         self._rows.index_copy_(0, plan.index, rows)
+
+    def _added(self, rows: Tensor, plan: _Plan, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """`rows` and what was seen of the same parameters before, in this step."""
+        assert self._rows is not None
+        before = self._rows.index_select(0, plan.index)
+        total = before + rows
+        total[:, MAX_ABS] = torch.maximum(before[:, MAX_ABS], rows[:, MAX_ABS])
+        total[:, NUM_ZERO] = torch.minimum(before[:, NUM_ZERO], rows[:, NUM_ZERO])
+        return torch.where(plan.mask([id(p) in self._seen for p in parameters]), total, rows)
 
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
         key = tuple(map(id, parameters))
@@ -119,6 +137,14 @@ class _Plan:
     """Zeros that were added to each parameter."""
     index: Tensor
     """Each parameter's row."""
+    masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+
+    def mask(self, values: Sequence[bool]) -> Tensor:
+        """`[parameters, 1]` bool on the device; copied there once for each combination."""
+        key = tuple(values)
+        if key not in self.masks:
+            self.masks[key] = torch.tensor(values, device=self.index.device)[:, None]
+        return self.masks[key]
 
 
 def _modules_with_groups(model: nn.Module) -> list[FSDPModule]:
@@ -126,9 +152,15 @@ def _modules_with_groups(model: nn.Module) -> list[FSDPModule]:
     by_group: dict[int, FSDPModule] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                by_group.setdefault(id(group), module)
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            if len(groups) > 1:
+                raise ConfigError(
+                    f"an FSDP module with {len(groups)} parameter groups, on meshes of their own",
+                    rule="the guard measures gradients in one parameter group per module",
+                )
+            if groups[0] is not None:
+                by_group.setdefault(id(groups[0]), module)
     return list(by_group.values())
 
 
@@ -147,9 +179,7 @@ class _Group:
         self._num_ranks = num_ranks
         self._inner: Any = self._state._reduce_scatter_comm
         self._see: Callable[[Tensor, Sequence[nn.Parameter], float], None] | None = see
-        self._with_gradient: dict[int, None] = {}
-        self._handles: list[Any] = []
-        self._hook = module.register_forward_pre_hook(self._watch_gradients)
+        self._contributors: list[nn.Parameter] = []
         try:
             module.set_custom_reduce_scatter(self)
         except ValueError as error:
@@ -157,6 +187,9 @@ class _Group:
                 f"an FSDP module takes no custom reduce-scatter: {error}",
                 rule="the guard measures gradients there, in one parameter group per module",
             ) from error
+        self._inner_post_backward: Callable[..., None] = self._state.post_backward
+        self._own_post_backward = self._post_backward
+        self._state.post_backward = self._own_post_backward
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Memory for the collective's buffers, from whoever provided it before."""
@@ -167,8 +200,7 @@ class _Group:
         """Shows the input, then reduces it as before."""
         if self._see is not None:
             divided_by = self._divided_by(input_tensor.dtype)
-            self._see(input_tensor, self._contributors(), divided_by)
-        self._with_gradient.clear()
+            self._see(input_tensor, self._contributors, divided_by)
         work: dist.Work | None = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, **kwargs)
         return work
 
@@ -186,9 +218,8 @@ class _Group:
 
     def close(self) -> None:
         self._see = None
-        self._hook.remove()
-        for handle in self._handles:
-            handle.remove()
+        if self._state.post_backward is self._own_post_backward:  # else a later guard calls this one
+            self._state.post_backward = self._inner_post_backward
         if self._state._reduce_scatter_comm is self:
             self._module.set_custom_reduce_scatter(self._inner)
 
@@ -200,27 +231,25 @@ class _Group:
                 remedy="leave the offload policy out",
             )
 
-    def _contributors(self) -> list[nn.Parameter]:
-        """The parameters that are in the buffer: those that got a gradient since the last reduction."""
+    def holds_unreduced(self) -> bool:
+        """Whether the backward pass has left something that did not reach all ranks."""
+        partial = getattr(self._state, "_partial_reduce_output", None)  # HSDP, reduced among the shards only
+        return partial is not None or bool(self.unreduced())
+
+    def _post_backward(self, *unused: Any) -> None:
+        """Notes whose gradients the reduction, if there is one now, will take; then goes on as before."""
         unused_too = getattr(self._state, "reduce_scatter_unused_params", False)
-        return [
+        self._contributors = [
             managed.sharded_param
             for managed in self._state.fsdp_params
-            if id(managed._unsharded_param) in self._with_gradient
-            or (unused_too and managed._unsharded_param.requires_grad)
+            if (whole := getattr(managed, "_unsharded_param", None)) is not None
+            and (
+                managed.unsharded_accumulated_grad is not None
+                or whole.grad is not None
+                or (unused_too and whole.requires_grad)
+            )
         ]
-
-    def _watch_gradients(self, module: nn.Module, args: object) -> None:
-        """From the first forward pass on, when the whole parameters exist, notes which ones get gradients."""
-        if self._handles:
-            return
-        for managed in self._state.fsdp_params:
-            whole = managed._unsharded_param
-            if whole.requires_grad:
-                self._handles.append(whole.register_post_accumulate_grad_hook(self._note))
-
-    def _note(self, whole: Tensor) -> None:
-        self._with_gradient[id(whole)] = None
+        self._inner_post_backward(*unused)
 
     def _divided_by(self, dtype: torch.dtype) -> float:
         """What FSDP2 divides by before the reduce-scatter: about sqrt(ranks) where fp16 could overflow."""
