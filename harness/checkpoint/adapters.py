@@ -7,7 +7,7 @@ So both are the same whether the model is plain, in DDP, sharded by FSDP2 or com
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +18,13 @@ from torch.optim import Optimizer
 from harness.checkpoint.rng import PerRank, Rng
 from harness.errors import CheckpointError
 
-__all__ = ["Adapter", "Spec", "adapters"]
+__all__ = ["Adapter", "Soundness", "Spec", "adapters"]
 
 Spec = tuple[torch.Size, torch.dtype]
 """What has to be the same on loading."""
+
+Soundness = Literal["finite", "not NaN"]
+"""What every element of a tensor has to be."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put into names."""
@@ -50,9 +53,9 @@ class Adapter:
         """Whether all ranks hold this tensor, alike or in parts. Any other is taken from rank 0."""
         return isinstance(tensor, DTensor)
 
-    def is_trained(self, tensor: torch.Tensor) -> bool:
-        """Whether this is a parameter or optimizer state, which has to be finite."""
-        return False
+    def soundness(self, tensor: torch.Tensor) -> Soundness | None:
+        """What a tensor has to be to be saved; None: anything."""
+        return None
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:
         """Raises `CheckpointError` if the saved tensors (by place) cannot belong to the live object."""
@@ -86,8 +89,9 @@ class ModuleAdapter(Adapter):
         # Buffers differ between DDP's replicas (BatchNorm); rank 0's are the ones that DDP broadcasts.
         return isinstance(tensor, nn.Parameter | DTensor)
 
-    def is_trained(self, tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter)
+    def soundness(self, tensor: torch.Tensor) -> Soundness | None:
+        # Masks of attention hold infinities, and extremes that have seen nothing yet begin with them.
+        return "finite" if isinstance(tensor, nn.Parameter) else "not NaN"
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:
         differences = [
@@ -146,8 +150,8 @@ class OptimizerAdapter(Adapter):
     def is_everywhere(self, tensor: torch.Tensor) -> bool:
         return True
 
-    def is_trained(self, tensor: torch.Tensor) -> bool:
-        return True
+    def soundness(self, tensor: torch.Tensor) -> Soundness | None:
+        return "finite"
 
     def check(self, described: Any, saved: Mapping[str, Spec], live: Mapping[str, torch.Tensor]) -> None:
         theirs = [group["params"] for group in described["param_groups"]]

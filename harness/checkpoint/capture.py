@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.adapters import Adapter, Spec, adapters
+from harness.checkpoint.adapters import Adapter, Soundness, Spec, adapters
 from harness.checkpoint.tree import flatten
 
 __all__ = ["Captured", "capture", "prefix_of"]
@@ -28,8 +28,8 @@ class Captured:
     """Descriptions by key; rank 0's are the ones that are saved."""
     rank_state: dict[str, Any] = field(default_factory=dict)
     """Descriptions of what every rank has for itself."""
-    trained: set[str] = field(default_factory=set)
-    """The tensors that have to be finite: parameters and optimizer state."""
+    checked: dict[str, Soundness] = field(default_factory=dict)
+    """What the tensors of models and optimizers have to be."""
 
     def without_tensors(self) -> Captured:
         """The descriptions alone, which keep nothing alive."""
@@ -51,8 +51,9 @@ def capture(state: MutableMapping[str, Any], rank: int) -> Captured:
         for name, tensor in tensors.items():
             captured.live[name] = tensor.detach()
             captured.specs[name] = (tensor.shape, tensor.dtype)
-            if part.is_trained(tensor):
-                captured.trained.add(name)
+            soundness = part.soundness(tensor)
+            if soundness is not None:
+                captured.checked[name] = soundness
             if rank == 0 or part.per_rank or part.is_everywhere(tensor):
                 captured.tensors[name] = captured.live[name]
     return captured

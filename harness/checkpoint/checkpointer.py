@@ -137,7 +137,7 @@ class Checkpointer:
             stage=stage,
             state=captured.state,
             rank_state=captured.rank_state,
-            trained=captured.trained,
+            checked=captured.checked,
             tensors=self._planning.tensor_infos(),
             meta=plain_meta,
             metric=metric if metric is None or math.isfinite(metric) else None,

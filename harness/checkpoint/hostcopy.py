@@ -46,17 +46,24 @@ def copy_to_host(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.cuda.current_stream().synchronize()
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a contiguous floating-point tensor on the host has neither NaN nor infinity in it.
+def is_finite(tensor: torch.Tensor, *, or_infinite: bool = False) -> bool:
+    """Whether a contiguous tensor on the host, real or complex, has neither NaN nor infinity in it.
+
+    With `or_infinite`: whether it has no NaN.
 
     Reads the bits, on one thread: without its sign, a number that is not finite is at least infinity.
     """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.itemsize == 1:  # types of 8 bits do not agree on what is NaN
+        tensor = tensor.float()
     word = np.dtype(f"u{tensor.dtype.itemsize}")
     infinity = _bytes(torch.tensor(float("inf"), dtype=tensor.dtype)).view(word)[0]
+    smallest_bad = infinity + 1 if or_infinite else infinity
     without_sign = np.array((1 << (8 * word.itemsize - 1)) - 1, dtype=word)
     bits = _bytes(tensor).view(word)
     for start in range(0, bits.size, _CHECKED_ELEMENTS):
-        if (bits[start : start + _CHECKED_ELEMENTS] & without_sign).max() >= infinity:
+        if (bits[start : start + _CHECKED_ELEMENTS] & without_sign).max() >= smallest_bad:
             return False
     return True
 

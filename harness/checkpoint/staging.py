@@ -6,11 +6,12 @@ The buffer holds a rank's data in the very order of its file, so that writing is
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from harness.checkpoint.adapters import Soundness
 from harness.checkpoint.hostcopy import copy_to_host, is_finite
 from harness.checkpoint.layout import Part, ShardLayout
 from harness.errors import CheckpointError
@@ -35,8 +36,9 @@ class Staging:
         self._reserve(layout.size_bytes, pinned=any(tensor.is_cuda for tensor in sources.values()))
         for part in layout.parts:
             source = sources[part.tensor]
-            if source.is_cuda and _can_be_nonfinite(part):
-                self._extremes[part.tensor] = torch.stack(torch.aminmax(source))
+            if source.is_cuda and _can_be_nonfinite(part) and part.dtype.itemsize > 1:
+                real = torch.view_as_real(source) if source.is_complex() else source
+                self._extremes[part.tensor] = torch.stack(torch.aminmax(real))
         copy_to_host([(self._view(part), sources[part.tensor]) for part in layout.parts])
         self._extremes = _to_host(self._extremes)
 
@@ -45,22 +47,29 @@ class Staging:
         """The bytes to be written, as `layout` says."""
         return self._buffer[: self.layout.size_bytes]
 
-    def check_finite(self, checked: Collection[str]) -> None:
-        """Raises unless all elements of the tensors of these names are finite.
+    def check_sound(self, checked: Mapping[str, Soundness]) -> None:
+        """Raises unless all elements of the tensors of these names are what they have to be.
 
         What came from a GPU was measured there; what came from the CPU is measured now.
 
         Raises:
-            CheckpointError: an element is NaN or infinite.
+            CheckpointError: an element is NaN or, where that is excluded too, infinite.
         """
         for part in self.layout.parts:
             if part.tensor not in checked or not _can_be_nonfinite(part):
                 continue
             extremes = self._extremes.get(part.tensor)
-            if not is_finite(self._view(part) if extremes is None else extremes):
+            values = self._view(part) if extremes is None else extremes
+            if checked[part.tensor] == "finite" and not is_finite(values):
                 raise CheckpointError(
                     f"{part.tensor} holds NaN or infinite values",
                     rule="a checkpoint holds finite parameters and optimizer state",
+                )
+            if not is_finite(values, or_infinite=True):
+                raise CheckpointError(
+                    f"{part.tensor} holds NaN",
+                    rule="no tensor of a model in a checkpoint does, buffers included",
+                    remedy="see in which step it arose: the guard undoes what a skipped step did to buffers",
                 )
 
     def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
@@ -80,7 +89,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _can_be_nonfinite(part: Part) -> bool:
-    return part.dtype.is_floating_point and part.dtype.itemsize > 1 and math.prod(part.sizes) > 0
+    return (part.dtype.is_floating_point or part.dtype.is_complex) and math.prod(part.sizes) > 0
 
 
 def _to_host(extremes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

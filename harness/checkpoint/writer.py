@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import harness
+from harness.checkpoint.adapters import Soundness
 from harness.checkpoint.layout import shard_name
 from harness.checkpoint.manifest import Manifest, ShardFile, TensorInfo
 from harness.checkpoint.shards import write_shard
@@ -53,7 +54,7 @@ class Job:
     """Fills the staging; does nothing if that has been done already."""
     state: dict[str, Any]
     rank_state: dict[str, Any]
-    trained: Collection[str]
+    checked: Mapping[str, Soundness]
     """Descriptions, and the tensors that have to be finite: see `Captured`."""
     tensors: dict[str, TensorInfo]
     """Where all ranks' tensors lie; on rank 0 only."""
@@ -132,7 +133,7 @@ class Writer:
 
     def _save(self, job: Job) -> tuple[Saved, int]:
         self._group.together(job.stage)
-        self._group.together(lambda: job.staging.check_finite(job.trained))
+        self._group.together(lambda: job.staging.check_sound(job.checked))
         folder = self._group.from_main(lambda: self._store.begin(job.step))
         try:
             shares = self._group.gather(lambda: self._write(folder, job))

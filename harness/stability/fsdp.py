@@ -1,8 +1,9 @@
 """Looks at FSDP2's gradients: the whole local ones just before the reduce-scatter, the shards after it.
 
 FSDP2 hands a custom reduce-scatter one flat buffer per module, without a word about which parameters are in
-it. Their order is that of the module's parameter group, whose attributes are not public; they are used in
-`_Group` and `_modules_with_groups` alone.
+it. It is called at the end of the group's `post_backward`, which takes the gradients out of the parameters:
+what is in them just before is what the buffer will hold, in the order of the group, however the forward pass
+was called. The group's attributes are not public; they are used in `_Group` and `_modules_with_groups` alone.
 
 Legend: P parameters, S shards.
 """
@@ -44,7 +45,7 @@ class FsdpSource:
         self.num_shards = mesh.size() // self.num_replicas
         self.measures_backward = self.num_shards > 1
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
-        self._seen = Observations()
+        self._seen = Observations(adds=True)
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
         self._groups = [
             _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
@@ -68,6 +69,8 @@ class FsdpSource:
         return self._table.spread([p for p, _ in pairs], statistics)
 
     def local_rows(self) -> Tensor:
+        """Of a gradient that is reduce-scattered in several pieces (of a micro-batch each, of a module that
+        was called twice) squares and counts of NaN and Inf are added up, as if the pieces were orthogonal."""
         if self.num_shards == 1:
             return self._table.measure(extremes=self.extremes)
         return self._seen.rows(self._table)
@@ -77,7 +80,9 @@ class FsdpSource:
 
     @property
     def is_reduced(self) -> bool:
-        return bool(self._seen) or self.num_shards == 1
+        if self.num_shards == 1:
+            return True
+        return bool(self._seen) and not any(group.holds_unreduced() for group in self._groups)
 
     def left_out(self) -> list[nn.Parameter]:
         return []
@@ -128,9 +133,15 @@ def _modules_with_groups(model: nn.Module) -> list[FSDPModule]:
     by_group: dict[int, FSDPModule] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                by_group.setdefault(id(group), module)
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            if len(groups) > 1:
+                raise ConfigError(
+                    f"an FSDP module with {len(groups)} parameter groups, on meshes of their own",
+                    rule="the guard measures gradients in one parameter group per module",
+                )
+            if groups[0] is not None:
+                by_group.setdefault(id(groups[0]), module)
     return list(by_group.values())
 
 
@@ -149,9 +160,7 @@ class _Group:
         self._num_ranks = num_ranks
         self._inner: Any = self._state._reduce_scatter_comm
         self._see: Callable[[Tensor, Sequence[nn.Parameter], float], None] | None = see
-        self._with_gradient: dict[int, None] = {}
-        self._handles: list[Any] = []
-        self._hook = module.register_forward_pre_hook(self._watch_gradients)
+        self._contributors: list[nn.Parameter] = []
         try:
             module.set_custom_reduce_scatter(self)
         except ValueError as error:
@@ -159,6 +168,9 @@ class _Group:
                 f"an FSDP module takes no custom reduce-scatter: {error}",
                 rule="the guard measures gradients there, in one parameter group per module",
             ) from error
+        self._inner_post_backward: Callable[..., None] = self._state.post_backward
+        self._own_post_backward = self._post_backward
+        self._state.post_backward = self._own_post_backward
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Memory for the collective's buffers, from whoever provided it before."""
@@ -169,8 +181,7 @@ class _Group:
         """Shows the input, then reduces it as before."""
         if self._see is not None:
             divided_by = self._divided_by(input_tensor.dtype)
-            self._see(input_tensor, self._contributors(), divided_by)
-        self._with_gradient.clear()
+            self._see(input_tensor, self._contributors, divided_by)
         work: dist.Work | None = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, **kwargs)
         return work
 
@@ -188,9 +199,8 @@ class _Group:
 
     def close(self) -> None:
         self._see = None
-        self._hook.remove()
-        for handle in self._handles:
-            handle.remove()
+        if self._state.post_backward is self._own_post_backward:  # else a later guard calls this one
+            self._state.post_backward = self._inner_post_backward
         if self._state._reduce_scatter_comm is self:
             self._module.set_custom_reduce_scatter(self._inner)
 
@@ -202,27 +212,25 @@ class _Group:
                 remedy="leave the offload policy out",
             )
 
-    def _contributors(self) -> list[nn.Parameter]:
-        """The parameters that are in the buffer: those that got a gradient since the last reduction."""
+    def holds_unreduced(self) -> bool:
+        """Whether the backward pass has left something that did not reach all ranks."""
+        partial = getattr(self._state, "_partial_reduce_output", None)  # HSDP, reduced among the shards only
+        return partial is not None or bool(self.unreduced())
+
+    def _post_backward(self, *unused: Any) -> None:
+        """Notes whose gradients the reduction, if there is one now, will take; then goes on as before."""
         unused_too = getattr(self._state, "reduce_scatter_unused_params", False)
-        return [
+        self._contributors = [
             managed.sharded_param
             for managed in self._state.fsdp_params
-            if id(managed._unsharded_param) in self._with_gradient
-            or (unused_too and managed._unsharded_param.requires_grad)
+            if (whole := getattr(managed, "_unsharded_param", None)) is not None
+            and (
+                managed.unsharded_accumulated_grad is not None
+                or whole.grad is not None
+                or (unused_too and whole.requires_grad)
+            )
         ]
-
-    def _watch_gradients(self, module: nn.Module, args: object) -> None:
-        """From the first forward pass on, when the whole parameters exist, notes which ones get gradients."""
-        if self._handles:
-            return
-        for managed in self._state.fsdp_params:
-            whole = managed._unsharded_param
-            if whole.requires_grad:
-                self._handles.append(whole.register_post_accumulate_grad_hook(self._note))
-
-    def _note(self, whole: Tensor) -> None:
-        self._with_gradient[id(whole)] = None
+        self._inner_post_backward(*unused)
 
     def _divided_by(self, dtype: torch.dtype) -> float:
         """What FSDP2 divides by before the reduce-scatter: about sqrt(ranks) where fp16 could overflow."""

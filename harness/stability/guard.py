@@ -24,6 +24,7 @@ from harness.records import StepRecord
 from harness.stability.actuator import Actuator
 from harness.stability.attach import layout_of, named_parameters, source_of
 from harness.stability.attention import AttentionProbe, is_compiled
+from harness.stability.buffers import Buffers
 from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
@@ -55,7 +56,8 @@ class StepGuard:
             ...
 
     A step with a NaN or an Inf in any rank's loss or gradient changes neither parameters nor optimizer state
-    on any rank. Nothing here synchronises with the device but `drain`, and optimizers that are not fused.
+    on any rank, and what its forward passes did to the model's buffers is undone. Nothing here synchronises
+    with the device but `drain`, and optimizers that are not fused.
 
     Args:
         model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
@@ -108,6 +110,7 @@ class StepGuard:
         self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
         self._is_compiled = is_compiled(model)
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
+        self._buffers = Buffers(model)
         self._precision = precision
         self._monitor = Monitor(
             group=self._source.group,
@@ -246,6 +249,7 @@ class StepGuard:
         self._apply(decision, packet)
         if scaled is not None:
             scaled.tell(decision.overflowed_t)
+        self._buffers.settle(decision.skip_t)
         self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
@@ -277,6 +281,7 @@ class StepGuard:
         if self._judge.rule is not None:
             self._judge.rule.load_state_dict(state["spike_rule"])
         self._monitor.clear()
+        self._buffers.remember()
         self._start_step()
 
     def close(self) -> None:
@@ -296,6 +301,7 @@ class StepGuard:
         self._closed_because = self._closed_because or reason
         _open_guards.discard(self)
         self._source.close()
+        self._buffers.close()
         self._monitor.clear()
 
     def _watch(self, layout: Layout) -> None:

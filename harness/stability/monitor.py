@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from harness.dist.collectives import gather_lanes
 from harness.records import StepRecord
+from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
 from harness.stability.reading import Reader
@@ -21,37 +21,12 @@ from harness.stability.reading import Reader
 __all__ = ["Monitor"]
 
 
-class _Copy:
-    """Numbers on their way from the device to the host, and the memory for the next ones of their size."""
-
-    def __init__(self, packed: Tensor) -> None:
-        self._on_cuda = packed.is_cuda
-        if self._on_cuda:
-            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._arrived = torch.cuda.Event()
-        self.start(packed)
-
-    def start(self, packed: Tensor) -> None:
-        """Does not wait."""
-        if self._on_cuda:
-            self._host.copy_(packed, non_blocking=True)
-            self._arrived.record()
-        else:
-            self._host = packed
-
-    def wait(self) -> Tensor:
-        """The numbers, on the host."""
-        if self._on_cuda:
-            self._arrived.synchronize()
-        return self._host
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
     """A step whose numbers are on their way to the host."""
 
     step: int
-    copy: _Copy
+    copy: HostCopy
     """The packed numbers."""
     spec: Spec
     layout: Layout
@@ -73,7 +48,7 @@ class Monitor:
         self._num_replicas = num_replicas
         self._lag_steps = lag_steps
         self._pending: deque[_Pending] = deque()
-        self._idle: dict[int, list[_Copy]] = {}
+        self._idle: dict[int, list[HostCopy]] = {}
         """Copies that were read, by their size: pinned memory is costly to ask for."""
 
     def push(self, step: int, packet: Packet, *, layout: Layout, rows: Tensor, counts_tokens: bool) -> None:
@@ -122,10 +97,10 @@ class Monitor:
         self._idle.setdefault(flat.numel(), []).append(pending.copy)
         return record
 
-    def _copied(self, flat: Tensor) -> _Copy:
+    def _copied(self, flat: Tensor) -> HostCopy:
         idle = self._idle.get(flat.numel())
         if not idle:
-            return _Copy(flat)
+            return HostCopy(flat)
         copy = idle.pop()
         copy.start(flat)
         return copy

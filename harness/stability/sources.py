@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.stability.layout import NUM_COLUMNS, Layout
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, Layout
 from harness.stability.statistics import tensor_statistics
 
 __all__ = ["GradientSource", "Observations", "PlainSource", "RowTable", "gradients_of"]
@@ -106,6 +106,7 @@ class RowTable:
         self._layout = layout
         self._device = layout.parameters[0].device
         self._places_of: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def empty(self) -> Tensor:
         """`[P, 5]` of a gradient that is not there: zeros."""
@@ -115,6 +116,23 @@ class RowTable:
         """`rows`, in place, with `statistics` `[len(parameters), 5]` in the rows of `parameters`."""
         chosen, index = self._places(parameters)
         return rows.index_copy_(0, index, statistics if chosen is None else statistics[chosen])
+
+    def take(self, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """`[len(parameters), 5]`, their rows of `rows`; anything for those without a row."""
+        chosen, index = self._places(parameters)
+        taken = rows.index_select(0, index)
+        return (
+            taken
+            if chosen is None
+            else taken.new_zeros(len(parameters), NUM_COLUMNS).index_copy_(0, chosen, taken)
+        )
+
+    def mask(self, values: Sequence[bool]) -> Tensor:
+        """`[len(values), 1]` bool on the device; copied there once for each combination."""
+        key = tuple(values)
+        if key not in self._masks:
+            self._masks[key] = torch.tensor(values, device=self._device)[:, None]
+        return self._masks[key]
 
     def spread(self, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """`[P, 5]` with `statistics` in the rows of `parameters` and zeros elsewhere."""
@@ -145,33 +163,47 @@ class RowTable:
 
 class Observations:
     """Statistics of one step's gradients, taken group by group (a bucket, an FSDP module) as they are
-    reduced; spread into rows only when they are asked for, so that the layout may change meanwhile."""
+    reduced; spread into rows only when they are asked for, so that the layout may change meanwhile.
 
-    def __init__(self) -> None:
-        self._of: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
+    Args:
+        adds: A gradient that is seen again is a further piece, and not the sum so far.
+    """
+
+    def __init__(self, *, adds: bool = False) -> None:
+        self._adds = adds
+        self._notes: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def note(self, parameters: Sequence[Tensor], statistics: Tensor) -> None:
-        """Takes `[len(parameters), 5]`; what was noted of the same parameters before is forgotten."""
-        self._of[tuple(map(id, parameters))] = (parameters, statistics)
+        """Takes `[len(parameters), 5]`."""
+        self._notes.append((parameters, statistics))
 
     def __bool__(self) -> bool:
-        return bool(self._of)
-
-    def covers(self, parameter: Tensor) -> bool:
-        """Whether there are statistics of `parameter`."""
-        return any(id(parameter) in key for key in self._of)
+        return bool(self._notes)
 
     def rows(self, table: RowTable) -> Tensor:
         """`[P, 5]`; zeros of parameters of which nothing was noted."""
-        if len(self._of) == 1:
-            return table.spread(*next(iter(self._of.values())))
-        rows = table.empty()
-        for parameters, statistics in self._of.values():
+        if len(self._notes) == 1:
+            return table.spread(*self._notes[0])
+        rows, seen = table.empty(), set[int]()
+        for parameters, statistics in self._notes:
+            again = [id(p) in seen for p in parameters]
+            seen.update(map(id, parameters))
+            if self._adds and any(again):
+                sums = _pieces_together(table.take(rows, parameters), statistics)
+                statistics = torch.where(table.mask(again), sums, statistics)
             table.put(rows, parameters, statistics)
         return rows
 
     def clear(self) -> None:
-        self._of.clear()
+        self._notes.clear()
+
+
+def _pieces_together(some: Tensor, others: Tensor) -> Tensor:
+    """Rows of a sum from the rows of its two pieces, as if these were orthogonal to one another."""
+    total = some + others
+    total[:, MAX_ABS] = torch.maximum(some[:, MAX_ABS], others[:, MAX_ABS])
+    total[:, NUM_ZERO] = torch.minimum(some[:, NUM_ZERO], others[:, NUM_ZERO])
+    return total
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -148,7 +148,7 @@ def _freeze(model: nn.Module, start: str, on: bool = True) -> None:
         p.requires_grad_(not on)
 
 
-@pytest.mark.parametrize("frozen", ["0", "4"])
+@pytest.mark.parametrize("frozen", ["0", "4", "2.weight", "0.bias"])
 def test_a_layer_thawed_under_fsdp_is_measured_from_that_step_on(frozen: str) -> None:
     run_ranks(_thaw_under_fsdp, 2, frozen)
 

@@ -52,6 +52,28 @@ def test_a_step_never_waits_for_the_device_and_decides_as_on_the_cpu(name: str) 
         torch.testing.assert_close(mine.cpu(), reference, rtol=1e-3, atol=1e-4)
 
 
+def test_buffers_are_brought_back_without_waiting_for_the_device() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).cuda()
+    model.register_buffer("mask", torch.zeros(1 << 20, device="cuda"))
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(20):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        inputs, targets = (tensor.cuda() for tensor in batch(step))
+        loss = nn.functional.mse_loss(model(inputs * math.nan if step == 19 else inputs), targets)
+        loss.backward()
+        if step < 2:
+            guard.step(loss)
+        else:
+            with no_synchronisation():
+                guard.step(loss)
+        optimizer.zero_grad()
+    assert [record.skipped for record in guard.drain(wait=True)] == [False] * 19 + [True]
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad"])
 def test_every_optimizer_of_the_configuration_can_be_guarded(name: Any) -> None:
     model = make_model().cuda()

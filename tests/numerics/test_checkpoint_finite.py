@@ -20,12 +20,21 @@ def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, place: int,
     assert is_finite(tensor)
     tensor[place] = value
     assert not is_finite(tensor)
+    assert is_finite(tensor, or_infinite=True) == (not math.isnan(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_pattern_of_sixteen_bits_is_judged_as_torch_judges_it(dtype: torch.dtype) -> None:
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     assert [is_finite(pattern) for pattern in patterns] == torch.isfinite(patterns).tolist()
+    numbers = [is_finite(pattern, or_infinite=True) for pattern in patterns]
+    assert numbers == (~torch.isnan(patterns)).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_every_pattern_of_eight_bits_is_judged_as_torch_judges_it(dtype: torch.dtype) -> None:
+    patterns = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype)
+    assert [is_finite(pattern) for pattern in patterns] == torch.isfinite(patterns.float()).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

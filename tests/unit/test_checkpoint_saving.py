@@ -167,6 +167,20 @@ def test_infinite_buffers_are_state_like_any_other(tmp_path: Path) -> None:
     assert torch.equal(other.mask, model.mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+def test_a_model_with_a_nan_in_a_buffer_is_never_committed(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    model.register_buffer("extra", torch.ones(5).to(dtype))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.wait()
+        model.get_buffer("extra").copy_(torch.tensor([0, 1, 2, 3, float("nan")]).to(dtype))
+        checkpointer.save(2, {"model": model})
+        with pytest.raises(CheckpointError, match="extra holds NaN"):
+            checkpointer.wait()
+        assert checkpointer.steps() == [1]
+
+
 def test_leftovers_of_dead_saves_are_removed_at_the_first_save_and_never_loaded(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": torch.ones(2)})
