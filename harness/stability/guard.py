@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from types import EllipsisType, TracebackType
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,7 +20,7 @@ from harness.dist.collectives import gather_lanes
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
-from harness.stability.attach import layout_of, named_parameters, source_of
+from harness.stability.attach import source_of
 from harness.stability.attention import AttentionProbe, is_compiled
 from harness.stability.buffers import Buffers
 from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
@@ -38,10 +36,9 @@ from harness.stability.packing import Packet, pack, unpack
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
 from harness.stability.verdict import Decision, Judge
+from harness.stability.watch import Watch
 
 __all__ = ["StepGuard"]
-
-logger = logging.getLogger(__name__)
 
 
 class StepGuard:
@@ -95,9 +92,8 @@ class StepGuard:
         **settings: Any,
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
-        self._model = model
         self._optimizers = Optimizers(optimizer)
-        self.layout = layout_of(model, self._optimizers)
+        self._watch = Watch(model, self._optimizers)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
         self._actuator = Actuator(self._optimizers, device=device)
@@ -124,10 +120,9 @@ class StepGuard:
         self._decision = Graphed(
             functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.memory
         )
-        self._closed_because: str | None = None
-        self._is_first_call = True
+        self._may_have_forgotten_scaler = True
         self._is_gated = False
-        self._watch(self.layout)
+        self._take_layout()
         self._start_step()
 
     @classmethod
@@ -234,7 +229,7 @@ class StepGuard:
         if is_accumulating:
             self._is_gated = True
             return
-        self._follow_the_optimizers()
+        self._follow_optimizers()
         scaled = self._scaled_gradients(scaler)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
         if scaled is not None and scaled.is_unscaled and self._source.measures_backward:
@@ -287,7 +282,10 @@ class StepGuard:
     def close(self) -> None:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
         after it is an error: the loop has to call the optimizer itself again."""
-        self._close("it was closed")
+        self._watch.end("it was closed")
+        self._source.close()
+        self._buffers.close()
+        self._monitor.clear()
 
     def __enter__(self) -> StepGuard:
         return self
@@ -297,57 +295,33 @@ class StepGuard:
     ) -> None:
         self.close()
 
-    def _close(self, reason: str) -> None:
-        self._closed_because = self._closed_because or reason
-        _open_guards.discard(self)
-        self._source.close()
-        self._buffers.close()
-        self._monitor.clear()
+    @property
+    def layout(self) -> Layout:
+        """Which parameter is which row of the statistics, as of the last step."""
+        return self._watch.layout
 
-    def _watch(self, layout: Layout) -> None:
-        """Takes `layout` for what the optimizers hold; guards that watched any of it before are closed."""
-        self.layout, self._signature = layout, self._optimizers.signature
-        self._source.watch(layout)
+    def _take_layout(self) -> None:
+        self._watch.claim()
+        self._source.watch(self.layout)
         self._actuator.start_over()
-        self._sampler = WeightSampler(layout.parameters, self._optimizers.state_of, precision=self._precision)
-        for other in list(_open_guards):
-            if other is not self and other.layout.row_of.keys() & layout.row_of.keys():
-                other._close("a later guard watches its parameters")
-        _open_guards.add(self)
+        self._sampler = WeightSampler(
+            self.layout.parameters, self._optimizers.state_of, precision=self._precision
+        )
 
-    def _follow_the_optimizers(self) -> None:
+    def _follow_optimizers(self) -> None:
         """Takes in what they hold now, and refuses what is not reduced."""
-        if self._optimizers.signature != self._signature:
-            self._watch(layout_of(self._model, self._optimizers))
-        left_out = self._source.left_out()
-        if left_out:
-            names = [self.layout.names[self.layout.row_of[id(p)]] for p in left_out]
-            raise ConfigError(
-                f"the gradients of {_listed(names)} are not reduced over the ranks",
-                rule="DDP reduces what took a gradient when it was made, and each rank would go its own way",
-                remedy="thaw or add parameters first and make the DistributedDataParallel then",
-            )
-        if self._is_first_call:
-            self._say_what_nobody_holds()
-
-    def _say_what_nobody_holds(self) -> None:
-        watched = {row for guard in _open_guards for row in guard.layout.row_of}
-        named = named_parameters(self._model)
-        names = [name for name, p in named if p.requires_grad and id(p) not in watched]
-        if names and (self._source.group is None or self._source.group.rank() == 0):
-            logger.warning(
-                "no guarded optimizer holds %s, so the gradients taken there are neither measured nor used; "
-                "requires_grad_(False) saves the work",
-                _listed(names),
-            )
+        if self._watch.follow():
+            self._take_layout()
+        self._watch.require_reduced(self._source)
+        self._watch.say_what_nobody_holds()
 
     def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
         """What the loop's GradScaler, if it has one, did to the gradients."""
         if isinstance(scaler, EllipsisType):
             scaler = self._optimizers.grad_scaler
-            if scaler is None and self._is_first_call:
+            if scaler is None and self._may_have_forgotten_scaler:
                 refuse_forgotten_scaler()
-        self._is_first_call = False
+        self._may_have_forgotten_scaler = False
         if scaler is None or not scaler.is_enabled():
             self._loss_scale.follow(None)
             return None
@@ -370,9 +344,10 @@ class StepGuard:
         self._attention = None
 
     def _require_open(self) -> None:
-        if self._closed_because is not None:
+        if self._watch.ended_because is not None:
+            self.close()
             raise ConfigError(
-                f"the guard was used after {self._closed_because}",
+                f"the guard cannot be used any more: {self._watch.ended_because}",
                 rule="a closed guard measures nothing, and what is not measured is not applied",
                 remedy="make a new StepGuard, or call the optimizer yourself",
             )
@@ -426,15 +401,6 @@ class StepGuard:
             packet["samples"] = samples[: self._source.num_shards].contiguous()
         else:
             packet["samples"] = samples[None]
-
-
-_open_guards: WeakSet[StepGuard] = WeakSet()
-"""A parameter has one guard."""
-
-
-def _listed(names: Sequence[str], num: int = 3) -> str:
-    more = f" and {len(names) - num} more" if len(names) > num else ""
-    return ", ".join(names[:num]) + more
 
 
 def _lane(

@@ -1,0 +1,99 @@
+"""Which parameters a guard answers for: what its optimizers hold, followed from step to step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch.distributed as dist
+from torch import nn
+
+from harness.errors import ConfigError
+from harness.stability.attach import layout_of, named_parameters
+from harness.stability.optimizers import Optimizers
+from harness.stability.sources import GradientSource
+
+__all__ = ["Watch"]
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """The layout of what may change in a step. A parameter is in one watch: a later claim takes it over.
+
+    Raises:
+        ConfigError: something about the model or its optimizers that cannot be guarded.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Optimizers) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._has_spoken = False
+        self.ended_because: str | None = None
+        """Why it ended, if it has."""
+        self._look()
+
+    def follow(self) -> bool:
+        """Looks at the optimizers anew; whether they hold anything else than before.
+
+        Raises:
+            ConfigError: what they hold now cannot be guarded.
+        """
+        if self._optimizers.signature == self._signature:
+            return False
+        self._look()
+        return True
+
+    def require_reduced(self, source: GradientSource) -> None:
+        """Refuses what each rank would change in its own way.
+
+        Raises:
+            ConfigError: a parameter takes a gradient that the reduction does not cover; on all ranks alike.
+        """
+        left_out = source.left_out()
+        if left_out:
+            names = [self.layout.names[self.layout.row_of[id(p)]] for p in left_out]
+            raise ConfigError(
+                f"the gradients of {_listed(names)} are not reduced over the ranks",
+                rule="DDP reduces what took a gradient when it was made, and each rank would go its own way",
+                remedy="thaw or add parameters first and make the DistributedDataParallel then",
+            )
+
+    def say_what_nobody_holds(self) -> None:
+        """Says once, when all guards have been made, what takes a gradient for nothing."""
+        if self._has_spoken:
+            return
+        self._has_spoken = True
+        held = {row for watch in _watches for row in watch.layout.row_of}
+        names = [n for n, p in named_parameters(self._model) if p.requires_grad and id(p) not in held]
+        if names and not (dist.is_initialized() and dist.get_rank()):
+            logger.warning(
+                "no guarded optimizer holds %s, so the gradients taken there are neither measured nor used; "
+                "requires_grad_(False) saves the work",
+                _listed(names),
+            )
+
+    def end(self, reason: str) -> None:
+        """Lets go of the parameters; the first reason counts."""
+        self.ended_because = self.ended_because or reason
+        _watches.discard(self)
+
+    def _look(self) -> None:
+        self._signature = self._optimizers.signature
+        self.layout = layout_of(self._model, self._optimizers)
+
+    def claim(self) -> None:
+        """Makes the parameters this watch's, and ends whatever watched any of them before."""
+        for other in list(_watches):
+            if other is not self and other.layout.row_of.keys() & self.layout.row_of.keys():
+                other.end("a later guard watches its parameters")
+        _watches.add(self)
+
+
+_watches: WeakSet[Watch] = WeakSet()
+"""Those that have not ended."""
+
+
+def _listed(names: Sequence[str], num: int = 3) -> str:
+    more = f" and {len(names) - num} more" if len(names) > num else ""
+    return ", ".join(names[:num]) + more
