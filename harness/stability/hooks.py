@@ -3,6 +3,7 @@
 No `from __future__ import annotations` here: DDP inspects a hook's annotations and wants the real types.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ConfigError
+from harness.stability.inert import Hook
 from harness.stability.layout import Layout
 from harness.stability.sources import RowTable
 from harness.stability.statistics import bucket_statistics
@@ -35,7 +37,8 @@ class DdpSource:
         comm_hook: Reduces a bucket in place of the plain all-reduce, `bf16_compress_hook` say.
 
     Raises:
-        ConfigError: the model has a communication hook already, or another `comm_hook` from an earlier guard.
+        ConfigError: the model has a communication hook already, or another `comm_hook` from an earlier guard;
+            it reduces in a way that knows no such hook; in `local_rows`: it stands in `join()`.
     """
 
     def __init__(self, ddp: DistributedDataParallel, layout: Layout, *, comm_hook: CommHook | None) -> None:
@@ -43,7 +46,14 @@ class DdpSource:
         self.group: dist.ProcessGroup | None = ddp.process_group
         self.num_replicas, self.num_shards = ddp.process_group.size(), 1
         self.extremes = True
+        _refuse_other_reductions(ddp)
+        self._ddp = weakref.ref(ddp)  # the hook that outlives this source must not keep the model
         self._parameters = [p for p in ddp.parameters() if id(p) in layout.row_of]
+        ignored = ddp.parameters_to_ignore
+        self._unreduced = [
+            p for name, p in ddp.module.named_parameters() if name in ignored and id(p) in layout.row_of
+        ]
+        """Parameters that DDP was told to leave alone: each rank's gradient is its own."""
         self._table = RowTable(layout, self._parameters[0].device)
         self._rows: Tensor | None = None
         self._is_reduced = False
@@ -53,11 +63,14 @@ class DdpSource:
 
     def micro_batch_rows(self) -> Tensor:
         if self._rows is not None:
-            return self._rows
+            return self._with_unreduced(self._rows)
         return self._table.measure(self._parameters, extremes=False)
 
     def local_rows(self) -> Tensor:
-        return self._table.empty() if self._rows is None else self._rows
+        ddp = self._ddp()
+        if ddp is not None:
+            _refuse_join(ddp)
+        return self._table.empty() if self._rows is None else self._with_unreduced(self._rows)
 
     def reduced_rows(self) -> Tensor:
         if self._alone:
@@ -75,7 +88,12 @@ class DdpSource:
     def close(self) -> None:
         if self._hook.observe == self._see:  # else a later guard has taken over
             self._hook.observe = None
-        self._parameters = []
+        self._parameters, self._unreduced = [], []
+
+    def _with_unreduced(self, rows: Tensor) -> Tensor:
+        if not self._unreduced:
+            return rows
+        return rows + self._table.measure(self._unreduced, extremes=self.extremes)
 
     def _see(self, bucket: GradBucket) -> None:
         flat, parameters = bucket.buffer(), bucket.parameters()
@@ -84,6 +102,34 @@ class DdpSource:
             self._rows = self._table.empty()
         self._rows.index_copy_(0, self._table.index(parameters), statistics)
         self._is_reduced = bucket.is_last()
+
+
+def _refuse_other_reductions(ddp: DistributedDataParallel) -> None:
+    """The ways past DDP's buckets, where there would be nothing to measure."""
+    ways = {
+        "delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
+        "torch._dynamo.config.optimize_ddp = 'python_reducer'": ddp._use_python_reducer,
+    }
+    for way, is_used in ways.items():
+        if is_used:
+            raise ConfigError(
+                f"DistributedDataParallel with {way}",
+                rule="the guard measures gradients in the buckets that DDP itself reduces",
+                remedy="leave it out",
+            )
+    _refuse_join(ddp)
+
+
+def _refuse_join(ddp: DistributedDataParallel) -> None:
+    join = ddp._join_config
+    if join.enable and not join.throw_on_early_termination:
+        raise ConfigError(
+            "the DDP model stands in join(), for ranks with unequal numbers of batches",
+            rule="every rank takes part in every step, because all of them decide on it",
+            remedy="give all ranks equally many batches, as DistributedSampler does, or use "
+            "join(throw_on_early_termination=True), which ends the loop on all ranks with the first that "
+            "runs out",
+        )
 
 
 def _hook_on(ddp: DistributedDataParallel, comm_hook: CommHook | None) -> "_BucketHook":
@@ -116,8 +162,10 @@ class _BucketHook:
                 rule="the guard measures gradients in DDP's one communication hook",
                 remedy="do not register a hook yourself; hand it to the guard as comm_hook",
             ) from error
+        # Only DDP's Python reducer looks at this list; but it would go into copies and pickles.
+        ddp._comm_hooks.pop()
         if ddp.gradient_as_bucket_view and not self._is_power_of_two:
-            ddp.module.register_forward_pre_hook(self._note_storages)
+            ddp.module.register_forward_pre_hook(Hook(self._note_storages))
 
     def reduce(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self.observe is not None:
