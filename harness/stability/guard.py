@@ -201,13 +201,20 @@ class StepGuard:
             compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
 
         Raises:
-            ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both.
+            ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; some
+                ranks alone have called `drain`.
         """
         self._require_one_loss(loss)
         if loss is not None:
             self.accumulate(loss, is_last=True)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        known = (float(not self._source.is_reduced), compute_s, data_wait_s, float(stop_requested))
+        known = (
+            float(not self._source.is_reduced),
+            compute_s,
+            data_wait_s,
+            float(stop_requested),
+            self._monitor.drained,
+        )
         known_t = self._from_host(*known, *self._micro_batches.told(), nominal_tokens or 0.0)
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         (lane,) = self._lane(local, reduced, known_t)
@@ -224,7 +231,11 @@ class StepGuard:
     def drain(self, wait: bool = False) -> list[StepRecord]:
         """Records of the steps up to `lag_steps` ago, or with `wait` of all, that were not drained before.
 
-        Equal on all ranks, which all have to call it at the same steps.
+        Equal on all ranks, which all have to call it at the same steps. What is not drained is kept up to
+        64 MiB; then the oldest steps are dropped, which is said once.
+
+        Raises:
+            ConfigError: only some ranks called it.
         """
         return self._monitor.drain(wait=wait)
 
