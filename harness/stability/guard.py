@@ -156,11 +156,14 @@ class StepGuard:
         """Notes a micro-batch after its backward pass, and what it did to the gradient.
 
         Args:
-            loss_sum: Sum of the loss over the micro-batch's tokens, 0-d, not scaled.
+            loss_sum: Sum of the loss over the micro-batch's tokens, of one element, not scaled.
             num_tokens: How many tokens that were.
             num_correct: How many of them were predicted right; only passed on to the records.
             is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
                 sees by itself that a micro-batch was reduced.
+
+        Raises:
+            ConfigError: the loss is not a tensor with one real number in it, or a count is not one number.
         """
         with torch.no_grad():
             self._micro_batches.add(loss_sum, num_tokens, num_correct)
