@@ -38,6 +38,10 @@ def layout_of(model: nn.Module, optimizers: Optimizers) -> Layout:
     _check(not complex_ones, f"complex parameters: {complex_ones}", "the guard measures real gradients")
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False)]
     _check(not sparse, f"sparse gradients in {sparse}", "gradients have to be dense: build with sparse=False")
+    updated = [name for name, p in model.named_parameters() if hasattr(p, "_in_backward_optimizers")]
+    _check(
+        not updated, f"an optimizer in the backward pass of {updated}", "a verdict comes before the update"
+    )
     return layout
 
 

@@ -166,11 +166,14 @@ class StepGuard:
         """Notes a micro-batch after its backward pass, and what it did to the gradient.
 
         Args:
-            loss_sum: Sum of the loss over the micro-batch's tokens, 0-d, not scaled.
+            loss_sum: Sum of the loss over the micro-batch's tokens, of one element, not scaled.
             num_tokens: How many tokens that were.
             num_correct: How many of them were predicted right; only passed on to the records.
             is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
                 sees by itself that a micro-batch was reduced.
+
+        Raises:
+            ConfigError: the loss is not a tensor with one real number in it, or a count is not one number.
         """
         self._require_open()
         with torch.no_grad():
@@ -219,7 +222,8 @@ class StepGuard:
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
                 GradScaler is in use that was not handed over; the optimizer holds a parameter that is not the
-                model's, or that DDP does not reduce; the guard is closed.
+                model's, or that DDP does not reduce; some ranks alone have called `drain`; the guard was
+                closed.
         """
         self._require_open()
         self._require_one_loss(loss)
@@ -234,7 +238,13 @@ class StepGuard:
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
         if scaled is not None and scaled.is_unscaled and self._source.measures_backward:
             local = scaled.unscaled(local)
-        known = (float(self._fault()), compute_s, data_wait_s, float(stop_requested))
+        known = (
+            float(self._fault()),
+            compute_s,
+            data_wait_s,
+            float(stop_requested),
+            self._monitor.drained,
+        )
         known_t = self._from_host(*known, *self._micro_batches.told(), nominal_tokens or 0.0)
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         (lane,) = self._lane(local, reduced, known_t, self._actuator.obedience.faults_t)
@@ -253,7 +263,11 @@ class StepGuard:
     def drain(self, wait: bool = False) -> list[StepRecord]:
         """Records of the steps up to `lag_steps` ago, or with `wait` of all, that were not drained before.
 
-        Equal on all ranks, which all have to call it at the same steps.
+        Equal on all ranks, which all have to call it at the same steps. What is not drained is kept up to
+        64 MiB; then the oldest steps are dropped, which is said once.
+
+        Raises:
+            ConfigError: only some ranks called it.
         """
         records = self._monitor.drain(wait=wait)
         for record in records:

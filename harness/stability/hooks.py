@@ -3,6 +3,7 @@
 No `from __future__ import annotations` here: DDP inspects a hook's annotations and wants the real types.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,6 +16,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ConfigError
+from harness.stability.inert import Hook
 from harness.stability.layout import Layout
 from harness.stability.sources import Observations, RowTable
 from harness.stability.statistics import bucket_statistics
@@ -35,7 +37,8 @@ class DdpSource:
         comm_hook: Reduces a bucket in place of the plain all-reduce, `bf16_compress_hook` say.
 
     Raises:
-        ConfigError: the model has a communication hook already, or another `comm_hook` from an earlier guard.
+        ConfigError: the model has a communication hook already, or another `comm_hook` from an earlier guard;
+            it reduces in a way that knows no such hook; in `local_rows`: it stands in `join()`.
     """
 
     def __init__(self, ddp: DistributedDataParallel, layout: Layout, *, comm_hook: CommHook | None) -> None:
@@ -43,6 +46,8 @@ class DdpSource:
         self.num_replicas, self.num_shards = ddp.process_group.size(), 1
         self.measures_backward = True
         self.extremes = True
+        _refuse_other_reductions(ddp)
+        self._ddp = weakref.ref(ddp)  # the hook that outlives this source must not keep the model
         self._seen = Observations()
         self._in_buckets: set[int] = set()
         self._is_reduced = False
@@ -54,12 +59,22 @@ class DdpSource:
     def watch(self, layout: Layout) -> None:
         self.layout = layout
         self._table = RowTable(layout)
+        ddp = self._ddp()
+        ignored = set() if ddp is None else ddp.parameters_to_ignore
+        named = [] if ddp is None else ddp.module.named_parameters()
+        self._unreduced = [p for name, p in named if name in ignored and id(p) in layout.row_of]
+        """Parameters that DDP was told to leave alone: each rank's gradient is its own."""
 
     def micro_batch_rows(self) -> Tensor:
-        return self._seen.rows(self._table) if self._seen else self._table.measure(extremes=False)
+        if not self._seen:
+            return self._table.measure(extremes=False)
+        return self._with_unreduced(self._seen.rows(self._table))
 
     def local_rows(self) -> Tensor:
-        return self._seen.rows(self._table)
+        ddp = self._ddp()
+        if ddp is not None:
+            _refuse_join(ddp)
+        return self._with_unreduced(self._seen.rows(self._table)) if self._seen else self._table.empty()
 
     def reduced_rows(self) -> Tensor:
         return self.local_rows() if self._alone else self._table.measure(extremes=False)
@@ -71,8 +86,8 @@ class DdpSource:
     def left_out(self) -> list[nn.Parameter]:
         if not self._is_reduced or self._in_buckets >= self.layout.row_of.keys():
             return []
-        outside = [p for p in self.layout.parameters if id(p) not in self._in_buckets]
-        return [p for p in outside if p.requires_grad]
+        known = self._in_buckets.union(map(id, self._unreduced))
+        return [p for p in self.layout.parameters if id(p) not in known and p.requires_grad]
 
     def start_step(self) -> None:
         self._seen.clear()
@@ -80,6 +95,12 @@ class DdpSource:
 
     def close(self) -> None:
         self._hook.observers.discard(self)
+        self._unreduced = []
+
+    def _with_unreduced(self, rows: Tensor) -> Tensor:
+        if not self._unreduced:
+            return rows
+        return rows + self._table.measure(self._unreduced, extremes=self.extremes)
 
     def see(self, bucket: GradBucket) -> None:
         """Measures a bucket that is about to be reduced. What took a gradient when DDP was made is in buckets
@@ -89,6 +110,34 @@ class DdpSource:
         self._seen.note(parameters, statistics)
         self._in_buckets.update(map(id, parameters))
         self._is_reduced = bucket.is_last()
+
+
+def _refuse_other_reductions(ddp: DistributedDataParallel) -> None:
+    """The ways past DDP's buckets, where there would be nothing to measure."""
+    ways = {
+        "delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
+        "torch._dynamo.config.optimize_ddp = 'python_reducer'": ddp._use_python_reducer,
+    }
+    for way, is_used in ways.items():
+        if is_used:
+            raise ConfigError(
+                f"DistributedDataParallel with {way}",
+                rule="the guard measures gradients in the buckets that DDP itself reduces",
+                remedy="leave it out",
+            )
+    _refuse_join(ddp)
+
+
+def _refuse_join(ddp: DistributedDataParallel) -> None:
+    join = ddp._join_config
+    if join.enable and not join.throw_on_early_termination:
+        raise ConfigError(
+            "the DDP model stands in join(), for ranks with unequal numbers of batches",
+            rule="every rank takes part in every step, because all of them decide on it",
+            remedy="give all ranks equally many batches, as DistributedSampler does, or use "
+            "join(throw_on_early_termination=True), which ends the loop on all ranks with the first that "
+            "runs out",
+        )
 
 
 def _hook_on(ddp: DistributedDataParallel, comm_hook: CommHook | None) -> "_BucketHook":
@@ -121,8 +170,10 @@ class _BucketHook:
                 rule="the guard measures gradients in DDP's one communication hook",
                 remedy="do not register a hook yourself; hand it to the guard as comm_hook",
             ) from error
+        # Only DDP's Python reducer looks at this list; but it would go into copies and pickles.
+        ddp._comm_hooks.pop()
         if ddp.gradient_as_bucket_view and not self._is_power_of_two:
-            ddp.module.register_forward_pre_hook(self._note_storages)
+            ddp.module.register_forward_pre_hook(Hook(self._note_storages))
 
     def reduce(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         for observer in self.observers:

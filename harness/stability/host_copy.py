@@ -13,6 +13,7 @@ class HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         self._on_cuda = values.is_cuda
+        self.numel = values.numel()
         if self._on_cuda:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._event = torch.cuda.Event()

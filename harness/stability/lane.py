@@ -1,4 +1,4 @@
-"""A lane: what one rank says about its share of a step, in at most 16 float64, before anything is decided.
+"""A lane: what one rank says about its share of a step, in 17 float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -16,6 +16,7 @@ __all__ = [
     "COMPUTE_S",
     "CORRECT",
     "DATA_WAIT_S",
+    "DRAINED",
     "FAULTS",
     "LOSS_SUM",
     "MICRO_BATCH",
@@ -44,8 +45,9 @@ __all__ = [
     COMPUTE_S,
     DATA_WAIT_S,
     STOP_REQUESTED,
-) = range(NUM_COLUMNS, NUM_COLUMNS + 11)
-NUM_FIELDS = NUM_COLUMNS + 11
+    DRAINED,
+) = range(NUM_COLUMNS, NUM_COLUMNS + 12)
+NUM_FIELDS = NUM_COLUMNS + 12
 
 NUM_HOST_FIELDS = NUM_FIELDS - FAULTS
 """The fields from FAULTS on are known on the host."""

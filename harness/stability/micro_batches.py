@@ -7,6 +7,7 @@ from torch import Tensor
 
 from harness.stability.lane import bad_rows
 from harness.stability.layout import SUM_SQUARES
+from harness.stability.loss import checked_count, checked_loss
 
 __all__ = ["MicroBatches"]
 
@@ -28,8 +29,16 @@ class MicroBatches:
         self._loss_sum_t, self._tokens_t, self._correct_t = self.loss_t.unbind()
 
     def add(self, loss_sum: Tensor, num_tokens: Tensor | float, num_correct: Tensor | float) -> None:
-        """Counts one more micro-batch."""
-        self._loss_sum_t.add_(loss_sum.detach())
+        """Counts one more micro-batch.
+
+        Raises:
+            ConfigError: the loss is not one real number, or a count is not one.
+        """
+        device = self.loss_t.device
+        loss_sum = checked_loss(loss_sum, device)
+        num_tokens = checked_count(num_tokens, "the number of tokens", device)
+        num_correct = checked_count(num_correct, "the number predicted right", device)
+        self._loss_sum_t.add_(loss_sum)
         if isinstance(num_tokens, Tensor):
             self._tokens_t.add_(num_tokens)
         else:

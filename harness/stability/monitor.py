@@ -5,6 +5,7 @@ This is the one place where the guard's numbers are read back.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,13 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.dist.collectives import gather_lanes
+from harness.errors import ConfigError
 from harness.records import StepRecord
+from harness.stability import lane
 from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
-from harness.stability.reading import Reader
+from harness.stability.reading import Reader, is_skip
 
 __all__ = ["Monitor"]
+
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING_BYTES = 64 << 20
+"""Of steps that nobody drains, on the device and on the host together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +43,13 @@ class _Pending:
     rows: Tensor
     """`[P, 6]` on the device, this rank's, in case the step turns out to be an incident."""
     counts_tokens: bool
+    size_bytes: int
 
 
 class Monitor:
     """Keeps the steps of the last `lag_steps` and turns older ones into records.
+
+    Of steps that are never drained it keeps the newest, `MAX_PENDING_BYTES` of them.
 
     Every rank reads the same steps at the same call, whatever has arrived, so that whoever acts on a record
     acts on all ranks at once.
@@ -50,6 +62,12 @@ class Monitor:
         self._pending: deque[_Pending] = deque()
         self._idle: dict[int, list[HostCopy]] = {}
         """Copies that were read, by their size: pinned memory is costly to ask for."""
+        self._num_pushed, self._num_dropped = 0, 0
+        self._pending_bytes = 0
+        self._unchecked: deque[_Pending] = deque()
+        self.drained = 0
+        """How far `drain` was called for, in steps since the start and plus the lag; 0: never. It goes to the
+        other ranks with each step."""
 
     def push(self, step: int, packet: Packet, *, layout: Layout, rows: Tensor, counts_tokens: bool) -> None:
         """Starts the copy of a step's numbers to the host.
@@ -59,43 +77,123 @@ class Monitor:
             layout: Which parameter is which row.
             rows: `[P, 6]`, this rank's statistics and the reduced sums of squares.
             counts_tokens: Whether the lanes' token counts were told by the caller.
+
+        Raises:
+            ConfigError: not all ranks had called `drain` alike before a step that has arrived by now.
         """
         flat, spec = pack(packet)
-        self._pending.append(
-            _Pending(
-                step=step,
-                copy=self._copied(flat),
-                spec=spec,
-                layout=layout,
-                rows=rows,
-                counts_tokens=counts_tokens,
-            )
+        pending = _Pending(
+            step=step,
+            copy=self._copied(flat),
+            spec=spec,
+            layout=layout,
+            rows=rows,
+            counts_tokens=counts_tokens,
+            size_bytes=flat.nbytes + rows.nbytes,
         )
+        self._num_pushed += 1
+        self._pending.append(pending)
+        self._unchecked.append(pending)
+        self._pending_bytes += pending.size_bytes
+        while self._pending_bytes > MAX_PENDING_BYTES and len(self._pending) > self._lag_steps + 1:
+            self._drop()
+        self._check_arrived()
 
     def drain(self, *, wait: bool) -> list[StepRecord]:
         """Records of all steps but the newest `lag_steps` (`wait`: of all), each once, in order.
 
         Waits for the copies. A skipped step costs one more collective, so all ranks have to call it alike.
+
+        Raises:
+            ConfigError: not all ranks have called it alike.
         """
         records = []
         while self._pending and (wait or len(self._pending) > self._lag_steps):
-            records.append(self._record(self._pending.popleft()))
+            if not wait and self._is_first_call and self._needs_rows(self._pending[0]):
+                break  # with the next step every rank will know whether all have made it
+            records.append(self._record(self._take()))
+        self.drained = self._num_pushed + (self._lag_steps if wait else 0)
         return records
 
     def clear(self) -> None:
-        """Forgets what has not been drained."""
+        """Forgets what has not been drained, and who has called `drain`."""
         self._pending.clear()
+        self._unchecked.clear()
+        self._num_pushed = self._pending_bytes = self.drained = 0
+
+    @property
+    def _is_first_call(self) -> bool:
+        """Whether nobody can know yet that this rank drains. Without a lag nothing could be put off."""
+        return self._group is not None and self._lag_steps > 0 and not self.drained
+
+    def _take(self) -> _Pending:
+        pending = self._pending.popleft()
+        self._pending_bytes -= pending.size_bytes
+        return pending
+
+    def _drop(self) -> None:
+        pending = self._take()
+        self._give_back(pending.copy)
+        if not self._num_dropped:
+            logger.warning(
+                "guard.drain() was not called for %d steps: from step %d on the oldest are dropped. Call it "
+                "after each step, on all ranks, and look at the records: they say what was skipped and why",
+                len(self._pending),
+                pending.step,
+            )
+        self._num_dropped += 1
+
+    def _check_arrived(self) -> None:
+        """Looks whether all ranks had called `drain` alike, in the steps that have arrived. Does not wait."""
+        while self._unchecked and self._unchecked[0].copy.arrived:
+            self._check(self._unchecked.popleft())
+
+    def _check(self, pending: _Pending) -> None:
+        if self._group is None:
+            return
+        told = unpack(pending.copy.wait(), pending.spec)["lane"][:, lane.DRAINED].tolist()
+        behind = [rank for rank, drained in enumerate(told) if drained < max(told)]
+        if behind:
+            ahead = [rank for rank in range(len(told)) if rank not in behind]
+            raise ConfigError(
+                f"before step {pending.step} drain() was called on ranks {_listed(ahead)}, but not on ranks "
+                f"{_listed(behind)}",
+                rule="all ranks call it at the same steps, because a skipped step is read together",
+                remedy="call drain() on every rank and let rank 0 alone print or log the records",
+            )
 
     def _record(self, pending: _Pending) -> StepRecord:
         flat = pending.copy.wait()
+        self._check_arrived()
         packet = unpack(flat, pending.spec)
+        if self._needs_rows(pending):
+            packet["rows"] = self._rows_of_all_ranks(pending.rows)
         reader = Reader(pending.layout, num_replicas=self._num_replicas)
-        if reader.is_skip(packet) and "rows" not in packet:
-            rows = gather_lanes(pending.rows.flatten(), group=self._group)
-            packet["rows"] = rows.view(-1, *pending.rows.shape).cpu()
         record = reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
-        self._idle.setdefault(flat.numel(), []).append(pending.copy)
+        self._give_back(pending.copy)
         return record
+
+    def _needs_rows(self, pending: _Pending) -> bool:
+        """Whether to read the step takes a collective."""
+        packet = unpack(pending.copy.wait(), pending.spec)
+        return is_skip(packet) and "rows" not in packet
+
+    def _rows_of_all_ranks(self, rows: Tensor) -> Tensor:
+        """`[W, P, 6]` on the host. First waits for the latest step, which says who else drains."""
+        while self._unchecked:
+            self._check(self._unchecked.popleft())
+        try:
+            everywhere = gather_lanes(rows.flatten(), group=self._group)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the rows of a skipped step could not be gathered: {str(error).splitlines()[0]}",
+                rule="drain() takes all ranks, at the same steps",
+                remedy="call drain() on every rank and let rank 0 alone print or log the records",
+            ) from error
+        return everywhere.view(-1, *rows.shape).cpu()
+
+    def _give_back(self, copy: HostCopy) -> None:
+        self._idle.setdefault(copy.numel, []).append(copy)
 
     def _copied(self, flat: Tensor) -> HostCopy:
         idle = self._idle.get(flat.numel())
@@ -104,3 +202,7 @@ class Monitor:
         copy = idle.pop()
         copy.start(flat)
         return copy
+
+
+def _listed(ranks: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")

@@ -20,7 +20,7 @@ from harness.stability.replicas import OddReplica, find_odd
 from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "is_skip"]
 
 SKIP = VERDICTS.index("skip")
 
@@ -65,6 +65,11 @@ class _Step:
         return sum(one[field] for one in self.lanes)
 
 
+def is_skip(packet: Packet) -> bool:
+    """Whether a step, its packet in host memory, left everything untouched."""
+    return int(packet["summary"][0]) >= SKIP
+
+
 class Reader:
     """Makes records of packets: `summary` [NUM_SUMMARY], `lane` [W, NUM_FIELDS], and now and then `rows`
     [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in host memory."""
@@ -72,10 +77,6 @@ class Reader:
     def __init__(self, layout: Layout, *, num_replicas: int) -> None:
         self._layout = layout
         self._num_replicas = num_replicas
-
-    def is_skip(self, packet: Packet) -> bool:
-        """Whether the step left everything untouched."""
-        return int(packet["summary"][0]) >= SKIP
 
     def record(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
         """The record of a step."""

@@ -140,9 +140,9 @@ class RowTable:
             return statistics
         return self.put(self.empty(), parameters, statistics)
 
-    def measure(self, *, extremes: bool) -> Tensor:
-        """`[P, 5]` of the gradients that lie in the layout's parameters."""
-        having, gradients = gradients_of(self._layout.parameters)
+    def measure(self, parameters: Sequence[nn.Parameter] | None = None, *, extremes: bool) -> Tensor:
+        """`[P, 5]` of the gradients that lie in `parameters`; None: in all of the layout's."""
+        having, gradients = gradients_of(self._layout.parameters if parameters is None else parameters)
         if not having:
             return self.empty()
         return self.spread(having, tensor_statistics(gradients, extremes=extremes))

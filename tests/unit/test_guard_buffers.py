@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from harness.stability import StepGuard
@@ -237,6 +239,19 @@ def test_a_buffer_keeps_its_tensor_and_a_graph_over_it_stays_usable() -> None:
     guard.step(loss)
     assert model.mean is mean
     kept.backward()
+
+
+def test_a_guarded_model_is_copied_and_pickled_like_any_other() -> None:
+    model = _batch_norm()
+    guard, optimizer = _guarded(model)
+    pickled = pickle.dumps(model)
+    assert b"harness" not in pickled  # whoever reads it need not have it
+    for other in (copy.deepcopy(model), pickle.loads(pickled), AveragedModel(model)):
+        state = other.state_dict()
+        other.load_state_dict(state)
+        other(batch(0)[0])
+    _train(model, guard, optimizer, bad=True)
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
 
 
 def test_a_closed_guard_leaves_buffers_alone() -> None:
