@@ -13,6 +13,7 @@ __all__ = [
     "HarnessError",
     "InstabilityError",
     "LaunchError",
+    "TaskError",
     "TrackingError",
 ]
 
@@ -28,6 +29,9 @@ class HarnessError(Exception):
 
     exit_code = 2
 
+    ranks: tuple[int, ...] = ()
+    """The ranks on which it arose; empty: all, or there is one only. The lowest of them prints it."""
+
     def __init__(self, problem: str, *, rule: str = "", remedy: str = "") -> None:
         self.problem = problem
         self.rule = rule
@@ -36,7 +40,7 @@ class HarnessError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are not in `args`, so the default would lose them between processes.
-        return _rebuild, (type(self), self.problem, self.rule, self.remedy)
+        return _rebuild, (type(self), self.problem, self.rule, self.remedy), self.__dict__
 
 
 def _sentence(text: str) -> str:
@@ -57,6 +61,19 @@ class ConfigError(HarnessError):
 
 class DataError(HarnessError):
     """Input data that is missing, unreadable, empty or too short."""
+
+
+class TaskError(HarnessError):
+    """The code of a task, its data set or its loss raised something.
+
+    `frames` are the lines of the traceback that are the task's own; the original error is the `__cause__`
+    where it was raised in this process.
+    """
+
+    frames: str = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.frames}" if self.frames else super().__str__()
 
 
 class CheckpointError(HarnessError):

@@ -24,7 +24,7 @@ class Outcome:
 def reporting() -> Iterator[Outcome]:
     """Turns a `HarnessError` into a line on standard error and an exit code.
 
-    All ranks fail with the same error; only rank 0 prints it. HARNESS_TRACEBACK=1 shows where it came from.
+    The lowest of the ranks on which it arose prints it. HARNESS_TRACEBACK=1 shows where it came from.
     """
     outcome = Outcome()
     try:
@@ -32,6 +32,11 @@ def reporting() -> Iterator[Outcome]:
     except HarnessError as error:
         if env.wants_traceback():
             raise
-        if env.launched().rank == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if env.launched().rank == min(error.ranks, default=0):
+            where = f" on {_named(error.ranks)}" if error.ranks else ""
+            print(f"{type(error).__name__}{where}: {error}", file=sys.stderr)
         outcome.exit_code = error.exit_code
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

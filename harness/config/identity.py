@@ -19,13 +19,16 @@ _IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
 def check_same_run(config: TrainConfig, saved: Path) -> None:
     """Checks that `config` continues the run whose resolved configuration is the file `saved`.
 
-    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts.
+    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts, and with
+    `data.allow_change` the paths of the data.
 
     Raises:
         ConfigError: a setting that defines the run differs; the first such setting is named.
     """
     before, now = _identity(flatten(read_yaml(saved))), _identity(flatten(to_dict(config)))
     for key in now:
+        if key == "data.paths" and config.data.allow_change:
+            continue
         if key in before and before[key] != now[key]:
             raise ConfigError(
                 f"{saved.parent} holds a run with {key} = {before[key]!r}, and now it is {now[key]!r}",

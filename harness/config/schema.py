@@ -65,6 +65,8 @@ class DataConfig:
     """Where prepared data is kept. Default: $HARNESS_CACHE or the user's cache directory."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process."""
+    allow_change: bool = False
+    """Go on with a run whose data is not what it was when its checkpoint was written; otherwise an error."""
 
     def __post_init__(self) -> None:
         require_positive("data", self, ["sequence_length"])
@@ -426,7 +428,7 @@ class TrainConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on with the run if its directory holds one, else start it; must, never: an error otherwise."""
     seed: int = 1234
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialisation, data order, augmentation and dropout, for torch, numpy and Python alike."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time."""
     debug: bool = False

@@ -1,9 +1,13 @@
 """Tasks, the order of samples, and the loader that hands them out."""
 
+from harness.data.contract import check_task
+from harness.data.fetch import to_device
+from harness.data.fingerprint import fingerprint
 from harness.data.images import class_loss, load_images
 from harness.data.loader import Loader, evaluation_batches
 from harness.data.order import sample_order
-from harness.data.task import Batch, Dataset, LossSum, Task, TaskBuilder, cross_entropy, load_task
+from harness.data.seeding import seed_everything
+from harness.data.task import Batch, Dataset, LossSum, Task, TaskBuilder, cross_entropy, load_task, run_loss
 from harness.data.text import load_text, next_byte_loss
 
 __all__ = [
@@ -13,12 +17,17 @@ __all__ = [
     "LossSum",
     "Task",
     "TaskBuilder",
+    "check_task",
     "class_loss",
     "cross_entropy",
     "evaluation_batches",
+    "fingerprint",
     "load_images",
     "load_task",
     "load_text",
     "next_byte_loss",
+    "run_loss",
     "sample_order",
+    "seed_everything",
+    "to_device",
 ]

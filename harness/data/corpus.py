@@ -7,6 +7,9 @@ process leaves behind is never read, and swept away by the next one.
 Each file, cut into pieces if it is long, goes to the training or to the validation part by a hash of its
 bytes, so that it is on the same side wherever it lies and in whatever order it is read, and copies of it
 are never on both. A 0 byte, which text does not contain, follows each piece.
+
+What is read of a file is what was there when it was listed: one that has grown since gives the same corpus,
+one that was changed is an error. Each part's checksum is taken while it is written and kept beside it.
 """
 
 from __future__ import annotations
@@ -29,18 +32,19 @@ import xxhash
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
 
-__all__ = ["SEPARATOR", "Corpus", "SourceFile", "list_files", "prepare", "standard_library"]
+__all__ = ["SEPARATOR", "Corpus", "Part", "SourceFile", "list_files", "prepare", "standard_library"]
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = b"\0"
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever the same files would give other bytes or another split."""
 _LONGEST_PIECE_BYTES = 2**20
 _SHORTEST_PIECE_BYTES = 2**12
 _SNIFFED_BYTES = 8192
 _PARTS = ("train", "val")
+_DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,20 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """Prepared files of raw bytes."""
+class Part:
+    """A prepared file of raw bytes, for training or for validation."""
 
-    train: Path
-    val: Path
+    path: Path
+    digest: str
+    """xxh3_128 of its bytes, which tells its text from any other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Both parts."""
+
+    train: Part
+    val: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +114,17 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
     Safe to call in any number of processes at once.
 
     Raises:
-        DataError: no text, a file that cannot be read, too little to be split, or `cache_dir` cannot be
-            written. In the first three cases nothing has been written but an empty lock file.
+        DataError: no text, a file that cannot be read or has changed since it was listed, too little to be
+            split, or `cache_dir` cannot be written.
     """
     folder = cache_dir / f"text-{_key(files, val_frac)}"
     if not folder.exists():
         with _writing(cache_dir), _locked(folder.with_suffix(".lock")):
             if not folder.exists():
                 _build(files, val_frac, folder)
-    return Corpus(train=folder / "train.bin", val=folder / "val.bin")
+    digests = json.loads((folder / _DIGESTS).read_bytes())
+    train, val = (Part(folder / f"{name}.bin", digests[name]) for name in _PARTS)
+    return Corpus(train=train, val=val)
 
 
 def _source_file(path: Path, *, named: bool) -> SourceFile:
@@ -143,13 +158,30 @@ def _build(files: Sequence[SourceFile], val_frac: float, folder: Path) -> None:
         shutil.rmtree(stale)
     unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     unfinished.mkdir()
-    for name, pieces in zip(_PARTS, parts, strict=True):
-        with open(unfinished / f"{name}.bin", "wb") as out:
-            for piece in pieces:
-                out.write(_read(piece.path, piece.start, piece.num_bytes) + SEPARATOR)
-            _sync(out)
+    digests = {
+        name: _write_part(unfinished / f"{name}.bin", pieces)
+        for name, pieces in zip(_PARTS, parts, strict=True)
+    }
+    with open(unfinished / _DIGESTS, "wb") as out:
+        out.write(json.dumps(digests).encode())
+        _sync(out)
     unfinished.rename(folder)
     logger.info("prepared %s", folder)
+
+
+def _write_part(path: Path, pieces: Sequence[_Piece]) -> str:
+    """Writes `pieces`; the digest of all that was written."""
+    digest = xxhash.xxh3_128()
+    with open(path, "wb") as out:
+        for piece in pieces:
+            content = _read(piece.path, piece.start, piece.num_bytes)
+            if content_rank(content) != piece.rank:
+                raise _changed(piece.path)
+            for written in (content, SEPARATOR):
+                digest.update(written)
+                out.write(written)
+        _sync(out)
+    return digest.hexdigest()
 
 
 def _split(pieces: Sequence[_Piece], val_frac: float) -> tuple[list[_Piece], list[_Piece]]:
@@ -166,7 +198,7 @@ def _split(pieces: Sequence[_Piece], val_frac: float) -> tuple[list[_Piece], lis
 
 
 def _pieces(files: Sequence[SourceFile], val_frac: float) -> Iterator[_Piece]:
-    texts = [file for file in files if file.named or _looks_like_text(file.path)]
+    texts = [file for file in files if file.named or _looks_like_text(file)]
     if not texts:
         raise DataError(
             f"there is no text in the {len(files)} non-empty files given",
@@ -176,7 +208,7 @@ def _pieces(files: Sequence[SourceFile], val_frac: float) -> Iterator[_Piece]:
     longest = _piece_bytes([file.num_bytes for file in texts], val_frac)
     for file in texts:
         for start in range(0, file.num_bytes, longest):
-            content = _read(file.path, start, longest)
+            content = _read(file.path, start, min(longest, file.num_bytes - start))
             yield _Piece(file.path, start, len(content), content_rank(content))
 
 
@@ -188,14 +220,18 @@ def _piece_bytes(sizes: Sequence[int], val_frac: float) -> int:
     return longest
 
 
-def _looks_like_text(path: str) -> bool:
-    return SEPARATOR not in _read(path, 0, _SNIFFED_BYTES)
+def _looks_like_text(file: SourceFile) -> bool:
+    return SEPARATOR not in _read(file.path, 0, min(_SNIFFED_BYTES, file.num_bytes))
 
 
 def _read(path: str, start: int, num_bytes: int) -> bytes:
+    """Exactly `num_bytes`, which were there when the file was listed."""
     with _reading(path), open(path, "rb") as file:
         file.seek(start)
-        return file.read(num_bytes)
+        content = file.read(num_bytes)
+    if len(content) < num_bytes:
+        raise _changed(path)
+    return content
 
 
 def _sync(file: BinaryIO) -> None:
@@ -224,6 +260,14 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
         f"cannot read {path}: {error.strerror}",
         rule="each path has to be a readable file or folder",
         remedy="check --data.paths, or take the file away",
+    )
+
+
+def _changed(path: str) -> DataError:
+    return DataError(
+        f"{path} was changed while it was read",
+        rule="a corpus is made of files that stand still; they may grow at the end",
+        remedy="start again when it is written, or give a copy of it to --data.paths",
     )
 
 

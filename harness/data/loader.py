@@ -8,6 +8,7 @@ micro-batch size trains on the same samples in the same steps, and a run resumes
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -20,12 +21,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from harness.data.fetch import fetch
+from harness.data.fetch import fetch, map_tensors
 from harness.data.order import mix, sample_order
 from harness.data.task import Batch, Dataset
-from harness.errors import ConfigError, DataError
+from harness.errors import ConfigError, DataError, HarnessError
 
 __all__ = ["Loader", "evaluation_batches"]
+
+logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -40,6 +43,9 @@ class Loader:
         seed: Seed of the order, and of `__getitem__`'s randomness.
         num_workers: Processes that fetch ahead; 0 fetches when asked.
         pin_memory: Put batches into page-locked memory, for asynchronous copies to a GPU.
+        fingerprints: What tells the run's data from any other, by name; kept in the state and compared when
+            one is loaded.
+        allow_change: Go on with other data than a loaded state's, with a warning.
 
     Raises:
         ConfigError: the global batch cannot be split evenly.
@@ -57,6 +63,8 @@ class Loader:
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
+        fingerprints: Mapping[str, str] | None = None,
+        allow_change: bool = False,
     ) -> None:
         share = global_batch // world_size
         micro_batch = micro_batch or share
@@ -70,7 +78,9 @@ class Loader:
         self._offsets = range(rank * share, (rank + 1) * share, micro_batch)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._stream: Iterator[Batch] | None = None
+        self._fingerprints = dict(fingerprints or {})
+        self._allow_change = allow_change
+        self._stream: Iterator[Batch | HarnessError] | None = None
         self._position = 0
 
     @property
@@ -87,13 +97,19 @@ class Loader:
         """This rank's micro-batches of the next step.
 
         Raises:
-            Whatever the dataset raises, also from a worker, with the worker's traceback.
+            TaskError, DataError: what the dataset raised, also in a worker; or a worker died.
         """
-        if self._stream is None:
-            self._stream = self._open()
-        batches = [next(self._stream) for _ in self._offsets]
+        self.start()
+        assert self._stream is not None
+        batches = [self._receive(self._stream) for _ in self._offsets]
         self._position += self._global_batch
         return batches
+
+    def start(self) -> None:
+        """Starts the workers now rather than with the first `next`: before this process opens a file of the
+        data set that they would share."""
+        if self._stream is None:
+            self._stream = self._open()
 
     def sample_indices(self, position: int, count: int) -> list[int]:
         """Which samples stand at global positions `position` to `position + count`."""
@@ -103,12 +119,13 @@ class Loader:
         """Steps over the next `num_samples` global samples without fetching them."""
         self._seek(self._position + num_samples)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What has been consumed; what workers have fetched ahead does not count. Equal on all ranks."""
         return {
             "position": self._position,
             "num_samples": self._source.num_samples,
             "seed": self._source.seed,
+            "fingerprints": dict(self._fingerprints),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -117,14 +134,34 @@ class Loader:
         Raises:
             DataError: the state belongs to other data or another seed, whose order cannot be continued.
         """
-        for key, own in (("num_samples", self._source.num_samples), ("seed", self._source.seed)):
-            if state[key] != own:
-                raise DataError(
-                    f"the order of samples was made with {key} = {state[key]}, and now {key} = {own}",
-                    rule="a run can only be continued on the same data in the same order",
-                    remedy="bring back the data and the seed, or start a run under another --name",
-                )
+        own = self.state_dict()
+        self._require_same("seed", state["seed"], own["seed"])
+        for name, known in state.get("fingerprints", {}).items():  # older states have none
+            if name in self._fingerprints and self._fingerprints[name] != known:
+                self._data_changed(name, known, self._fingerprints[name])
+        if not self._allow_change:
+            self._require_same("num_samples", state["num_samples"], own["num_samples"])
         self._seek(int(state["position"]))
+
+    def _require_same(self, key: str, before: Any, now: Any) -> None:
+        if before != now:
+            raise DataError(
+                f"the order of samples was made with {key} = {before}, and now {key} = {now}",
+                rule="a run can only be continued on the same data in the same order",
+                remedy="bring back the data and the seed, start a run under another --name, or accept"
+                " other data with --data.allow_change true",
+            )
+
+    def _data_changed(self, name: str, before: str, now: str) -> None:
+        if self._allow_change:
+            logger.info("going on with other %s data: it was %s and is %s", name, before, now)
+            return
+        raise DataError(
+            f"the {name} data was {before} when the checkpoint was written, and now it is {now}",
+            rule="a run goes on with the data that it began with",
+            remedy="bring that back, start a run under another --name, or accept the change with"
+            " --data.allow_change true",
+        )
 
     def close(self) -> None:
         """Ends the workers. The loader can be used again; it then starts new ones."""
@@ -133,16 +170,31 @@ class Loader:
             self._stream._shutdown_workers()
         self._stream = None
 
+    def _receive(self, stream: Iterator[Batch | HarnessError]) -> Batch:
+        try:
+            batch = next(stream)
+        except RuntimeError as error:
+            if not isinstance(stream, _MultiProcessingDataLoaderIter):
+                raise
+            raise DataError(
+                f"a loader worker failed: {str(error).strip().splitlines()[-1]}",
+                rule="a worker lives as long as the run; the system kills one for want of memory",
+                remedy="lower --data.num_workers, or set it to 0 to load in the training process",
+            ) from error
+        if isinstance(batch, HarnessError):
+            raise batch
+        return batch
+
     def _seek(self, position: int) -> None:
         self.close()
         self._position = position
 
-    def _open(self) -> Iterator[Batch]:
+    def _open(self) -> Iterator[Batch | HarnessError]:
         """An endless stream of this rank's micro-batches from the present position on."""
         starts = self._starts(self._position)
         if self._num_workers == 0:
-            batches = map(self._source.__getitem__, starts)
-            return (_pinned(batch) for batch in batches) if self._pin_memory else batches
+            batches = map(self._source.batch, starts)
+            return map(_pinned, batches) if self._pin_memory else batches
         return iter(
             DataLoader(
                 self._source,
@@ -163,7 +215,7 @@ class Loader:
                 yield step_start + offset
 
 
-class _Source(torch.utils.data.Dataset[Batch]):
+class _Source(torch.utils.data.Dataset[Batch | HarnessError]):
     """The endless sequence of all epochs; item `p` is the micro-batch that begins at global position `p`.
 
     What workers run: everything that a batch depends on is in the position.
@@ -177,7 +229,14 @@ class _Source(torch.utils.data.Dataset[Batch]):
         if self.num_samples == 0:
             raise DataError("the training data has no samples", rule="there has to be at least one")
 
-    def __getitem__(self, start: int) -> Batch:
+    def __getitem__(self, start: int) -> Batch | HarnessError:
+        """For workers: an error as a value, for raised it would come as a text of two tracebacks."""
+        try:
+            return self.batch(start)
+        except HarnessError as error:
+            return error
+
+    def batch(self, start: int) -> Batch:
         positions = np.arange(start, start + self._micro_batch)
         seeds = mix(self.seed, positions).tolist()
         return fetch(self._dataset, self.indices(positions), seeds)
@@ -190,11 +249,12 @@ class _Source(torch.utils.data.Dataset[Batch]):
 
 def evaluation_batches(
     dataset: Dataset, *, num_samples: int, micro_batch: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
-    """A fixed set of samples, spread evenly over `dataset`, each exactly once over all ranks.
+) -> Iterator[tuple[Batch, bool]]:
+    """A fixed set of samples, spread evenly over `dataset`, and whether a batch counts.
 
-    All ranks get the same number of batches, as sharded models need; where the samples do not go round, a
-    last batch is short or has length 0. The caller reduces sums, so that the split does not matter.
+    Each sample is once in a batch that counts, over all ranks. All ranks get the same number of batches, as
+    sharded models need: where the samples do not go round, a rank's last batch is one sample that does not
+    count. The caller reduces sums, so that the split does not matter.
 
     Args:
         num_samples: How many to take over all ranks; at most all of them.
@@ -210,11 +270,13 @@ def evaluation_batches(
     own = chosen[rank::world_size].tolist()
     longest_share = -(-count // world_size)
     for start in range(0, longest_share, micro_batch):
-        yield fetch(dataset, own[start : start + micro_batch])
+        share = own[start : start + micro_batch]
+        yield fetch(dataset, share or [0]), bool(share)
 
 
 def _pinned(batch: Batch) -> Batch:
-    return {name: values.pin_memory() for name, values in batch.items()}
+    pinned: Batch = map_tensors(batch, torch.Tensor.pin_memory)
+    return pinned
 
 
 def _outlive_signals(_worker: int) -> None:

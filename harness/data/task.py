@@ -14,17 +14,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config.schema import TrainConfig
+from harness.data.task_code import task_code
 from harness.errors import ConfigError
 
-__all__ = ["Batch", "Dataset", "LossSum", "Task", "TaskBuilder", "cross_entropy", "load_task"]
+__all__ = ["Batch", "Dataset", "LossSum", "Task", "TaskBuilder", "cross_entropy", "load_task", "run_loss"]
 
 Batch = dict[str, Tensor]
-"""Tensors by name; the first dimension of each counts samples."""
+"""Tensors by name; the first dimension of each counts samples. What else a sample holds, such as strings or
+nested dicts, is in it as `torch.utils.data.default_collate` arranges it."""
 
 IGNORED = -100
 """Target that is not counted: padding. The value is `torch.nn.functional.cross_entropy`'s own default."""
@@ -34,22 +37,58 @@ IGNORED = -100
 class LossSum:
     """A loss that is still a sum, so that means over ranks and micro-batches can be taken exactly.
 
-    All three are 0-d tensors on the model's device; nothing here waits for it.
+    Tensors have one element, and are 0-d once they are in here; nothing waits for a device.
+
+    Raises:
+        ConfigError: something else was given.
     """
 
     total: Tensor
     """Sum of the loss over `count` tokens (or samples); carries the gradient."""
-    count: Tensor
-    """How many tokens (or samples) are in `total`; int64."""
-    correct: Tensor
-    """How many of them were predicted right; int64."""
+    count: Tensor | float
+    """How many tokens (or samples) are in `total`; a tensor on any device, or a plain number."""
+    correct: Tensor | float = 0
+    """How many of them were predicted right; 0 where nothing is right or wrong."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.total, Tensor) or not self.total.is_floating_point():
+            raise _not_one(
+                "total", self.total, "it is a tensor of a floating dtype, which carries the gradient"
+            )
+        for name in ("total", "count", "correct"):
+            object.__setattr__(self, name, _one(name, getattr(self, name)))
+
+
+def _one(name: str, value: Any) -> Tensor | float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        return float(value.item())
+    raise _not_one(name, value, "it is one number for the whole micro-batch")
+
+
+def _not_one(name: str, value: Any, rule: str) -> ConfigError:
+    return ConfigError(
+        f"LossSum.{name} is {_described(value)}",
+        rule=rule,
+        remedy="take the .sum() over all tokens (or samples)" if isinstance(value, Tensor) else "",
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class Dataset(Protocol):
-    """Map-style data. A sample is a dict of tensors, arrays or numbers.
+    """Map-style data. A sample is a dict of tensors, arrays, numbers or strings.
 
     A dataset may also have `__getitems__(indices: list[int])`, which fetches a micro-batch at once and
-    returns a list of samples or a ready `Batch`.
+    returns a list of samples or a ready `Batch`; and `fingerprint() -> str`, which tells its content from any
+    other's and is used instead of looking at a few samples.
     """
 
     def __len__(self) -> int:
@@ -66,7 +105,8 @@ class Task:
     """What a task's `build(config)` returns."""
 
     model: nn.Module
-    """On the CPU, freshly initialised from torch's global generator."""
+    """On the CPU, freshly initialised from torch's global generator. In eval mode as a whole, as pretrained
+    models come, it is put in train mode, but for submodules without a trainable parameter."""
     loss: Callable[[nn.Module, Batch], LossSum]
     """Runs the model on a micro-batch. It has to be a sum over tokens or samples, never a mean."""
     train_data: Dataset
@@ -84,6 +124,28 @@ class Task:
 
 
 TaskBuilder = Callable[[TrainConfig], Task]
+
+
+def run_loss(task: Task, model: nn.Module, batch: Batch) -> LossSum:
+    """The loss of `task` on a micro-batch that is on the model's device.
+
+    Raises:
+        TaskError: it raised something.
+        ConfigError: it returned something else than a `LossSum`.
+    """
+    with task_code(f"the loss {_name(task.loss)}", rule="it takes (model, batch) and returns a LossSum"):
+        loss = task.loss(model, batch)
+    if not isinstance(loss, LossSum):
+        raise ConfigError(
+            f"the loss {_name(task.loss)} returned {_described(loss)}",
+            rule="it returns a harness.data.LossSum: a sum, and over how many tokens or samples",
+            remedy="for a mean over n of them return LossSum(total=mean * n, count=n)",
+        )
+    return loss
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> LossSum:
@@ -124,7 +186,8 @@ def load_task(spec: str) -> TaskBuilder:
         )
 
     def build(config: TrainConfig) -> Task:
-        task = function(config)
+        with task_code(f"task {spec!r}", rule="its function takes the TrainConfig and returns a Task"):
+            task = function(config)
         if not isinstance(task, Task):
             raise ConfigError(
                 f"task {spec!r} returned {type(task).__name__}",
@@ -140,14 +203,15 @@ def _import(spec: str, module_name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"task {spec!r}: there is no module {error.name!r}",
-            rule="it is package.module:function, importable from the current directory or installed",
-            remedy=f"start from the folder that holds it (this is {here}), or install it",
-        ) from error
+    with task_code(f"importing task {spec!r}", rule="its module has to be importable on every rank"):
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"task {spec!r}: there is no module {error.name!r}",
+                rule="it is package.module:function, importable from the current directory or installed",
+                remedy=f"start from the folder that holds it (this is {here}), or install it",
+            ) from error
 
 
 def _nearest(module: ModuleType, name: str) -> str:

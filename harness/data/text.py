@@ -15,6 +15,7 @@ from torch import nn
 from harness.config.schema import DataConfig
 from harness.data.corpus import list_files, prepare, standard_library
 from harness.data.task import IGNORED, Batch, LossSum, cross_entropy
+from harness.dist import from_main
 from harness.errors import DataError
 
 __all__ = ["Windows", "load_text", "next_byte_loss"]
@@ -23,6 +24,8 @@ __all__ = ["Windows", "load_text", "next_byte_loss"]
 def load_text(config: DataConfig, *, cache_dir: Path) -> tuple[Windows, Windows]:
     """Training and validation windows of `config.paths`, or else of the Python standard library's source.
 
+    Called by all ranks together. Rank 0 lists the files: one that grows meanwhile is the same for all.
+
     Args:
         cache_dir: Where the prepared text is kept between runs.
 
@@ -30,12 +33,15 @@ def load_text(config: DataConfig, *, cache_dir: Path) -> tuple[Windows, Windows]
         DataError: the text is missing, unreadable, too short, or cannot be prepared.
     """
     length = config.sequence_length
-    files = list_files(config.paths) if config.paths else standard_library()
+    files = from_main(lambda: list_files(config.paths) if config.paths else standard_library())
     where = ", ".join(config.paths) or "the standard library"
     _require_length(sum(file.num_bytes for file in files), length, f"the text in {where}")
     corpus = prepare(files, val_frac=config.val_frac, cache_dir=cache_dir)
-    _require_length(corpus.train.stat().st_size, length, "the training part of the text")
-    return Windows(corpus.train, length), Windows(corpus.val, length, keep_rest=True)
+    _require_length(corpus.train.path.stat().st_size, length, "the training part of the text")
+    return (
+        Windows(corpus.train.path, length, digest=corpus.train.digest),
+        Windows(corpus.val.path, length, digest=corpus.val.digest, keep_rest=True),
+    )
 
 
 def next_byte_loss(model: nn.Module, batch: Batch) -> LossSum:
@@ -49,12 +55,14 @@ class Windows:
     Args:
         path: Raw bytes; mapped into memory when first used, in each process anew.
         length: Bytes per window.
+        digest: A hash of them.
         keep_rest: Keep the bytes that do not fill a last window, with its missing targets set to -100. For
             validation, where each byte counts; in training full windows keep the token count constant.
     """
 
-    def __init__(self, path: Path, length: int, *, keep_rest: bool = False) -> None:
+    def __init__(self, path: Path, length: int, *, digest: str = "", keep_rest: bool = False) -> None:
         self._path = path
+        self._digest = digest
         self._length = length
         self._num_bytes = path.stat().st_size
         num_targets = max(self._num_bytes - 1, 0)
@@ -62,6 +70,10 @@ class Windows:
 
     def __len__(self) -> int:
         return self._num_windows
+
+    def fingerprint(self) -> str:
+        """Tells the text and its division from any other."""
+        return f"{self._length}-{self._digest}"
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}

@@ -1,6 +1,13 @@
 """Ranks, process groups, and the only collectives outside the gradient hooks."""
 
-from harness.dist.agreement import all_reduce_sum, from_main, together
+from harness.dist.agreement import (
+    all_reduce_sum,
+    broadcast_from_main,
+    from_main,
+    gather,
+    one_voice,
+    together,
+)
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.world import World, open_world
@@ -9,9 +16,12 @@ __all__ = [
     "HostGroup",
     "World",
     "all_reduce_sum",
+    "broadcast_from_main",
     "distribute",
     "from_main",
+    "gather",
     "gradient_sync",
+    "one_voice",
     "open_world",
     "plain",
     "together",

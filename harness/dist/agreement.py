@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, LaunchError
 
-__all__ = ["all_reduce_sum", "from_main", "together"]
+__all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "one_voice", "together"]
 
 T = TypeVar("T")
+
+_FAILURES = "harness/failures"
+_GRACE_S = 1.0
+"""How long a rank that fails waits to hear whether others fail too."""
+_LAST_READS_S = 0.2
+"""How much longer rank 0 stays: the store may live in its process, and others still read it."""
 
 
 def together(action: Callable[[], T]) -> T:
@@ -27,21 +36,42 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except HarnessError as error:
         mine = error
-    for failure in _gather(mine):
-        if failure is not None:
-            raise failure
+    _raise_first(_exchange(mine))
     return result  # type: ignore[return-value]  # no rank failed, so there is one
+
+
+def gather(action: Callable[[], T]) -> list[T]:
+    """Runs `action` on every rank and gives every rank all results, by rank; fails as `together` does.
+
+    Results have to be picklable. One collective on the host.
+    """
+    outcome: Any
+    try:
+        outcome = action()
+    except HarnessError as error:
+        outcome = error
+    outcomes = _exchange(outcome)
+    _raise_first(outcome if isinstance(outcome, HarnessError) else None for outcome in outcomes)
+    return outcomes
 
 
 def from_main(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 and gives its result, or raises its `HarnessError`, on every rank."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    result = together(action if is_main else lambda: None)
-    if not dist.is_initialized():
-        return result  # type: ignore[return-value]  # this is rank 0
-    holder = [result]
-    dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
-    return holder[0]  # type: ignore[return-value]
+    outcome: Any = None
+    if is_main:
+        try:
+            outcome = action()
+        except HarnessError as error:
+            outcome = error
+    if dist.is_initialized():
+        holder = [outcome]
+        dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+        outcome = holder[0]
+    if isinstance(outcome, HarnessError):
+        raise outcome
+    result: T = outcome
+    return result
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -51,9 +81,87 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _gather(error: HarnessError | None) -> list[HarnessError | None]:
+def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives every rank rank 0's values, in place; one collective per dtype and device.
+
+    Args:
+        tensors: Of the same shapes, dtypes and order on all ranks.
+    """
     if not dist.is_initialized():
-        return [error]
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return errors
+        return
+    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in alike.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.broadcast(flat, src=0)
+        for tensor, values in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Within it an error tells on which ranks it arose (`HarnessError.ranks`), so that one of them prints it.
+
+    Ranks that fail tell each other through the store, without a collective: the others may be anywhere, and
+    wait for nobody. A rank to which something else happens while another one fails, such as a lost connection,
+    raises a `LaunchError` about that other one, which prints its own.
+    """
+    try:
+        yield
+    except HarnessError as error:
+        if not error.ranks and dist.is_initialized() and dist.get_world_size() > 1:
+            error.ranks = _ranks_that_say(str(error))
+        raise
+    except Exception as error:
+        culprits = _failures(enough=1) if dist.is_initialized() and dist.get_world_size() > 1 else {}
+        if not culprits:
+            raise
+        consequence = LaunchError(f"rank {min(culprits)} failed, and this one with it: {error}")
+        consequence.ranks = (min(culprits),)
+        raise consequence from error
+
+
+def _ranks_that_say(text: str) -> tuple[int, ...]:
+    """The ranks that fail with `text`, this one included; empty: all of them."""
+    try:
+        _get_default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
+        said = _failures(enough=dist.get_world_size())
+        if dist.get_rank() == 0:
+            time.sleep(_LAST_READS_S)
+    except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
+        return (dist.get_rank(),)
+    ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in said.items() if other == text)}))
+    return () if len(ranks) == dist.get_world_size() else ranks
+
+
+def _failures(*, enough: int) -> dict[int, str]:
+    """What ranks that have failed said, by rank, once so many have or the grace is over."""
+    store, size = _get_default_store(), dist.get_world_size()
+    said: dict[int, str] = {}
+    deadline = time.monotonic() + _GRACE_S
+    while len(said) < enough and time.monotonic() < deadline:
+        for rank in set(range(size)) - said.keys():
+            key = f"{_FAILURES}/{rank}"
+            if store.check([key]):
+                said[rank] = store.get(key).decode()
+        time.sleep(0.01)
+    return said
+
+
+def _raise_first(outcomes: Iterable[HarnessError | None]) -> None:
+    errors = dict(enumerate(outcomes))
+    failed = {rank: error for rank, error in errors.items() if error is not None}
+    if failed:
+        first = failed[min(failed)]
+        alike = tuple(rank for rank, error in failed.items() if str(error) == str(first))
+        first.ranks = () if len(alike) == len(errors) else alike
+        raise first
+
+
+def _exchange(outcome: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [outcome]
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    return outcomes

@@ -13,11 +13,12 @@ import torch
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
-from harness.data import Dataset, Loader
-from harness.dist import World, distribute, from_main, open_world, plain, together
+from harness.data import Loader, Task, seed_everything
+from harness.dist import World, distribute, from_main, one_voice, open_world, plain, together
 from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
+from harness.training.agreed import agree_on_data, agree_on_settings
 from harness.training.counters import Counters
 from harness.training.debug import debugger_on, debugging, with_every_check
 from harness.training.directory import prepare_directory, write_atomically
@@ -50,13 +51,15 @@ def train(config: TrainConfig) -> TrainResult:
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
         _set_determinism(config)
-        return _train(build_run(config, world, stop))
+        return _train(config, world, stop)
 
 
 def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
+    agree_on_settings(config)
     task = together(lambda: build_task(config))
+    fingerprints = agree_on_data(task, config)
     faults = FaultInjector(config.faults, model=task.model, rank=world.rank)
     directory = from_main(lambda: prepare_directory(config))
     if config.loop.compile:
@@ -64,7 +67,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = _loader(config, world, task.train_data)
+    loader = _loader(config, world, task, fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     checkpointer = Checkpointer.from_config(directory / "checkpoints", config.checkpoint)
@@ -78,7 +81,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         "rng": Rng(),
     }
     # Each rank draws its own dropout; initialisation, above, was the same on all.
-    torch.manual_seed(config.seed + 1 + world.rank)
+    seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
     run = Run(
         config=config,
@@ -111,6 +114,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             counters=counters,
             resumed_from=resumed_from,
             flops_per_token=task.flops_per_token,
+            fingerprints=fingerprints,
         ),
         stop=stop,
         precision=precision,
@@ -119,14 +123,17 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     return run
 
 
-def _train(run: Run) -> TrainResult:
-    """The loop, and an end that is written down however it comes."""
+def _train(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:
+    """The run, and an end that is written down however it comes."""
+    with one_voice():
+        run = build_run(config, world, stop)
     first_tokens, started = run.counters.tokens, time.perf_counter()
     status = "crashed"
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
-        status = train_loop(run)
+        with one_voice():  # before anything is closed, which may take one rank longer than another
+            status = train_loop(run)
     except InstabilityError as error:
         status = "stopped"
         run.journal.event("stop", run.counters.step, reason=str(error))
@@ -171,6 +178,7 @@ def _journal(
     counters: Counters,
     resumed_from: int | None,
     flops_per_token: float | None,
+    fingerprints: dict[str, str],
 ) -> Journal:
     def open_journal() -> Journal:
         if not world.is_main:
@@ -183,7 +191,7 @@ def _journal(
             directory,
             config,
             first_step=counters.step,
-            about={**about, "versions": versions},
+            about={**about, "versions": versions, "data": fingerprints},
             mfu_per_speed=mfu_per_speed,
         )
         if resumed_from is not None:
@@ -196,10 +204,10 @@ def _journal(
     return together(open_journal)
 
 
-def _loader(config: TrainConfig, world: World, dataset: Dataset) -> Loader:
+def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[str, str]) -> Loader:
     share = config.loop.global_batch // world.world_size
     return Loader(
-        dataset,
+        task.train_data,
         global_batch=config.loop.global_batch,
         micro_batch=config.loop.micro_batch or share,
         rank=world.rank,
@@ -207,6 +215,8 @@ def _loader(config: TrainConfig, world: World, dataset: Dataset) -> Loader:
         seed=config.seed,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
+        fingerprints=fingerprints,
+        allow_change=config.data.allow_change,
     )
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from harness.config import TrainConfig
+from harness.errors import TaskError
 from harness.records import StepRecord
 
 __all__ = ["debugger_on", "debugging", "with_every_check"]
@@ -33,9 +34,10 @@ def debugging(on: bool) -> Iterator[None]:
     with torch.autograd.set_detect_anomaly(True):
         try:
             yield
-        except Exception:
+        except Exception as error:
             if sys.stdin.isatty():
-                pdb.post_mortem()
+                cause = error.__cause__ if isinstance(error, TaskError) else None
+                pdb.post_mortem((cause or error).__traceback__)
             raise
 
 

@@ -1,46 +1,85 @@
-"""Loss on held-out samples: always the same ones, spread over the ranks, without drawing random numbers."""
+"""Loss on held-out samples: always the same ones, spread over the ranks. It reads, and changes nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from harness.checkpoint import Rng
 from harness.config import TrainConfig
-from harness.data import Task, evaluation_batches
-from harness.dist import World, all_reduce_sum, plain
+from harness.data import LossSum, Task, evaluation_batches, run_loss, seed_everything, to_device
+from harness.dist import World, all_reduce_sum, broadcast_from_main, plain
+from harness.errors import ConfigError
 from harness.training.step import autocast
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "rehearse"]
 
 
 def evaluate(
-    model: nn.Module, task: Task, config: TrainConfig, world: World, *, precision: str
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    world: World,
+    *,
+    precision: str,
+    num_samples: int | None = None,
 ) -> dict[str, float]:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`.
 
-    Every rank gets the same numbers. One collective; synchronises with the device.
+    The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
+    ranks are rank 0's. What the forward pass draws depends on the seed and the rank alone. Generators,
+    buffers and modes are left as they were. NaN where no token counts.
+
+    Args:
+        num_samples: How many, over all ranks; default: `loop.eval_samples`.
+
+    Returns:
+        The same numbers on every rank. A few collectives; synchronises with the device.
+
+    Raises:
+        ConfigError: the model's parameters are changed by its forward pass or the loss.
     """
     # DDP's forward pass would broadcast buffers; FSDP2 needs its own, on every rank equally often.
     network = plain(model)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    with torch.no_grad(), _all_in_eval_mode(network):
-        for batch in evaluation_batches(
+    with torch.no_grad(), _reading_only(network, seed=config.seed + world.rank):
+        for batch, counts in evaluation_batches(
             task.val_data,
-            num_samples=config.loop.eval_samples,
+            num_samples=num_samples or config.loop.eval_samples,
             micro_batch=config.loop.micro_batch or config.loop.global_batch // world.world_size,
             rank=world.rank,
             world_size=world.world_size,
         ):
-            batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
             with autocast(world.device, precision):
-                loss = task.loss(network, batch)
-            sums += torch.stack([loss.total.double(), loss.count.double(), loss.correct.double()])
+                loss = run_loss(task, network, to_device(batch, world.device))
+            if counts:
+                _add(sums, loss)
     total, count, correct = all_reduce_sum(sums).tolist()
-    return _metrics(total / count, correct / count, task.bytes_per_token)
+    return _metrics(_ratio(total, count), _ratio(correct, count), task.bytes_per_token)
+
+
+def rehearse(model: nn.Module, task: Task, config: TrainConfig, world: World, *, precision: str) -> None:
+    """Evaluates one micro-batch per rank, uncompiled: what is wrong with held-out data or loss is said before
+    the first step and not after `loop.eval_every` of them."""
+    micro_batch = config.loop.micro_batch or config.loop.global_batch // world.world_size
+    eager = torch.compiler.set_stance("force_eager") if config.loop.compile else nullcontext()
+    with eager:
+        evaluate(model, task, config, world, precision=precision, num_samples=micro_batch * world.world_size)
+
+
+def _add(sums: Tensor, loss: LossSum) -> None:
+    # One by one: a count may lie on the host, as a number or as a tensor, and is then sent without waiting.
+    for place, value in zip(sums, (loss.total, loss.count, loss.correct), strict=True):
+        place.add_(value)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _metrics(loss: float, accuracy: float, bytes_per_token: float | None) -> dict[str, float]:
@@ -56,6 +95,20 @@ def _exp(loss: float) -> float:
 
 
 @contextmanager
+def _reading_only(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Within it the model is as a checkpoint holds it, in eval mode, and all generators are seeded.
+    Afterwards generators, buffers and every module's mode are as before."""
+    generators = Rng()
+    before = generators.state_dict()
+    seed_everything(seed)
+    try:
+        with _all_in_eval_mode(model), _parameters_untouched(model), _buffers_of_rank_0(model):
+            yield
+    finally:
+        generators.load_state_dict(before)
+
+
+@contextmanager
 def _all_in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every module in eval mode, and back into the mode that each one was in."""
     modes = [(module, module.training) for module in model.modules()]
@@ -65,3 +118,46 @@ def _all_in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
+    """Gives the buffers that a checkpoint holds rank 0's values, and all buffers their own back."""
+    held = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = [
+        (buffer, buffer.detach().clone())
+        for _, buffers in held
+        for buffer in buffers.values()
+        if buffer is not None
+    ]
+    broadcast_from_main(
+        buffer
+        for module, buffers in held
+        for name, buffer in buffers.items()
+        if buffer is not None
+        and name not in module._non_persistent_buffers_set
+        and not isinstance(buffer, DTensor)  # of those every rank holds its own part
+    )
+    try:
+        yield
+    finally:
+        for module, buffers in held:
+            module._buffers.clear()  # of what was registered, or put in the place of another, meanwhile
+            module._buffers.update(buffers)
+        for buffer, copy in copies:
+            buffer.copy_(copy)
+
+
+@contextmanager
+def _parameters_untouched(model: nn.Module) -> Iterator[None]:
+    """Raises `ConfigError` if a parameter is written to within it; host work only."""
+    # The objects are kept: FSDP2 puts others in their place while a module is gathered.
+    before = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+    yield
+    changed = [name for name, parameter, version in before if parameter._version != version]
+    if changed:
+        raise ConfigError(
+            f"evaluation changed the parameter {changed[0]}",
+            rule="the loss and the model's forward pass leave parameters alone in eval mode",
+            remedy="change it under `if model.training:`",
+        )

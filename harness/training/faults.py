@@ -132,7 +132,7 @@ def _strike_process(fault: FaultConfig) -> None:
 
 def _strike_batch(fault: FaultConfig, batch: Batch) -> None:
     for name, tensor in batch.items():
-        if tensor.is_floating_point():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             batch[name] = poison(tensor, fault)
             return
     logger.warning("fault without effect: the batch holds no floating-point tensor")

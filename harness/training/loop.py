@@ -17,7 +17,7 @@ from harness.dist import World, plain
 from harness.records import StepRecord
 from harness.stability import Ladder, StepGuard
 from harness.training.counters import Counters
-from harness.training.evaluate import evaluate
+from harness.training.evaluate import evaluate, rehearse
 from harness.training.journal import Journal, Sent
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
@@ -75,6 +75,9 @@ def train_loop(run: Run) -> Status:
         CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
     """
     stopped = False
+    if run.counters.step < run.config.loop.steps:
+        run.loader.start()
+        rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
     while run.counters.step < run.config.loop.steps and not stopped:
         stopped = train_step(run)
     return _finish(run, stopped)

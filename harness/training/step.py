@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from harness.data import Batch, LossSum, Task
+from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import gradient_sync
+from harness.errors import ConfigError
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 
@@ -55,9 +56,14 @@ class StepRunner:
         return time.perf_counter() - start
 
     def _forward_backward(self, batch: Batch) -> LossSum:
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = to_device(batch, self.device)
         with autocast(self.device, self.precision), self.guard.watch_forward():
-            loss = self.faults.on_loss(self.task.loss(self.model, batch))
+            loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
+        if not loss.total.requires_grad:
+            raise ConfigError(
+                "LossSum.total carries no gradient",
+                rule="it is computed from the model's parameters, without detach(), item() or no_grad()",
+            )
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
         share = loss.total * (self.world_size / self.nominal_tokens)
         self.guard.scale(share).backward()

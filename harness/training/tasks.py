@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from harness import env
 from harness.config import TrainConfig
-from harness.data import Task, class_loss, load_images, load_task, load_text, next_byte_loss
+from harness.data import (
+    Task,
+    check_task,
+    class_loss,
+    load_images,
+    load_task,
+    load_text,
+    next_byte_loss,
+    seed_everything,
+)
 from harness.models import build_model, training_flops_per_token
 
 __all__ = ["build_task"]
 
+logger = logging.getLogger(__name__)
+
 
 def build_task(config: TrainConfig) -> Task:
-    """The task that `config.task` names, with a freshly initialised model on the CPU.
+    """The task that `config.task` names, with a freshly initialised model on the CPU, in train mode.
 
-    Initialisation follows `config.seed`, so every rank builds the same model.
+    Whatever is drawn, from torch, numpy or Python, follows `config.seed`, so every rank builds the same model
+    and the same split of the data. Called by all ranks together.
 
     Raises:
         DataError: the data is missing, unreadable or too short.
-        ConfigError: a task of one's own cannot be imported or returns something else.
+        ConfigError: a task of one's own cannot be imported, or returns what cannot be trained.
+        TaskError: its code raised something.
     """
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     if config.task == "text":
         return _text_task(config)
     if config.task == "images":
         return _image_task(config)
-    return load_task(config.task)(config)
+    task = load_task(config.task)(config)
+    check_task(task)
+    _put_in_train_mode(task.model)
+    return task
+
+
+def _put_in_train_mode(model: nn.Module) -> None:
+    """A model that is in eval mode as a whole is put in train mode, but for submodules without a trainable
+    parameter. One that is in train mode is left as it is, submodules in eval mode included."""
+    if model.training:
+        return
+    model.train()
+    frozen = [module for module in model.modules() if _is_frozen(module)]
+    for module in frozen:
+        module.eval()
+    logger.info(
+        "the task's model came in eval mode and is put in train mode, but for %d modules without a trainable"
+        " parameter",
+        len(frozen),
+    )
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _text_task(config: TrainConfig) -> Task:

@@ -30,7 +30,7 @@ def val_loss(task: Task) -> float:
     with torch.no_grad():
         sums = [
             task.loss(task.model, batch)
-            for batch in evaluation_batches(task.val_data, num_samples=97, micro_batch=32)
+            for batch, _ in evaluation_batches(task.val_data, num_samples=97, micro_batch=32)
         ]
     return float(sum(loss.total for loss in sums) / sum(loss.count for loss in sums))
 
@@ -52,5 +52,5 @@ def test_the_examples_noise_is_new_each_epoch_and_gone_in_validation(task: Task)
     (first,), (second,) = loader.next(), loader.next()
     first_y, second_y = first["y"][first["x"].argsort(0)[:, 0]], second["y"][second["x"].argsort(0)[:, 0]]
     assert not torch.equal(first_y, second_y)
-    (held_out,) = evaluation_batches(task.val_data, num_samples=97, micro_batch=97)
+    ((held_out, _),) = evaluation_batches(task.val_data, num_samples=97, micro_batch=97)
     assert torch.equal(held_out["y"], held_out["x"].sin())

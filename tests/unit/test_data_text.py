@@ -36,7 +36,7 @@ def load(*paths: Path, cache: Path, length: int = 16, val_frac: float = 0.1) -> 
 def parts(*paths: Path, cache: Path, val_frac: float = 0.1) -> tuple[set[bytes], set[bytes]]:
     """The pieces of text in the training and in the validation part."""
     corpus = prepare(list_files(map(str, paths)), val_frac=val_frac, cache_dir=cache)
-    train, val = (set(path.read_bytes().split(b"\0")[:-1]) for path in (corpus.train, corpus.val))
+    train, val = (set(part.path.read_bytes().split(b"\0")[:-1]) for part in (corpus.train, corpus.val))
     return train, val
 
 

@@ -1,0 +1,138 @@
+"""What is trained on has a fingerprint, and a run goes on with the data that it began with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import Subset
+
+from harness.config import DataConfig, TrainConfig
+from harness.data import Loader, Task, fingerprint, load_images
+from harness.data.corpus import list_files, prepare
+from harness.errors import DataError
+from tests.support.own_tasks import Drawing, Points, own_config, points_task, run_loop
+from tests.support.runs import corpus, tiny_config
+
+
+class Named(Points):
+    def fingerprint(self) -> str:
+        return f"version {self.shift}"
+
+
+class Labelled(Points):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "label": {"name": str(self.shift), "ids": [1, index]}}
+
+
+class Unseeded(Points):
+    """Draws from a generator of its own."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.generator = np.random.default_rng()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": self.generator.random(4)}
+
+
+@pytest.mark.parametrize("kind", [Points, Named, Labelled, Drawing])
+def test_a_fingerprint_tells_data_apart_and_is_the_same_for_the_same(kind: Any) -> None:
+    prints = {fingerprint(kind(40)), fingerprint(kind(41)), fingerprint(kind(40, shift=1.0))}
+    assert len(prints) == 3
+    assert fingerprint(kind(40)) in prints
+    assert fingerprint(kind(40), in_worker=True) in prints
+
+
+def test_every_index_of_a_subset_counts() -> None:
+    order = list(range(5000))
+    other = [*order[:77], 78, 77, *order[79:]]
+    assert fingerprint(Subset(Points(6000), order)) != fingerprint(Subset(Points(6000), other))
+
+
+def test_what_is_drawn_anew_each_time_does_not_count_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="harness"):
+        assert fingerprint(Unseeded(7)) == fingerprint(Unseeded(7)) != fingerprint(Unseeded(8))
+    assert "generator of its own" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["label", "pixel", "more"])
+def test_images_are_told_apart_by_every_byte(change: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (50, 4, 4)), np.arange(50) % 3
+
+    def prints() -> list[str]:
+        np.savez(tmp_path / "data.npz", images=images, labels=labels)
+        config = DataConfig(paths=(str(tmp_path / "data.npz"),))
+        return [fingerprint(part) for part in load_images(config)]
+
+    before = prints()
+    assert prints() == before
+    if change == "label":
+        labels[17] += 1
+    elif change == "pixel":
+        images[17, 2, 2] ^= 1
+    else:
+        images, labels = np.concatenate([images, images[:1] + 1]), np.append(labels, 0)
+    assert prints() != before
+
+
+def test_a_file_that_grows_after_it_was_listed_gives_the_same_corpus(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "text", num_files=9)
+    (folder / "long.txt").write_text("abcd efgh " * 300_000)
+    files = list_files([str(folder)])
+    before = prepare(files, val_frac=0.2, cache_dir=tmp_path / "one")
+    for path in folder.iterdir():
+        with open(path, "a") as file:
+            file.write("and on it goes\0")
+    after = prepare(files, val_frac=0.2, cache_dir=tmp_path / "other")
+    assert (before.train.digest, before.val.digest) == (after.train.digest, after.val.digest)
+    assert before.train.path.read_bytes() == after.train.path.read_bytes()
+
+
+def test_a_file_that_shrinks_after_it_was_listed_is_an_error(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "text", num_files=9)
+    files = list_files([str(folder)])
+    (folder / "004.txt").write_text("short")
+    with pytest.raises(DataError, match=r"004.txt was changed while it was read"):
+        prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
+
+
+def growing(config: TrainConfig) -> Task:
+    """Data that is in files beside the run."""
+    count, shift = (Path(config.runs_dir).parent / "data").read_text().split()
+    return points_task(train_data=Points(int(count)), val_data=Points(8, shift=float(shift)))
+
+
+@pytest.mark.parametrize(("data", "part"), [("41 0.5", "training"), ("40 0.6", "validation")])
+def test_a_run_whose_data_has_changed_goes_on_only_if_it_is_told_to(
+    data: str, part: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").write_text("40 0.5")
+    run_loop(own_config(tmp_path, growing, "--loop.steps=2"))
+    run_loop(own_config(tmp_path, growing, "--loop.steps=3"))
+    (tmp_path / "data").write_text(data)
+    with pytest.raises(DataError, match=r"data.allow_change"):
+        run_loop(own_config(tmp_path, growing, "--loop.steps=4"))
+    run = run_loop(own_config(tmp_path, growing, "--loop.steps=4", "--data.allow_change=true"))
+    assert (run.counters.step, run.loader.position) == (4, 32)
+    assert run_loop(own_config(tmp_path, growing)).counters.step == 6  # it is the run's data now
+
+
+def test_an_edited_text_is_noticed_and_a_touched_one_is_not(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "--loop.steps=2")
+    run_loop(config)
+    text = tmp_path / "corpus/000.txt"
+    text.touch()
+    run_loop(config)
+    text.write_text(text.read_text().swapcase())
+    with pytest.raises(DataError, match=r"data was .* when the checkpoint was written"):
+        run_loop(config)
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_is_taken(tmp_path: Path) -> None:
+    loader = Loader(Points(), global_batch=8, fingerprints={"training": "x"})
+    loader.load_state_dict({"position": 8, "num_samples": 40, "seed": 0})
+    assert loader.position == 8
