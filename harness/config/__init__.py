@@ -1,7 +1,7 @@
 """What can be set about a run: the schema, and how it is read."""
 
 from harness.config.identity import check_same_run
-from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
+from harness.config.load import dump_yaml, flatten, parse_arguments, read_yaml, to_dict
 from harness.config.schema import (
     AlertConfig,
     CheckpointConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "TrainConfig",
     "check_same_run",
     "dump_yaml",
+    "flatten",
     "parse_arguments",
     "read_yaml",
     "to_dict",

@@ -1,5 +1,6 @@
 """Tasks, the order of samples, and the loader that hands them out."""
 
+from harness.data.fetch import fetch
 from harness.data.images import class_loss, load_images
 from harness.data.loader import Loader, evaluation_batches
 from harness.data.order import sample_order
@@ -16,6 +17,7 @@ __all__ = [
     "class_loss",
     "cross_entropy",
     "evaluation_batches",
+    "fetch",
     "load_images",
     "load_task",
     "load_text",
