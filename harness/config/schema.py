@@ -339,7 +339,8 @@ class AlertConfig:
     window: int = 100
     """Points looked back at; spike and drop wait for a quarter of them."""
     cooldown_s: float = 600.0
-    """Seconds for which the rule stays silent after it spoke."""
+    """Seconds for which the rule stays silent after it spoke; what it keeps to itself then is counted, and
+    said afterwards."""
 
     def __post_init__(self) -> None:
         require_positive("tracking.alerts", self, ["window"])

@@ -122,6 +122,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             resumed_from=resumed_from,
             flops_per_token=task.flops_per_token,
             schedule=schedule,
+            loader=loader,
         ),
         stop=stop,
         precision=precision,
@@ -195,6 +196,7 @@ def _journal(
     resumed_from: int | None,
     flops_per_token: float | None,
     schedule: str,
+    loader: Loader,
 ) -> Journal:
     def open_journal() -> Journal:
         if not world.is_main:
@@ -210,6 +212,7 @@ def _journal(
             first_step=counters.step,
             about={**about, "versions": versions},
             mfu_per_speed=mfu_per_speed,
+            step_indices=loader.step_indices,
         )
         if resumed_from is not None:
             journal.event("resume", counters.step, checkpoint=resumed_from)
