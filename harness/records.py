@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ParameterRow", "ParameterSample", "RankRow", "StepRecord", "Verdict"]
+__all__ = ["Culprit", "ParameterRow", "ParameterSample", "RankRow", "StepRecord", "Verdict"]
 
 Verdict = Literal["apply", "clip", "skip", "stop"]
 
@@ -68,6 +68,17 @@ class RankRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """A rank whose share of a step went wrong."""
+
+    rank: int
+    micro_batch: int
+    """The first that left something bad; of a spike the one that changed the gradient most."""
+    samples: tuple[int, ...] = ()
+    """Indices of the micro-batch's samples in the data set, where the loop tells."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """What the guard measured in one step and what it did about it. Equal on all ranks."""
 
@@ -98,6 +109,9 @@ class StepRecord:
     finite loss, for a fault of the backward pass spreads towards the input; the first under a loss that is
     not finite, which poisons them all."""
     micro_batch: int | None = None
+    culprits: tuple[Culprit, ...] = ()
+    """All ranks whose own loss or gradient was not finite, by micro-batch and rank, so that the first is
+    `rank`; or the one rank that stands out in a spike."""
     per_rank: tuple[RankRow, ...] = ()
     per_parameter: Mapping[str, ParameterRow] = field(default_factory=dict)
     """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""

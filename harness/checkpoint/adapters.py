@@ -30,6 +30,10 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put into names."""
 
 
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+"""Settings of a parameter group that say how an update is computed here, not what it is."""
+
+
 class Adapter:
     """One key of the saved state: plain data, or any object with `state_dict` and `load_state_dict`."""
 
@@ -176,7 +180,8 @@ class OptimizerAdapter(Adapter):
         numbers = {name: number for number, name in enumerate(self._params)}
         state = {numbers[name]: values for name, values in tree["state"].items()}
         groups = [
-            {**group, "params": [numbers[name] for name in group["params"]]} for group in tree["param_groups"]
+            {**_as_live(group, live), "params": [numbers[name] for name in group["params"]]}
+            for group, live in zip(tree["param_groups"], self.value.param_groups, strict=True)
         ]
         self.value.load_state_dict({**tree, "state": state, "param_groups": groups})
         self._undo_casts(tree["state"])
@@ -209,6 +214,16 @@ def adapters(state: MutableMapping[str, Any]) -> list[Adapter]:
     taken = {adapter.key for adapter in (*modules, *optimizers)}
     others = [Adapter(state, key) for key in state if key not in taken]
     return [*modules, *optimizers, *others]
+
+
+def _as_live(group: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved parameter group to be computed as the live one is: fused or not, on its kind of parameters.
+
+    The saved run may have been sharded, on another device or of another release; its flags would make torch
+    place step counts where this optimizer cannot use them, or take a path that it does not have.
+    """
+    own = {key: live[key] for key in _IMPLEMENTATION if key in live}
+    return {key: value for key, value in group.items() if key not in _IMPLEMENTATION} | own
 
 
 def _parameters(modules: list[ModuleAdapter]) -> Iterator[tuple[str, nn.Parameter]]:

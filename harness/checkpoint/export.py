@@ -61,6 +61,7 @@ def export(
         raise CheckpointError(
             f"{saved.path} has no state dict {key!r}", rule=f"it has {list(source.manifest.state)}"
         )
+    described = described.get("$OrderedDict", described)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if format == "torch":

@@ -14,13 +14,14 @@ __all__ = ["check_same_run"]
 # Changing one of these would make the rest of the run another experiment under the same name.
 _IDENTITY = ("seed", "task", "data.paths", "data.sequence_length", "data.val_frac", "loop.global_batch")
 _IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
+_MAY_CHANGE = ("schedule.steps",)
 
 
 def check_same_run(config: TrainConfig, saved: Path) -> None:
     """Checks that `config` continues the run whose resolved configuration is the file `saved`.
 
-    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts, and with
-    `data.allow_change` the paths of the data.
+    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts, and so may
+    the length of the learning-rate schedule and, with `data.allow_change`, the paths of the data.
 
     Raises:
         ConfigError: a setting that defines the run differs; the first such setting is named.
@@ -39,5 +40,7 @@ def check_same_run(config: TrainConfig, saved: Path) -> None:
 
 def _identity(flat: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value for key, value in flat.items() if key in _IDENTITY or key.startswith(_IDENTITY_SECTIONS)
+        key: value
+        for key, value in flat.items()
+        if (key in _IDENTITY or key.startswith(_IDENTITY_SECTIONS)) and key not in _MAY_CHANGE
     }

@@ -164,9 +164,15 @@ class ScheduleConfig:
     """Share of the run that the decay of wsd takes."""
     min_lr_frac: float = 0.1
     """Where the decay ends, as a share of the peak."""
+    steps: int | None = None
+    """Steps after which cosine and wsd have decayed; from there on the rate stays. Default: loop.steps of the
+    run's first attempt, whatever loop.steps is later. Another number for a run that goes on is another rate
+    from that step on, and is said."""
 
     def __post_init__(self) -> None:
         require_not_negative("schedule", self, ["warmup_steps"])
+        if self.steps is not None:
+            require_positive("schedule", self, ["steps"])
         require(0 <= self.decay_frac <= 1, "schedule.decay_frac", self.decay_frac, "it has to lie in [0, 1]")
         require(
             0 <= self.min_lr_frac <= 1, "schedule.min_lr_frac", self.min_lr_frac, "it has to lie in [0, 1]"
@@ -178,7 +184,8 @@ class LoopConfig:
     """How long, how much at once, in which precision, and how often to look."""
 
     steps: int = 400
-    """Optimizer steps of the whole run. A finished run goes on when this is raised."""
+    """Optimizer steps of the whole run. A finished run goes on when this is raised, at the learning rate that
+    it ended with; see schedule.steps."""
     global_batch: int = 16
     """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int | None = None
@@ -334,7 +341,8 @@ class AlertConfig:
     window: int = 100
     """Points looked back at; spike and drop wait for a quarter of them."""
     cooldown_s: float = 600.0
-    """Seconds for which the rule stays silent after it spoke."""
+    """Seconds for which the rule stays silent after it spoke; what it keeps to itself then is counted, and
+    said afterwards."""
 
     def __post_init__(self) -> None:
         require_positive("tracking.alerts", self, ["window"])
@@ -403,9 +411,10 @@ class FaultConfig:
     """A value to inject (overflow: finite, but its square is not; spike: `scale` times too large), or what
     happens to the process: slow sleeps `seconds`, kill ends it by SIGKILL, hang sleeps for ever."""
     target: Literal["gradient", "activation", "loss", "batch"] = "gradient"
-    """Where a value is injected."""
+    """Where a value is injected; a batch has to hold floating-point numbers for it."""
     parameter: str | None = None
-    """Parameter (gradient) or module (activation) that is struck; default: the first one."""
+    """Parameter (gradient) or module (activation) that is struck; default: the first one. Under loop.compile
+    the micro-batch that is struck there runs uncompiled."""
     micro_batch: int = 0
     """Micro-batch of the step in which it strikes, counted from 0."""
     scale: float = 1000.0
@@ -472,6 +481,9 @@ class TrainConfig:
             self.task,
             "it has to be text, images, or package.module:function",
         )
+        for fault in self.faults:
+            rule = f"the run's steps are 0 to {self.loop.steps - 1}"
+            require(fault.step < self.loop.steps, "faults.step", fault.step, rule)
         self._check_model_fits_task()
 
     def _check_model_fits_task(self) -> None:
@@ -495,8 +507,8 @@ class TrainConfig:
         """Checks the rules that depend on how many processes there are.
 
         Raises:
-            ConfigError: the global batch cannot be split, a fault strikes a rank that does not exist, or
-                the debug mode is asked for in several processes.
+            ConfigError: the global batch cannot be split, a fault strikes a rank or micro-batch that does not
+                exist, or the debug mode is asked for in several processes.
         """
         micro_batch = self.loop.micro_batch or 1
         share = world_size * micro_batch
@@ -507,8 +519,17 @@ class TrainConfig:
             f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
             f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
         )
+        num_micro_batches = self.loop.global_batch // (
+            world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
+        )
         for fault in self.faults:
             require(fault.rank < world_size, "faults.rank", fault.rank, f"there are only {world_size} ranks")
+            require(
+                fault.micro_batch < num_micro_batches,
+                "faults.micro_batch",
+                fault.micro_batch,
+                f"a step has {num_micro_batches} on each rank, counted from 0",
+            )
         require(
             not (self.debug and world_size > 1),
             "debug",

@@ -1,7 +1,7 @@
 """Tasks, the order of samples, and the loader that hands them out."""
 
 from harness.data.contract import check_task
-from harness.data.fetch import to_device
+from harness.data.fetch import fetch, to_device
 from harness.data.fingerprint import fingerprint
 from harness.data.images import class_loss, load_images
 from harness.data.loader import Loader, evaluation_batches
@@ -21,6 +21,7 @@ __all__ = [
     "class_loss",
     "cross_entropy",
     "evaluation_batches",
+    "fetch",
     "fingerprint",
     "load_images",
     "load_task",

@@ -74,7 +74,7 @@ class Loader:
                 rule=f"it has to be a multiple of world size x micro-batch = {world_size} x {micro_batch}",
             )
         self._source = _Source(dataset, seed=seed, micro_batch=micro_batch)
-        self._global_batch = global_batch
+        self._global_batch, self._share, self._micro_batch = global_batch, share, micro_batch
         self._offsets = range(rank * share, (rank + 1) * share, micro_batch)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -114,6 +114,15 @@ class Loader:
     def sample_indices(self, position: int, count: int) -> list[int]:
         """Which samples stand at global positions `position` to `position + count`."""
         return self._source.indices(np.arange(position, position + count))
+
+    def step_indices(
+        self, position: int, rank: int | None = None, micro_batch: int | None = None
+    ) -> list[int]:
+        """Which samples the step that began at `position` holds: all, or those of one rank's micro-batch."""
+        if rank is None or micro_batch is None:
+            return self.sample_indices(position, self._global_batch)
+        offset = rank * self._share + micro_batch * self._micro_batch
+        return self.sample_indices(position + offset, self._micro_batch)
 
     def skip(self, num_samples: int) -> None:
         """Steps over the next `num_samples` global samples without fetching them."""

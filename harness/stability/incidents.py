@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from harness.records import StepRecord, Verdict
+from harness.records import Culprit, StepRecord, Verdict
 
-__all__ = ["Incident", "report"]
+__all__ = ["Incident", "SamplesOf", "report"]
+
+SamplesOf = Callable[[int | None, int | None], Sequence[int]]
+"""Indices in the data set of the samples of a step: of this rank's micro-batch of this number, or, called
+with None, of the whole global batch."""
+
+SHOWN = 8
+"""Samples, and ranks, that a summary lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +33,18 @@ class Incident:
     num_inf: int
     bad_parameters: tuple[str, ...] = ()
     """All parameters with a NaN or an Inf in any rank's own gradient, in the order of the forward pass."""
-    samples: tuple[int, int] | None = None
-    """First and one past the last position, in the order of the data, of the samples of the step."""
+    culprits: tuple[Culprit, ...] = ()
+    """All ranks that went wrong, each with its micro-batch and that one's samples; `rank` is the first."""
+    sample_indices: tuple[int, ...] = ()
+    """Samples to look at, by their index in the data set: those of the culprits, or of the whole global batch
+    if no rank is to blame for a step that was skipped or a spike."""
 
     @classmethod
-    def of(cls, record: StepRecord, *, samples: tuple[int, int] | None = None) -> Incident | None:
+    def of(cls, record: StepRecord, *, samples_of: SamplesOf | None = None) -> Incident | None:
         """The incident that `record` tells of, or None if there is nothing to say about the step."""
         if record.reason is None:
             return None
+        culprits, samples = _located(record, samples_of)
         bad = [name for name, row in record.per_parameter.items() if row.num_nan or row.num_inf]
         return cls(
             step=record.step,
@@ -44,7 +56,8 @@ class Incident:
             num_nan=record.num_nan,
             num_inf=record.num_inf,
             bad_parameters=tuple(bad),
-            samples=samples,
+            culprits=culprits,
+            sample_indices=samples,
         )
 
     @property
@@ -58,7 +71,9 @@ class Incident:
         place = [] if self.micro_batch is None else [f"micro-batch {self.micro_batch}"]
         place += [] if self.parameter is None else [self.parameter]
         place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
-        place += [] if self.samples is None else [f"samples {self.samples[0]} to {self.samples[1] - 1}"]
+        place += _listed("samples", list(map(str, self.sample_indices)))
+        others = [f"{one.rank} in micro-batch {one.micro_batch}" for one in self.culprits[1:]]
+        place += _listed("also rank", others)
         where = f" ({', '.join(place)})" if place else ""
         return f"step {self.step} {done}: {self.reason}{where}"
 
@@ -66,3 +81,22 @@ class Incident:
 def report(incidents: Iterable[Incident]) -> str:
     """The incidents, a line each."""
     return "\n".join(f"  {incident.summary()}" for incident in incidents)
+
+
+def _located(record: StepRecord, samples_of: SamplesOf | None) -> tuple[tuple[Culprit, ...], tuple[int, ...]]:
+    """The culprits with their samples, and all samples to look at."""
+    if samples_of is None:
+        return record.culprits, ()
+    culprits = tuple(
+        dataclasses.replace(one, samples=tuple(samples_of(one.rank, one.micro_batch)))
+        for one in record.culprits
+    )
+    if not culprits and (record.skipped or record.is_spike):
+        return (), tuple(samples_of(None, None))
+    return culprits, tuple(sample for one in culprits for sample in one.samples)
+
+
+def _listed(what: str, items: list[str]) -> list[str]:
+    """`what` and the first few items as one text; none where there are no items."""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return [f"{what} {', '.join(items[:SHOWN])}{more}"] if items else []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.records import ParameterRow, RankRow, StepRecord
+from harness.records import Culprit, ParameterRow, RankRow, StepRecord
 from harness.stability import lane
 from harness.stability.lane import Fault
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
@@ -49,8 +49,19 @@ class _Step:
     @property
     def culprit(self) -> int | None:
         """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
-        bad = [(one[lane.MICRO_BATCH], rank) for rank, one in enumerate(self.lanes) if _is_bad(one)]
-        return min(bad)[1] if bad else None
+        return next((rank for _, rank in self.bad), None)
+
+    @property
+    def bad(self) -> list[tuple[int, int]]:
+        """Micro-batch and rank of whatever went bad by itself, in this order."""
+        return sorted((int(one[lane.MICRO_BATCH]), r) for r, one in enumerate(self.lanes) if _is_bad(one))
+
+    @property
+    def culprits(self) -> tuple[Culprit, ...]:
+        """All ranks to blame, the first first."""
+        rank = self.outstanding
+        blamed = self.bad or ([] if rank is None else [(int(self.lanes[rank][lane.MICRO_BATCH]), rank)])
+        return tuple(Culprit(rank=rank, micro_batch=micro_batch) for micro_batch, rank in blamed)
 
     @property
     def outstanding(self) -> int | None:
@@ -102,6 +113,7 @@ class Reader:
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
+            culprits=seen.culprits,
             per_rank=tuple(
                 _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.lanes)
             ),

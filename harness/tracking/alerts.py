@@ -41,9 +41,11 @@ class Rule:
         self._windows: dict[str, deque[float]] = {}
         self._watched: dict[str, bool] = {}
         self._spoke_at = -math.inf
+        self._num_swallowed = 0
 
     def judge(self, record: Record) -> str | None:
-        """What there is to say about the record, unless the rule spoke a short while ago."""
+        """What there is to say about the record, unless the rule spoke a short while ago; what it kept to
+        itself since then is counted and said along."""
         said = self._event(record) if self.config.kind == "event" else self._metrics(record)
         return self._unless_cooling(said, record.time)
 
@@ -51,13 +53,28 @@ class Rule:
         """What there is to say about nothing having been logged since `last_record`."""
         if self.config.kind != "stall" or now - last_record < self.config.value:
             return None
+        if now - self._spoke_at < self.config.cooldown_s:
+            return None  # still the same silence, which is asked about again and again
         return self._unless_cooling(f"nothing has been logged for {now - last_record:.0f} s", now)
 
+    def swallowed(self, now: float | None = None) -> str | None:
+        """How much was kept back since the rule spoke, once its silence is over; None: at the run's end."""
+        if not self._num_swallowed or (now is not None and now - self._spoke_at < self.config.cooldown_s):
+            return None
+        return f"{self._take_swallowed()} since the last alert of this rule"
+
     def _unless_cooling(self, said: str | None, now: float) -> str | None:
-        if said is None or now - self._spoke_at < self.config.cooldown_s:
+        if said is None:
+            return None
+        if now - self._spoke_at < self.config.cooldown_s:
+            self._num_swallowed += 1
             return None
         self._spoke_at = now
-        return said
+        return f"{said} ({self._take_swallowed()} since the last alert)" if self._num_swallowed else said
+
+    def _take_swallowed(self) -> str:
+        count, self._num_swallowed = self._num_swallowed, 0
+        return f"{count} more"
 
     def _event(self, record: Record) -> str | None:
         if record.kind != "event" or not fnmatchcase(str(record.values.get("name")), self.config.metric):
@@ -70,12 +87,16 @@ class Rule:
     def _metrics(self, record: Record) -> str | None:
         if self.config.kind == "stall":
             return None
-        said = None
+        said = []
         for name, value in scalars_of(record).items():
             complaint = self._metric(name, value) if self._watches(name) else None
-            if complaint and not said:
-                said = name + ("" if record.step is None else f" at step {record.step}") + f" {complaint}"
-        return said
+            if complaint:
+                said.append(
+                    name + ("" if record.step is None else f" at step {record.step}") + f" {complaint}"
+                )
+        if len(said) < 2:
+            return said[0] if said else None
+        return f"{said[0]}, and {len(said) - 1} more metrics"
 
     def _watches(self, name: str) -> bool:
         """Remembered by name: the same names come with every step."""
@@ -157,7 +178,7 @@ class AlertMirror:
         """Called while there is nothing to take."""
         now = time.time()
         for rule in self._rules:
-            self._tell(rule, rule.judge_silence(self._last_record, now))
+            self._tell(rule, rule.judge_silence(self._last_record, now) or rule.swallowed(now))
 
     def commit(self) -> dict[str, Any]:
         return {}
@@ -168,6 +189,8 @@ class AlertMirror:
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         if end is None:
             self._speak("crashed", "*", "the training process is gone without a word", "error")
+        for rule in self._rules:
+            self._tell(rule, rule.swallowed())
         if self._webhook:
             self._webhook.close()
         return {}

@@ -13,7 +13,7 @@ import torch
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
-from harness.data import Loader, Task, seed_everything
+from harness.data import Loader, Task, fetch, seed_everything
 from harness.dist import World, distribute, from_main, one_voice, open_world, plain, together
 from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
@@ -27,6 +27,7 @@ from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
 from harness.training.rollback import roll_back
+from harness.training.schedule import describe_schedule
 from harness.training.step import StepRunner
 from harness.training.stop import StopRequest
 from harness.training.summary import TrainResult, render_summary
@@ -60,8 +61,15 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     agree_on_settings(config)
     task = together(lambda: build_task(config))
     fingerprints = agree_on_data(task, config)
-    faults = FaultInjector(config.faults, model=task.model, rank=world.rank)
-    directory = from_main(lambda: prepare_directory(config))
+    faults = together(
+        lambda: FaultInjector(
+            config.faults,
+            model=task.model,
+            rank=world.rank,
+            sample=lambda: fetch(task.train_data, [0]),
+        )
+    )
+    directory, steps_before = from_main(lambda: prepare_directory(config))
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
@@ -83,6 +91,8 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
+    faults.begin_at(counters.step)
+    schedule = _settle_schedule(config, counters, steps_before=steps_before)
     run = Run(
         config=config,
         world=world,
@@ -115,9 +125,12 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             resumed_from=resumed_from,
             flops_per_token=task.flops_per_token,
             fingerprints=fingerprints,
+            schedule=schedule,
+            loader=loader,
         ),
         stop=stop,
         precision=precision,
+        schedule_steps=counters.schedule_steps,
         on_incident=debugger_on if config.debug else None,
     )
     return run
@@ -170,6 +183,17 @@ def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
     logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
 
 
+def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: int) -> str:
+    """Notes the length of the learning-rate schedule for good, and tells what it means for this attempt."""
+    length_before = counters.schedule_steps or steps_before
+    if counters.step == 0:
+        length_before = config.schedule.steps or config.loop.steps
+    counters.schedule_steps = config.schedule.steps or length_before
+    return describe_schedule(
+        config, step=counters.step, length=counters.schedule_steps, length_before=length_before
+    )
+
+
 def _journal(
     config: TrainConfig,
     world: World,
@@ -179,6 +203,8 @@ def _journal(
     resumed_from: int | None,
     flops_per_token: float | None,
     fingerprints: dict[str, str],
+    schedule: str,
+    loader: Loader,
 ) -> Journal:
     def open_journal() -> Journal:
         if not world.is_main:
@@ -186,6 +212,7 @@ def _journal(
         peak = peak_flops(world.device)
         mfu_per_speed = flops_per_token / (peak * world.world_size) if flops_per_token and peak else None
         about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
+        about["schedule_steps"] = counters.schedule_steps
         versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
         journal = MainJournal(
             directory,
@@ -193,10 +220,13 @@ def _journal(
             first_step=counters.step,
             about={**about, "versions": versions, "data": fingerprints},
             mfu_per_speed=mfu_per_speed,
+            step_indices=loader.step_indices,
         )
         if resumed_from is not None:
             journal.event("resume", counters.step, checkpoint=resumed_from)
             journal.say(f"going on at step {counters.step} of {config.loop.steps}")
+        if counters.step < config.loop.steps:
+            journal.say(schedule)
         for fault in config.faults:
             journal.event("fault", fault.step, what=describe(fault))
         return journal

@@ -29,6 +29,8 @@ class Counters:
     best_val_loss: float = math.inf
     val_step: int = -1
     """Step after which was last evaluated."""
+    schedule_steps: int = 0
+    """Length of the learning-rate schedule; 0 in checkpoints of releases that had none of its own."""
 
     def count(self, record: StepRecord) -> None:
         """Adds one finished step."""

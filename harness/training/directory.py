@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.config import TrainConfig, check_same_run, dump_yaml
+from harness.config import LoopConfig, TrainConfig, check_same_run, dump_yaml, flatten, read_yaml
 from harness.errors import ConfigError
 
 __all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
@@ -13,8 +13,11 @@ __all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
 CONFIG_FILE = "config.yaml"
 
 
-def prepare_directory(config: TrainConfig) -> Path:
+def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
     """Makes the run's directory, or checks that the one that is there is this run's; rank 0 only.
+
+    Returns:
+        The directory, and `loop.steps` of the attempt before; of this one if there was none.
 
     Raises:
         ConfigError: `resume` forbids what was found, the directory holds something else or another
@@ -22,10 +25,12 @@ def prepare_directory(config: TrainConfig) -> Path:
     """
     directory = Path(config.runs_dir) / config.name
     saved = directory / CONFIG_FILE
+    steps_before = config.loop.steps
     try:
         if saved.exists():
             _check_may_resume(config, directory)
             check_same_run(config, saved)
+            steps_before = flatten(read_yaml(saved)).get("loop.steps", LoopConfig().steps)
         else:
             _check_may_start(config, directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -36,7 +41,7 @@ def prepare_directory(config: TrainConfig) -> Path:
             rule="rank 0 keeps log and checkpoints there",
             remedy="set --runs_dir to a folder that can be written",
         ) from error
-    return directory
+    return directory, steps_before
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """Rehearsed faults: values that go bad and processes that stall or die, at a chosen step and rank.
 
 They strike where real ones do: a gradient inside the backward pass, before any reduction; an activation in
-the forward pass; the loss; the input. Off unless `faults` are configured, and loud when they are.
+the forward pass; the loss; the input. Off unless `faults` are configured, and loud when they are: what cannot
+strike is refused before the run, and what did not strike in its micro-batch after all is said.
 """
 
 from __future__ import annotations
@@ -11,23 +12,42 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from harness.config import FaultConfig
 from harness.data import Batch, LossSum
 from harness.errors import ConfigError
 
-__all__ = ["FaultInjector", "poison"]
+__all__ = ["FaultInjector", "describe", "poison"]
 
 _PROCESS_FAULTS = ("slow", "kill", "hang")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class _Strike:
+    """A fault in force, and whether it has struck."""
+
+    fault: FaultConfig
+    struck: bool = False
+    hooked: bool = False
+
+    def hit(self) -> FaultConfig:
+        """Notes, and says once, that the fault strikes."""
+        if not self.struck:
+            self.struck = True
+            logger.warning("fault strikes: %s", describe(self.fault))
+        return self.fault
 
 
 class FaultInjector:
@@ -35,52 +55,84 @@ class FaultInjector:
 
     Args:
         faults: The faults of all ranks; targets are checked for all of them, so that every rank fails alike.
-        model: The model without DDP around it.
+        model: The model without DDP around it; it may be compiled, or sharded later.
+        sample: A batch as the loader makes them; asked for only if a fault strikes the batch.
 
     Raises:
-        ConfigError: a fault names a parameter or module that the model does not have.
+        ConfigError: a fault names a parameter or module that the model does not have, or strikes a batch in
+            which nothing can be bad.
     """
 
-    def __init__(self, faults: Sequence[FaultConfig], *, model: nn.Module, rank: int) -> None:
+    def __init__(
+        self,
+        faults: Sequence[FaultConfig],
+        *,
+        model: nn.Module,
+        rank: int,
+        sample: Callable[[], Batch] | None = None,
+    ) -> None:
         self._model = model
         self._targets = {fault: _target(fault, model) for fault in faults}
+        if sample is not None and any(_is_in_batch(fault) for fault in faults):
+            _check_batch(sample())
         self._mine = [fault for fault in faults if fault.rank == rank]
-        self._loss_faults: list[FaultConfig] = []
+        self._loss_faults: list[_Strike] = []
         for fault in self._mine:
             logger.warning("fault armed: %s", describe(fault))
+
+    def begin_at(self, step: int) -> None:
+        """Drops the faults of the steps before `step`, which a run that goes on has behind it."""
+        for fault in [fault for fault in self._mine if fault.step < step]:
+            logger.warning("fault is past, %d steps are done: %s", step, describe(fault))
+            self._mine.remove(fault)
 
     @contextmanager
     def armed(self, step: int, micro_batch: int, batch: Batch) -> Iterator[None]:
         """Within it the faults of this step and micro-batch are in force; `batch` may be changed by them."""
         due = [fault for fault in self._mine if (fault.step, fault.micro_batch) == (step, micro_batch)]
+        strikes = [_Strike(fault) for fault in due]
         with ExitStack() as stack:
-            for fault in due:
-                logger.warning("fault strikes: %s", describe(fault))
-                self._mine.remove(fault)  # once: a rollback passes the same step again
-                self._strike(fault, batch, stack)
+            for strike in strikes:
+                self._mine.remove(strike.fault)  # once: a rollback passes the same step again
+                self._strike(strike, batch, stack)
             yield
         self._loss_faults.clear()
+        for strike in strikes:
+            if not strike.struck:
+                logger.error("fault missed, nothing passed there: %s", describe(strike.fault))
 
     def on_loss(self, loss: LossSum) -> LossSum:
         """The loss, poisoned if a fault that is in force says so."""
-        for fault in self._loss_faults:
-            loss = dataclasses.replace(loss, total=loss.total * _factor(fault, loss.total.dtype))
+        for strike in self._loss_faults:
+            factor = _factor(strike.hit(), loss.total.dtype)
+            loss = dataclasses.replace(loss, total=loss.total * factor)
         return loss
 
-    def _strike(self, fault: FaultConfig, batch: Batch, stack: ExitStack) -> None:
+    def _strike(self, strike: _Strike, batch: Batch, stack: ExitStack) -> None:
+        fault = strike.fault
         if fault.kind in _PROCESS_FAULTS:
-            _strike_process(fault)
+            _strike_process(strike.hit())
         elif fault.target == "loss":
-            self._loss_faults.append(fault)
+            self._loss_faults.append(strike)
         elif fault.target == "batch":
-            _strike_batch(fault, batch)
+            _strike_batch(strike, batch)
         elif fault.target == "activation":
+            _run_uncompiled(stack)
             module = self._model.get_submodule(self._targets[fault])
-            stack.callback(module.register_forward_hook(partial(_poison_output, fault)).remove)
+            stack.callback(module.register_forward_hook(partial(_poison_output, strike)).remove)
         else:
-            owner, _, leaf = self._targets[fault].rpartition(".")
-            hook = partial(_poison_gradient_of, fault, leaf, stack)
-            stack.callback(self._model.get_submodule(owner).register_forward_pre_hook(hook).remove)
+            self._strike_gradient(strike, stack)
+
+    def _strike_gradient(self, strike: _Strike, stack: ExitStack) -> None:
+        name = self._targets[strike.fault]
+        parameter = self._model.get_parameter(name)
+        if not isinstance(parameter, DTensor):
+            stack.callback(parameter.register_hook(partial(_poison_gradient, strike)).remove)
+            return
+        # Only within the forward pass of the module that shards it does FSDP2 hold the whole parameter.
+        _run_uncompiled(stack)
+        hook = partial(_hook_whole, strike, self._model, name, stack)
+        stack.callback(_sharder(self._model, name).register_forward_pre_hook(hook).remove)
 
 
 def describe(fault: FaultConfig) -> str:
@@ -112,16 +164,38 @@ def _target(fault: FaultConfig, model: nn.Module) -> str:
         return ""
     if fault.target == "gradient":
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        first = names[0]
     else:
-        names = [name for name, module in model.named_modules() if name and not list(module.children())]
+        modules = {name: module for name, module in model.named_modules() if _has_forward(module)}
+        names = list(modules)
+        first = next(name for name in names if not list(modules[name].children()))
     if fault.parameter is None:
-        return names[0]
+        return first
     if fault.parameter not in names:
         raise ConfigError(
             f"faults.parameter is {fault.parameter!r}",
-            rule=f"a fault in the {fault.target} names one of the model's: {names[0]}, ..., {names[-1]}",
+            rule=f"a fault in the {fault.target} names one of the model's: {first}, ..., {names[-1]}",
         )
     return fault.parameter
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether the module can be called; a ModuleList cannot."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_in_batch(fault: FaultConfig) -> bool:
+    return fault.kind not in _PROCESS_FAULTS and fault.target == "batch"
+
+
+def _check_batch(batch: Batch) -> None:
+    if not any(tensor.is_floating_point() for tensor in batch.values()):
+        kinds = ", ".join(f"{name} ({str(t.dtype).removeprefix('torch.')})" for name, t in batch.items())
+        raise ConfigError(
+            f"faults.target is 'batch', and a batch holds {kinds}",
+            rule="only floating-point numbers can be NaN, infinite or out of range",
+            remedy="set target: activation",
+        )
 
 
 def _strike_process(fault: FaultConfig) -> None:
@@ -130,22 +204,44 @@ def _strike_process(fault: FaultConfig) -> None:
     time.sleep(fault.seconds if fault.kind == "slow" else float(2**31))
 
 
-def _strike_batch(fault: FaultConfig, batch: Batch) -> None:
+def _strike_batch(strike: _Strike, batch: Batch) -> None:
     for name, tensor in batch.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            batch[name] = poison(tensor, fault)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+            batch[name] = poison(tensor, strike.hit())
             return
-    logger.warning("fault without effect: the batch holds no floating-point tensor")
 
 
-def _poison_output(fault: FaultConfig, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return poison(output, fault)
+def _run_uncompiled(stack: ExitStack) -> None:
+    """A compiled module does not see hooks that came after its compilation: it is run as it was written."""
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-def _poison_gradient_of(
-    fault: FaultConfig, leaf: str, stack: ExitStack, module: nn.Module, args: Any
+def _poison_output(strike: _Strike, module: nn.Module, args: Any, output: Any) -> Any:
+    """The output with the first floating-point tensor in it poisoned; modules give tuples and dicts too."""
+    leaves, structure = pytree.tree_flatten(output)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel():
+            leaves[index] = poison(leaf, strike.hit())
+            return pytree.tree_unflatten(leaves, structure)
+    return output
+
+
+def _poison_gradient(strike: _Strike, gradient: torch.Tensor) -> torch.Tensor:
+    return poison(gradient, strike.hit())
+
+
+def _sharder(model: nn.Module, name: str) -> nn.Module:
+    """The innermost module around the parameter that is a unit of FSDP2."""
+    path = name.split(".")[:-1]
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    return next(module for module in above if isinstance(module, FSDPModule))
+
+
+def _hook_whole(
+    strike: _Strike, model: nn.Module, name: str, stack: ExitStack, module: nn.Module, args: Any
 ) -> None:
-    # Taken in the forward pass, because only then does FSDP2 hold the whole parameter.
-    parameter = getattr(module, leaf)
-    if parameter.requires_grad and torch.is_grad_enabled():
-        stack.callback(parameter.register_hook(lambda gradient: poison(gradient, fault)).remove)
+    # Activation checkpointing passes here twice, and may do so the first time without gradients.
+    if torch.is_grad_enabled() and not strike.hooked:
+        strike.hooked = True
+        whole = model.get_parameter(name)
+        stack.callback(whole.register_hook(partial(_poison_gradient, strike)).remove)

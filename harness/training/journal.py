@@ -6,8 +6,9 @@ Ranks other than 0 hold a silent one, so that the loop reads the same on every r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ class MainJournal(Journal):
         first_step: int,
         about: Mapping[str, Any],
         mfu_per_speed: float | None,
+        step_indices: Callable[[int, int | None, int | None], Sequence[int]],
     ) -> None:
         """Opens the log and starts its mirrors.
 
         Args:
+            step_indices: The loader's: which samples a step holds, by its first position.
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
@@ -102,6 +105,7 @@ class MainJournal(Journal):
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
         self._mfu_per_speed = mfu_per_speed
+        self._step_indices = step_indices
         self._window_s = 0.0
         self._window_tokens = 0
         self._window_steps = 0
@@ -115,7 +119,8 @@ class MainJournal(Journal):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
-        incident = Incident.of(record, samples=sent.samples)
+        samples_of = functools.partial(self._step_indices, sent.samples[0])
+        incident = Incident.of(record, samples_of=samples_of)
         if incident is not None:
             details = {"kind": incident_kind(record), "loss": record.loss, "grad_norm": record.grad_norm}
             self._log.write(

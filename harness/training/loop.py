@@ -51,6 +51,8 @@ class Run:
     journal: Journal
     stop: StopRequest
     precision: str
+    schedule_steps: int
+    """Length of the learning-rate schedule, whatever the length of the run."""
     on_incident: Callable[[StepRecord], None] | None = None
     sent: dict[int, Sent] = field(default_factory=dict)
     """The steps whose records are still on their way."""
@@ -63,7 +65,7 @@ class Run:
         """The schedule's value at `step`."""
         config = self.config
         return learning_rate(
-            step, peak=config.optim.lr, num_steps=config.loop.steps, schedule=config.schedule
+            step, peak=config.optim.lr, num_steps=self.schedule_steps, schedule=config.schedule
         )
 
 

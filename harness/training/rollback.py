@@ -27,6 +27,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
         run.journal.say(f"no rollback: {error}")
         return False
     run.counters.keep_skips_of(before)
+    run.counters.schedule_steps = run.schedule_steps
     run.sent.clear()
     run.saved_step = run.counters.step
     skipped = max(

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from harness.checkpoint import Checkpointer, PerRank, Rng, writer
+from harness.config import OptimConfig, ParallelConfig
+from harness.dist import World, distribute, plain
 from harness.errors import CheckpointError
-from tests.support.checkpoints import TinyRun, digest, whole
+from harness.training.optim import build_optimizer
+from tests.support.checkpoints import TinyModel, TinyRun, digest, whole
 from tests.support.distributed import run_ranks
 
 
@@ -213,3 +217,41 @@ def fail_on_rank_one(rank: int, world_size: int, directory: str) -> str:
 def test_what_fails_on_one_rank_fails_on_all_with_its_name(tmp_path: Path) -> None:
     outcomes = run_ranks(fail_on_rank_one, 2, str(tmp_path))
     assert all("rank 1: OSError: no device" in said for said in outcomes)
+
+
+def go_on(
+    world: World, directory: str, strategy: str, optimizer_name: str, *seeds: int
+) -> dict[str, torch.Tensor]:
+    """Loads what there is, trains a step per seed, saves, and gives the weights."""
+    torch.manual_seed(0)
+    model = distribute(TinyModel(), ParallelConfig(strategy=strategy), world)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, OptimConfig(name=optimizer_name, lr=0.05))  # type: ignore[arg-type]
+    state = {"model": plain(model), "optimizer": optimizer}
+    with Checkpointer(directory) as checkpointer:
+        step = checkpointer.load(state) or 0
+        for seed in seeds:
+            tokens = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(seed))
+            model(tokens).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        checkpointer.save(step + len(seeds), state)
+    weights = plain(model).state_dict()
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
+
+
+def reshard_every_optimizer(rank: int, world_size: int, directory: str) -> list[str]:
+    world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
+    wrong = []
+    for optimizer in ("adamw", "sgd", "adagrad"):
+        whole = go_on(world, f"{directory}/{optimizer}", "ddp", optimizer, 0, 1, 2, 3)
+        for before, after in (("ddp", "fsdp"), ("fsdp", "ddp")):
+            parts = f"{directory}/{optimizer}-{before}"
+            go_on(world, parts, before, optimizer, 0, 1)
+            resumed = go_on(world, parts, after, optimizer, 2, 3)
+            if not all(torch.allclose(resumed[n], whole[n], rtol=1e-5, atol=1e-6) for n in whole):
+                wrong.append(f"{optimizer} from {before} to {after}")
+    return wrong
+
+
+def test_every_optimizer_goes_on_sharded_or_not(tmp_path: Path) -> None:
+    assert run_ranks(reshard_every_optimizer, 2, str(tmp_path)) == [[], []]

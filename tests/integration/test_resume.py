@@ -67,6 +67,38 @@ def test_a_run_that_is_lengthened_goes_on_where_it_ended(tmp_path: Path) -> None
     assert_same_run(tmp_path / "whole", tmp_path / "parts", tmp_path)
 
 
+def rates(runs: Path) -> list[float]:
+    return open_run(runs / "tiny").scalars("train/lr").values.tolist()
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_prolonging_a_run_does_not_move_its_learning_rate(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--schedule.kind={kind}", "--loop.eval_every=0"]
+    whole = [*common, f"--runs_dir={tmp_path / 'whole'}", "--loop.steps=9", "--schedule.steps=5"]
+    train(tiny_config(tmp_path, *whole))
+    parts = [*common, f"--runs_dir={tmp_path / 'parts'}"]
+    for steps in (5, 7, 9):  # prolonged twice
+        train(tiny_config(tmp_path, *parts, f"--loop.steps={steps}"))
+    seen = rates(tmp_path / "parts")
+    assert seen == rates(tmp_path / "whole")
+    assert seen[5:] == pytest.approx([3e-3 * 0.1] * 4)
+    assert "it stays at 0.0003 from step 5 on (--schedule.steps 9 makes it" in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", tmp_path)
+
+
+def test_a_schedule_is_stretched_only_on_demand_and_stays_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = f"--runs_dir={tmp_path / 'runs'}"
+    for more in (["--loop.steps=4"], ["--loop.steps=6", "--schedule.steps=12"], []):
+        train(tiny_config(tmp_path, runs, "--loop.eval_every=0", *more))
+    train(tiny_config(tmp_path, f"--runs_dir={tmp_path / 'whole'}", "--loop.eval_every=0"))
+    assert rates(tmp_path / "runs")[4:] == rates(tmp_path / "whole")[4:]
+    assert "where --schedule.steps 4 gave 0.0003" in capsys.readouterr().err
+
+
 def test_a_finished_run_that_is_started_again_says_so_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,8 @@ def test_an_incident_names_rank_parameter_micro_batch_and_samples(tmp_path: Path
     fault = "--faults=[{step: 5, micro_batch: 2, parameter: blocks.1.mlp.up.weight}]"
     result = train(tiny_config(tmp_path, fault, "--loop.micro_batch=2"))
     (incident,) = open_run(result.directory).events("incident")
+    samples = incident.details["sample_indices"]
+    assert len(samples) == 2
     wanted = {
         "kind": "non-finite gradient",
         "verdict": "skip",
@@ -131,7 +133,8 @@ def test_an_incident_names_rank_parameter_micro_batch_and_samples(tmp_path: Path
         "micro_batch": 2,
         "num_nan": 1,
         "num_inf": 0,
-        "samples": [40, 48],
+        "sample_indices": samples,
+        "culprits": [{"rank": 0, "micro_batch": 2, "samples": samples}],
     }
     assert incident.step == 5
     assert {name: incident.details[name] for name in wanted} == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +124,14 @@ def test_what_is_not_there_is_said(saved: tuple[Path, TinyRun], tmp_path: Path) 
     with pytest.raises(CheckpointError, match="named 'same'"):
         export(directory, tmp_path / "m.safetensors", rename=lambda name: "same")
     assert verify(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch"])
+def test_a_state_dict_that_was_saved_as_plain_data_is_exported_too(format: Any, tmp_path: Path) -> None:
+    model = TinyModel()
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"average": model.state_dict()})
+    (file,) = export(tmp_path / "run", tmp_path / "out", key="average", format=format)
+    loaded = load_file(file) if format == "safetensors" else torch.load(file, weights_only=True)
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in loaded.items())
+    assert loaded

@@ -215,8 +215,8 @@ def test_saving_waits_for_no_more_than_a_copy(tmp_path: Path, gate: threading.Ev
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(CheckpointError, match=r"x/a/1 is a set, which cannot be saved"):
-            checkpointer.save(1, {"x": {"a": [1, {2}]}})
+        with pytest.raises(CheckpointError, match=r"x/a/1 is a range, which cannot be saved"):
+            checkpointer.save(1, {"x": {"a": [1, range(2)]}})
         stray = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)
         with pytest.raises(CheckpointError, match=r"shape \(3,\) that no module has"):
             checkpointer.save(1, {"optimizer": stray})

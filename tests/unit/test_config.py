@@ -112,6 +112,7 @@ def test_a_run_may_be_lengthened_but_not_changed(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_yaml(TrainConfig()))
     check_same_run(parse_arguments(["--loop.steps", "900", "--guard.max_norm", "0.5"]), saved)
+    check_same_run(parse_arguments(["--schedule.steps", "900"]), saved)
     with pytest.raises(ConfigError, match=r"optim.lr = 0.003.*0.001"):
         check_same_run(parse_arguments(["--optim.lr", "0.001"]), saved)
 

@@ -71,6 +71,23 @@ def test_the_global_batch_is_the_same_at_every_world_and_micro_batch_size(
     assert [list(chain(*shares)) for shares in zip(*ranks, strict=True)] == REFERENCE
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_samples_of_a_micro_batch_can_be_told_afterwards(num_workers: int) -> None:
+    settings: dict[str, Any] = {"global_batch": 8, "micro_batch": 2, "world_size": 2, "seed": 1}
+    ranks = [Loader(Numbers(), rank=rank, num_workers=num_workers, **settings) for rank in range(2)]
+    for turn in range(9):  # three epochs, with a stretch that is skipped as by a rollback
+        position = ranks[0].position
+        seen = [ids([batch]) for loader in ranks for batch in loader.next()]
+        told = [ranks[0].step_indices(position, rank, micro) for rank in range(2) for micro in range(2)]
+        assert told == seen
+        assert ranks[1].step_indices(position) == list(chain(*seen))
+        if turn == 4:
+            for loader in ranks:
+                loader.skip(13)
+    for loader in ranks:
+        loader.close()
+
+
 def test_micro_batches_have_the_size_asked_for() -> None:
     loader = Loader(Numbers(), global_batch=8, micro_batch=2, rank=1, world_size=2)
     assert [len(batch["id"]) for batch in loader.next()] == [2, 2]

@@ -10,7 +10,7 @@ import pytest
 
 from harness.config import GuardConfig
 from harness.errors import InstabilityError
-from harness.records import ParameterRow, StepRecord
+from harness.records import Culprit, ParameterRow, StepRecord
 from harness.stability import Incident, Ladder
 
 
@@ -126,8 +126,11 @@ def test_every_incident_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_incident_names_the_module_all_bad_parameters_and_the_samples() -> None:
     row = {"grad_norm": 1.0, "max_abs": 1.0, "num_inf": 0, "num_zero": 0, "num_elements": 4}
     rows = {name: ParameterRow(num_nan=bad, **row) for name, bad in (("a.b", 1), ("a.c", 0), ("d", 2))}
-    incident = Incident.of(_record(5, "skip", parameter="a.b", per_parameter=rows), samples=(80, 96))
+    record = _record(
+        5, "skip", parameter="a.b", per_parameter=rows, culprits=(Culprit(rank=1, micro_batch=2),)
+    )
+    incident = Incident.of(record, samples_of=lambda rank, micro_batch: [7, 3, rank, micro_batch])
     assert incident is not None
     assert (incident.module, incident.bad_parameters) == ("a", ("a.b", "d"))
-    assert incident.summary().endswith("(micro-batch 2, a.b, 2 parameters in all, samples 80 to 95)")
+    assert incident.summary().endswith("(micro-batch 2, a.b, 2 parameters in all, samples 7, 3, 1, 2)")
     assert Incident.of(_record(5)) is None

@@ -1,9 +1,11 @@
 """The learning rate over a run."""
 
+import itertools
+
 import pytest
 
-from harness.config import ScheduleConfig
-from harness.training.schedule import learning_rate
+from harness.config import ScheduleConfig, parse_arguments
+from harness.training.schedule import describe_schedule, learning_rate
 
 PEAK = 2.0
 STEPS = 100
@@ -36,3 +38,35 @@ def test_wsd_stays_at_the_peak_until_its_linear_decay() -> None:
 
 def test_constant_stays() -> None:
     assert set(rates(kind="constant", warmup_steps=0)) == {PEAK}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup_steps", [0, 10, STEPS + 20])
+def test_a_run_longer_than_its_schedule_goes_on_at_the_rate_it_ended_with(
+    kind: str, warmup_steps: int
+) -> None:
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup_steps)  # type: ignore[arg-type]
+    values = [learning_rate(s, peak=PEAK, num_steps=STEPS, schedule=schedule) for s in range(4 * STEPS)]
+    changes = [abs(after - before) for before, after in itertools.pairwise(values)]
+    assert max(changes[STEPS:]) <= max(changes[:STEPS])
+    assert set(values[2 * STEPS :]) == {PEAK if kind == "constant" else values[STEPS]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length", "before", "said"),
+    [
+        ([], 400, 400, "cosine over 400 steps, 0.00165 at step 210"),
+        (
+            ["--loop.steps=800"],
+            400,
+            400,
+            "stays at 0.0003 from step 400 on (--schedule.steps 800 makes it 0.00262",
+        ),
+        (["--loop.steps=800"], 800, 400, "0.00262 at step 210, where --schedule.steps 400 gave 0.00165"),
+        (["--loop.steps=300"], 400, 400, "0.000744 in the last, 299"),
+        (["--schedule.kind=constant", "--loop.steps=800"], 400, 400, "constant at 0.003"),
+    ],
+)
+def test_the_rate_of_an_attempt_is_said(arguments: list[str], length: int, before: int, said: str) -> None:
+    line = describe_schedule(parse_arguments(arguments), step=210, length=length, length_before=before)
+    assert said in line

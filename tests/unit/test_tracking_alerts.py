@@ -56,6 +56,34 @@ def test_a_rule_is_silent_while_it_cools_down() -> None:
     assert spoken(AlertConfig(kind="nonfinite", cooldown_s=10.0), values) == [0, 10, 20]
 
 
+def test_what_a_rule_kept_to_itself_is_counted_and_said() -> None:
+    rule = Rule(AlertConfig(kind="nonfinite", cooldown_s=10.0))
+    said = [rule.judge(step(number, math.nan)) for number in range(12)]
+    assert said[0] == "train/loss at step 0 is nan"
+    assert said[10] == "train/loss at step 10 is nan (9 more since the last alert)"
+    assert rule.swallowed(now=15.0) is None
+    assert rule.swallowed(now=20.0) == "1 more since the last alert of this rule"
+    assert rule.swallowed(now=30.0) is None
+
+
+def test_all_metrics_of_a_record_are_counted() -> None:
+    values = {"train/loss": math.nan, "train/lr": 0.1, "val/loss": math.inf, "val/bits": math.nan}
+    said = Rule(AlertConfig(kind="nonfinite", metric="*")).judge(Record("step", 0, 3, 1.0, values))
+    assert said == "train/loss at step 3 is nan, and 2 more metrics"
+
+
+def test_the_end_of_a_run_tells_what_is_left(tmp_path: Path) -> None:
+    RunLog(tmp_path).close()
+    mirror = AlertMirror(
+        (AlertConfig(kind="event", metric="incident"),), node_log=NodeLog(tmp_path), webhook=None, run="here"
+    )
+    for number in range(4):
+        mirror.take(Record("event", 0, number, float(number), {"name": "incident"}))
+    mirror.close({"state": "finished"})
+    said = [event.details["message"] for event in open_run(tmp_path).events("alert")]
+    assert said == ["incident at step 0", "3 more since the last alert of this rule"]
+
+
 def test_a_rule_on_events_names_the_event_and_its_details() -> None:
     rule = Rule(AlertConfig(kind="event", metric="incident"))
     incident = Record("event", 0, 7, 1.0, {"name": "incident", "rank": 1, "parameter": None})

@@ -5,6 +5,18 @@ import { Chart } from "./chart.js";
 import { badge, bytes, clock, duration, element, number, table } from "./format.js";
 import { HeatMap } from "./heatmap.js";
 
+const SAMPLES_SHOWN = 8;
+
+/** Indices of the samples to blame; of logs before these were kept, positions in the order of the data. */
+function samplesOf(incident) {
+  const indices = incident.sample_indices;
+  if (Array.isArray(indices) && indices.length) {
+    const more = indices.length > SAMPLES_SHOWN ? ` and ${indices.length - SAMPLES_SHOWN} more` : "";
+    return indices.slice(0, SAMPLES_SHOWN).join(", ") + more;
+  }
+  return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
+}
+
 const PLOTS = (run) => [
   { title: "loss", lines: [{ name: "train/loss", label: "training" }, { name: "val/loss", label: "held out", colour: "#ff725c" }] },
   { title: "accuracy", lines: [{ name: "train/accuracy", label: "training" }, { name: "val/accuracy", label: "held out", colour: "#ff725c" }] },
@@ -231,7 +243,7 @@ class Monitor extends HTMLElement {
       one.micro_batch ?? "–",
       number(one.num_nan),
       number(one.num_inf),
-      Array.isArray(one.samples) ? `${one.samples[0]} to ${one.samples[1] - 1}` : "–",
+      samplesOf(one),
       one.verdict || one.action || "–",
       (one.reason || one.summary || "") + (one.abandoned ? " (on a branch that was replaced)" : ""),
     ]);
