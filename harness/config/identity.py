@@ -16,15 +16,16 @@ _IDENTITY = ("seed", "task", "data.paths", "data.sequence_length", "data.val_fra
 _IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
 
 
-def check_same_run(config: TrainConfig, saved: Path) -> None:
+def check_same_run(config: TrainConfig, saved: Path, *, within: Path | None = None) -> None:
     """Checks that `config` continues the run whose resolved configuration is the file `saved`.
 
-    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts.
+    Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts. No link to
+    `saved` is followed below `within`; see `harness.files.open_file`.
 
     Raises:
         ConfigError: a setting that defines the run differs; the first such setting is named.
     """
-    before, now = _identity(flatten(read_yaml(saved))), _identity(flatten(to_dict(config)))
+    before, now = _identity(flatten(read_yaml(saved, within=within))), _identity(flatten(to_dict(config)))
     for key in now:
         if key in before and before[key] != now[key]:
             raise ConfigError(
