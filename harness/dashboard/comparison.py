@@ -10,6 +10,7 @@ from harness.tracking.compare import compare_runs, settings_of
 
 __all__ = ["compare_view"]
 
+MAX_TEXT = 500
 MAX_LOG_BYTES = 64 << 20
 """Comparing bit for bit reads both logs whole; longer ones are for the command line."""
 
@@ -37,15 +38,15 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shown(value: Any) -> Any:
-    return value if value is None or isinstance(value, float) else str(value)
+    return value if value is None or isinstance(value, float) else str(value)[:MAX_TEXT]
 
 
 def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
     paths = [catalogue.directory(run) for run in (first, second)]
     runs = [first, second]
-    if sum(file.stat().st_size for path in paths for file in (path / "log").glob("*.jsonl")) > MAX_LOG_BYTES:
+    if sum(_log_bytes(catalogue, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(*paths).partings
+    partings = compare_runs(*paths, within=catalogue.root).partings
     if not partings:
         return {"runs": runs, "num_common": 0}
     earliest = partings[0]
@@ -56,3 +57,8 @@ def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
         "num_common": earliest.num_common,
         "values": [repr(value) for value in earliest.values or ()],
     }
+
+
+def _log_bytes(catalogue: Catalogue, run: str) -> int:
+    with catalogue.reading(run) as digest:
+        return digest.log_bytes()
