@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from harness import env
+from harness.cli.output import say
 from harness.errors import HarnessError
 
 __all__ = ["Outcome", "reporting"]
@@ -33,5 +33,5 @@ def reporting() -> Iterator[Outcome]:
         if env.wants_traceback():
             raise
         if env.launched().rank == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            say(f"{type(error).__name__}: {error}", error=True)
         outcome.exit_code = error.exit_code
