@@ -11,6 +11,7 @@ from harness.errors import TrackingError
 from harness.tracking.overview import run_name, run_paths
 from harness.tracking.places import checkpoints_of
 from harness.tracking.reader import is_run
+from harness.tracking.text import printable
 
 __all__ = ["checkpoint_directory", "parser", "run_argument", "run_directory"]
 
@@ -69,4 +70,8 @@ def _nearest(name: str, runs: Path) -> str:
     by_last_part = {each.rpartition("/")[2]: each for each in names}
     near = difflib.get_close_matches(name, [*names, *by_last_part], n=3, cutoff=0.5)
     wanted = dict.fromkeys(by_last_part.get(each, each) for each in near)
-    return f"did you mean {' or '.join(wanted)}?" if wanted else f"`harness runs {runs}` lists what there is"
+    return (
+        f"did you mean {' or '.join(map(printable, wanted))}?"
+        if wanted
+        else f"`harness runs {runs}` lists what there is"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.cli.arguments import checkpoint_directory, parser, run_argument, run_directory
 from harness.cli.errors import reporting
-from harness.cli.output import say
+from harness.cli.output import say_paths
 from harness.config import TrainConfig
 from harness.errors import TrackingError
 
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
                 f"{error.filename or directory} cannot be written: {error.strerror or error}",
                 remedy="name another file with -o",
             ) from error
-        say("\n".join(map(str, paths)))
+        say_paths(paths)
     return outcome.exit_code
 
 
@@ -67,13 +67,14 @@ def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
     from harness.checkpoint import export
     from harness.models.llama import llama_config, llama_name
 
+    checkpoints = checkpoint_directory(directory)
     output = options.output or _default(directory, _WEIGHTS[options.format])
     described = None
     if options.names == "llama":
         config = TrainConfig.from_file(directory / "config.yaml")
         described = llama_config(config.model, sequence_length=config.data.sequence_length)
     paths = export(
-        checkpoint_directory(directory),
+        checkpoints,
         output,
         step=options.step,
         format=options.format,
@@ -87,6 +88,4 @@ def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
 
 
 def _default(directory: Path, name: str) -> Path:
-    folder = directory / "export"
-    folder.mkdir(exist_ok=True)
-    return folder / name
+    return directory / "export" / name

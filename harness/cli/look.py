@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.cli.arguments import parser, run_argument, run_directory
 from harness.cli.errors import reporting
-from harness.cli.output import say
+from harness.cli.output import say, say_paths
 
 __all__ = ["compare", "report", "runs", "show", "watch"]
 
@@ -79,5 +79,5 @@ def report(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.report import write_report
 
-        say(str(write_report(run_directory(options.run, options.runs), options.output)))
+        say_paths([write_report(run_directory(options.run, options.runs), options.output)])
     return outcome.exit_code
