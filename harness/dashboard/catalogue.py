@@ -8,6 +8,7 @@ too long to be waited for; digests are shared by all requests, each under a lock
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from harness.errors import TrackingError
 from harness.tracking.digest import Digest
 from harness.tracking.kept import kept_path
 from harness.tracking.overview import run_name, run_paths
-from harness.tracking.reader import unreadable
+from harness.tracking.reader import is_run, unreadable
 from harness.tracking.sample import LONG_BYTES, open_digest
 
 __all__ = ["Catalogue"]
@@ -140,7 +141,7 @@ class Catalogue:
         has come.
 
         Raises:
-            TrackingError: there is no such run.
+            TrackingError: there is no such run, or it cannot be read.
         """
         held = self._hold(run)
         with held.lock:
@@ -162,6 +163,8 @@ class Catalogue:
         return held
 
     def _bring_up(self, run: str, held: _Held) -> None:
+        if not is_run(held.digest.path, within=self.root):
+            raise FileNotFoundError(errno.ENOENT, "it is not there any more")
         if not held.is_current():
             kept = kept_path(self._kept, run)
             held.take(open_digest(held.digest.path, kept=kept, within=self.root))

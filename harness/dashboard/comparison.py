@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.dashboard.catalogue import Catalogue
+from harness.errors import TrackingError
 from harness.tracking.compare import compare_runs, settings_of
 
 __all__ = ["compare_view"]
@@ -16,13 +17,17 @@ MAX_LOG_BYTES = 64 << 20
 
 
 def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
-    """Settings that differ, last values, and for every run but the first the step at which they part."""
-    settings, last = [], []
+    """Settings that differ, last values, and for every run but the first the step at which they part.
+
+    Of a run that cannot be read there is nothing but the reason, in place of where it parts.
+
+    Raises:
+        TrackingError: there is no such run.
+    """
     for run in runs:
-        with catalogue.reading(run) as digest:
-            settings.append(settings_of(digest))
-            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
-            last.append({name: digest.last(name) for name in names})
+        catalogue.directory(run)
+    columns = [_column(catalogue, run) for run in runs]
+    settings, last = zip(*columns, strict=True)
     return {
         "settings": [
             row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
@@ -30,6 +35,16 @@ def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
         "metrics": _rows(last),
         "partings": [_parting(catalogue, runs[0], run) for run in runs[1:]],
     }
+
+
+def _column(catalogue: Catalogue, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's settings and last values."""
+    try:
+        with catalogue.reading(run) as digest:
+            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
+            return settings_of(digest), {name: digest.last(name) for name in names}
+    except TrackingError:
+        return {}, {}
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -42,11 +57,17 @@ def _shown(value: Any) -> Any:
 
 
 def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
-    paths = [catalogue.directory(run) for run in (first, second)]
-    runs = [first, second]
+    try:
+        return _parting_of(catalogue, [first, second])
+    except TrackingError as error:
+        return {"runs": [first, second], "error": error.problem}
+
+
+def _parting_of(catalogue: Catalogue, runs: list[str]) -> dict[str, Any]:
+    paths = [catalogue.directory(run) for run in runs]
     if sum(_log_bytes(catalogue, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(*paths, within=catalogue.root).partings
+    partings = compare_runs(paths[0], paths[1], within=catalogue.root).partings
     if not partings:
         return {"runs": runs, "num_common": 0}
     earliest = partings[0]

@@ -14,7 +14,7 @@ from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
 from harness.tracking.digest import Digest
 from harness.tracking.reader import Run, open_run
-from harness.tracking.text import number, table
+from harness.tracking.text import damage, number, printable, table
 
 __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
@@ -45,6 +45,8 @@ class Comparison:
     """Settings and hyperparameters that differ, by dotted name; None where one has none."""
     metrics: dict[str, tuple[float | None, float | None]]
     """Last values of every metric that either has."""
+    num_damaged: tuple[int, int]
+    """Lines of each log that are no records."""
     partings: list[Parting]
     """For each metric of the steps that both have, the earliest first."""
 
@@ -66,6 +68,7 @@ def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) ->
     partings = [_parting(first, second, name) for name in metrics if not name.startswith(_OF_THE_MACHINE)]
     return Comparison(
         names=(_name(first), _name(second)),
+        num_damaged=(first.num_damaged, second.num_damaged),
         settings={
             name: (ours.get(name), theirs.get(name))
             for name in sorted(set(ours) | set(theirs))
@@ -82,12 +85,14 @@ def compare_text(a: str | Path, b: str | Path) -> str:
     """The comparison in words and tables. For `harness compare`."""
     comparison = compare_runs(a, b)
     heads = list(comparison.names)
+    damaged = zip(comparison.names, comparison.num_damaged, strict=True)
     settings = [[name, str(x), str(y)] for name, (x, y) in comparison.settings.items()]
     metrics = [[name, number(x), number(y), _difference(x, y)] for name, (x, y) in comparison.metrics.items()]
     parts = [
         table(["setting", *heads], settings) if settings else "the settings are the same",
         table(["last value", *heads, "difference"], metrics) if metrics else "no metrics",
         _partings_text(comparison.partings),
+        *(f"{printable(name)}: {damage(count)}" for name, count in damaged if count),
     ]
     return "\n\n".join(parts)
 

@@ -72,7 +72,7 @@ class _Sample(Digest):
             total += whole
             for path, size in parts:
                 is_last = path == parts[-1][0]
-                every = max(1, whole // num_places) if num_places else size
+                every = max(1, whole // num_places if num_places else size)
                 end = size - tail_bytes if is_last else size
                 for line in self._lines(path, every=every, middle_ends=end, has_tail=is_last):
                     num_bytes += len(line)
