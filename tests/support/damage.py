@@ -121,7 +121,7 @@ def damaged_run(sound: Path, run_dir: Path, seed: int) -> str:
 
 
 def _segment(run_dir: Path, draw: random.Random) -> Path:
-    return draw.choice(sorted((run_dir / "log").rglob("*.jsonl")))
+    return draw.choice(sorted(path for path in (run_dir / "log").rglob("*.jsonl") if path.is_file()))
 
 
 def _any_file(run_dir: Path, draw: random.Random) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,22 +21,31 @@ from harness.dashboard import server
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.surveyor import Surveyor
 from harness.errors import HarnessError
+from harness.tracking.segments import Follower, node_folders
+from harness.tracking.tensorboard import TensorBoardMirror
 
-__all__ = ["Answer", "Readers"]
+__all__ = ["Answer", "Question", "Readers"]
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What one question was answered with."""
+    """What a question was answered with."""
 
-    question: str
     seconds: float
     """Of this process's time."""
     status: int
     """Of HTTP, or a command's exit code."""
     text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """Something to ask of a run."""
+
+    name: str
+    ask: Callable[[], Answer]
 
 
 class Readers:
@@ -53,12 +64,12 @@ class Readers:
         self._client = TestClient(app)
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """The dashboard's rows by run."""
+        """The dashboard's rows by run; of one that could not be read at first, that."""
         rows: dict[str, dict[str, Any]] = {}
 
         def tell(answer: dict[str, Any]) -> None:
             answer = json.loads(json.dumps(answer, default=str).encode())  # as it goes through the pipe
-            if "glance" in answer:
+            if "glance" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
                 rows[answer["run"]] = answer["glance"]
 
         surveyor = Surveyor(self.root, self.root / ".dashboard" / "digests", tell)
@@ -67,19 +78,27 @@ class Readers:
             surveyor.read_on(1.0)
         return rows
 
-    def questions(self, run: str, other: str, out: Path, *, report: bool = False) -> Iterator[Answer]:
-        """All there is to ask of a run; `other` is compared with it.
+    def questions(self, run: str, other: str, out: Path) -> list[Question]:
+        """All there is to ask of a run but its report; `other` is compared with it, `out` takes exports."""
+        addresses = [
+            Question(f"/api/{path} {parameters}", functools.partial(self._asked, path, parameters))
+            for path, parameters in self._addresses(run, other)
+        ]
+        commands = [self._question(command) for command in self._commands(run, other, out)]
+        mirror = Question(f"TensorBoard's mirror of {run}", functools.partial(self._mirrored, run, out))
+        return [*addresses, *commands, mirror]
 
-        Args:
-            out: A folder for what is exported.
-            report: Draw the report too, which takes as long as matplotlib takes.
-        """
-        for address in self._addresses(run, other):
-            yield self._asked(address)
-        for command in self._commands(run, other, out):
-            yield self._ran(command)
-        if report:
-            yield self._ran(["report", run, "-o", str(out / "report.html")])
+    def report(self, run: str, out: Path) -> Question:
+        """The report, which takes as long as matplotlib takes."""
+        return self._question(["report", run, "-o", str(out / "report.html")])
+
+    def all_runs(self) -> Question:
+        """The table of the command line."""
+        return Question("harness runs", lambda: self._ran(["runs", str(self.root)]))
+
+    def _question(self, command: list[str]) -> Question:
+        ask = functools.partial(self._ran, [*command, "--runs", str(self.root)])
+        return Question("harness " + " ".join(command), ask)
 
     def _addresses(self, run: str, other: str) -> list[tuple[str, dict[str, Any]]]:
         names = ["train/loss", "layers/grad_norm/w", "ranks/loss/max", "system/cpu_frac"]
@@ -104,16 +123,31 @@ class Readers:
             ["verify", run],
         ]
 
-    def _asked(self, address: tuple[str, dict[str, Any]]) -> Answer:
-        path, parameters = address
+    def _mirrored(self, run: str, out: Path) -> Answer:
+        """What `harness sync` does in a process of its own."""
+        seconds, _ = _timed(lambda: _mirror(self.root / run, out / "tensorboard"))
+        return Answer(seconds, 0, "")
+
+    def _asked(self, path: str, parameters: dict[str, Any]) -> Answer:
         seconds, answer = _timed(lambda: self._client.get(f"/api/{path}", params=parameters))
-        return Answer(f"/api/{path} {parameters}", seconds, answer.status_code, answer.text)
+        return Answer(seconds, answer.status_code, answer.text)
 
     def _ran(self, command: list[str]) -> Answer:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            seconds, status = _timed(lambda: main([*command, "--runs", str(self.root)]))
-        return Answer("harness " + " ".join(command), seconds, status, said.getvalue())
+            seconds, status = _timed(lambda: main(command))
+        return Answer(seconds, status, said.getvalue())
+
+
+def _mirror(run_dir: Path, folder: Path) -> None:
+    mirror = TensorBoardMirror(folder, run_dir=run_dir, state={})
+    for place in node_folders(run_dir / "log"):
+        follower = Follower(run_dir / "log" / place)
+        while records := follower.read():
+            for record in records:
+                mirror.take(record)
+    mirror.commit()
+    shutil.rmtree(folder)
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:
