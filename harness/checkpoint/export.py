@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from harness.errors import CheckpointError
 
 __all__ = ["export"]
 
+MODEL_KEYS = ("model", "training/model_state_dict")
+"""Where the trainer and an `ExperimentTracker` save a model's state dict."""
 Names = dict[str, str]
 """From the exported name to the name in the checkpoint."""
 
@@ -30,12 +32,12 @@ def export(
     output: str | Path,
     *,
     step: int | None = None,
-    key: str = "model",
+    key: str | None = None,
     format: Literal["safetensors", "torch"] = "safetensors",
     rename: Callable[[str], str | None] | None = None,
     max_shard_bytes: int | None = None,
 ) -> list[Path]:
-    """Writes the state dict saved under `key` to `output`, whole and unsharded, whatever the world was.
+    """Writes a model's state dict to `output`, whole and unsharded, whatever the world was.
 
     Files of the same names are replaced, each by rename. One process is enough, and the model is not built.
 
@@ -44,6 +46,8 @@ def export(
         output: The file to write. With `max_shard_bytes`, `model.safetensors` becomes
             `model-00001-of-0000N.safetensors` and so on, and `model.safetensors.index.json`.
         step: The newest if not given.
+        key: Under which it was saved, parts of a path joined by `/`; by default `model`, or where an
+            `ExperimentTracker` saves it.
         rename: From a name in the state dict to the name in the file; None leaves the tensor out.
         max_shard_bytes: Limit of a safetensors file; a larger tensor has a file to itself.
 
@@ -56,10 +60,11 @@ def export(
     """
     saved = _find(Store(Path(directory)), step)
     source = OnDisk(saved.path, _verified(saved))
-    described = source.manifest.state.get(key)
-    if not isinstance(described, dict):
+    described = _described(source.manifest.state, MODEL_KEYS if key is None else (key,))
+    if described is None:
         raise CheckpointError(
-            f"{saved.path} has no state dict {key!r}", rule=f"it has {list(source.manifest.state)}"
+            f"{saved.path} has no state dict {key or MODEL_KEYS[0]!r}",
+            rule=f"it has {list(source.manifest.state)}",
         )
     described = described.get("$OrderedDict", described)
     output = Path(output)
@@ -70,6 +75,17 @@ def export(
     if max_shard_bytes is None:
         return [_export_file(source, names, output)]
     return _export_shards(source, names, output, max_shard_bytes)
+
+
+def _described(state: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
+    """The description of the first state dict that is there."""
+    for key in keys:
+        found: Any = state
+        for part in key.split("/"):
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def _find(store: Store, step: int | None) -> Saved:

@@ -119,6 +119,10 @@ class Manifest:
 
     def _check_files(self) -> None:
         """Names stay inside the checkpoint's folder, and chunks inside their files."""
+        sizes = (file.size_bytes for file in self.files.values())
+        for number in (self.step, self.world_size, *sizes):
+            if type(number) is not int or number < 0:
+                raise Damaged(f"{MANIFEST} has {number!r} where there is a count")
         for name in self.files:
             if not _SHARD_NAME.fullmatch(name):
                 raise Damaged(f"{MANIFEST} names the file {name!r}", rule="shards are rank-N.safetensors")

@@ -16,6 +16,7 @@ import xxhash
 
 from harness.checkpoint.layout import ShardLayout
 from harness.checkpoint.manifest import Damaged, ShardFile
+from harness.files import file_status, open_file
 
 __all__ = ["check_file", "read_elements", "sync_folder", "write_file", "write_shard"]
 
@@ -58,7 +59,7 @@ def check_file(path: Path, expected: ShardFile) -> None:
         Damaged: it is missing, unreadable or not as it was written.
     """
     try:
-        size_bytes = path.stat().st_size
+        size_bytes = file_status(path).st_size
         if size_bytes != expected.size_bytes:
             raise Damaged(f"{path.name} has {size_bytes} bytes instead of {expected.size_bytes}")
         digest = _digest(path)
@@ -101,7 +102,7 @@ def _pieces(view: memoryview) -> Iterator[memoryview]:
 def _digest(path: Path) -> str:
     checksum = xxhash.xxh3_128()
     piece = bytearray(_PIECE_BYTES)
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path) as file:
         while length := file.readinto(piece):
             checksum.update(memoryview(piece)[:length])
     return checksum.hexdigest()

@@ -22,11 +22,14 @@ from pathlib import Path
 from harness.checkpoint.manifest import MANIFEST, Damaged, Manifest
 from harness.checkpoint.shards import sync_folder, write_file
 from harness.errors import CheckpointError
+from harness.files import read_file
 
 __all__ = ["Saved", "Store"]
 
 logger = logging.getLogger(__name__)
 
+LONGEST_MANIFEST = 1 << 30
+"""Bytes."""
 HEALTHY = "healthy"
 """The empty file that says that a checkpoint has proved itself."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -55,7 +58,8 @@ class Saved:
             Damaged: it is missing, not as it was written, or of another step than the folder's name says.
         """
         try:
-            manifest = Manifest.from_bytes((self.path / MANIFEST).read_bytes())
+            content = read_file(self.path / MANIFEST, most_bytes=LONGEST_MANIFEST)
+            manifest = Manifest.from_bytes(content)
         except OSError as error:
             raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
         if manifest.step != self.step:

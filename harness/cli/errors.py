@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from harness import env
+from harness.cli.output import say
 from harness.errors import HarnessError
 
 __all__ = ["Outcome", "reporting"]
@@ -34,7 +34,7 @@ def reporting() -> Iterator[Outcome]:
             raise
         if env.launched().rank == min(error.ranks, default=0):
             where = f" on {_named(error.ranks)}" if error.ranks else ""
-            print(f"{type(error).__name__}{where}: {error}", file=sys.stderr)
+            say(f"{type(error).__name__}{where}: {error}", error=True)
         outcome.exit_code = error.exit_code
 
 

@@ -7,9 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.cli.arguments import parser, run_argument, run_directory
+from harness.cli.arguments import checkpoint_directory, parser, run_argument, run_directory
 from harness.cli.errors import reporting
+from harness.cli.output import say_paths
 from harness.config import TrainConfig
+from harness.errors import TrackingError
 
 __all__ = ["run"]
 
@@ -23,8 +25,15 @@ def run(argv: Sequence[str]) -> int:
     options = _arguments().parse_args(argv)
     with reporting() as outcome:
         directory = run_directory(options.run, options.runs)
-        paths = _metrics(directory, options) if options.format in _METRICS else _weights(directory, options)
-        print("\n".join(map(str, paths)))
+        try:
+            is_metrics = options.format in _METRICS
+            paths = _metrics(directory, options) if is_metrics else _weights(directory, options)
+        except OSError as error:
+            raise TrackingError(
+                f"{error.filename or directory} cannot be written: {error.strerror or error}",
+                remedy="name another file with -o",
+            ) from error
+        say_paths(paths)
     return outcome.exit_code
 
 
@@ -58,13 +67,14 @@ def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
     from harness.checkpoint import export
     from harness.models.llama import llama_config, llama_name
 
+    checkpoints = checkpoint_directory(directory)
     output = options.output or _default(directory, _WEIGHTS[options.format])
     described = None
     if options.names == "llama":
         config = TrainConfig.from_file(directory / "config.yaml")
         described = llama_config(config.model, sequence_length=config.data.sequence_length)
     paths = export(
-        directory / "checkpoints",
+        checkpoints,
         output,
         step=options.step,
         format=options.format,
@@ -78,6 +88,4 @@ def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
 
 
 def _default(directory: Path, name: str) -> Path:
-    folder = directory / "export"
-    folder.mkdir(exist_ok=True)
-    return folder / name
+    return directory / "export" / name

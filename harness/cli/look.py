@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.cli.arguments import parser, run_argument, run_directory
 from harness.cli.errors import reporting
+from harness.cli.output import say, say_paths
 
 __all__ = ["compare", "report", "runs", "show", "watch"]
 
@@ -22,7 +23,7 @@ def runs(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.overview import runs_table
 
-        print(runs_table(options.runs))
+        say(runs_table(options.runs))
     return outcome.exit_code
 
 
@@ -34,7 +35,7 @@ def show(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.overview import show_run
 
-        print(show_run(run_directory(options.run, options.runs)))
+        say(show_run(run_directory(options.run, options.runs)))
     return outcome.exit_code
 
 
@@ -65,7 +66,7 @@ def compare(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.compare import compare_text
 
-        print(compare_text(run_directory(options.a, options.runs), run_directory(options.b, options.runs)))
+        say(compare_text(run_directory(options.a, options.runs), run_directory(options.b, options.runs)))
     return outcome.exit_code
 
 
@@ -78,5 +79,5 @@ def report(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.report import write_report
 
-        print(write_report(run_directory(options.run, options.runs), options.output))
+        say_paths([write_report(run_directory(options.run, options.runs), options.output)])
     return outcome.exit_code

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from harness.cli.arguments import parser, run_argument, run_directory
 from harness.cli.errors import reporting
+from harness.cli.output import say
 
 __all__ = ["run"]
 
@@ -26,5 +27,5 @@ def run(argv: Sequence[str]) -> int:
         changes = {name: value for name, value in asked.items() if value is not None}
         directory = run_directory(options.run, options.runs)
         mirrors = sync_run(directory, rebuild=options.rebuild, **changes)
-        print(f"up to the log's end: {', '.join(mirrors)}" if mirrors else "this run has no mirrors")
+        say(f"up to the log's end: {', '.join(mirrors)}" if mirrors else "this run has no mirrors")
     return outcome.exit_code

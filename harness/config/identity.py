@@ -17,16 +17,17 @@ _IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
 _MAY_CHANGE = ("schedule.steps",)
 
 
-def check_same_run(config: TrainConfig, saved: Path) -> None:
+def check_same_run(config: TrainConfig, saved: Path, *, within: Path | None = None) -> None:
     """Checks that `config` continues the run whose resolved configuration is the file `saved`.
 
     Length, micro-batch, parallelism, guard, checkpoints and tracking may change between attempts, and so may
-    the length of the learning-rate schedule and, with `data.allow_change`, the paths of the data.
+    the length of the learning-rate schedule and, with `data.allow_change`, the paths of the data. No link to
+    `saved` is followed below `within`; see `harness.files.open_file`.
 
     Raises:
         ConfigError: a setting that defines the run differs; the first such setting is named.
     """
-    before, now = _identity(flatten(read_yaml(saved))), _identity(flatten(to_dict(config)))
+    before, now = _identity(flatten(read_yaml(saved, within=within))), _identity(flatten(to_dict(config)))
     for key in now:
         if key == "data.paths" and config.data.allow_change:
             continue

@@ -19,6 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from harness.config.plain_yaml import plain_yaml_file
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 
@@ -47,22 +48,24 @@ def parse_arguments(argv: Sequence[str], *, prog: str = "harness train") -> Trai
     return TrainConfig(**settings)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, within: Path | None = None) -> dict[str, Any]:
     """The mapping in a YAML file, its keys checked against the schema; missing keys stay missing.
 
+    Args:
+        path: A regular file.
+        within: See `harness.files.open_file`.
+
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, or an unknown key.
+        ConfigError: no such file, not plain YAML, not a mapping, or an unknown key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = plain_yaml_file(path, within=within)
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}",
             rule="--config names a YAML file",
             remedy="complete ones are in configs/",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -1,13 +1,14 @@
 """The runs below one folder, and the digests of those that somebody looks at.
 
-A run is known by its path below the folder, and only paths that a search has found are ever opened. The
-table is kept by a process of its own (`surveyor`), which also reads logs that are too long to be waited for;
-digests are shared by all requests, each under a lock of its own.
+A run is known by its path below the folder. Only paths that a search has found are ever opened, and nothing
+is read through a link. The table is kept by a process of its own (`surveyor`), which also reads logs that are
+too long to be waited for; digests are shared by all requests, each under a lock of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from harness.env import child_environment
 from harness.errors import TrackingError
 from harness.tracking.digest import Digest
 from harness.tracking.kept import kept_path
-from harness.tracking.overview import run_paths
+from harness.tracking.overview import run_name, run_paths
+from harness.tracking.reader import is_run, unreadable
 from harness.tracking.sample import LONG_BYTES, open_digest
 
 __all__ = ["Catalogue"]
@@ -68,6 +70,8 @@ class Catalogue:
         """Begins to keep the table."""
         try:
             self._kept.mkdir(parents=True, exist_ok=True)
+            if self._kept.resolve() != self._kept:
+                raise OSError("the folder of digests is reached through a link")
             (self._kept / "writable").touch()
         except OSError:  # somebody else's runs: what was read is kept until the end only
             self._own_folder = tempfile.TemporaryDirectory(prefix="harness-dashboard-")
@@ -137,17 +141,20 @@ class Catalogue:
         has come.
 
         Raises:
-            TrackingError: there is no such run.
+            TrackingError: there is no such run, or it cannot be read.
         """
         held = self._hold(run)
         with held.lock:
-            self._bring_up(run, held)
+            try:
+                self._bring_up(run, held)
+            except OSError as error:
+                raise unreadable(run, error) from error
             yield held.digest
 
     def _hold(self, run: str) -> _Held:
         path = self.directory(run)
         with self._lock:
-            held = self._held.pop(run, None) or _Held(path)
+            held = self._held.pop(run, None) or _Held(path, self.root)
             self._held[run] = held
             while (
                 sum(one.digest.num_bytes for one in self._held.values()) > HELD_BYTES and len(self._held) > 1
@@ -156,8 +163,11 @@ class Catalogue:
         return held
 
     def _bring_up(self, run: str, held: _Held) -> None:
+        if not is_run(held.digest.path, within=self.root):
+            raise FileNotFoundError(errno.ENOENT, "it is not there any more")
         if not held.is_current():
-            held.take(open_digest(held.digest.path, kept=kept_path(self._kept, run)))
+            kept = kept_path(self._kept, run)
+            held.take(open_digest(held.digest.path, kept=kept, within=self.root))
             if held.digest.is_sample:
                 self._order({"want": run})
         held.digest.refresh()
@@ -168,7 +178,7 @@ class Catalogue:
     def _search(self) -> None:
         if time.monotonic() - self._searched < SEARCH_AGAIN_S:
             return
-        found = {path.relative_to(self.root).as_posix(): path for path in run_paths(self.root)}
+        found = {run_name(path, self.root): path for path in run_paths(self.root, within=self.root)}
         with self._lock:
             self._paths = found
             self._searched = time.monotonic()
@@ -228,9 +238,9 @@ def _pipe_to(process: subprocess.Popen[bytes]) -> IO[bytes]:
 class _Held:
     """A digest that is in use."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, within: Path) -> None:
         self.lock = threading.Lock()
-        self.digest = Digest(path)
+        self.digest = Digest(path, within=within)
         self._made: float | None = None
 
     def take(self, digest: Digest) -> None:

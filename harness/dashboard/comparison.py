@@ -6,22 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.dashboard.catalogue import Catalogue
+from harness.errors import TrackingError
 from harness.tracking.compare import compare_runs, settings_of
 
 __all__ = ["compare_view"]
 
+MAX_TEXT = 500
 MAX_LOG_BYTES = 64 << 20
 """Comparing bit for bit reads both logs whole; longer ones are for the command line."""
 
 
 def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
-    """Settings that differ, last values, and for every run but the first the step at which they part."""
-    settings, last = [], []
+    """Settings that differ, last values, and for every run but the first the step at which they part.
+
+    Of a run that cannot be read there is nothing but the reason, in place of where it parts.
+
+    Raises:
+        TrackingError: there is no such run.
+    """
     for run in runs:
-        with catalogue.reading(run) as digest:
-            settings.append(settings_of(digest))
-            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
-            last.append({name: digest.last(name) for name in names})
+        catalogue.directory(run)
+    columns = [_column(catalogue, run) for run in runs]
+    settings, last = zip(*columns, strict=True)
     return {
         "settings": [
             row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
@@ -31,21 +37,37 @@ def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _column(catalogue: Catalogue, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's settings and last values."""
+    try:
+        with catalogue.reading(run) as digest:
+            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
+            return settings_of(digest), {name: digest.last(name) for name in names}
+    except TrackingError:
+        return {}, {}
+
+
 def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     names = sorted({name for column in columns for name in column})
     return [{"name": name, "values": [_shown(column.get(name)) for column in columns]} for name in names]
 
 
 def _shown(value: Any) -> Any:
-    return value if value is None or isinstance(value, float) else str(value)
+    return value if value is None or isinstance(value, float) else str(value)[:MAX_TEXT]
 
 
 def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
-    paths = [catalogue.directory(run) for run in (first, second)]
-    runs = [first, second]
-    if sum(file.stat().st_size for path in paths for file in (path / "log").glob("*.jsonl")) > MAX_LOG_BYTES:
+    try:
+        return _parting_of(catalogue, [first, second])
+    except TrackingError as error:
+        return {"runs": [first, second], "error": error.problem}
+
+
+def _parting_of(catalogue: Catalogue, runs: list[str]) -> dict[str, Any]:
+    paths = [catalogue.directory(run) for run in runs]
+    if sum(_log_bytes(catalogue, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(*paths).partings
+    partings = compare_runs(paths[0], paths[1], within=catalogue.root).partings
     if not partings:
         return {"runs": runs, "num_common": 0}
     earliest = partings[0]
@@ -56,3 +78,8 @@ def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
         "num_common": earliest.num_common,
         "values": [repr(value) for value in earliest.values or ()],
     }
+
+
+def _log_bytes(catalogue: Catalogue, run: str) -> int:
+    with catalogue.reading(run) as digest:
+        return digest.log_bytes()

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import gradio as gr
-import yaml
 
 from harness.config import TrainConfig
 from harness.config.load import flatten
+from harness.config.plain_yaml import plain_yaml
 from harness.dashboard import commands, forks, form, programs
 from harness.dashboard.access import Access
 from harness.dashboard.catalogue import Catalogue
@@ -339,10 +339,7 @@ def _code(text: object) -> str:
 
 def _changes(text: str) -> dict[str, Any]:
     """Lines of `key: value`."""
-    try:
-        read = yaml.safe_load(text or "") or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the changes are not YAML: {' '.join(str(error).split())}") from error
+    read = plain_yaml(text or "", name="the field of changes") or {}
     if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
         raise ConfigError("the changes are no lines of `key: value`", remedy="for example optim.lr: 0.001")
     return flatten(read)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import TrainConfig, check_same_run
+from harness.dashboard.checkpoints import Checkpoint, checkpoints
 from harness.dashboard.form import read, values_of, yaml_of
 from harness.dashboard.programs import (
     CONFIG_FILE,
@@ -29,32 +29,7 @@ from harness.dashboard.programs import (
 from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
 
-__all__ = ["Checkpoint", "checkpoints", "fork"]
-
-_COMMITTED = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # as in harness/checkpoint/store.py
-_HEALTHY = "healthy"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A committed checkpoint of a run."""
-
-    step: int
-    """Completed steps."""
-    path: Path
-    healthy: bool
-    """Enough steps without incident have followed it."""
-
-
-def checkpoints(run_dir: Path | str) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first, of each step the one that was committed last."""
-    folder = Path(run_dir) / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = sorted((int(m[1]), int(m[2] or 0), m[0]) for m in map(_COMMITTED.fullmatch, names) if m)
-    newest = {step: folder / name for step, _, name in found}
-    return [
-        Checkpoint(step=step, path=path, healthy=(path / _HEALTHY).exists()) for step, path in newest.items()
-    ]
+__all__ = ["fork"]
 
 
 def fork(
@@ -120,7 +95,7 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
     optim = dataclasses.replace(config.optim, lr=parent.optim.lr)
     same_rate = dataclasses.replace(config, optim=optim, schedule=parent.schedule)
     try:
-        check_same_run(same_rate, parent_directory / CONFIG_FILE)
+        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=parent_directory.parent)
     except ConfigError as error:
         raise ConfigError(
             error.problem,
@@ -130,7 +105,8 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
 
 
 def _checkpoint(run_dir: Path, step: int) -> Checkpoint:
-    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run_dir)}
+    found = checkpoints(run_dir, within=run_dir.parent)
+    there = {checkpoint.step: checkpoint for checkpoint in found}
     if step not in there:
         raise CheckpointError(
             f"{run_dir} has no checkpoint of step {step}",
@@ -149,7 +125,7 @@ def _begun_at(checkpoint: Checkpoint, config: TrainConfig, directory: Path) -> I
             begun = Path(temporary) / "run"
             # A checkpoint's files are never written again, so both runs can have the same ones.
             target = begun / "checkpoints" / checkpoint.path.name
-            shutil.copytree(checkpoint.path, target, copy_function=_link)
+            shutil.copytree(checkpoint.path, target, copy_function=_link, symlinks=True)
             (begun / CONFIG_FILE).write_text(yaml_of(config), encoding="utf-8")
             begun.rename(directory)
     except (OSError, shutil.Error) as error:

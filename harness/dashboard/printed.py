@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+from harness.files import open_file
+
 __all__ = ["LONGEST_BYTES", "read_printed", "readable"]
 
 LONGEST_BYTES = 200_000
@@ -22,21 +24,22 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def read_printed(path: Path, offset: int) -> tuple[str, int]:
+def read_printed(path: Path, offset: int, *, within: Path | None = None) -> tuple[str, int]:
     """The text in a growing file from byte `offset` on, and the offset of what comes next.
 
     Lines are given when they are complete, or have been silent for a second. Bytes that are no UTF-8 are
     replaced. An offset beyond the end, of a file that has been replaced, begins anew; no file is no text.
+    No link is followed below `within`; see `harness.files.open_file`.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path, within=within) as file:
             status = os.fstat(file.fileno())
             start = offset if 0 <= offset <= status.st_size else 0
             left_out = max(0, status.st_size - start - LONGEST_BYTES)
             file.seek(start + left_out)
             data = file.read(LONGEST_BYTES)
             before = os.pread(file.fileno(), 1, start - 1) if start else b"\n"
-    except FileNotFoundError:
+    except OSError:
         return "", 0
     is_quiet = time.time() - status.st_mtime > QUIET_S
     length = len(data) if is_quiet else _length_of_lines(data)

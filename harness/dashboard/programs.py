@@ -37,6 +37,7 @@ from harness.dashboard.records import (
 )
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
+from harness.files import list_folder
 from harness.tracking.process import identity, is_alive
 from harness.tracking.reader import is_run
 from harness.tracking.sample import open_digest
@@ -79,7 +80,7 @@ def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> P
     with hold_records(directory) as records:
         _check_not_running(directory, records)
         if (directory / CONFIG_FILE).exists():
-            check_same_run(config, directory / CONFIG_FILE)
+            check_same_run(config, directory / CONFIG_FILE, within=directory.parent)
         return _launch(records, directory, config, processes)
 
 
@@ -152,7 +153,8 @@ def program(run_dir: Path | str) -> Program | None:
 def programs(runs_dir: Path | str) -> list[Program]:
     """All that was started in a folder of runs, newest first; those too that ended before they were runs."""
     root = Path(runs_dir).resolve()
-    found = [noted(records, root / records.name) for records in (root / RECORDS).glob("*/")]
+    names = list_folder(root / RECORDS, within=root).folders
+    found = [noted(root / RECORDS / name, root / name) for name in names]
     return sorted((one for one in found if one is not None), key=lambda one: -one.started)
 
 
@@ -162,7 +164,8 @@ def output(runs_dir: Path | str, run: str, offset: int = 0) -> tuple[str, int]:
     Raises:
         ConfigError: `run` leads out of the folder.
     """
-    return read_printed(records_of(run_directory(runs_dir, run)) / OUTPUT_FILE, offset)
+    records = records_of(run_directory(runs_dir, run))
+    return read_printed(records / OUTPUT_FILE, offset, within=Path(runs_dir).resolve())
 
 
 def configuration(run_dir: Path | str) -> TrainConfig:
@@ -171,7 +174,8 @@ def configuration(run_dir: Path | str) -> TrainConfig:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    return read(flatten(read_yaml(Path(run_dir) / CONFIG_FILE)))
+    directory = Path(run_dir)
+    return read(flatten(read_yaml(directory / CONFIG_FILE, within=directory.parent)))
 
 
 def run_directory(runs_dir: Path | str, run: str) -> Path:
@@ -308,9 +312,11 @@ class _Attempt:
 
 
 def _last_attempt(directory: Path) -> _Attempt:
-    if not is_run(directory):
+    within = directory.parent
+    if not is_run(directory, within=within):
         return _Attempt({}, ended=True, runs_elsewhere=False)
-    log = open_digest(directory)  # a sample of a long log has both ends of it, which is where this stands
+    # A sample of a long log has both ends of it, which is where this stands.
+    log = open_digest(directory, within=within)
     elsewhere = is_alive(log.info) is None and log.state() == "running"
     return _Attempt(log.info, ended=log.end is not None, runs_elsewhere=elsewhere, updated=log.updated or 0.0)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import ConfigError
+from harness.files import read_file
 from harness.tracking.process import is_alive
 
 __all__ = ["OUTPUT_FILE", "RECORDS", "Program", "hold_records", "note", "noted", "records_of", "write"]
@@ -25,6 +26,7 @@ RECORDS = ".dashboard"
 """Folder, beside the runs, of what is known of their programs."""
 OUTPUT_FILE = "output.log"
 _PROCESS_FILE = "program.json"
+MAX_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,18 @@ class Program:
     def name(self) -> str:
         """The run's name."""
         return self.directory.name
+
+    def is_sound(self) -> bool:
+        """Whether the fields are of their types: the file may be anybody's."""
+        numbers = (self.process_start, self.started)
+        return (
+            all(type(number) is int for number in (self.processes, self.pid))
+            and all(isinstance(number, int | float) for number in numbers)
+            and isinstance(self.machine, str)
+            and isinstance(self.host, str)
+            and (self.exit_code is None or type(self.exit_code) is int)
+            and all(isinstance(part, str) for part in self.command)
+        )
 
     def is_running(self) -> bool:
         """Whether it still runs, on this machine."""
@@ -86,10 +100,13 @@ def hold_records(directory: Path) -> Iterator[Path]:
 def noted(records: Path, directory: Path) -> Program | None:
     """What was noted last; None if nothing can be read."""
     try:
-        fields = json.loads((records / _PROCESS_FILE).read_text(encoding="utf-8"))
-        return Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        # Below the folder of runs.
+        content = read_file(records / _PROCESS_FILE, most_bytes=MAX_BYTES, within=records.parents[1])
+        fields = json.loads(content)
+        program = Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    return program if program.is_sound() else None
 
 
 def note(records: Path, started: Program) -> None:

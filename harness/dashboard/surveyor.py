@@ -15,24 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import queue
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from harness.errors import HarnessError
+from harness.files import read_file
 from harness.priority import yield_to_others
-from harness.tracking.digest import Digest
+from harness.tracking.digest import Digest, log_signature
 from harness.tracking.kept import keep, kept_path, restored
-from harness.tracking.overview import glance, run_paths
+from harness.tracking.overview import Glance, glance, no_glance, run_name, run_paths
 from harness.tracking.sample import LONG_BYTES, sample
+from harness.tracking.text import printable
 
 __all__ = ["Surveyor", "main"]
 
@@ -44,6 +45,7 @@ SLICE_S = 0.5
 KEEP_EVERY_S = 60.0
 PEEK_BYTES = 16 << 10
 TABLE = "table.json"
+TABLE_BYTES = 256 << 20
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -87,6 +89,8 @@ class Surveyor:
         """Runs whose log is to be read whole, the next one first, and when what was read was last kept."""
         self._table = _read_table(kept / TABLE)
         self._has_told_table = False
+        self._said: set[str] = set()
+        """Runs of which it has been said that they cannot be read."""
         self._table_kept = time.monotonic()
 
     @property
@@ -101,7 +105,7 @@ class Surveyor:
             self._search()
         for run, path in self._paths.items():
             if has_searched or run not in self._table:  # runs that have ended are looked at less often
-                with _unless_unreadable(run):
+                with self._unless_unreadable(run):
                     self._look_at(run, path)
 
     def want(self, run: str) -> None:
@@ -115,7 +119,7 @@ class Surveyor:
         while self._unread and (left_s := deadline - time.monotonic()) > 0:
             run, kept_at = next(iter(self._unread.items()))
             del self._unread[run]
-            with _unless_unreadable(run):
+            with self._unless_unreadable(run):
                 if not self._read(run, self._paths[run], kept_at, left_s):
                     return
         if time.monotonic() - self._table_kept > KEEP_EVERY_S or not self._unread:
@@ -124,7 +128,7 @@ class Surveyor:
     def _read(self, run: str, path: Path, kept_at: float, budget_s: float) -> bool:
         """Whether the log has been read to its end within the time; else it is the next one again."""
         digest = self._digest(run, path)
-        signature, size = _signature(path)
+        signature, size = log_signature(path, within=self._root)
         is_complete = digest.refresh(budget_s=budget_s)
         if size > LONG_BYTES and (is_complete or time.monotonic() - kept_at > KEEP_EVERY_S):
             keep(digest, kept_path(self._kept, run))
@@ -138,8 +142,8 @@ class Surveyor:
 
     def _search(self) -> None:
         self._searched = time.monotonic()
-        found = sorted(run_paths(self._root), key=_last_written, reverse=True)
-        self._paths = {path.relative_to(self._root).as_posix(): path for path in found}
+        found = sorted(run_paths(self._root, within=self._root), key=_last_written, reverse=True)
+        self._paths = {run_name(path, self._root): path for path in found}
         known: dict[str, Any]
         for known in (self._table, self._open, self._unread):
             for gone in set(known) - set(self._paths):
@@ -151,14 +155,15 @@ class Surveyor:
                 self._tell({"run": run, "glance": row})
 
     def _look_at(self, run: str, path: Path) -> None:
-        signature, size = _signature(path)
+        signature, size = log_signature(path, within=self._root)
         if run in self._unread or self._table.get(run, ("", {}))[0] == signature:
             return
         self._table.pop(run, None)
         digest = self._open.get(run)
         if digest is None and size > PEEK_BYTES:
             self._unread[run] = time.monotonic()
-            self._tell_row(run, sample(path, num_places=0, tail_bytes=PEEK_BYTES))
+            peek = sample(path, num_places=0, tail_bytes=PEEK_BYTES, within=self._root)
+            self._tell_row(run, glance(peek))
         elif digest is not None and digest.bytes_behind() > LONG_BYTES:
             self._unread[run] = time.monotonic()
         else:
@@ -167,21 +172,36 @@ class Surveyor:
             self._show(run, digest, signature)
 
     def _show(self, run: str, digest: Digest, signature: str) -> None:
-        row = self._tell_row(run, digest)
+        row = self._tell_row(run, glance(digest))
         if row["state"] not in ("running", "stale"):
             self._table[run] = (signature, row)  # it stays like that until the log grows
             self._open.pop(run, None)
 
-    def _tell_row(self, run: str, digest: Digest) -> dict[str, Any]:
-        row = dataclasses.asdict(glance(digest))
+    def _tell_row(self, run: str, one: Glance) -> dict[str, Any]:
+        row = dataclasses.asdict(one)
         del row["path"]  # it stays on the server
         self._tell({"run": run, "glance": row})
         return row
 
     def _digest(self, run: str, path: Path) -> Digest:
         if run not in self._open:
-            self._open[run] = restored(path, kept_path(self._kept, run)) or Digest(path)
+            earlier = restored(path, kept_path(self._kept, run), within=self._root)
+            self._open[run] = earlier or Digest(path, within=self._root)
         return self._open[run]
+
+    @contextlib.contextmanager
+    def _unless_unreadable(self, run: str) -> Iterator[None]:
+        """One odd run never hides the others: it costs its own row."""
+        try:
+            yield
+        except FileNotFoundError:  # removed meanwhile: the next search will not find it
+            return
+        except Exception as error:  # noqa: BLE001  (said, and shown in the run's row)
+            if run not in self._said:
+                self._said.add(run)
+                logger.warning("%s cannot be read: %s", printable(run), printable(repr(error)))
+            self._open.pop(run, None)
+            self._tell_row(run, no_glance(self._paths[run]))
 
     def _keep_table(self) -> None:
         self._table_kept = time.monotonic()
@@ -194,32 +214,35 @@ class Surveyor:
 def _read_table(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """The rows that were kept, each with the signature of its log."""
     try:
-        kept = orjson.loads(path.read_bytes())
-        return {str(run): (str(signature), dict(row)) for run, (signature, row) in kept.items()}
+        kept = orjson.loads(read_file(path, most_bytes=TABLE_BYTES, within=path.parent))
+        return {str(run): (str(signature), row) for run, (signature, row) in kept.items() if _is_row(row)}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-@contextlib.contextmanager
-def _unless_unreadable(run: str) -> Iterator[None]:
-    """One run that cannot be read must not hide the others."""
-    try:
-        yield
-    except (OSError, HarnessError, LookupError, TypeError, ValueError) as error:
-        logger.info("%s cannot be read: %r", run, error)
+def _is_row(row: Any) -> bool:
+    """Whether it is a `Glance` without its path, as JSON gives it back."""
+    hints = typing.get_type_hints(Glance)
+    return (
+        isinstance(row, dict)
+        and row.keys() == hints.keys() - {"path"}
+        and all(_is_cell(value, hints[name]) for name, value in row.items())
+    )
+
+
+def _is_cell(value: Any, hint: Any) -> bool:
+    if hint == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    kinds = {float: (int, float), int: (int,), str: (str,), type(None): (type(None),)}
+    return isinstance(
+        value, tuple(kind for part in typing.get_args(hint) or (hint,) for kind in kinds.get(part, (str,)))
+    )
 
 
 def _last_written(path: Path) -> float:
     with contextlib.suppress(OSError):
         return (path / "log").stat().st_mtime
     return 0.0
-
-
-def _signature(path: Path) -> tuple[str, int]:
-    """Changes whenever the log grows; and how many bytes it has."""
-    files = [(str(file), file.stat()) for file in sorted((path / "log").rglob("*.jsonl"))]
-    known_by = repr([(name, status.st_size, status.st_mtime_ns) for name, status in files])
-    return hashlib.sha256(known_by.encode()).hexdigest()[:32], sum(status.st_size for _, status in files)
 
 
 def _listen(orders: queue.SimpleQueue[dict[str, Any] | None]) -> None:

@@ -82,7 +82,7 @@ class TensorBoards:
 
         Raises:
             ConfigError: no runs, or a name that is no such path.
-            TrackingError: none of them has a TensorBoard folder.
+            TrackingError: none of them has a TensorBoard folder, or one of these holds a link.
             LaunchError: there are too many servers, or this one does not answer within a minute.
         """
         _check(runs)
@@ -151,12 +151,25 @@ def _check(runs: Mapping[str, Path]) -> None:
                 f"the run's name is {name[:200]!r}",
                 rule="it is a path below a folder of runs, and no other run lies in it",
             )
+    for name, directory in runs.items():
+        _check_files(name, directory / "tensorboard")
     if not any((directory / "tensorboard").is_dir() for directory in runs.values()):
         raise TrackingError(
             f"{', '.join(runs)[:200]}: no folder `tensorboard` in any of them",
             rule="TensorBoard shows the runs' mirrors",
             remedy="`harness sync RUN --tensorboard` makes one from a run's log",
         )
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """TensorBoard follows links and waits for pipes, and it answers over HTTP."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+            raise TrackingError(
+                f"{name[:200]}: {path.relative_to(folder.parent)} is a link, or no regular file",
+                rule="the dashboard shows nothing from outside the folder of runs",
+                remedy="put the file itself there, or start `tensorboard` in a terminal",
+            )
 
 
 def _start(runs: dict[str, Path]) -> _Server:

@@ -6,14 +6,14 @@ and says how many of them were not finite, so that nothing that happened is hidd
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
+from harness.dashboard.checkpoints import checkpoints
 from harness.tracking.digest import Bands, Digest
 from harness.tracking.reader import Event
 
@@ -23,8 +23,9 @@ Axis = Literal["step", "tokens", "hours", "clock"]
 MAX_EVENTS = 500
 MAX_NAMES = 5000
 """Names of metrics sent at once; beyond them the page asks for what it searches."""
+MAX_DETAILS = 40
+MAX_TEXT = 500
 TOKENS = "train/tokens"
-CHECKPOINT = re.compile(r"step-(\d+)")
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,9 +45,9 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "read_frac": digest.read_frac,
         "is_sample": digest.is_sample,
         "num_damaged": digest.num_damaged,
-        "host": digest.info.get("host"),
-        "command": [str(part) for part in digest.info.get("command", [])],
-        "end": digest.end,
+        "host": _cut(digest.info.get("host")),
+        "command": [_words(part) for part in digest.info.get("command", [])[:MAX_DETAILS]],
+        "end": _brief(digest.end) if digest.end is not None else None,
         "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith("layers/")},
         "names": [name for name in names if not name.startswith(("layers/", "ranks/"))][:MAX_NAMES],
         "num_names": len(names),
@@ -65,7 +66,13 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
     return {
         "event_counts": kinds,
         "events": [
-            {"name": e.name, "step": e.step, "time": e.time, "abandoned": e.abandoned, "text": e.text[:500]}
+            {
+                "name": e.name,
+                "step": e.step,
+                "time": e.time,
+                "abandoned": e.abandoned,
+                "text": e.text[:MAX_TEXT],
+            }
             for e in events[-MAX_EVENTS:]
         ],
         "incidents": [
@@ -165,40 +172,46 @@ def _compact(values: Floats) -> npt.NDArray[Any]:
 
 def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
     """What the log says was saved, and what is there of it now."""
-    there = _directories(digest.path / "checkpoints")
+    there = checkpoints(digest.path, within=digest.within)[-MAX_EVENTS:]
     saved = [
         {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
         for e in digest.events("checkpoint")
-        if isinstance(e.details.get("num_steps"), int)
+        if type(e.details.get("num_steps")) is int
     ]
     by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}
-    for num_steps, health in there.items():
-        by_steps.setdefault(num_steps, {"num_steps": num_steps, "time": None})["health"] = health
+    for one in there:
+        known = by_steps.setdefault(one.step, {"num_steps": one.step, "time": None})
+        known["health"] = "healthy" if one.healthy else "pending"
     return [by_steps[num_steps] for num_steps in sorted(by_steps)][-MAX_EVENTS:]
 
 
-def _directories(folder: Path) -> dict[int, str]:
-    """Committed checkpoints by their number of steps: `healthy`, or `pending` until time has told."""
-    try:
-        paths = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)]
-    except OSError:
-        return {}
-    return {
-        int(path.name.removeprefix("step-")): "healthy" if (path / "healthy").exists() else "pending"
-        for path in paths
-        if (path / "manifest.json").exists()
-    }
-
-
 def _brief(details: dict[str, Any]) -> dict[str, Any]:
-    """An event's details, lists cut to what a table can show."""
+    """An event's details, cut to what a table can show."""
+    shown = list(details.items())[:MAX_DETAILS]
     return {
-        name: [*value[:8], f"and {len(value) - 8} more"]
-        if isinstance(value, list) and len(value) > 9
-        else value
-        for name, value in details.items()
-        if name not in ("time", "attempt", "abandoned")
+        name[:MAX_TEXT]: _cut(value) for name, value in shown if name not in ("time", "attempt", "abandoned")
     }
+
+
+def _cut(value: Any) -> Any:
+    """A value as it is while it is short; of a list the first ones; else its beginning in words."""
+    if isinstance(value, list):
+        few = value if len(value) <= 9 else [*value[:8], f"and {len(value) - 8} more"]
+        return [one if _is_plain(one) else _words(one) for one in few]
+    return value if _is_plain(value) else _words(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, (bool, int, float))
+        or (isinstance(value, str) and len(value) <= MAX_TEXT)
+    )
+
+
+def _words(value: Any) -> str:
+    text = value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def _nested(config: Any, *path: str) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.files import open_file
 from harness.tracking.codec import Record, decode
 from harness.tracking.mirror import scalars_of
 from harness.tracking.segments import Position, segment_name
@@ -44,10 +45,12 @@ class Blocks:
 
     Args:
         log: The log's folder.
+        within: See `harness.files.open_file`.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, within: Path | None = None) -> None:
         self._log = log
+        self._within = within
         self.folders: list[str] = []
         self.blocks: list[Block] = []
         self._held: OrderedDict[Block, dict[tuple[int, str], Series]] = OrderedDict()
@@ -89,7 +92,7 @@ class Blocks:
     def _decoded(self, block: Block) -> dict[tuple[int, str], Series]:
         path = self._log / self.folders[block.folder] / segment_name(block.segment)
         try:
-            with path.open("rb") as file:
+            with open_file(path, within=self._within) as file:
                 file.seek(block.offset)
                 lines = file.read(block.end - block.offset).split(b"\n")
         except OSError:

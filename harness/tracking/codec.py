@@ -22,6 +22,7 @@ from typing import Any
 import orjson
 
 from harness.errors import TrackingError
+from harness.tracking.soundness import MAX_DEPTH, is_sound
 
 __all__ = ["KINDS", "Record", "decode", "encode", "to_plain"]
 
@@ -29,7 +30,6 @@ KINDS = frozenset(
     {"run", "step", "eval", "epoch", "event", "hparams", "rewind", "end"}
     | {"text", "image", "histogram", "graph", "layers", "ranks", "system"}
 )
-MAX_DEPTH = 16
 MAX_ELEMENTS = 65_536
 """Longest list, array or tensor inside a record; what is larger belongs in a file or a histogram."""
 
@@ -69,7 +69,7 @@ def encode(kind: str, values: Mapping[str, Any], *, attempt: int, step: int | No
 
 
 def decode(line: bytes) -> Record | None:
-    """The record of a line, or None if the line is torn or damaged."""
+    """The record of a line, or None if the line is torn, damaged or none of ours; see `soundness`."""
     try:
         fields = orjson.loads(line)
         record = Record(*(fields[name] for name in ("kind", "attempt", "step", "time", "values")))
@@ -80,17 +80,8 @@ def decode(line: bytes) -> Record | None:
             parent[path[-1]] = _NONFINITE[spelling]
     except (ValueError, TypeError, LookupError, AttributeError):
         return None
-    return record if _is_sound(record) else None
-
-
-def _is_sound(record: Record) -> bool:
-    return (
-        isinstance(record.kind, str)
-        and isinstance(record.attempt, int)
-        and isinstance(record.step, int | None)
-        and isinstance(record.time, float | int)
-        and isinstance(record.values, dict)
-    )
+    sound = is_sound(record.kind, record.attempt, record.step, record.time, record.values)
+    return record if sound else None
 
 
 def to_plain(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[list[Any]]]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from harness.config.plain_yaml import plain_yaml_file
+from harness.errors import ConfigError
 from harness.tracking.digest import Digest
 from harness.tracking.reader import Run, open_run
-from harness.tracking.text import number, table
+from harness.tracking.text import damage, number, printable, table
 
 __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
+
+logger = logging.getLogger(__name__)
 
 PARTING_METRIC = "train/loss"
 _OF_THE_MACHINE = ("time/", "speed/", "system/")
@@ -41,22 +45,30 @@ class Comparison:
     """Settings and hyperparameters that differ, by dotted name; None where one has none."""
     metrics: dict[str, tuple[float | None, float | None]]
     """Last values of every metric that either has."""
+    num_damaged: tuple[int, int]
+    """Lines of each log that are no records."""
     partings: list[Parting]
     """For each metric of the steps that both have, the earliest first."""
 
 
-def compare_runs(a: str | Path, b: str | Path) -> Comparison:
+def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) -> Comparison:
     """Compares two runs' timelines.
+
+    Args:
+        a: A run's directory.
+        b: Another one's.
+        within: See `harness.files.open_file`.
 
     Raises:
         TrackingError: one of them is no run.
     """
-    first, second = open_run(a), open_run(b)
+    first, second = open_run(a, within=within), open_run(b, within=within)
     ours, theirs = settings_of(first), settings_of(second)
     metrics = sorted(set(first.names()) | set(second.names()))
     partings = [_parting(first, second, name) for name in metrics if not name.startswith(_OF_THE_MACHINE)]
     return Comparison(
         names=(_name(first), _name(second)),
+        num_damaged=(first.num_damaged, second.num_damaged),
         settings={
             name: (ours.get(name), theirs.get(name))
             for name in sorted(set(ours) | set(theirs))
@@ -73,21 +85,32 @@ def compare_text(a: str | Path, b: str | Path) -> str:
     """The comparison in words and tables. For `harness compare`."""
     comparison = compare_runs(a, b)
     heads = list(comparison.names)
+    damaged = zip(comparison.names, comparison.num_damaged, strict=True)
     settings = [[name, str(x), str(y)] for name, (x, y) in comparison.settings.items()]
     metrics = [[name, number(x), number(y), _difference(x, y)] for name, (x, y) in comparison.metrics.items()]
     parts = [
         table(["setting", *heads], settings) if settings else "the settings are the same",
         table(["last value", *heads, "difference"], metrics) if metrics else "no metrics",
         _partings_text(comparison.partings),
+        *(f"{printable(name)}: {damage(count)}" for name, count in damaged if count),
     ]
     return "\n\n".join(parts)
 
 
 def settings_of(run: Run | Digest) -> dict[str, Any]:
-    """The run's configuration and hyperparameters under dotted names."""
-    path = run.path / "config.yaml"
-    config = yaml.safe_load(path.read_text()) if path.exists() else run.info.get("config")
-    return dict(sorted({**_flat(config or {}, ""), **_flat(run.hparams, "")}.items()))
+    """The run's configuration and hyperparameters under dotted names.
+
+    Where its file `config.yaml` is missing or is no configuration, the log's copy is taken.
+    """
+    try:
+        config = plain_yaml_file(run.path / "config.yaml", within=run.within)
+    except (OSError, ConfigError) as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.info("%s", error)
+        config = None
+    if not isinstance(config, dict):
+        config = run.info.get("config") or {}
+    return dict(sorted({**_flat(config, ""), **_flat(run.hparams, "")}.items()))
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ somebody looks closely, the steps themselves are read from the log again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from harness.files import file_status, open_file
 from harness.tracking.blocks import CLOCK, SYSTEM, Block, Blocks, measured
 from harness.tracking.codec import Record, decode
 from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, Position, segment_name, segments
+from harness.tracking.segments import Follower, Position, node_folders, segment_name, segments
 from harness.tracking.series import Layers, last_of_each_step
 from harness.tracking.timeline import Timeline, line_of
 from harness.tracking.traces import (
@@ -37,7 +39,7 @@ from harness.tracking.traces import (
     visible,
 )
 
-__all__ = ["Bands", "Digest"]
+__all__ = ["Bands", "Digest", "log_signature"]
 
 READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
@@ -75,14 +77,14 @@ class Digest(Timeline):
 
     is_sample = False
 
-    def __init__(self, run_dir: str | Path) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
+        super().__init__(run_dir, within=within)
         self.read_frac = 0.0
         self.num_bytes = 0
         self._head = b""
         self._followers: dict[str, Follower] = {}
         self._traces: dict[str, Trace] = {}
-        self._blocks = Blocks(log_dir(run_dir))
+        self._blocks = Blocks(log_dir(run_dir), within=within)
         self._last_steps: dict[int, int] = {}
         self._ranks: Record | None = None
 
@@ -92,7 +94,7 @@ class Digest(Timeline):
         self._begin_anew_if_replaced()
         is_complete = True
         for folder in self._folders():
-            follower = self._followers.setdefault(folder, Follower(log_dir(self.path) / folder))
+            follower = self._followers.setdefault(folder, self._follower(folder, Position()))
             while records := follower.read(READ_BYTES):
                 self._take(records, self._blocks.note(folder, follower.began, follower.position))
                 if time.monotonic() > deadline:
@@ -105,6 +107,10 @@ class Digest(Timeline):
     def bytes_behind(self) -> int:
         """How much of the log there is still to read."""
         return sum(size for _, size in self._unread())
+
+    def log_bytes(self) -> int:
+        """Size of the whole log."""
+        return sum(size for size, _ in self._unread())
 
     @property
     def num_damaged(self) -> int:
@@ -211,10 +217,10 @@ class Digest(Timeline):
             folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
         }
         is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
-        if not is_whole or not _head(self.path).startswith(self._head) or not self._holds(places):
+        if not is_whole or not self._read_head().startswith(self._head) or not self._holds(places):
             return False
         for folder, (position, num_damaged) in places.items():
-            self._followers[folder] = Follower(log_dir(self.path) / folder, position)
+            self._followers[folder] = self._follower(folder, position)
             self._followers[folder].num_damaged = num_damaged
         self._blocks.folders = about["folders"]
         self._blocks.blocks = [Block(*block) for block in about["blocks"]]
@@ -232,8 +238,8 @@ class Digest(Timeline):
     def _holds(self, places: Mapping[str, tuple[Position, int]]) -> bool:
         """Whether the log reaches as far as it did."""
         for folder, (position, _) in places.items():
-            path = log_dir(self.path) / folder / segment_name(position.segment)
-            if position.offset and (not path.exists() or path.stat().st_size < position.offset):
+            sizes = {path.name: size for path, size in self._segments(folder)}
+            if sizes.get(segment_name(position.segment), 0) < position.offset:
                 return False
         return True
 
@@ -314,16 +320,23 @@ class Digest(Timeline):
             dated["first_step"] = dated["last_step"] = clock["first_step"][newest.clip(0)]
         return dated
 
+    def _follower(self, folder: str, position: Position) -> Follower:
+        return Follower(log_dir(self.path) / folder, position, within=self.within)
+
     def _folders(self) -> list[str]:
-        nodes = log_dir(self.path).glob("nodes/*")
-        return [".", *sorted(f"nodes/{node.name}" for node in nodes)]
+        return node_folders(log_dir(self.path), within=self.within)
+
+    def _segments(self, folder: str) -> list[tuple[Path, int]]:
+        """The segments of a folder and their sizes in bytes."""
+        paths = segments(log_dir(self.path) / folder, within=self.within)
+        return [(path, file_status(path, within=self.within).st_size) for path in paths]
 
     def _unread(self) -> Iterator[tuple[int, int]]:
         """Size of every segment, and how much of it is still to be read."""
         for folder in self._folders():
             place = self._followers[folder].position if folder in self._followers else Position()
-            for path in segments(log_dir(self.path) / folder):
-                number, size = int(path.stem), path.stat().st_size
+            for path, size in self._segments(folder):
+                number = int(path.stem)
                 read = size if number < place.segment else place.offset if number == place.segment else 0
                 yield size, max(0, size - read)
 
@@ -336,23 +349,35 @@ class Digest(Timeline):
 
     def _begin_anew_if_replaced(self) -> None:
         """A run may have been deleted, and another begun under its name."""
-        head = _head(self.path)
+        head = self._read_head()
         if self._head and not head.startswith(self._head):
-            type(self).__init__(self, self.path)
+            type(self).__init__(self, self.path, within=self.within)
         if len(self._head) < HEAD_BYTES:
             self._head = head
+
+    def _read_head(self) -> bytes:
+        """The beginning of the log, by which it is known."""
+        for path in segments(log_dir(self.path), within=self.within)[:1]:
+            with contextlib.suppress(OSError), open_file(path, within=self.within) as file:
+                return file.read(HEAD_BYTES)
+        return b""
 
 
 _NO_STEPS = np.empty(0, dtype=np.int64)
 _NO_ENTRIES = np.empty(0, dtype=ENTRY)
 
 
-def _head(run_dir: Path) -> bytes:
-    """The beginning of the log, by which it is known."""
-    for path in segments(log_dir(run_dir))[:1]:
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            return file.read(HEAD_BYTES)
-    return b""
+def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, int]:
+    """Something that changes whenever the log grows, and how many bytes it has."""
+    log = log_dir(run_dir)
+    files = [
+        (str(path), file_status(path, within=within))
+        for folder in node_folders(log, within=within)
+        for path in segments(log / folder, within=within)
+    ]
+    known_by = repr([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    num_bytes = sum(status.st_size for _, status in files)
+    return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:32], num_bytes
 
 
 def _most(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator
@@ -43,12 +44,14 @@ def export_run(
     target = Path(path) if path is not None else run.path / f"export.{format}"
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](run, unfinished)
         unfinished.replace(target)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return target
 
 

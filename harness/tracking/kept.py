@@ -1,7 +1,7 @@
 """Digests kept in files, so that a long log is read once and not again at every start.
 
-A file is a line that names the format, the length of what follows, JSON, and the entries of all traces. It
-is only a shortcut: one that is missing, damaged or of another log is made anew.
+A file is a line that names the format, a checksum of the rest, the length of what follows, JSON, and the
+entries of all traces. It is only a shortcut: one that is missing, damaged or of another log is made anew.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import hashlib
 import logging
 import os
 import struct
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from harness.files import read_file
 from harness.tracking.digest import Digest
 from harness.tracking.traces import ENTRY
 
@@ -22,8 +25,10 @@ __all__ = ["keep", "kept_path", "restored"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"harness digest 1\n"
-_LENGTH = struct.Struct("<Q")
+_FORMAT = b"harness digest 2\n"
+_HEAD = struct.Struct("<IQ")
+"""CRC-32 of what follows it, and the length of the JSON."""
+LONGEST_BYTES = 2 << 30
 
 
 def kept_path(folder: Path, run: str) -> Path:
@@ -39,9 +44,12 @@ def keep(digest: Digest, path: Path) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            file.write(_FORMAT + _LENGTH.pack(len(header)) + header)
-            for entries in arrays:
-                file.write(np.ascontiguousarray(entries).data)
+            parts = [
+                memoryview(header),
+                *(np.ascontiguousarray(entries).data.cast("B") for entries in arrays),
+            ]
+            file.write(_FORMAT + _HEAD.pack(_checksum(parts), len(header)))
+            file.writelines(parts)
         unfinished.replace(path)
     except OSError as error:
         logger.info("no digest of %s is kept: %s", digest.path, error)
@@ -50,19 +58,35 @@ def keep(digest: Digest, path: Path) -> bool:
     return True
 
 
-def restored(run_dir: Path, path: Path) -> Digest | None:
-    """The digest as it was kept, to be refreshed; None if there is none of this log."""
+def restored(run_dir: Path, path: Path, *, within: Path | None = None) -> Digest | None:
+    """The digest as it was kept, to be refreshed; None if there is none of this log.
+
+    Args:
+        run_dir: The run's directory.
+        path: The file; its folder is the dashboard's own.
+        within: Below which no link is followed in the run's directory; see `harness.files.open_file`.
+    """
     try:
-        data = path.read_bytes()
+        data = read_file(path, most_bytes=LONGEST_BYTES, within=path.parent)
     except OSError:
         return None
-    digest = Digest(run_dir)
+    digest = Digest(run_dir, within=within)
     try:
         if not data.startswith(_FORMAT):
             return None
-        begin = len(_FORMAT) + _LENGTH.size
-        end = begin + _LENGTH.unpack_from(data, len(_FORMAT))[0]
+        begin = len(_FORMAT) + _HEAD.size
+        checksum, length = _HEAD.unpack_from(data, len(_FORMAT))
+        if _checksum([memoryview(data)[begin:]]) != checksum:
+            return None
+        end = begin + length
         entries = np.frombuffer(data, dtype=ENTRY, offset=end)
         return digest if digest.restore(orjson.loads(data[begin:end]), entries) else None
-    except (ValueError, TypeError, LookupError, AttributeError, struct.error):  # damaged
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, struct.error):  # damaged
         return None
+
+
+def _checksum(parts: Iterable[memoryview]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum

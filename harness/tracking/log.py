@@ -17,11 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import TrackingError
+from harness.files import file_status
 from harness.tracking.codec import KINDS, decode, encode
 from harness.tracking.process import identity
 from harness.tracking.segments import SEGMENT_BYTES, SegmentWriter, segments
 
-__all__ = ["RunLog", "log_dir"]
+__all__ = ["RunLog", "log_dir", "media_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,20 @@ logger = logging.getLogger(__name__)
 def log_dir(run_dir: str | Path) -> Path:
     """Where a run directory keeps its log."""
     return Path(run_dir) / "log"
+
+
+def media_file(run_dir: Path, record: Mapping[str, Any]) -> Path | None:
+    """The file beside the log that an image or a graph lies in; None if there is none in the run's directory.
+
+    The record may be anybody's: no file from elsewhere becomes a part of a mirror.
+    """
+    path: Path = run_dir / record["file"]
+    try:
+        file_status(path, within=run_dir)
+    except (OSError, ValueError) as error:
+        logger.warning("%s names a file that is not there, or not in it: %s", run_dir, error)
+        return None
+    return path
 
 
 class RunLog:

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 import orjson
 
+from harness.files import read_file
 from harness.tracking.codec import Record
 from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, Position
+from harness.tracking.segments import Follower, Position, node_folders
 
 __all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of"]
 
@@ -32,6 +33,7 @@ POLL_S = 2.0
 COMMIT_EVERY_S = 2.0
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
+STATE_BYTES = 16 << 20
 
 
 class Mirror(Protocol):
@@ -165,7 +167,7 @@ class MirrorFollower:
                 self._ended.wait(self._poll_s)
 
     def _take_new(self, mirror: Mirror, followers: dict[str, Follower]) -> int:
-        for folder in [".", *(f"nodes/{path.name}" for path in self._log_dir.glob("nodes/*"))]:
+        for folder in node_folders(self._log_dir):
             if folder not in followers:
                 followers[folder] = Follower(self._log_dir / folder)
         num_taken = 0
@@ -181,11 +183,15 @@ class MirrorFollower:
         return num_taken
 
     def _load(self) -> dict[str, Any]:
+        """What was saved; nothing, so that the mirror is built anew, if that is damaged."""
         try:
-            state: dict[str, Any] = orjson.loads(self._state_path.read_bytes())
-        except (OSError, ValueError):
+            state: dict[str, Any] = orjson.loads(read_file(self._state_path, most_bytes=STATE_BYTES))
+            places = {folder: Position(**place) for folder, place in state["positions"].items()}
+            is_sound = isinstance(state["mirror"], dict) and isinstance(state["end"], dict | None)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
             return {}
-        return state
+        numbers = [number for place in places.values() for number in (place.segment, place.offset)]
+        return state if is_sound and all(type(n) is int and n >= 0 for n in numbers) else {}
 
     def _save(self, mirror: dict[str, Any], followers: dict[str, Follower]) -> None:
         positions = {

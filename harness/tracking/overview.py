@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from harness.errors import TrackingError
+from harness.files import list_folder
 from harness.tracking.digest import Digest
 from harness.tracking.reader import Run, State, is_run, open_run
 from harness.tracking.sample import open_digest
-from harness.tracking.text import age, number, table
+from harness.tracking.text import age, damage, number, printable, table
 
-__all__ = ["Glance", "glance", "glances", "run_paths", "runs_table", "show_run", "summarise"]
+__all__ = [
+    "Glance",
+    "glance",
+    "glances",
+    "no_glance",
+    "run_name",
+    "run_paths",
+    "runs_table",
+    "show_run",
+    "summarise",
+]
 
+logger = logging.getLogger(__name__)
+
+MAX_TAGS = 50
 LOSSES = ("train/loss", "val/loss")
 
 
@@ -27,7 +43,7 @@ class Glance:
     """A run in a few numbers: a row of a table."""
 
     path: Path
-    state: State
+    state: State | Literal["unreadable"]
     attempts: int
     last_step: int | None
     total_steps: int | None
@@ -51,25 +67,38 @@ class Glance:
 def glance(digest: Digest) -> Glance:
     """The run's row."""
     tracking = _section(digest.info.get("config"), "tracking")
+    total_steps = _section(digest.info.get("config"), "loop").get("steps")
+    group, tags, host = tracking.get("group"), tracking.get("tags"), digest.info.get("host")
     return Glance(
         path=digest.path,
         state=digest.state(),
         attempts=len(digest.attempts),
         last_step=digest.last_step,
-        total_steps=_section(digest.info.get("config"), "loop").get("steps"),
+        total_steps=total_steps if type(total_steps) is int and 0 <= total_steps < 2**63 else None,
         loss=digest.last("train/loss"),
         val_loss=digest.last("val/loss"),
         tokens_per_s=digest.last("speed/tokens_per_s"),
         skips=digest.last("guard/skips"),
         num_incidents=len(digest.events("incident")),
-        group=tracking.get("group"),
-        tags=tuple(tracking.get("tags") or ()),
-        host=digest.info.get("host"),
+        group=_word(group) if group is not None else None,
+        tags=tuple(_word(tag) for tag in tags[:MAX_TAGS]) if isinstance(tags, list) else (),
+        host=_word(host) if host is not None else None,
         started=digest.started,
         updated=digest.updated,
         num_damaged=digest.num_damaged,
         read_frac=digest.read_frac,
     )
+
+
+def no_glance(path: Path) -> Glance:
+    """The row of a run of which nothing can be told."""
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(Glance))
+    known = {"path": path, "state": "unreadable", "attempts": 0, "num_incidents": 0, "tags": ()}
+    return Glance(**{**unknown, **known, "num_damaged": 0, "read_frac": 1.0})  # type: ignore[arg-type]
+
+
+def _word(text: object) -> str:
+    return printable(str(text))
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:
@@ -100,19 +129,30 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def run_paths(runs_dir: str | Path) -> list[Path]:
-    """The run directories in a folder and below, in no order; links are not followed."""
-    found, folders = [], [Path(runs_dir)]
+def run_paths(runs_dir: str | Path, *, within: Path | None = None) -> list[Path]:
+    """The run directories in a folder and below, in no order; no link to a folder is followed.
+
+    Args:
+        runs_dir: The folder.
+        within: The same folder where a log that is a link makes no run; see `harness.files.open_file`.
+    """
+    root = Path(runs_dir)
+    found, folders = [], [root]
     while folders:
         folder = folders.pop()
         try:
-            if is_run(folder):
+            if is_run(folder, within=within):
                 found.append(folder)
             else:
-                folders += [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+                folders += [folder / name for name in list_folder(folder, within=root).folders]
         except OSError:  # not ours to read, or gone meanwhile
             continue
     return found
+
+
+def run_name(path: Path, root: Path) -> str:
+    """A run's path below a folder of runs, by which it is known; bytes that are no UTF-8 are spelled out."""
+    return os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
 
 
 def glances(runs_dir: str | Path) -> list[Glance]:
@@ -120,7 +160,15 @@ def glances(runs_dir: str | Path) -> list[Glance]:
     root = Path(runs_dir)
     if not root.is_dir():
         raise TrackingError(f"there is no folder {root}", remedy="name the folder that holds the runs")
-    found = [glance(open_digest(path)) for path in run_paths(root)]
+    found = []
+    for path in run_paths(root):
+        try:
+            found.append(glance(open_digest(path)))
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except Exception as error:  # noqa: BLE001  (one odd run never hides the others)
+            logger.warning("%s cannot be read: %s", printable(str(path)), printable(repr(error)))
+            found.append(no_glance(path))
     return sorted(found, key=lambda one: -(one.updated or 0.0))
 
 
@@ -153,17 +201,18 @@ def _row(one: Glance) -> list[str]:
 
 
 def _heading(run: Run, summary: dict[str, Any]) -> str:
-    host = f" on {run.info['host']}" if "host" in run.info else ""
+    host = f" on {printable(run.info['host'])}" if "host" in run.info else ""
     lines = [
-        f"{summary['name']}: {summary['state']}, {summary['num_steps']} steps in {age(summary['duration_s'])}"
+        f"{printable(summary['name'])}: {summary['state']}, {summary['num_steps']} steps"
+        f" in {age(summary['duration_s'])}"
         f", {summary['attempts']} attempt{'s' if summary['attempts'] != 1 else ''}{host}",
-        f"directory  {run.path}",
+        f"directory  {printable(str(run.path), longest=1000)}",
     ]
     command = " ".join(map(str, run.info.get("command", [])))
     if command:
-        lines.append(f"command    {command}")
+        lines.append(f"command    {printable(command, longest=1000)}")
     if run.num_damaged:
-        lines.append(f"damaged    {run.num_damaged} lines of the log cannot be read and are left out")
+        lines.append(f"damaged    {damage(run.num_damaged)}")
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def draw_layers(run: Run, statistic: str = "grad_norm") -> Figure | None:
     axis.set_facecolor("black")
     axis.set_xlabel("step", color=FAINT)
     names = layers.names if len(layers.names) <= MAX_ROWS else []
-    axis.set_yticks(np.arange(len(names)) + 0.5, [name[-48:] for name in names], fontsize=7)
+    axis.set_yticks(np.arange(len(names)) + 0.5, [name[-48:] for name in names], fontsize=7, parse_math=False)
     axis.tick_params(colors=FAINT, length=0)
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axis, pad=0.01, fraction=0.03)

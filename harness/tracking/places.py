@@ -11,8 +11,9 @@ from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.log import log_dir
 from harness.tracking.names import folder_name
 from harness.tracking.reader import is_run, open_run
+from harness.tracking.sample import open_digest
 
-__all__ = ["RunPlace", "find_place"]
+__all__ = ["RunPlace", "checkpoints_of", "find_place"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +81,25 @@ def _resumed(config: ExperimentConfig, runs: Path) -> str:
             remedy=f"`harness runs {runs}` lists what there is; resume_run=False starts a new one",
         )
     return found[0].name
+
+
+def checkpoints_of(run_dir: Path) -> Path:
+    """The folder of a run's checkpoints, which need not exist: in its directory, or where its log says.
+
+    An `ExperimentTracker` keeps them in `model_save_dir`, beside the folder of runs unless it was set. A run
+    that was moved or copied together with that folder is found there.
+    """
+    own = run_dir / "checkpoints"
+    if own.is_dir() or not is_run(run_dir):
+        return own
+    info = open_digest(run_dir).info
+    config = info.get("config") or {}
+    run = run_dir.resolve()
+    named = [Path(info["checkpoint_dir"])] if "checkpoint_dir" in info else []
+    if isinstance(config.get("model_save_dir"), str):
+        # Relative to where the program ran, which is usually where its folder of runs lies.
+        named += [folder / config["model_save_dir"] / run.name for folder in (run.parents[1], Path.cwd())]
+    return next((path for path in named if path.is_dir()), own)
 
 
 def _experiment(info: dict[str, object]) -> object:

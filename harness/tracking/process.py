@@ -58,5 +58,5 @@ def lives(pid: int, start: float) -> bool:
         # have been set since, so it is not compared to the last digit.
         same = abs(process.create_time() - start) < CLOCK_SLACK_S
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, ValueError):
+    except (psutil.Error, ValueError, OverflowError):  # OverflowError: a number that no process has
         return False

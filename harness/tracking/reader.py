@@ -21,14 +21,14 @@ import numpy as np
 from harness.errors import TrackingError
 from harness.tracking.codec import Record
 from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, segments
+from harness.tracking.segments import Follower, node_folders, segments
 from harness.tracking.series import Layers, Series, joined, last_of_each_step
 from harness.tracking.timeline import SCALAR_KINDS, Event, State, Timeline
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Event", "Layers", "Run", "Series", "State", "is_run", "open_run"]
+__all__ = ["Event", "Layers", "Run", "Series", "State", "is_run", "open_run", "unreadable"]
 
 _KEPT_KINDS = frozenset({"text", "image", "histogram", "graph", "layers", "ranks"})
 
@@ -74,24 +74,36 @@ class _Attempt:
         return points.at(last_of_each_step(points.steps, points.steps < before))
 
 
-def open_run(run_dir: str | Path) -> Run:
+def open_run(run_dir: str | Path, *, within: Path | None = None) -> Run:
     """Reads the log of a run directory.
 
+    Args:
+        run_dir: The run's directory.
+        within: A folder above it, below which no link is followed; None: links are followed.
+
     Raises:
-        TrackingError: there is no log in it.
+        TrackingError: there is no log in it, or it cannot be read.
     """
-    if not is_run(run_dir):
-        raise TrackingError(
-            f"{run_dir} is not a run",
-            rule="a run directory holds a folder `log`",
-            remedy="`harness runs` lists the runs that there are",
-        )
-    return Run(run_dir)
+    try:
+        if is_run(run_dir, within=within):
+            return Run(run_dir, within=within)
+    except OSError as error:
+        raise unreadable(run_dir, error) from error
+    raise TrackingError(
+        f"{run_dir} is not a run",
+        rule="a run directory holds a folder `log`",
+        remedy="`harness runs` lists the runs that there are",
+    )
 
 
-def is_run(run_dir: str | Path) -> bool:
+def is_run(run_dir: str | Path, *, within: Path | None = None) -> bool:
     """Whether the directory holds a log."""
-    return bool(segments(log_dir(run_dir)))
+    return bool(segments(log_dir(run_dir), within=within))
+
+
+def unreadable(run_dir: str | Path, error: OSError) -> TrackingError:
+    """What to say when the disk fails, or a run is removed while it is read."""
+    return TrackingError(f"the log of {run_dir} cannot be read: {error.strerror or error}")
 
 
 class Run(Timeline):
@@ -103,19 +115,20 @@ class Run(Timeline):
         num_damaged: Complete lines that are no records; a healthy log has none.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
+        super().__init__(run_dir, within=within)
         self.records: dict[str, list[Record]] = {}
         self._attempts: dict[int, _Attempt] = {}
         self._system = _Attempt(0)
-        self._followers = {log_dir(run_dir): Follower(log_dir(run_dir))}
+        self._followers: dict[str, Follower] = {}
         self.refresh()
 
     def refresh(self) -> int:
         """Reads what is new and returns the number of records; cheap when there are none."""
-        for node in log_dir(self.path).glob("nodes/*"):
-            if node not in self._followers:
-                self._followers[node] = Follower(node)
+        for folder in node_folders(log_dir(self.path), within=self.within):
+            if folder not in self._followers:
+                path = log_dir(self.path) / folder
+                self._followers[folder] = Follower(path, within=self.within)
         num_new = 0
         for follower in self._followers.values():
             while records := follower.read():

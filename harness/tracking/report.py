@@ -6,9 +6,12 @@ import base64
 import html
 import io
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from harness.errors import TrackingError
 from harness.tracking.compare import settings_of
@@ -16,7 +19,7 @@ from harness.tracking.overview import summarise
 from harness.tracking.panels import draw_layers, draw_metrics, draw_ranks
 from harness.tracking.plots import draw_run
 from harness.tracking.reader import Event, Run, open_run
-from harness.tracking.text import age, number, printable
+from harness.tracking.text import age, damage, number, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,14 +90,18 @@ def report_html(run: Run) -> str:
     sections = [
         _headline(run, name),
         _section(
-            "Training", _picture(draw_run(run), "Loss, gradient norm, learning rate, non-finite values")
+            "Training",
+            _picture(lambda: draw_run(run), "Loss, gradient norm, learning rate, non-finite values"),
         ),
         _section("Incidents and other events", _events(run.events())),
-        _section("Layers", _picture(draw_layers(run), "Gradient norm of every parameter over the steps")),
-        _section("Ranks", _picture(draw_ranks(run), "Least, mean and greatest over the ranks")),
-        _section("Speed", _picture(draw_metrics(run, SPEED, by_time=False), "Speed over the steps")),
         _section(
-            "Machine", _picture(draw_metrics(run, MACHINE, by_time=True), "Use of the machine over time")
+            "Layers", _picture(lambda: draw_layers(run), "Gradient norm of every parameter over the steps")
+        ),
+        _section("Ranks", _picture(lambda: draw_ranks(run), "Least, mean and greatest over the ranks")),
+        _section("Speed", _picture(lambda: draw_metrics(run, SPEED, by_time=False), "Speed over the steps")),
+        _section(
+            "Machine",
+            _picture(lambda: draw_metrics(run, MACHINE, by_time=True), "Use of the machine over time"),
         ),
         _section("Last values", _table(["metric", "value"], _last_values(run))),
         _section("Configuration", _table(["setting", "value"], _settings(run))),
@@ -131,10 +138,11 @@ def _headline(run: Run, name: str) -> str:
         f"started {started}",
         str(run.info.get("host", "")),
         " ".join(map(str, run.info.get("command", []))),
+        damage(run.num_damaged) if run.num_damaged else "",
     ]
     return (
         f'<h1>{html.escape(name)}<span class="state {run.state()}">{run.state()}</span></h1>'
-        f'<div class="about">{html.escape(" · ".join(part for part in about if part))}</div>'
+        f'<div class="about">{_cell(" · ".join(part for part in about if part))}</div>'
         f'<div class="numbers">{boxes}</div>\n'
     )
 
@@ -143,12 +151,23 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n{content}\n" if content else ""
 
 
-def _picture(figure: Figure | None, description: str) -> str:
-    """Inside an `img`, so that the names within one picture cannot meet those of another."""
-    if figure is None:
-        return ""
+def _picture(draw: Callable[[], Figure | None], description: str) -> str:
+    """Inside an `img`, so that the names within one picture cannot meet those of another.
+
+    Numbers may be anything, and near the end of their range matplotlib fails in many ways: that costs one
+    picture.
+    """
     file = io.BytesIO()
-    figure.savefig(file, format="svg")
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            figure = draw()
+            if figure is None:
+                return ""
+            figure.savefig(file, format="svg")
+    except Exception as error:  # noqa: BLE001  (said in the report)
+        reason = printable(f"{type(error).__name__}: {error}")
+        return f'<p class="about">This picture cannot be drawn ({html.escape(reason)}).</p>'
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}">'
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from harness.files import open_file
 from harness.tracking.codec import Record, decode
 from harness.tracking.digest import Digest
 from harness.tracking.kept import restored
-from harness.tracking.log import log_dir
-from harness.tracking.segments import segments
+from harness.tracking.segments import LONGEST_LINE_BYTES
 from harness.tracking.traces import Entries
 
 __all__ = ["LONG_BYTES", "open_digest", "sample"]
@@ -25,7 +25,13 @@ HEAD_LINES = 20
 TAIL_BYTES = 256 << 10
 
 
-def sample(run_dir: str | Path, *, num_places: int = NUM_PLACES, tail_bytes: int = TAIL_BYTES) -> Digest:
+def sample(
+    run_dir: str | Path,
+    *,
+    num_places: int = NUM_PLACES,
+    tail_bytes: int = TAIL_BYTES,
+    within: Path | None = None,
+) -> Digest:
     """A digest of records from evenly spaced places, and of the newest ones; takes a fraction of a second.
 
     Spikes and events between those places are missing: `is_sample` says so.
@@ -33,19 +39,22 @@ def sample(run_dir: str | Path, *, num_places: int = NUM_PLACES, tail_bytes: int
     Args:
         num_places: From how many places between the first records and the newest.
         tail_bytes: How much of the log's end is read.
+        within: See `harness.files.open_file`.
     """
-    return _Sample(run_dir, num_places, tail_bytes)
+    return _Sample(run_dir, num_places, tail_bytes, within)
 
 
-def open_digest(run_dir: str | Path, *, kept: Path | None = None) -> Digest:
+def open_digest(run_dir: str | Path, *, kept: Path | None = None, within: Path | None = None) -> Digest:
     """The run's digest, read to the end of its log; of a log with more than `LONG_BYTES` to read a sample.
 
     Args:
         kept: File in which an earlier reading may have been kept; see `kept.keep`.
+        within: See `harness.files.open_file`.
     """
-    digest = (restored(Path(run_dir), kept) if kept is not None else None) or Digest(run_dir)
+    earlier = restored(Path(run_dir), kept, within=within) if kept is not None else None
+    digest = earlier or Digest(run_dir, within=within)
     if digest.bytes_behind() > LONG_BYTES:
-        return sample(run_dir)
+        return sample(run_dir, within=within)
     digest.refresh()
     return digest
 
@@ -53,18 +62,19 @@ def open_digest(run_dir: str | Path, *, kept: Path | None = None) -> Digest:
 class _Sample(Digest):
     is_sample = True
 
-    def __init__(self, run_dir: str | Path, num_places: int, tail_bytes: int) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run_dir: str | Path, num_places: int, tail_bytes: int, within: Path | None) -> None:
+        super().__init__(run_dir, within=within)
         records: list[Record] = []
         num_bytes = total = 0
         for folder in self._folders():
-            paths = segments(log_dir(run_dir) / folder)
-            sizes = [path.stat().st_size for path in paths]
-            total += sum(sizes)
-            for path, size in zip(paths, sizes, strict=True):
-                every = max(1, sum(sizes) // num_places) if num_places else size
-                end = size - tail_bytes if path == paths[-1] else size
-                for line in _lines(path, every=every, middle_ends=end, has_tail=path == paths[-1]):
+            parts = self._segments(folder)
+            whole = sum(size for _, size in parts)
+            total += whole
+            for path, size in parts:
+                is_last = path == parts[-1][0]
+                every = max(1, whole // num_places if num_places else size)
+                end = size - tail_bytes if is_last else size
+                for line in self._lines(path, every=every, middle_ends=end, has_tail=is_last):
                     num_bytes += len(line)
                     record = decode(line)
                     if record is not None:
@@ -84,27 +94,26 @@ class _Sample(Digest):
     def _is_near(self, entries: Entries) -> bool:
         return False  # where the records lie is not kept
 
-
-def _lines(path: Path, *, every: int, middle_ends: int, has_tail: bool) -> Iterator[bytes]:
-    """Whole lines of a segment: the first ones, some at each place, and all after the middle's end."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        yield from _some(file, HEAD_LINES)
-        for place in range(every, middle_ends, every):
-            if place > file.tell():
-                file.seek(place)
-                file.readline()
-                if file.tell() < middle_ends:
-                    yield from _some(file, LINES_PER_PLACE)
-        if has_tail:
-            if middle_ends > file.tell():
-                file.seek(middle_ends)
-                file.readline()
-            yield from iter(lambda: next(_some(file, 1), b""), b"")
+    def _lines(self, path: Path, *, every: int, middle_ends: int, has_tail: bool) -> Iterator[bytes]:
+        """Whole lines of a segment: the first ones, some at each place, and all after the middle's end."""
+        with contextlib.suppress(OSError), open_file(path, within=self.within) as file:
+            yield from _some(file, HEAD_LINES)
+            for place in range(every, middle_ends, every):
+                if place > file.tell():
+                    file.seek(place)
+                    file.readline(LONGEST_LINE_BYTES)
+                    if file.tell() < middle_ends:
+                        yield from _some(file, LINES_PER_PLACE)
+            if has_tail:
+                if middle_ends > file.tell():
+                    file.seek(middle_ends)
+                    file.readline(LONGEST_LINE_BYTES)
+                yield from iter(lambda: next(_some(file, 1), b""), b"")
 
 
 def _some(file: BinaryIO, most: int) -> Iterator[bytes]:
     for _ in range(most):
-        line = file.readline()
+        line = file.readline(LONGEST_LINE_BYTES)
         if not line.endswith(b"\n"):
             return
         yield line

@@ -10,13 +10,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import time
 from collections import deque
 from pathlib import Path
 
+from harness.files import list_folder, open_file
 from harness.tracking.codec import Record, decode
 
-__all__ = ["Follower", "Position", "SegmentWriter", "segment_name", "segments"]
+__all__ = [
+    "LONGEST_LINE_BYTES",
+    "Follower",
+    "Position",
+    "SegmentWriter",
+    "node_folders",
+    "segment_name",
+    "segments",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +35,9 @@ BACKLOG_BYTES = 64 << 20
 """Lines kept in memory while the disk refuses them."""
 RETRY_S = 1.0
 READ_BYTES = 1 << 20
+LONGEST_LINE_BYTES = 64 << 20
+"""What goes on for longer without a newline is no record."""
+_SEGMENT = re.compile(r"[0-9]{8,15}\.jsonl")
 
 
 def segment_name(number: int) -> str:
@@ -32,9 +45,21 @@ def segment_name(number: int) -> str:
     return f"{number:08d}.jsonl"
 
 
-def segments(folder: Path) -> list[Path]:
-    """The folder's segments in the order of writing."""
-    return sorted(p for p in folder.glob("*.jsonl") if p.stem.isdecimal())
+def segments(folder: Path, *, within: Path | None = None) -> list[Path]:
+    """The folder's segments in the order of writing; regular files only.
+
+    Args:
+        folder: Of segments; there need be none.
+        within: See `harness.files.open_file`.
+    """
+    names = [name for name in list_folder(folder, within=within).files if _SEGMENT.fullmatch(name)]
+    return [folder / name for name in sorted(names, key=lambda name: int(name.partition(".")[0]))]
+
+
+def node_folders(log: Path, *, within: Path | None = None) -> list[str]:
+    """The folders of a log: its own, and those of side processes, which have logs of their own."""
+    nodes = list_folder(log / "nodes", within=within).folders
+    return [".", *(f"nodes/{name}" for name in nodes if name.isprintable())]
 
 
 class SegmentWriter:
@@ -151,38 +176,50 @@ class Position:
 
 
 class Follower:
-    """Reads complete lines from where it stands; an unfinished last line is left for the next call."""
+    """Reads complete lines from where it stands; an unfinished last line is left for the next call.
 
-    def __init__(self, folder: Path, position: Position = Position()) -> None:
+    Args:
+        folder: Of segments.
+        position: Where to begin.
+        within: See `harness.files.open_file`.
+    """
+
+    def __init__(self, folder: Path, position: Position = Position(), *, within: Path | None = None) -> None:
         self.folder = folder
+        self._within = within
         self.position = position
         self.began = position
         """Where the records that were read last begin."""
         self.num_damaged = 0
 
     def read(self, max_bytes: int = READ_BYTES) -> list[Record]:
-        """The next records, about `max_bytes` of them; none if there is nothing new."""
-        for path in segments(self.folder):
+        """The next records, about `max_bytes` of them; none if there is nothing new.
+
+        Raises:
+            OSError: the disk fails, or the log has just been removed.
+        """
+        for path in segments(self.folder, within=self._within):
             number = int(path.stem)
             if number < self.position.segment:
                 continue
             if number > self.position.segment:
                 self.position = Position(number)
-            records = self._read_lines(path, max_bytes)
-            if records:
-                return records
+            while lines := self._read_lines(path, max_bytes):
+                records = [record for record in map(decode, lines) if record is not None]
+                self.num_damaged += len(lines) - len(records)
+                if records:
+                    return records
         return []
 
-    def _read_lines(self, path: Path, max_bytes: int) -> list[Record]:
-        with path.open("rb") as file:
+    def _read_lines(self, path: Path, max_bytes: int) -> list[bytes]:
+        """The next complete lines of a segment; none at its end."""
+        with open_file(path, within=self._within) as file:
             file.seek(self.position.offset)
             data = file.read(max_bytes)
             if data and b"\n" not in data:  # one long line, or a torn one
-                data += file.readline()
-        complete = data[: data.rfind(b"\n") + 1]
+                data += file.readline(LONGEST_LINE_BYTES)
+        is_endless = b"\n" not in data and len(data) > LONGEST_LINE_BYTES
+        complete = data if is_endless else data[: data.rfind(b"\n") + 1]
         self.began = self.position
         self.position = dataclasses.replace(self.position, offset=self.position.offset + len(complete))
-        lines = complete.split(b"\n")[:-1]
-        records = [record for record in map(decode, lines) if record is not None]
-        self.num_damaged += len(lines) - len(records)
-        return records
+        return complete.removesuffix(b"\n").split(b"\n") if complete else []

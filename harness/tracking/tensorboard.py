@@ -7,6 +7,7 @@ cuts off what was written after the last commit and goes on from there.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +22,12 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
 from harness.tracking.codec import Record
+from harness.tracking.log import media_file
 from harness.tracking.mirror import StartAgain, scalars_of
 
 __all__ = ["TensorBoardMirror", "trace_graph"]
+
+_FILE = re.compile(r"events\.out\.tfevents\.[0-9]+\.harness")
 
 
 class TensorBoardMirror:
@@ -43,6 +47,8 @@ class TensorBoardMirror:
         self._run_dir = run_dir
         self._folder = folder
         self._waiting: list[bytes] = []
+        if state and not _is_sound(state):
+            raise StartAgain
         self._attempt: int | None = state.get("attempt")
         self._step: int = state.get("step", 0)
         self._path: Path | None = folder / state["file"] if "file" in state else None
@@ -69,9 +75,8 @@ class TensorBoardMirror:
         _show(record, event.summary, self._run_dir)
         if event.summary.value:
             self._write(event)
-        if record.kind == "graph":
-            graph = (self._run_dir / record.values["file"]).read_bytes()
-            self._write(Event(wall_time=record.time, graph_def=graph))
+        if record.kind == "graph" and (path := media_file(self._run_dir, record.values)) is not None:
+            self._write(Event(wall_time=record.time, graph_def=path.read_bytes()))
 
     def commit(self) -> dict[str, Any]:
         if self._path is None:
@@ -101,6 +106,16 @@ class TensorBoardMirror:
 
     def _write(self, event: Event) -> None:
         self._waiting.append(_framed(event.SerializeToString()))
+
+
+def _is_sound(state: Mapping[str, Any]) -> bool:
+    """Whether it is what `commit` returned: the file that it names is going to be written."""
+    numbers = [state.get(name, 0) for name in ("size", "step")]
+    return (
+        _FILE.fullmatch(str(state.get("file"))) is not None
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(state.get("attempt"), int | None)
+    )
 
 
 def trace_graph(model: Any, example_input: Any) -> bytes:
@@ -136,7 +151,8 @@ def _show(record: Record, summary: Summary, run_dir: Path) -> None:
     elif record.kind == "histogram":
         summary.value.extend(_histogram(name, value) for name, value in record.values.items())
     elif record.kind == "image":
-        summary.value.extend(_image(name, value, run_dir) for name, value in record.values.items())
+        files = {name: media_file(run_dir, value) for name, value in record.values.items()}
+        summary.value.extend(_image(name, record.values[name], path) for name, path in files.items() if path)
     else:
         for name, number in scalars_of(record).items():
             summary.value.add(tag=name, simple_value=number)
@@ -168,11 +184,11 @@ def _histogram(tag: str, value: Mapping[str, Any]) -> Summary.Value:
     return Summary.Value(tag=tag, histo=proto)
 
 
-def _image(tag: str, value: Mapping[str, Any], run_dir: Path) -> Summary.Value:
+def _image(tag: str, value: Mapping[str, Any], path: Path) -> Summary.Value:
     image = Summary.Image(
         height=value["height"],
         width=value["width"],
         colorspace=value["channels"],
-        encoded_image_string=(run_dir / value["file"]).read_bytes(),
+        encoded_image_string=path.read_bytes(),
     )
     return Summary.Value(tag=tag, image=image)

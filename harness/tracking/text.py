@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["age", "number", "printable", "sparkline", "table"]
+__all__ = ["age", "damage", "number", "printable", "sparkline", "table"]
 
+_NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -46,6 +47,11 @@ def age(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} d"
 
 
+def damage(num_damaged: int) -> str:
+    """What is said of a log in which lines are damaged or foreign."""
+    return f"{num_damaged} lines of the log cannot be read and are left out"
+
+
 def sparkline(values: npt.NDArray[np.float64], width: int) -> str:
     """The curve in one line; each character stands for the mean of its share, `!` for one not finite."""
     if not len(values):
@@ -59,9 +65,12 @@ def sparkline(values: npt.NDArray[np.float64], width: int) -> str:
 
 
 def printable(text: str, longest: int = 120) -> str:
-    """No control characters, which could move a terminal's cursor; one line; not too long."""
-    clean = "".join("�" if unicodedata.category(char).startswith("C") else char for char in text)
-    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
+    """Other people's text, harmless: one line, not too long, and nothing that a terminal would obey.
+
+    No control characters, no marks that turn the direction of writing, no bytes that are no UTF-8.
+    """
+    shown = text if len(text) <= longest else text[: longest - 1] + "…"
+    return "".join("�" if unicodedata.category(char) in _NOT_SHOWN else char for char in shown)
 
 
 def _is_number(cell: str) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 
 from harness.tracking.codec import Record, decode, encode
 from harness.tracking.process import is_alive
+from harness.tracking.soundness import SCALAR_KINDS
 
 __all__ = ["SCALAR_KINDS", "Event", "State", "Timeline", "line_of"]
 
 State = Literal["running", "finished", "crashed", "stopped", "stale"]
 STALE_AFTER_S = 600.0
 """A run that has been silent for so long is not called running any more."""
-SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +45,16 @@ class Timeline:
 
     Attributes:
         path: The run directory.
+        within: A folder below which no link is followed; None: links are.
         info: What the newest attempt's `run` records say: process, host, command, and what the trainer added.
         hparams: All hyperparameters logged, later values over earlier ones.
         started: Time of the first record, in seconds since the epoch; `updated`: of the newest.
         attempt_starts: Time of each attempt's first record.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         self.path = Path(run_dir)
+        self.within = within
         self.info: dict[str, Any] = {}
         self.hparams: dict[str, Any] = {}
         self.started: float | None = None

@@ -378,7 +378,11 @@ class ExperimentTracker:
     def _open(self) -> None:
         config = self.config
         place = self._place
-        info = {"experiment": config.experiment_name, "config": dataclasses.asdict(config)}
+        info = {
+            "experiment": config.experiment_name,
+            "config": dataclasses.asdict(config),
+            "checkpoint_dir": str(place.checkpoint_dir),
+        }
         self._log = RunLog(place.run_dir, info=info)
         self._step = _next_step(place)
         self._settings = _settings(config, place)

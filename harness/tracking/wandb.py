@@ -25,6 +25,7 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.priority import pass_on_to
 from harness.tracking.codec import Record
+from harness.tracking.log import media_file
 from harness.tracking.mirror import StartAgain, scalars_of
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
@@ -123,9 +124,8 @@ class WandbMirror:
         if record.kind == "text":
             return {name: str(text) for name, text in record.values.items()}
         if record.kind == "image":
-            return {
-                name: wandb.Image(str(self._run_dir / image["file"])) for name, image in record.values.items()
-            }
+            files = {name: media_file(self._run_dir, image) for name, image in record.values.items()}
+            return {name: wandb.Image(str(path)) for name, path in files.items() if path is not None}
         if record.kind == "histogram":
             return {
                 name: wandb.Histogram(np_histogram=(np.array(h["counts"]), np.array(h["edges"])))

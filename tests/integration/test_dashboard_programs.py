@@ -16,7 +16,8 @@ import pytest
 from harness.config import TrainConfig
 from harness.config.load import flatten, read_yaml
 from harness.dashboard import programs
-from harness.dashboard.forks import checkpoints, fork
+from harness.dashboard.checkpoints import checkpoints
+from harness.dashboard.forks import fork
 from harness.dashboard.records import Program
 from harness.errors import CheckpointError, ConfigError, TrackingError
 from harness.tracking.process import identity

@@ -1,0 +1,133 @@
+"""What a record has to be like for readers to rely on it: types, ranges and shapes, kind by kind.
+
+Checked once, where a line is decoded, so that whoever reads records need not ask again. A record that another
+program wrote, or that was damaged and is JSON all the same, is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["MAX_DEPTH", "SCALAR_KINDS", "is_sound"]
+
+SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
+MAX_DEPTH = 16
+"""Levels of mappings and lists inside a record's values."""
+LAST_STEP = 2**63 - 1
+LAST_ATTEMPT = 2**31 - 1
+LAST_TIME = 253_402_300_799.0
+"""The end of the year 9999, in seconds since the epoch."""
+
+_OF_SIDE_PROCESSES = frozenset({"system", "event"})
+"""Kinds whose attempt may be -1: a side process knows of none."""
+_FIELDS_OF_RUN: Mapping[str, type | tuple[type, ...]] = {
+    "pid": int,
+    "process_start": (int, float),
+    "machine": str,
+    "host": str,
+    "command": list,
+    "config": dict,
+    "world_size": int,
+    "checkpoint_dir": str,
+}
+
+
+def is_sound(kind: Any, attempt: Any, step: Any, time: Any, values: Any) -> bool:
+    """Whether these are the fields of a record. Of an unknown kind, the common ones."""
+    if not (
+        isinstance(kind, str) and isinstance(values, dict) and _is_whole(attempt, LAST_ATTEMPT, least=-1)
+    ):
+        return False
+    if step is not None and not _is_whole(step, LAST_STEP):
+        return False
+    if not _is_number(time) or not 0 <= time <= LAST_TIME:
+        return False
+    if attempt < 0 and kind not in _OF_SIDE_PROCESSES:
+        return False
+    check: Callable[[dict[str, Any]], bool] = _CHECKS.get(kind, _is_shallow)
+    return check(values)
+
+
+def _is_whole(value: Any, largest: int, *, least: int = 0) -> bool:
+    return type(value) is int and least <= value <= largest
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_shallow(value: Any, depth: int = 0) -> bool:
+    """Whether a value is nested no deeper than a log allows."""
+    if isinstance(value, dict):
+        return depth < MAX_DEPTH and all(_is_shallow(one, depth + 1) for one in value.values())
+    if isinstance(value, list):
+        return depth < MAX_DEPTH and all(_is_shallow(one, depth + 1) for one in value)
+    return True
+
+
+def _anything(values: dict[str, Any]) -> bool:
+    """Of a record of metrics only numbers are read."""
+    return True
+
+
+def _is_run(values: dict[str, Any]) -> bool:
+    typed = all(isinstance(values[name], of) for name, of in _FIELDS_OF_RUN.items() if name in values)
+    return typed and _is_shallow(values)
+
+
+def _is_event(values: dict[str, Any]) -> bool:
+    return isinstance(values.get("name", ""), str) and _is_shallow(values)
+
+
+def _are_layers(values: dict[str, Any]) -> bool:
+    return all(isinstance(row, dict) for row in values.values())
+
+
+def _are_ranks(values: dict[str, Any]) -> bool:
+    return all(
+        isinstance(row, list) and bool(row) and all(isinstance(one, (int, float)) for one in row)
+        for row in values.values()
+    )
+
+
+def _is_rewind(values: dict[str, Any]) -> bool:
+    return _is_whole(values.get("step"), LAST_STEP)
+
+
+def _are_files(values: dict[str, Any]) -> bool:
+    return all(isinstance(one, dict) and isinstance(one.get("file"), str) for one in values.values())
+
+
+def _are_images(values: dict[str, Any]) -> bool:
+    sizes = (one.get(name) for one in values.values() for name in ("height", "width", "channels"))
+    return _are_files(values) and all(_is_whole(size, 2**31 - 1) for size in sizes)
+
+
+def _is_graph(values: dict[str, Any]) -> bool:
+    return isinstance(values.get("file"), str)
+
+
+def _are_histograms(values: dict[str, Any]) -> bool:
+    return all(isinstance(one, dict) and _is_histogram(one) for one in values.values())
+
+
+def _is_histogram(one: dict[str, Any]) -> bool:
+    edges, counts = one.get("edges"), one.get("counts")
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
+        return False
+    numbers = [one.get(name) for name in ("min", "max", "num", "sum", "sum_squares")]
+    return all(map(_is_number, [*edges, *counts, *numbers]))
+
+
+_CHECKS: Mapping[str, Callable[[dict[str, Any]], bool]] = {
+    **dict.fromkeys((*SCALAR_KINDS, "system"), _anything),
+    "run": _is_run,
+    "event": _is_event,
+    "layers": _are_layers,
+    "ranks": _are_ranks,
+    "rewind": _is_rewind,
+    "image": _are_images,
+    "graph": _is_graph,
+    "histogram": _are_histograms,
+}
