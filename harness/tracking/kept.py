@@ -22,7 +22,7 @@ __all__ = ["keep", "kept_path", "restored"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"harness digest 1\n"
+_FORMAT = b"harness digest 2\n"
 _LENGTH = struct.Struct("<Q")
 
 
