@@ -20,7 +20,7 @@ from harness.tracking.timeline import SCALAR_KINDS
 
 __all__ = ["CLOCK", "SYSTEM", "Block", "Blocks", "measured"]
 
-CLOCK = ""
+CLOCK = "\0clock"
 """Name of the metric that tells which step it was when; no user's metric is called so."""
 SYSTEM = -1
 """Stands for the attempt of a node's samples: no rollback replaces them."""
@@ -131,6 +131,6 @@ def _attempt(record: Record) -> int:
 def _row(record: Record, attempt: int, last_steps: dict[int, int]) -> Row:
     if record.kind in SCALAR_KINDS:
         step = record.step if record.step is not None else last_steps.get(attempt, 0)
-        last_steps[attempt] = step
+        last_steps[attempt] = max(step, last_steps.get(attempt, 0))
         return step, record.time, record.values
     return record.step or 0, record.time, scalars_of(record)

@@ -27,7 +27,7 @@ from harness.tracking.codec import Record, decode
 from harness.tracking.log import log_dir
 from harness.tracking.segments import Follower, Position, node_folders, segment_name, segments
 from harness.tracking.series import Layers, last_of_each_step
-from harness.tracking.timeline import Timeline, line_of
+from harness.tracking.timeline import Timeline, line_of, newest_steps
 from harness.tracking.traces import (
     ENTRY,
     Entries,
@@ -131,9 +131,10 @@ class Digest(Timeline):
         """The metric's newest value."""
         if name not in self._traces:
             return None
-        newest = self._traces[name].newest
-        if int(newest["attempt"]) in (SYSTEM, max(self.attempts, default=SYSTEM)):
-            return float(newest["last"])
+        trace = self._traces[name]
+        is_of_newest_attempt = int(trace.newest["attempt"]) == max(self.attempts, default=SYSTEM)
+        if is_of_newest_attempt and trace.newest["last_step"] == trace.last_step:
+            return float(trace.newest["last"])
         shown = self._shown(name)
         return float(shown["last"][-1]) if len(shown) else None
 
@@ -311,13 +312,16 @@ class Digest(Timeline):
 
     def _dated(self, entries: Entries) -> Entries:
         """Samples of a node are taken by time: each gets the step that was the newest at that moment."""
-        if not len(entries) or entries["attempt"][0] != SYSTEM:
-            return entries
+        is_sample = entries["attempt"] == SYSTEM
+        if not is_sample.all():
+            own: Entries = entries[~is_sample]  # somebody's metric may have a sample's name
+            return own
         clock = self._traces[CLOCK].entries if CLOCK in self._traces else _NO_ENTRIES
         dated = entries.copy()
         if len(clock):
             newest = np.searchsorted(np.maximum.accumulate(clock["time"]), entries["time"], side="right") - 1
-            dated["first_step"] = dated["last_step"] = clock["first_step"][newest.clip(0)]
+            steps = newest_steps(clock["first_step"], clock["attempt"], self._first_steps)
+            dated["first_step"] = dated["last_step"] = steps[newest.clip(0)]
         return dated
 
     def _follower(self, folder: str, position: Position) -> Follower:

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from harness.tracking.codec import Record
 from harness.tracking.log import log_dir
 from harness.tracking.segments import Follower, Position, node_folders
 
-__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of"]
+__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of", "shown_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,15 @@ def scalars_of(record: Record) -> dict[str, float]:
             for part, value in _spread(row).items()
         }
     return {}
+
+
+def shown_name(name: str, reserved: re.Pattern[str]) -> str:
+    """The name under which a mirror shows what people have logged: `user/NAME` if it needs NAME itself.
+
+    Different names stay different: of a name that looks like one made here another one is made.
+    """
+    bare = re.sub(r"\A(user/)+", "", name)
+    return f"user/{name}" if reserved.fullmatch(bare) else name
 
 
 def _spread(row: list[float]) -> dict[str, float]:

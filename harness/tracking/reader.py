@@ -5,8 +5,9 @@
     while run.state() == "running":
         run.refresh()
 
-A later attempt replaces what earlier ones logged for its first step and everything after it. Nothing here
-writes, and a log that is being written can be read at any time.
+A rewind abandons what was logged for its step and everything after it; nothing else does. Of a step that was
+logged more than once the later value of each metric holds. Nothing here writes, and a log that is being
+written can be read at any time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from harness.tracking.codec import Record
 from harness.tracking.log import log_dir
 from harness.tracking.segments import Follower, node_folders, segments
 from harness.tracking.series import Layers, Series, joined, last_of_each_step
-from harness.tracking.timeline import SCALAR_KINDS, Event, State, Timeline
+from harness.tracking.timeline import SCALAR_KINDS, Event, State, Timeline, newest_steps
 
 if TYPE_CHECKING:
     import pandas
@@ -47,12 +48,14 @@ class _Attempt:
     def __init__(self, number: int) -> None:
         self.number = number
         self.steps = array("q")
+        self.newest_step = 0
         self.times = array("d")
         self.columns: dict[str, _Column] = {}
 
     def add(self, step: int, time: float, values: dict[str, Any]) -> None:
         row = len(self.steps)
         self.steps.append(step)
+        self.newest_step = max(step, self.newest_step)
         self.times.append(time)
         for name, value in values.items():
             if isinstance(value, (float, int)):
@@ -63,7 +66,7 @@ class _Attempt:
                 column.values.append(value)
 
     def series(self, name: str, before: float) -> Series | None:
-        """The metric's points at steps less than `before`; the last one written of each step."""
+        """The metric's points at steps less than `before`, in the order of writing."""
         column = self.columns.get(name)
         if column is None:
             return None
@@ -71,7 +74,7 @@ class _Attempt:
         points = Series(
             np.array(self.steps, dtype=np.int64)[rows], np.array(column.values), np.array(self.times)[rows]
         )
-        return points.at(last_of_each_step(points.steps, points.steps < before))
+        return points.at(points.steps < before)
 
 
 def open_run(run_dir: str | Path, *, within: Path | None = None) -> Run:
@@ -159,10 +162,11 @@ class Run(Timeline):
             name: As logged, such as `train/loss`.
             attempt: Shows the timeline as it stood in that attempt, before later ones replaced its steps.
         """
-        if name in self._system.columns:
+        if name in self._system.columns and not any(name in a.columns for a in self._attempts.values()):
             return self._system_series(name)
         parts = [part.series(name, before) for part, before in self._visible(attempt)]
-        return joined([part for part in parts if part is not None])
+        points = joined([part for part in parts if part is not None])
+        return points.at(last_of_each_step(points.steps, np.ones(len(points.steps), dtype=np.bool_)))
 
     def last(self, name: str) -> float | None:
         """The metric's newest value."""
@@ -218,7 +222,7 @@ class Run(Timeline):
 
     def _take_scalars(self, record: Record) -> None:
         attempt = self._attempts.setdefault(record.attempt, _Attempt(record.attempt))
-        step = record.step if record.step is not None else (attempt.steps[-1] if attempt.steps else 0)
+        step = record.step if record.step is not None else attempt.newest_step
         attempt.add(step, record.time, record.values)
 
     def _visible(self, until: int | None) -> list[tuple[_Attempt, float]]:
@@ -234,11 +238,20 @@ class Run(Timeline):
         column = self._system.columns[name]
         times = np.array(self._system.times)[np.array(column.rows, dtype=np.int64)]
         order = np.argsort(times, kind="stable")
-        clock = joined([Series(*map(np.array, (a.steps, a.steps, a.times))) for a, _ in self._visible(None)])
-        by_time = np.argsort(clock.times, kind="stable")
-        newest = np.searchsorted(clock.times[by_time], times[order], side="right") - 1
-        steps = clock.steps[by_time][newest.clip(0)] if len(by_time) else np.zeros(len(order), dtype=np.int64)
+        clock = self._clock()
+        newest = np.searchsorted(clock.times, times[order], side="right") - 1
+        steps = clock.steps[newest.clip(0)] if len(clock.steps) else np.zeros(len(order), dtype=np.int64)
         return Series(steps, np.array(column.values)[order], times[order])
+
+    def _clock(self) -> Series:
+        """The newest step at each record's time, ordered by time."""
+        attempts = [self._attempts[number] for number in sorted(self._attempts)]
+        parts = [Series(*map(np.array, (a.steps, [a.number] * len(a.steps), a.times))) for a in attempts]
+        clock = joined(parts)
+        clock = clock.at(np.argsort(clock.times, kind="stable"))
+        return clock._replace(
+            steps=newest_steps(clock.steps, clock.values.astype(np.int64), self._first_steps)
+        )
 
 
 def _number(value: Any) -> float:

@@ -7,6 +7,7 @@ cuts off what was written after the last commit and goes on from there.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -22,12 +23,17 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
 from harness.tracking.codec import Record
-from harness.tracking.log import media_file
-from harness.tracking.mirror import StartAgain, scalars_of
+from harness.tracking.log import log_dir, media_file
+from harness.tracking.mirror import StartAgain, scalars_of, shown_name
+from harness.tracking.segments import Follower
 
 __all__ = ["TensorBoardMirror", "trace_graph"]
 
 _FILE = re.compile(r"events\.out\.tfevents\.[0-9]+\.harness")
+_OWN_KINDS = frozenset({"run", "hparams", "end", "event"})
+"""Records that are shown under names of the mirror's choice."""
+_IS_RESERVED = re.compile(r"run|hparams|end|events/.*", re.DOTALL)
+_KINDS = {**dict.fromkeys(_OWN_KINDS | {"text"}, "text"), "image": "image", "histogram": "histogram"}
 
 
 class TensorBoardMirror:
@@ -49,10 +55,12 @@ class TensorBoardMirror:
         self._waiting: list[bytes] = []
         if state and not _is_sound(state):
             raise StartAgain
-        self._attempt: int | None = state.get("attempt")
         self._step: int = state.get("step", 0)
         self._path: Path | None = folder / state["file"] if "file" in state else None
         self._size: int = state.get("size", 0)
+        self._kinds: dict[str, str] = state.get("kinds", {})
+        self._newest: dict[str, int] = state.get("newest", {})
+        self._cut: dict[str, int] = state.get("cut", {})
         if self._path is None:
             for old in folder.glob("events.out.tfevents.*.harness"):
                 old.unlink()
@@ -65,14 +73,17 @@ class TensorBoardMirror:
             self._write(Event(wall_time=record.time, file_version="brain.Event:2"))
         if record.kind == "rewind":
             self._step = max(0, record.values["step"] - 1)
-            self._begin_attempt(record.attempt, record.values["step"], record.time)
-        elif record.step is not None and record.attempt >= 0:  # no word of a side process
-            if self._attempt is not None and record.attempt > self._attempt:
-                self._begin_attempt(record.attempt, record.step, record.time)
-            self._attempt = record.attempt
-            self._step = record.step
-        event = Event(wall_time=record.time, step=self._step)
+            self._newest = {name: min(step, self._step) for name, step in self._newest.items()}
+            self._forget_from(record.values["step"], record.time)
+        is_dated = record.step is not None and record.attempt >= 0  # no word of a side process
+        if is_dated:
+            self._step = max(self._step, record.step or 0)
+        event = Event(wall_time=record.time, step=record.step if is_dated else self._step)
         _show(record, event.summary, self._run_dir)
+        for value in event.summary.value:
+            if is_dated and record.kind not in _KINDS:
+                self._note_order(value.tag, event.step)
+            value.tag = self._free_tag(value.tag, record.kind)
         if event.summary.value:
             self._write(event)
         if record.kind == "graph" and (path := media_file(self._run_dir, record.values)) is not None:
@@ -87,7 +98,8 @@ class TensorBoardMirror:
             file.writelines(self._waiting)
             self._size = file.tell()
         self._waiting = []
-        return {"file": self._path.name, "size": self._size, "attempt": self._attempt, "step": self._step}
+        state = {"file": self._path.name, "size": self._size, "step": self._step}
+        return {**state, "kinds": self._kinds, "newest": self._newest, "cut": self._cut}
 
     def idle(self) -> None:
         """Nothing is watched here."""
@@ -96,13 +108,39 @@ class TensorBoardMirror:
         """Nothing is held open between commits."""
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
+        if self._cut:
+            self._show_again()
         return self.commit()
 
-    def _begin_attempt(self, attempt: int, step: int, time: float) -> None:
-        """TensorBoard forgets what earlier attempts showed from this step on."""
-        self._attempt = attempt
+    def _note_order(self, name: str, step: int) -> None:
+        newest = self._newest.get(name, -1)
+        if step < newest:
+            self._cut[name] = min(step, self._cut.get(name, step))
+        self._newest[name] = max(step, newest)
+
+    def _show_again(self) -> None:
+        """TensorBoard's data server drops a tag's later points when an earlier step of it follows them: here
+        they are once more, in order. One pass over the log, for runs in which that happened."""
+        for name, points in _points_since(self._run_dir, self._cut).items():
+            tag = self._free_tag(name, "step")
+            for step, (time, value) in sorted(points.items()):
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+                self._write(Event(wall_time=time, step=step, summary=summary))
+        self._cut = {}
+
+    def _forget_from(self, step: int, time: float) -> None:
+        """TensorBoard drops what it shows of this step and later ones."""
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time, step=step, session_log=start))
+
+    def _free_tag(self, tag: str, record_kind: str) -> str:
+        """TensorBoard shows one kind of data under a tag, that which came first, and drops any other."""
+        kind = _KINDS.get(record_kind, "scalar")
+        if record_kind not in _OWN_KINDS:
+            tag = shown_name(tag, _IS_RESERVED)
+        while self._kinds.setdefault(tag, kind) != kind:
+            tag = f"{tag}/{kind}"
+        return tag
 
     def _write(self, event: Event) -> None:
         self._waiting.append(_framed(event.SerializeToString()))
@@ -111,11 +149,28 @@ class TensorBoardMirror:
 def _is_sound(state: Mapping[str, Any]) -> bool:
     """Whether it is what `commit` returned: the file that it names is going to be written."""
     numbers = [state.get(name, 0) for name in ("size", "step")]
+    tables = [state.get(name, {}) for name in ("kinds", "newest", "cut")]
     return (
         _FILE.fullmatch(str(state.get("file"))) is not None
         and all(type(number) is int and number >= 0 for number in numbers)
-        and isinstance(state.get("attempt"), int | None)
+        and all(isinstance(table, dict) for table in tables)
     )
+
+
+def _points_since(run_dir: Path, since: Mapping[str, int]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Time and value of each step of some metrics, from a step of each on, as the log's timeline has them."""
+    points: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in since}
+    follower = Follower(log_dir(run_dir))
+    while records := follower.read():
+        for record in records:
+            if record.kind == "rewind":
+                first = record.values["step"]
+                points = {name: {s: p for s, p in some.items() if s < first} for name, some in points.items()}
+            elif record.step is not None:
+                for name, value in scalars_of(record).items():
+                    if record.step >= since.get(name, math.inf):
+                        points[name][record.step] = (record.time, value)
+    return points
 
 
 def trace_graph(model: Any, example_input: Any) -> bytes:

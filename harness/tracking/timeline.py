@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from harness.tracking.codec import Record, decode, encode
 from harness.tracking.process import is_alive
 from harness.tracking.soundness import SCALAR_KINDS
 
-__all__ = ["SCALAR_KINDS", "Event", "State", "Timeline", "line_of"]
+__all__ = ["SCALAR_KINDS", "Event", "State", "Timeline", "line_of", "newest_steps"]
 
 State = Literal["running", "finished", "crashed", "stopped", "stale"]
 STALE_AFTER_S = 600.0
@@ -153,8 +155,8 @@ class Timeline:
         self.attempt_starts.setdefault(record.attempt, record.time)
         if record.kind == "rewind":
             self._begins_at(record.attempt, int(record.values["step"]))
-        elif record.kind in SCALAR_KINDS and record.step is not None:
-            self._begins_at(record.attempt, record.step)
+        elif record.kind == "step" and record.step == 0 and self._is_unmarked_restart(record.attempt):
+            self._begins_at(record.attempt, 0)
         elif record.kind == "run":
             self.info = {**self.info, **record.values}
             self._end = None if "pid" in record.values else self._end
@@ -165,6 +167,27 @@ class Timeline:
 
     def _begins_at(self, attempt: int, step: int) -> None:
         self._first_steps[attempt] = min(step, self._first_steps.get(attempt, step))
+
+    def _is_unmarked_restart(self, attempt: int) -> bool:
+        """In logs of earlier releases: a training that began again at step 0 wrote no `rewind`."""
+        is_training = "config" in self.info and "experiment" not in self.info
+        return is_training and attempt not in self._first_steps and attempt > min(self.attempt_starts)
+
+
+def newest_steps(
+    steps: npt.NDArray[np.int64], attempts: npt.NDArray[np.int64], rewound: Container[int]
+) -> npt.NDArray[np.int64]:
+    """For each record, in the order of writing, the newest step up to then: only a rewind makes it smaller.
+
+    Args:
+        rewound: The attempts that began with a rewind.
+    """
+    newest = steps.copy()
+    changes = np.flatnonzero(np.diff(attempts)) + 1
+    begins = [0, *(int(at) for at in changes if int(attempts[at]) in rewound), len(steps)]
+    for begin, end in itertools.pairwise(begins):
+        np.maximum.accumulate(steps[begin:end], out=newest[begin:end])
+    return newest
 
 
 def line_of(record: Record) -> str:

@@ -84,6 +84,12 @@ class Trace:
         return newest
 
     @property
+    def last_step(self) -> int:
+        """The highest step of them, which need not be that of the newest."""
+        parts = (self._full["last_step"][: self._num_full], self._rest["last_step"])
+        return max(int(part.max()) for part in parts if len(part))
+
+    @property
     def num_rest(self) -> int:
         """How many of the newest entries are not merged yet."""
         return len(self._rest)

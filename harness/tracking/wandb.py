@@ -26,12 +26,15 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 from harness.priority import pass_on_to
 from harness.tracking.codec import Record
 from harness.tracking.log import media_file
-from harness.tracking.mirror import StartAgain, scalars_of
+from harness.tracking.mirror import StartAgain, scalars_of, shown_name
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
 __all__ = ["WandbMirror"]
 
 logger = logging.getLogger(__name__)
+
+_IS_RESERVED = re.compile(r"step|attempt|time|_.*|", re.DOTALL)
+"""What every row carries, what W&B keeps for itself (`_step`, `_timestamp`, `_runtime`), and no name."""
 
 INIT_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
@@ -71,12 +74,16 @@ class WandbMirror:
             self._take_from_side(record)
             return
         self._ordinal += 1
-        if record.step is not None:
-            self._step = record.step
+        if record.kind == "rewind":
+            self._step = max(0, record.values["step"] - 1)
+        elif record.step is not None:
+            self._step = max(self._step, record.step)
         if record.kind == "hparams":
             self._run.config.update(record.values, allow_val_change=True)
-        elif row := self._row(record):
-            row |= {"step": self._step, "attempt": record.attempt, "time": record.time}
+        elif values := self._row(record):
+            row = {shown_name(name, _IS_RESERVED): value for name, value in values.items()}
+            row["step"] = self._step if record.step is None else record.step
+            row |= {"attempt": record.attempt, "time": record.time}
             self._run.log(row, step=self._ordinal, commit=True)
             self._last_row = self._ordinal
 
@@ -136,7 +143,8 @@ class WandbMirror:
     def _take_from_side(self, record: Record) -> None:
         """Samples go into the next row. They are not numbered: the log's rows have to be the same again."""
         if record.kind == "system":
-            self._run.log(scalars_of(record), step=self._ordinal + 1, commit=False)
+            samples = {shown_name(name, _IS_RESERVED): x for name, x in scalars_of(record).items()}
+            self._run.log(samples, step=self._ordinal + 1, commit=False)
         elif record.values.get("name") == "alert":
             level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
             title = f"alert: {record.values.get('rule')}"

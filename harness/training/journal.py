@@ -98,7 +98,7 @@ class MainJournal(Journal):
         """
         tracking = config.tracking
         self._log = RunLog(directory, info={"config": to_dict(config), **about})
-        if first_step:
+        if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
         self._mirrors = start_mirrors(directory, MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)

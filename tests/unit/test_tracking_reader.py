@@ -59,9 +59,10 @@ def test_a_rollback_replaces_the_steps_from_the_rewind_on_at_once(tmp_path: Path
     log.close()
 
 
-def test_a_restart_replaces_steps_from_its_first_one_on(tmp_path: Path) -> None:
+def test_a_restart_that_rewinds_replaces_steps_from_there_on(tmp_path: Path) -> None:
     for first, value in ((0, 0.0), (4, 1.0), (2, 2.0)):
         with RunLog(tmp_path) as log:
+            log.rewind(first)
             steps_of(log, range(first, first + 6), value)
     values = open_run(tmp_path).scalars("train/loss").values.tolist()
     assert values == [0.0, 0.0] + [2.0] * 6
