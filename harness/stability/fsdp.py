@@ -35,7 +35,8 @@ class FsdpSource:
     Raises:
         ConfigError: parameters that are not sharded, that are sharded over several meshes or by tensor
             parallelism too; replicas of a single shard; several parameter groups in one module; shards that
-            are offloaded to the CPU.
+            are offloaded to the CPU; an all-reduce of the caller's own. Later: a reduce-scatter that was
+            set after this one.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
@@ -51,7 +52,7 @@ class FsdpSource:
             _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
         ]
         for group in self._groups:
-            group.refuse_offload()
+            group.refuse_what_hides_gradients(is_hsdp=mesh.ndim == 2)
         self.watch(layout)
 
     def watch(self, layout: Layout) -> None:
@@ -73,6 +74,8 @@ class FsdpSource:
         was called twice) squares and counts of NaN and Inf are added up, as if the pieces were orthogonal."""
         if self.num_shards == 1:
             return self._table.measure(extremes=self.extremes)
+        for group in self._groups:
+            group.refuse_replacement()
         return self._seen.rows(self._table)
 
     def reduced_rows(self) -> Tensor:
@@ -204,7 +207,23 @@ class _Group:
         if self._state._reduce_scatter_comm is self:
             self._module.set_custom_reduce_scatter(self._inner)
 
-    def refuse_offload(self) -> None:
+    def refuse_replacement(self) -> None:
+        # A later guard on the same model calls this one.
+        if not isinstance(self._state._reduce_scatter_comm, _Group):
+            raise ConfigError(
+                f"FSDP2's reduce-scatter is a {type(self._state._reduce_scatter_comm).__name__} now",
+                rule="the guard measures gradients in the one that it found and wrapped",
+                remedy="call set_custom_reduce_scatter and set_allocate_memory_from_process_group_for_comm "
+                "before the guard is made",
+            )
+
+    def refuse_what_hides_gradients(self, *, is_hsdp: bool) -> None:
+        if not is_hsdp and getattr(self._state, "_all_reduce_hook", None) is not None:
+            raise ConfigError(
+                "FSDP2 with set_all_reduce_hook on a mesh of one dimension",
+                rule="all ranks that train together decide together, and the guard knows those of the mesh",
+                remedy="give fully_shard a mesh of replicas x shards",
+            )
         if any(managed.offload_to_cpu for managed in self._state.fsdp_params):
             raise ConfigError(
                 "FSDP2 with CPUOffloadPolicy",

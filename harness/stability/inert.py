@@ -10,9 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-__all__ = ["Hook", "Shadow"]
+__all__ = ["Hook"]
 
 
 class Hook:
@@ -32,23 +30,3 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         # Takes anything, does nothing, and is part of Python.
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class Shadow:
-    """Stands in place of a method of one module; a copy or a pickle of the module has the method itself."""
-
-    def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-        self._module, self._name, self._replacement = weakref.ref(module), name, replacement
-        setattr(module, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._replacement(*args, **kwargs)
-
-    def remove(self) -> None:
-        """Gives the method back. Idempotent."""
-        module = self._module()
-        if module is not None and module.__dict__.get(self._name) is self:
-            delattr(module, self._name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module(), self._name)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability import StepGuard
 from tests.support.distributed import run_ranks
@@ -188,7 +189,23 @@ def test_a_nan_in_an_earlier_piece_of_the_gradient_is_blamed_on_its_rank() -> No
     run_ranks(_check_pieces, 4, (2, 2))
 
 
+def _refused(rank: int, world_size: int) -> None:
+    model = _shard(_Model())
+    model.set_all_reduce_hook(lambda gradient: None)
+    with pytest.raises(ConfigError, match="set_all_reduce_hook"):
+        StepGuard(model, OPTIMIZERS["adamw"](model.parameters()))
+    model = _shard(_Model())
+    inner = model._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm
+    guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()))
+    model.set_custom_reduce_scatter(inner)
+    loss = _call(model, batch(0, rank)[0])
+    loss.backward()
+    with pytest.raises(ConfigError, match="reduce-scatter is a"):
+        guard.step(loss)
+
+
 def _not_reduced(rank: int, world_size: int) -> list[StepRecord]:
+    _refused(rank, world_size)
     model = _shard(_Model())
     guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()), lag_steps=0)
     for micro_batch in range(2):
@@ -200,7 +217,7 @@ def _not_reduced(rank: int, world_size: int) -> list[StepRecord]:
     return guard.drain()
 
 
-def test_a_gradient_of_which_a_part_was_never_reduced_is_not_applied() -> None:
+def test_a_gradient_that_was_not_reduced_or_cannot_be_seen_is_not_applied() -> None:
     (record,), _ = run_ranks(_not_reduced, 2)
     assert record.verdict == "skip"
     assert "were not reduced" in str(record.reason)
