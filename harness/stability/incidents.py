@@ -12,11 +12,13 @@ __all__ = ["Incident", "report"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """A step that was skipped, or that a rule warned of."""
+    """A step that was skipped or that a rule warned of; or, if asked for, an outlier batch, which is none."""
 
     step: int
     verdict: Verdict
     reason: str
+    done: str
+    """What became of the step, in words: `skipped`, `clipped to 1 as every step is`."""
     rank: int | None
     """The culprit, where there is one."""
     parameter: str | None
@@ -25,19 +27,26 @@ class Incident:
     num_inf: int
     bad_parameters: tuple[str, ...] = ()
     """All parameters with a NaN or an Inf in any rank's own gradient, in the order of the forward pass."""
+    is_outlier: bool = False
+    """The step is an outlier batch and no incident."""
     samples: tuple[int, int] | None = None
     """First and one past the last position, in the order of the data, of the samples of the step."""
 
     @classmethod
-    def of(cls, record: StepRecord, *, samples: tuple[int, int] | None = None) -> Incident | None:
-        """The incident that `record` tells of, or None if there is nothing to say about the step."""
-        if record.reason is None:
+    def of(
+        cls, record: StepRecord, *, samples: tuple[int, int] | None = None, outliers: bool = False
+    ) -> Incident | None:
+        """The incident that `record` tells of, or with `outliers` the outlier batch; None: there is none."""
+        reason = record.reason or (record.note if outliers else None)
+        if reason is None:
             return None
         bad = [name for name, row in record.per_parameter.items() if row.num_nan or row.num_inf]
         return cls(
             step=record.step,
             verdict=record.verdict,
-            reason=record.reason,
+            reason=reason,
+            done=_done(record),
+            is_outlier=record.reason is None,
             rank=record.rank,
             parameter=record.parameter,
             micro_batch=record.micro_batch,
@@ -53,14 +62,23 @@ class Incident:
         return None if self.parameter is None else self.parameter.rpartition(".")[0]
 
     def summary(self) -> str:
-        """One line: `step 12 skipped: the loss is nan on rank 1 (micro-batch 2, head.weight)`."""
-        done = {"skip": "skipped", "stop": "stopped", "clip": "clipped", "apply": "applied"}[self.verdict]
+        """One line: `step 12 skipped: the loss is nan on rank 1 (micro-batch 2, head.weight)`; of a step that
+        was not left out `step 12: spike: loss 8.2, 4.1 times its usual 2 (score 14.0); applied (...)`."""
         place = [] if self.micro_batch is None else [f"micro-batch {self.micro_batch}"]
         place += [] if self.parameter is None else [self.parameter]
         place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
         place += [] if self.samples is None else [f"samples {self.samples[0]} to {self.samples[1] - 1}"]
         where = f" ({', '.join(place)})" if place else ""
-        return f"step {self.step} {done}: {self.reason}{where}"
+        if self.verdict in ("skip", "stop"):
+            return f"step {self.step} {self.done}: {self.reason}{where}"
+        return f"step {self.step}: {self.reason}; {self.done}{where}"
+
+
+def _done(record: StepRecord) -> str:
+    if record.verdict != "clip":
+        return {"skip": "skipped", "stop": "stopped"}.get(record.verdict, "applied")
+    to = f"clipped to {record.grad_norm * record.clip_coef:.4g}"
+    return f"{to} because of it" if record.clipped_by_spike else f"{to} as every step is"
 
 
 def report(incidents: Iterable[Incident]) -> str:

@@ -23,7 +23,7 @@ SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """An incident, checkpoint, resume, fault, stop, rollback or alert."""
+    """An incident, outlier batch, checkpoint, resume, fault, stop, rollback or alert."""
 
     name: str
     step: int | None

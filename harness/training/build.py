@@ -149,6 +149,7 @@ def _train(run: Run) -> TrainResult:
         num_skips=counters.num_skips,
         num_clips=counters.num_clips,
         incidents=counters.incidents,
+        num_outliers=counters.num_outliers,
         directory=run.directory,
     )
     if run.world.is_main:

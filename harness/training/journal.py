@@ -115,13 +115,16 @@ class MainJournal(Journal):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
-        incident = Incident.of(record, samples=sent.samples)
+        incident = Incident.of(record, samples=sent.samples, outliers=True)
         if incident is not None:
-            details = {"kind": incident_kind(record), "loss": record.loss, "grad_norm": record.grad_norm}
+            kind = "outlier batch" if incident.is_outlier else incident_kind(record)
+            details = {"kind": kind, "loss": record.loss, "grad_norm": record.grad_norm}
+            if incident.is_outlier:
+                self.say(incident.summary())  # of incidents the ladder speaks
             self._log.write(
                 "event",
                 {
-                    "name": "incident",
+                    "name": "outlier" if incident.is_outlier else "incident",
                     "summary": incident.summary(),
                     **details,
                     **dataclasses.asdict(incident),
