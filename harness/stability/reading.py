@@ -80,8 +80,8 @@ class Reader:
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],
-            reason=self._reason(seen),
-            note=describe_size(summary) if summary.is_outlier else None,
+            reason=self._reason(step, seen),
+            note=describe_size(step, summary) if summary.is_outlier else None,
             loss=summary.loss,
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
@@ -122,10 +122,10 @@ class Reader:
             return seen.odd.rank, self._layout.names[seen.odd.row], None
         return None, None, None
 
-    def _reason(self, seen: _Step) -> str | None:
+    def _reason(self, step: int, seen: _Step) -> str | None:
         reasons = [
             _skip_reason(seen) if seen.summary.verdict >= SKIP and not seen.summary.is_spike else None,
-            describe_size(seen.summary) if seen.summary.is_spike else None,
+            describe_size(step, seen.summary) if seen.summary.is_spike else None,
             self._replica_reason(seen),
         ]
         return "; ".join(reason for reason in reasons if reason) or None

@@ -12,7 +12,7 @@ ALSO_HIGH = 3.5
 """Score from which a signal is named beside the one that stands out most."""
 
 
-def describe_size(summary: Summary) -> str | None:
+def describe_size(step: int, summary: Summary) -> str | None:
     """Which signal stands out, its value, its usual value, their ratio and the score; None if nothing does.
 
     `gradient norm 4.11, 5.6 times its usual 0.734 (score 9.2)`
@@ -30,7 +30,7 @@ def describe_size(summary: Summary) -> str | None:
     shown = [first, second] if second[0] > ALSO_HIGH else [first]
     words = [f"{_compared(name, value, usual)} (score {score:.1f})" for score, name, value, usual in shown]
     if summary.is_spike and summary.num_in_a_row > 1:
-        words.append(f"the {_ordinal(int(summary.num_in_a_row))} disturbed step in a row")
+        words.append(f"disturbed since step {step - int(summary.num_in_a_row) + 1}")
     return f"{'spike' if summary.is_spike else 'outlier batch'}: {'; '.join(words)}"
 
 
@@ -41,8 +41,3 @@ def _compared(name: str, value: float, usual: float) -> str:
     if value > 0 and usual > 0:
         return f"{name} {value:.4g}, {value / usual:.3g} times its usual {usual:.4g}"
     return f"{name} {value:.4g}, usually {usual:.4g}"
-
-
-def _ordinal(number: int) -> str:
-    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"

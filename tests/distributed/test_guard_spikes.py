@@ -92,7 +92,7 @@ def test_a_disturbance_of_three_steps_is_an_incident() -> None:
     assert [r.is_outlier for r in records] == [True, True, False, False]
     assert [r.is_spike for r in records] == [False, False, True, True]
     assert records[2].reason is not None
-    assert records[2].reason.endswith("the 3rd disturbed step in a row")
+    assert records[2].reason.endswith(f"disturbed since step {WARM}")
 
 
 def test_clip_acts_on_outlier_batches_and_skip_makes_incidents_of_them() -> None:
