@@ -16,6 +16,10 @@ RANK = 8
 """The usual norm is the eighth largest of them: so many are needed at least, fewer large ones do not raise
 it, and up to 56 small ones (batches that are nearly all padding) do not lower it."""
 
+LEAST_SHARE = 0.01
+"""Of the norm that gradients are clipped to: so much is usual in any case. A run may begin with batches that
+teach nothing (equal rewards), whose norms are rounding errors."""
+
 
 class CredibleNorm:
     """Finds gradients that are finite and absurd: of more than `ratio` times the usual norm.
@@ -27,10 +31,12 @@ class CredibleNorm:
 
     Args:
         ratio: Times the usual norm; 0 or None: every finite norm is credible.
+        max_norm: What gradients are clipped to; None: they are not.
     """
 
-    def __init__(self, ratio: float | None) -> None:
+    def __init__(self, ratio: float | None, *, max_norm: float | None = None) -> None:
         self._log_ratio = math.log(ratio) if ratio else math.inf
+        self._least = math.log(LEAST_SHARE * max_norm) if max_norm else -math.inf
         self._log_norms: Tensor | None = None
 
     def judge(self, norm: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +53,7 @@ class CredibleNorm:
         log_norm = norm.log()
         usual = memory.sort(descending=True).values[RANK - 1]
         known = usual > -torch.inf
-        absurd = trusted & known & (log_norm - usual > self._log_ratio)
+        absurd = trusted & known & (log_norm - usual.clamp(min=self._least) > self._log_ratio)
         remembered = trusted & ~(known & (usual - log_norm > self._log_ratio)) & (norm > 0)
         newest = torch.where(absurd, -torch.inf, log_norm).reshape(1)
         memory.copy_(torch.where(remembered, torch.cat([memory[1:], newest]), memory))

@@ -56,7 +56,7 @@ class SizeJudge:
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
-        self._credible = CredibleNorm(config.absurd_norm_ratio)
+        self._credible = CredibleNorm(config.absurd_norm_ratio, max_norm=config.max_norm)
         self._rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
 
     def memory(self) -> dict[str, Tensor]:

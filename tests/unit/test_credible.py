@@ -65,6 +65,12 @@ def test_legitimate_norms_are_never_absurd(norms: list[float]) -> None:
     assert absurd_steps(CredibleNorm(1e4), norms) == []
 
 
+def test_a_run_may_begin_with_batches_that_teach_nothing() -> None:
+    norms = [1e-7] * 40 + [5.0, 0.3, 60.0, 2.0]
+    assert absurd_steps(CredibleNorm(1e4, max_norm=1.0), norms) == []
+    assert absurd_steps(CredibleNorm(1e4, max_norm=1.0), [*norms, 1.1e2]) == [44]
+
+
 def test_absurd_norms_do_not_become_usual_by_repetition() -> None:
     bound = CredibleNorm(1e4)
     assert absurd_steps(bound, [1.0] * WINDOW + [ABSURD] * 50) == list(range(WINDOW, WINDOW + 50))
