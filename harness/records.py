@@ -85,7 +85,10 @@ class StepRecord:
     step: int
     verdict: Verdict
     reason: str | None = None
-    """Why the verdict is not a plain `apply`, in words; also the warning of a rule that only warns."""
+    """What is wrong with the step, in words: why it was skipped, or the warning of a rule that only warns. A
+    step with a reason is an incident; a gradient clipped to the maximum of every step needs none."""
+    note: str | None = None
+    """What is unusual about a step that is in order otherwise, in words: an outlier batch. No incident."""
     loss: float
     """Mean over all tokens of the global batch; as measured, so NaN stays NaN."""
     grad_norm: float
@@ -123,7 +126,13 @@ class StepRecord:
     spike_score: float = 0.0
     """How unusual loss and norm were, in the spike rule's own unit; 0 while it warms up or without one."""
     is_spike: bool = False
-    """The spike rule's opinion, whatever was done about it."""
+    """The size of loss or gradient norm is an incident, whatever was done about it."""
+    is_outlier: bool = False
+    """Loss or gradient norm is out of the ordinary, in an outlier batch that is no incident."""
+    is_absurd: bool = False
+    """The gradient norm is so large that it cannot be meant, so the step was skipped; a spike as well."""
+    clipped_by_spike: bool = False
+    """The gradient was clipped to what the spike rule allows, and not to the maximum of every step."""
     replicas_differ: bool = False
     """Reduced gradients, parameters or optimizer state were not the same on all replicas."""
 

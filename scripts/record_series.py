@@ -2,19 +2,29 @@
 
     python scripts/record_series.py [NAME ...]
 
+`quickstart` is the program's own, configs/quickstart.yaml; the others are trained here.
+
 One file a run under docs/benchmarks/series/: the settings, `loss` and `grad_norm` (before clipping) per step
 (null: not finite), and `bad_steps`, the steps whose batch was replaced by noise.
 `scripts/bench_detectors.py` replays them.
+
+`chosen/` and `held-out/` are two surveys of trainings with nothing wrong, on raw data. The spike rule's
+settings were chosen by the first and are judged by the second: other files of each text, other images, seeds.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import random
 import re
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from harness.config.schema import ModelConfig
+from harness.config.schema import ModelConfig, TrainConfig
 from harness.models import build_model
+from harness.tracking.reader import open_run
+from harness.training import train
 
-SERIES = Path(__file__).parents[1] / "docs" / "benchmarks" / "series"
+ROOT = Path(__file__).parents[1]
+SERIES = ROOT / "docs" / "benchmarks" / "series"
 SEQUENCE_LENGTH = 64
 ODD = re.compile(rb"([^A-Za-z0-9\s])\1{9,}|[\x80-\xff]+")
 """Lines drawn with one sign, and tables of foreign letters: a single window of them doubles the gradient norm
@@ -40,6 +53,11 @@ class Run:
     task: str
     steps: int
     lr: float
+    seed: int = 0
+    text: str = "python"
+    """What a decoder reads, a key of `TEXTS` or `mixed`."""
+    half: int | None = None
+    """0 or 1: only every second file of the text, or every second image, from this one on."""
     batch: int = 8
     warmup_steps: int = 50
     decay: bool = True
@@ -72,16 +90,73 @@ RUNS = {
     "decoder-fp16": Run(task="decoder", steps=800, lr=3e-3, batch=16, precision="fp16"),
     "digits-cnn-high-lr": Run(task="cnn", steps=1000, lr=5e-2, batch=16, max_norm=None),
 }
+
+
+def survey(half: int) -> dict[str, Run]:
+    """Clean trainings of all kinds, on half of the data: texts x learning rates x tokens per step, images."""
+    seeds = itertools.cycle(range(half, 20, 2))  # ten of the twenty
+    runs = {}
+    for text, lr in itertools.product([*TEXTS, "mixed"], (1e-3, 3e-3, 1e-2)):
+        for batch, steps in ((4, 1200), (16, 600), *([(128, 300)] if lr == 3e-3 else [])):
+            name = f"{text}-{lr:g}-{batch * SEQUENCE_LENGTH}"
+            runs[name] = Run(
+                task="decoder",
+                steps=steps,
+                lr=lr,
+                batch=batch,
+                text=text,
+                half=half,
+                odd_text=True,
+                seed=next(seeds),
+            )
+    for task, (lr, batch), noise in itertools.product(
+        ("cnn", "mlp"), ((1e-3, 16), (1e-2, 16), (3e-3, 128)), (0.0, 0.3)
+    ):
+        name = f"{task}-{lr:g}-{batch}-{'noisy' if noise else 'plain'}"
+        runs[name] = Run(
+            task=task, steps=1500, lr=lr, batch=batch, pixel_noise=noise, half=half, seed=next(seeds)
+        )
+    return runs
+
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
+TEXTS: dict[str, Callable[[], list[bytes]]] = {
+    "python": lambda: _files(Path(sysconfig.get_paths()["stdlib"]), "*.py"),
+    "prose": lambda: _files(SITE_PACKAGES, "*.dist-info/**/LICENSE*", "**/*.rst", "**/*.md"),
+    "tables": lambda: _files(SITE_PACKAGES, "**/*.json", "**/*.csv"),
+    "headers": lambda: _files(SITE_PACKAGES / "torch" / "include" / "ATen", "**/*.h"),
+    "base64": lambda: [base64.encodebytes(random.Random(i).randbytes(100_000)) for i in range(8)],
+}
+"""Files of each kind of text, as they are."""
+MOST_BYTES = 3_000_000
+
+
+def _files(folder: Path, *patterns: str) -> list[bytes]:
+    """Contents in the order of the names, none over 300 kB."""
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return [path.read_bytes()[:300_000] for path in paths]
+
+
+@functools.cache
+def text_of(kind: str, half: int | None, odd_text: bool) -> Tensor:
+    """All bytes of a kind of text, `[n]` uint8."""
+    if kind == "mixed":
+        return torch.cat([text_of(name, half, odd_text)[:500_000] for name in TEXTS])
+    files = TEXTS[kind]()
+    text = b"".join(files if half is None else files[half::2])
+    if half is not None:
+        text = text[:MOST_BYTES]
+    if not odd_text:
+        text = ODD.sub(b"", text)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
 def text_batches(run: Run, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Bytes of the standard library and the bytes that follow them; on bad steps, random bytes."""
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    code = b"".join(path.read_bytes() for path in sources)
-    if not run.odd_text:
-        code = ODD.sub(b"", code)
-    text = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+    """Bytes of a text and the bytes that follow them; on bad steps, random bytes."""
+    text = text_of(run.text, run.half, run.odd_text)
     span = torch.arange(SEQUENCE_LENGTH + 1)
     for step in range(run.steps):
         start = torch.randint(len(text) - len(span), (run.batch, 1), generator=generator)
@@ -98,6 +173,8 @@ def digit_batches(run: Run, generator: torch.Generator) -> Iterator[tuple[Tensor
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
+    if run.half is not None:
+        images, labels = images[run.half :: 2], labels[run.half :: 2]
     for _ in range(run.steps):
         chosen = torch.randint(len(labels), (run.batch,), generator=generator)
         noise = run.pixel_noise * torch.randn(run.batch, 1, 8, 8, generator=generator)
@@ -125,8 +202,8 @@ def learning_rate(run: Run, step: int) -> float:
 
 def record(run: Run) -> dict[str, object]:
     """Trains and returns what is written down. fp16 starts from too large a loss scale, as runs do."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(run.seed + 1)
     model = make_model(run)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, betas=(0.9, 0.95))
     batches: Callable[..., Iterator[tuple[Tensor, Tensor]]]
@@ -159,18 +236,45 @@ def record(run: Run) -> dict[str, object]:
     }
 
 
+def quickstart() -> dict[str, object]:
+    """The same of a run of the program itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig.from_file(ROOT / "configs" / "quickstart.yaml", [f"runs_dir={folder}"])
+        return of_log(train(config).directory)
+
+
+def of_log(run_dir: Path) -> dict[str, object]:
+    """What is written down, from a run's log."""
+    run = open_run(run_dir)
+    loss, norm = (run.scalars(f"train/{name}").values.tolist() for name in ("loss", "grad_norm"))
+    return {
+        "settings": {"config": "configs/quickstart.yaml"},
+        "bad_steps": [],
+        "loss": [_written(value) for value in loss],
+        "grad_norm": [_written(value) for value in norm],
+    }
+
+
 def _written(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
+def all_runs() -> dict[str, Run]:
+    """Every run by the name of its file."""
+    surveys = {"chosen": survey(0), "held-out": survey(1)}
+    return RUNS | {f"{folder}/{name}": run for folder, runs in surveys.items() for name, run in runs.items()}
+
+
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    SERIES.mkdir(parents=True, exist_ok=True)
-    for name in names or list(RUNS):
+    runs = all_runs()
+    for name in names or [*runs, "quickstart"]:
         start = time.perf_counter()
-        series = record(RUNS[name])
-        (SERIES / f"{name}.json").write_text(json.dumps(series, separators=(",", ":")) + "\n")
-        print(f"{name:20} {RUNS[name].steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
+        series = quickstart() if name == "quickstart" else record(runs[name])
+        path = SERIES / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(series, separators=(",", ":")) + "\n")
+        print(f"{name:30} {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

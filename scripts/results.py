@@ -44,14 +44,22 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_results(
-    name: str, rows: Mapping[str, Mapping[str, Any]], *, device: torch.device, about: Mapping[str, Any]
+    name: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    device: torch.device,
+    about: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Writes docs/benchmarks/NAME.json and NAME.md (on CUDA: NAME-cuda) and prints the table."""
+    """Writes docs/benchmarks/NAME.json and NAME.md (on CUDA: NAME-cuda) and prints the table; `sections` are
+    more of them, each under its title."""
     stem = name if device.type == "cpu" else f"{name}-{device.type}"
-    content = {"machine": machine(device), "about": dict(about), "rows": rows}
+    content = {"machine": machine(device), "about": dict(about), "rows": rows, **(sections or {})}
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
-    table = _table(rows)
+    table = "\n\n## ".join(
+        [_table(rows), *(f"{t}\n\n{_table(more)}" for t, more in (sections or {}).items())]
+    )
     where = ", ".join(f"{key} {value}" for key, value in {**content["machine"], **about}.items())
     (FOLDER / f"{stem}.md").write_text(f"# {name}\n\n{where}\n\n{table}\n")
     print(table)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from harness.errors import ConfigError
 
@@ -28,6 +28,10 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
 ]
+
+
+SpikeRuleName = Literal["robust", "zclip", "persistent", "sigma"]
+"""The rules of `harness.stability.detectors`."""
 
 
 def require(condition: bool, key: str, value: Any, rule: str, remedy: str = "") -> None:
@@ -233,16 +237,19 @@ class GuardConfig:
     nonfinite: Literal["skip", "stop"] = "skip"
     """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
     spike: Literal["off", "warn", "clip", "skip"] = "warn"
-    """On a finite but extraordinary loss or gradient norm."""
-    spike_rule: str = "robust"
-    """What counts as extraordinary: a name from `harness.stability.detectors.RULES`. The three settings that
-    follow are the robust rule's; the others keep the values of their papers."""
+    """On a finite but extraordinary loss or gradient norm: say so, clip to the usual norm, leave it out."""
+    spike_rule: SpikeRuleName = "robust"
+    """What counts as extraordinary; docs/stability.md has the rules. The three settings that follow are the
+    robust rule's; the others keep the values of their papers."""
     spike_threshold: float = 7.0
     """Robust z-score from which a step counts as a spike."""
     spike_window: int = 128
     """Unflagged steps that the spike rule looks back on."""
     spike_warmup: int = 64
     """Steps before the spike rule speaks."""
+    absurd_norm_ratio: float | None = 1e4
+    """A finite gradient of more than this many times the usual norm is left out, whatever `spike` says; null
+    or 0: never."""
     max_consecutive_skips: int = 3
     """More skipped steps in a row than this roll the run back where that is possible, else end it."""
     max_skip_frac: float = 0.25
@@ -275,11 +282,12 @@ class GuardConfig:
     """Clean fp16 steps after which the loss scale is doubled."""
 
     def __post_init__(self) -> None:
-        require_positive("guard", self, ["spike_threshold", "spike_window", "init_loss_scale"])
+        self._check_spikes()
+        require_positive("guard", self, ["init_loss_scale"])
         require_positive(
             "guard", self, ["max_consecutive_skips", "loss_scale_growth_steps", "extremes_every"]
         )
-        require_not_negative("guard", self, ["spike_warmup", "lag_steps", "per_parameter_every"])
+        require_not_negative("guard", self, ["lag_steps", "per_parameter_every"])
         require_not_negative("guard", self, ["max_rollbacks", "rollback_skip_steps"])
         require_not_negative("guard", self, ["rollback_cooldown_steps", "sample_every"])
         require(0 < self.max_skip_frac <= 1, "guard.max_skip_frac", self.max_skip_frac, "it lies in (0, 1]")
@@ -291,11 +299,27 @@ class GuardConfig:
         )
         if self.max_norm is not None:
             require_positive("guard", self, ["max_norm"])
+
+    def _check_spikes(self) -> None:
         require(
-            self.spike_warmup <= self.spike_window,
+            self.spike_rule in get_args(SpikeRuleName),
+            "guard.spike_rule",
+            self.spike_rule,
+            f"the rules are {', '.join(get_args(SpikeRuleName))}",
+        )
+        require_positive("guard", self, ["spike_threshold", "spike_window"])
+        require(
+            0 <= self.spike_warmup <= self.spike_window,
             "guard.spike_warmup",
             self.spike_warmup,
-            f"it cannot exceed guard.spike_window = {self.spike_window}",
+            f"it has to lie between 0 and guard.spike_window = {self.spike_window}",
+        )
+        require(
+            not self.absurd_norm_ratio or 1 < self.absurd_norm_ratio < float("inf"),
+            "guard.absurd_norm_ratio",
+            self.absurd_norm_ratio,
+            "it has to be greater than 1",
+            "set it to null or 0 to apply every finite gradient",
         )
 
 

@@ -118,7 +118,7 @@ class StepGuard:
         self._micro_batches = MicroBatches(device)
         self._lane = Graphed(functools.partial(_lane, self._micro_batches))
         self._decision = Graphed(
-            functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.memory
+            functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.size.memory
         )
         self._may_have_forgotten_scaler = True
         self._is_gated = False
@@ -276,19 +276,17 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, without the records still to drain. Does not synchronise."""
-        rule = self._judge.rule
         return {
             "step": self._step,
             "loss_scale": self._loss_scale.state_dict(),
-            "spike_rule": {} if rule is None else rule.state_dict(),
+            **self._judge.size.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
         self._step = state["step"]
         self._loss_scale.load_state_dict(state["loss_scale"])
-        if self._judge.rule is not None:
-            self._judge.rule.load_state_dict(state["spike_rule"])
+        self._judge.size.load_state_dict(state)
         self._monitor.clear()
         self._buffers.remember()
         self._start_step()

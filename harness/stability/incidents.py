@@ -20,11 +20,13 @@ SHOWN = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """A step that was skipped, or that a rule warned of."""
+    """A step that was skipped or that a rule warned of; or, if asked for, an outlier batch, which is none."""
 
     step: int
     verdict: Verdict
     reason: str
+    done: str
+    """What became of the step, in words: `skipped`, `clipped to 1 as every step is`."""
     rank: int | None
     """The culprit, where there is one."""
     parameter: str | None
@@ -38,18 +40,25 @@ class Incident:
     sample_indices: tuple[int, ...] = ()
     """Samples to look at, by their index in the data set: those of the culprits, or of the whole global batch
     if no rank is to blame for a step that was skipped or a spike."""
+    is_outlier: bool = False
+    """The step is an outlier batch and no incident."""
 
     @classmethod
-    def of(cls, record: StepRecord, *, samples_of: SamplesOf | None = None) -> Incident | None:
-        """The incident that `record` tells of, or None if there is nothing to say about the step."""
-        if record.reason is None:
+    def of(
+        cls, record: StepRecord, *, samples_of: SamplesOf | None = None, outliers: bool = False
+    ) -> Incident | None:
+        """The incident that `record` tells of, or with `outliers` the outlier batch; None: there is none."""
+        reason = record.reason or (record.note if outliers else None)
+        if reason is None:
             return None
         culprits, samples = _located(record, samples_of)
         bad = [name for name, row in record.per_parameter.items() if row.num_nan or row.num_inf]
         return cls(
             step=record.step,
             verdict=record.verdict,
-            reason=record.reason,
+            reason=reason,
+            done=_done(record),
+            is_outlier=record.reason is None,
             rank=record.rank,
             parameter=record.parameter,
             micro_batch=record.micro_batch,
@@ -66,8 +75,8 @@ class Incident:
         return None if self.parameter is None else self.parameter.rpartition(".")[0]
 
     def summary(self) -> str:
-        """One line: `step 12 skipped: the loss is nan on rank 1 (micro-batch 2, head.weight)`."""
-        done = {"skip": "skipped", "stop": "stopped", "clip": "clipped", "apply": "applied"}[self.verdict]
+        """One line: `step 12 skipped: the loss is nan on rank 1 (micro-batch 2, head.weight)`; of a step that
+        was not left out `step 12: spike: loss 8.2, 4.1 times its usual 2 (score 14.0); applied (...)`."""
         place = [] if self.micro_batch is None else [f"micro-batch {self.micro_batch}"]
         place += [] if self.parameter is None else [self.parameter]
         place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
@@ -75,7 +84,16 @@ class Incident:
         others = [f"{one.rank} in micro-batch {one.micro_batch}" for one in self.culprits[1:]]
         place += _listed("also rank", others)
         where = f" ({', '.join(place)})" if place else ""
-        return f"step {self.step} {done}: {self.reason}{where}"
+        if self.verdict in ("skip", "stop"):
+            return f"step {self.step} {self.done}: {self.reason}{where}"
+        return f"step {self.step}: {self.reason}; {self.done}{where}"
+
+
+def _done(record: StepRecord) -> str:
+    if record.verdict != "clip":
+        return {"skip": "skipped", "stop": "stopped"}.get(record.verdict, "applied")
+    to = f"clipped to {record.grad_norm * record.clip_coef:.4g}"
+    return f"{to} because of it" if record.clipped_by_spike else f"{to} as every step is"
 
 
 def report(incidents: Iterable[Incident]) -> str:
@@ -91,7 +109,7 @@ def _located(record: StepRecord, samples_of: SamplesOf | None) -> tuple[tuple[Cu
         dataclasses.replace(one, samples=tuple(samples_of(one.rank, one.micro_batch)))
         for one in record.culprits
     )
-    if not culprits and (record.skipped or record.is_spike):
+    if not culprits and (record.skipped or record.is_spike or record.note is not None):
         return (), tuple(samples_of(None, None))
     return culprits, tuple(sample for one in culprits for sample in one.samples)
 

@@ -19,6 +19,7 @@ from harness.stability.packing import Packet
 from harness.stability.replicas import OddReplica, find_odd
 from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
+from harness.stability.wording import describe_size
 
 __all__ = ["Reader", "is_skip"]
 
@@ -65,12 +66,14 @@ class _Step:
 
     @property
     def outstanding(self) -> int | None:
-        """Of a spike the rank whose own gradient stands out; None if it is not one rank's doing."""
+        """Of a spike or an outlier batch the rank whose own gradient stands out; None if it is not one rank's
+        doing."""
         norms = [math.sqrt(one[SUM_SQUARES]) for one in self.lanes]
         rank = norms.index(max(norms))
         others = norms[:rank] + norms[rank + 1 :]
         stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
-        return rank if self.summary.is_spike and stands_out else None
+        unusual = self.summary.is_spike or self.summary.is_outlier
+        return rank if unusual and stands_out else None
 
     def total(self, field: int) -> float:
         return sum(one[field] for one in self.lanes)
@@ -99,7 +102,8 @@ class Reader:
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],
-            reason=self._reason(seen),
+            reason=self._reason(step, seen),
+            note=describe_size(step, summary) if summary.is_outlier else None,
             loss=summary.loss,
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
@@ -120,8 +124,11 @@ class Reader:
             per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
             sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
             attention_logit_max=_largest(packet.get("attention")),
-            spike_score=summary.spike_score,
+            spike_score=max(summary.norm_score, summary.loss_score),
             is_spike=bool(summary.is_spike),
+            is_outlier=bool(summary.is_outlier),
+            is_absurd=bool(summary.is_absurd),
+            clipped_by_spike=bool(summary.clipped_by_spike),
             replicas_differ=bool(summary.norms_differ) or odd is not None,
         )
 
@@ -138,10 +145,10 @@ class Reader:
             return seen.odd.rank, self._layout.names[seen.odd.row], None
         return None, None, None
 
-    def _reason(self, seen: _Step) -> str | None:
+    def _reason(self, step: int, seen: _Step) -> str | None:
         reasons = [
             _skip_reason(seen) if seen.summary.verdict >= SKIP and not seen.summary.is_spike else None,
-            _spike_reason(seen.summary),
+            describe_size(step, seen.summary) if seen.summary.is_spike else None,
             self._replica_reason(seen),
         ]
         return "; ".join(reason for reason in reasons if reason) or None
@@ -215,13 +222,6 @@ def _blame(one: list[float], rank: int) -> str:
     if not math.isfinite(one[lane.LOSS_SUM]):
         return f"the loss is {one[lane.LOSS_SUM]} on rank {rank}"
     return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
-
-
-def _spike_reason(summary: Summary) -> str | None:
-    if not summary.is_spike:
-        return None
-    what = f"loss {summary.loss:.4g}, gradient norm {summary.grad_norm:.4g}"
-    return f"spike: {what}, score {summary.spike_score:.1f}"
 
 
 def _largest(logits: Tensor | None) -> tuple[float, ...]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from harness.config import GuardConfig
 from harness.records import Verdict
 from harness.stability import lane
-from harness.stability.detectors import SpikeRule, make_rule
 from harness.stability.layout import NUM_INF, NUM_NAN
+from harness.stability.size import SizeJudge, SizeVerdict
 
 __all__ = ["VERDICTS", "Decision", "Judge", "Summary"]
 
@@ -38,9 +38,20 @@ class Summary:
     divisor: float
     """What turns a measured gradient into the true one: loss scale x true tokens / nominal tokens."""
     loss_scale: float
-    spike_score: float
+    norm_score: float
+    loss_score: float
+    usual_norm: float
+    usual_loss: float
     is_spike: float
+    is_outlier: float
+    is_absurd: float
+    clipped_by_spike: float
+    num_in_a_row: float
     norms_differ: float
+
+
+SIZES = [f.name for f in fields(SizeVerdict) if f.name in {g.name for g in fields(Summary)}]
+"""What `Summary` takes over from a `SizeVerdict`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +67,11 @@ class Decision:
     overflowed_t: Tensor
     """Bool: a gradient that is not finite under a loss that is; what too large a loss scale does."""
     summary: Tensor
-    """`[9]` float64, a `Summary`."""
+    """`[n]` float64, a `Summary`."""
 
 
 class Judge:
-    """Decides on steps, one after the other; remembers only what its spike rule remembers.
+    """Decides on steps, one after the other; remembers only what `size` remembers.
 
     Raises:
         ConfigError: there is no such spike rule.
@@ -69,11 +80,7 @@ class Judge:
     def __init__(self, config: GuardConfig, *, num_replicas: int) -> None:
         self._config = config
         self._num_replicas = num_replicas
-        self.rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
-
-    def memory(self) -> dict[str, Tensor]:
-        """The spike rule's memory, live; empty without a rule."""
-        return {} if self.rule is None else self.rule.memory
+        self.size = SizeJudge(config)
 
     def judge(self, lanes: Tensor, *, loss_scale_t: Tensor, nominal_tokens_t: Tensor) -> Decision:
         """The decision on a step. Does not synchronise.
@@ -91,25 +98,24 @@ class Judge:
         norm = squares.amax().sqrt() / divisor
         gradient_bad = _num_bad(lanes) > 0
         bad = gradient_bad | ~loss.isfinite()
-        score, is_spike, limit = self._consult_rule(norm, loss, ~bad)
-        coefficient = (limit / norm).clamp(max=1.0)
+        size = self.size.judge(norm, loss, ~bad)
+        coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
         bad = bad | ~(divisor / coefficient).float().isfinite()
         overflowed = gradient_bad & loss.isfinite()
         # An overflow that a smaller loss scale may cure is no reason to end a run.
         fatal = bad & ~(overflowed & (loss_scale_t > 1))
-        verdict = self._verdict(bad, fatal, is_spike, coefficient)
+        verdict = self._verdict(bad, fatal, size.skip, coefficient)
         skip = verdict >= SKIP
         coefficient = torch.where(skip, 1.0, coefficient)
         summary = {
+            **{name: getattr(size, name) for name in SIZES},
             "verdict": verdict,
             "loss": loss,
             "grad_norm": norm,
             "clip_coef": coefficient,
             "divisor": divisor,
             "loss_scale": loss_scale_t,
-            "spike_score": score,
-            "is_spike": is_spike,
             "norms_differ": self._norms_differ(squares),
         }
         return Decision(
@@ -120,23 +126,10 @@ class Judge:
             summary=torch.stack([summary[field.name].double() for field in fields(Summary)]),
         )
 
-    def _verdict(self, bad: Tensor, fatal: Tensor, is_spike: Tensor, coefficient: Tensor) -> Tensor:
+    def _verdict(self, bad: Tensor, fatal: Tensor, skip: Tensor, coefficient: Tensor) -> Tensor:
         """Index into VERDICTS."""
-        verdict = (coefficient < 1).long()
-        if self._config.spike == "skip":
-            verdict = torch.where(is_spike, SKIP, verdict)
-        verdict = torch.where(bad, SKIP, verdict)
+        verdict = torch.where(bad | skip, SKIP, (coefficient < 1).long())
         return torch.where(fatal, STOP, verdict) if self._config.nonfinite == "stop" else verdict
-
-    def _consult_rule(self, norm: Tensor, loss: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score, whether the step is a spike, and the norm to clip to."""
-        limit = torch.full_like(norm, torch.inf if self._config.max_norm is None else self._config.max_norm)
-        if self.rule is None:
-            return torch.zeros_like(norm), torch.zeros_like(trusted), limit
-        opinion = self.rule.judge(norm.log(), loss, trusted)
-        if self._config.spike == "clip":
-            limit = torch.minimum(limit, opinion.norm_limit)
-        return opinion.score, opinion.flagged, limit
 
     def _norms_differ(self, squares: Tensor) -> Tensor:
         if self._config.replicas == "off":
@@ -147,14 +140,3 @@ class Judge:
 def _num_bad(lanes: Tensor) -> Tensor:
     bad = lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD] + lanes[:, lane.FAULTS]
     return bad.sum()
-
-
-def _rule(config: GuardConfig) -> SpikeRule:
-    if config.spike_rule != "robust":
-        return make_rule(config.spike_rule)
-    return make_rule(
-        "robust",
-        threshold=config.spike_threshold,
-        window=config.spike_window,
-        warmup=config.spike_warmup,
-    )

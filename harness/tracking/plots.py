@@ -34,6 +34,7 @@ EVENT_COLOURS = {
     "resume": GREEN,
     "stop": INK,
     "alert": ORANGE,
+    "outlier": FAINT,
 }
 """Events that are marked in the picture; checkpoints are too many to be."""
 MAX_POINTS = 4000

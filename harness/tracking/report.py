@@ -124,6 +124,7 @@ def _headline(run: Run, name: str) -> str:
         "steps with non-finite values": number(summary["num_nonfinite_steps"]),
         "steps skipped": number(run.last("guard/skips")),
         "incidents": str(events.get("incident", 0)),
+        "outlier batches": str(events.get("outlier", 0)),
         "rollbacks": str(events.get("rollback", 0)),
         "attempts": str(summary["attempts"]),
         "duration": age(summary["duration_s"]),

@@ -25,7 +25,7 @@ STALE_AFTER_S = 600.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """An incident, checkpoint, resume, fault, stop, rollback or alert."""
+    """An incident, outlier batch, checkpoint, resume, fault, stop, rollback or alert."""
 
     name: str
     step: int | None

@@ -169,6 +169,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:
         num_skips=counters.num_skips,
         num_clips=counters.num_clips,
         incidents=counters.incidents,
+        num_outliers=counters.num_outliers,
         directory=run.directory,
     )
     if run.world.is_main:

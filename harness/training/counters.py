@@ -25,6 +25,8 @@ class Counters:
     num_clips: int = 0
     incidents: dict[str, int] = field(default_factory=dict)
     """How many, by what was wrong."""
+    num_outliers: int = 0
+    """Outlier batches, which are no incidents."""
     last_val_loss: float = math.nan
     best_val_loss: float = math.inf
     val_step: int = -1
@@ -37,6 +39,7 @@ class Counters:
         self.tokens += record.num_tokens
         self.num_skips += record.skipped
         self.num_clips += record.verdict == "clip"
+        self.num_outliers += record.is_outlier
         kind = incident_kind(record)
         if kind is not None:
             self.incidents[kind] = self.incidents.get(kind, 0) + 1
@@ -53,6 +56,7 @@ class Counters:
     def keep_skips_of(self, other: Counters) -> None:
         """Takes over what was counted on a branch that a rollback left, so that no skip is forgotten."""
         self.num_skips, self.num_clips = other.num_skips, other.num_clips
+        self.num_outliers = other.num_outliers
         self.incidents = dict(other.incidents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -62,6 +66,8 @@ class Counters:
 
 def incident_kind(record: StepRecord) -> str | None:
     """What was wrong with a step, in a word or two; None if nothing was."""
+    if record.is_absurd:
+        return "absurd gradient"
     if record.is_spike:
         return "spike"
     if record.skipped and not math.isfinite(record.loss):

@@ -120,13 +120,16 @@ class MainJournal(Journal):
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
         samples_of = functools.partial(self._step_indices, sent.samples[0])
-        incident = Incident.of(record, samples_of=samples_of)
+        incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
-            details = {"kind": incident_kind(record), "loss": record.loss, "grad_norm": record.grad_norm}
+            kind = "outlier batch" if incident.is_outlier else incident_kind(record)
+            details = {"kind": kind, "loss": record.loss, "grad_norm": record.grad_norm}
+            if incident.is_outlier:
+                self.say(incident.summary())  # of incidents the ladder speaks
             self._log.write(
                 "event",
                 {
-                    "name": "incident",
+                    "name": "outlier" if incident.is_outlier else "incident",
                     "summary": incident.summary(),
                     **details,
                     **dataclasses.asdict(incident),

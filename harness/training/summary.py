@@ -29,6 +29,8 @@ class TrainResult:
     num_clips: int
     incidents: dict[str, int]
     directory: Path
+    num_outliers: int = 0
+    """Outlier batches, which are no incidents."""
 
     def to_json(self) -> dict[str, object]:
         """Plain data; numbers that JSON has no name for become None."""
@@ -47,7 +49,7 @@ def render_summary(result: TrainResult, *, tensorboard: bool) -> str:
         f"{result.tokens_per_s:,.0f} tokens/s, {result.seconds:.0f} s",
         f"  held-out loss  last {result.last_val_loss:.4f}, best {result.best_val_loss:.4f}",
         f"  skipped steps  {result.num_skips}    clipped steps  {result.num_clips}",
-        f"  incidents      {incidents}",
+        f"  incidents      {incidents}    outlier batches  {result.num_outliers}",
         f"  log            {result.directory / 'log'}",
         f"  checkpoints    {result.directory / 'checkpoints'}",
         f"  picture        {result.directory / 'curves.png'}",

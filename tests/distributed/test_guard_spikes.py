@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, InstabilityError
 from harness.records import StepRecord
-from harness.stability import StepGuard
+from harness.stability import Incident, Ladder, StepGuard
+from harness.stability.detectors import RULES
 from tests.support.guarded import OPTIMIZERS, batch, make_model, snapshot, worst_difference
 
 WARM = 80
@@ -52,7 +53,7 @@ def test_warn_applies_the_step_and_says_why_it_stands_out() -> None:
     record = run.step(factor=100.0)
     assert (record.verdict, record.is_spike) == ("apply", True)
     assert record.reason is not None
-    assert record.reason.startswith("spike: loss")
+    assert record.reason.startswith("spike: gradient norm")
     assert record.spike_score > 6
 
 
@@ -69,6 +70,130 @@ def test_skip_leaves_everything_as_it_was() -> None:
     before = snapshot(run.model, run.optimizer)
     assert run.step(factor=100.0).verdict == "skip"
     assert worst_difference(before, snapshot(run.model, run.optimizer)) == ""
+
+
+def test_an_outlier_batch_is_a_note_and_no_incident() -> None:
+    run = _warm(spike="warn")
+    record = run.step(factor=8.0)
+    assert (record.verdict, record.is_outlier, record.is_spike) == ("apply", True, False)
+    assert record.reason is None
+    assert record.note is not None
+    assert record.note.startswith("outlier batch: gradient norm ")
+    assert Incident.of(record) is None
+    outlier = Incident.of(record, outliers=True)
+    assert outlier is not None
+    assert outlier.is_outlier
+    assert run.step().note is None
+
+
+def test_a_disturbance_of_three_steps_is_an_incident() -> None:
+    run = _warm(spike="warn")
+    records = [run.step(factor=8.0) for _ in range(4)]
+    assert [r.is_outlier for r in records] == [True, True, False, False]
+    assert [r.is_spike for r in records] == [False, False, True, True]
+    assert records[2].reason is not None
+    assert records[2].reason.endswith(f"disturbed since step {WARM}")
+
+
+def test_clip_acts_on_outlier_batches_and_skip_makes_incidents_of_them() -> None:
+    clipped = _warm(spike="clip").step(factor=8.0)
+    assert (clipped.verdict, clipped.is_outlier, clipped.clipped_by_spike) == ("clip", True, True)
+    assert 0.5 < clipped.grad_norm * clipped.clip_coef < 2
+    skipped = _warm(spike="skip").step(factor=8.0)
+    assert (skipped.verdict, skipped.is_outlier, skipped.is_spike) == ("skip", False, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"max_norm": None, "spike": "warn"}, "step {}: spike: {}; applied"),
+        ({"max_norm": 3.0, "spike": "warn"}, "step {}: spike: {}; clipped to 3 as every step is"),
+        ({"max_norm": 0.1, "spike": "clip"}, "step {}: spike: {}; clipped to 0.1 as every step is"),
+        ({"max_norm": 50.0, "spike": "clip"}, "step {}: spike: {}; clipped to {usual} because of it"),
+        ({"max_norm": 3.0, "spike": "skip"}, "step {} skipped: spike: {}"),
+    ],
+)
+def test_the_words_say_what_stood_out_by_how_much_and_what_was_done(
+    settings: dict[str, Any], what: str
+) -> None:
+    run = _Run(**settings)
+    norms = [run.step().grad_norm for _ in range(WARM)]
+    record = run.step(factor=100.0)
+    usual = sorted(norms[-20:])[9]
+    sizes = (
+        f"gradient norm {record.grad_norm:.4g}, {record.grad_norm / usual:.3g} times its usual {usual:.4g}"
+    )
+    incident = Incident.of(record)
+    assert incident is not None
+    expected = what.format(
+        run.guard.next_step - 1, f"{sizes} (score {record.spike_score:.1f})", usual=f"{usual:.4g}"
+    )
+    assert incident.summary().startswith(expected)
+
+
+ABSURD = 1e20
+
+
+@pytest.mark.parametrize("steps", [20, WARM + 20])
+@pytest.mark.parametrize(
+    "settings",
+    [{"spike": "off"}, {"spike": "clip"}, {"nonfinite": "stop"}, *({"spike_rule": name} for name in RULES)],
+    ids=str,
+)
+def test_an_absurd_gradient_is_left_out_whatever_the_rule(settings: dict[str, Any], steps: int) -> None:
+    run = _Run(**settings)
+    for _ in range(steps):
+        run.step()
+    before = snapshot(run.model, run.optimizer)
+    memory = run.guard.state_dict()["spike_rule"]
+    record = run.step(factor=ABSURD)
+    assert (record.verdict, record.is_absurd, record.is_spike, record.is_outlier) == (
+        "skip",
+        True,
+        True,
+        False,
+    )
+    assert record.reason is not None
+    assert "absurd gradient: gradient norm" in record.reason
+    assert "guard.absurd_norm_ratio" in record.reason
+    assert worst_difference(before, snapshot(run.model, run.optimizer)) == ""
+    learned = run.guard.state_dict()["spike_rule"]
+    for window in ("recent", "residuals", "mean", "losses"):
+        assert str(learned.get(window)) == str(memory.get(window))
+    assert not run.step().skipped
+
+
+def test_absurd_gradients_are_applied_where_the_bound_is_off() -> None:
+    run = _Run(absurd_norm_ratio=None)
+    for _ in range(20):
+        run.step()
+    assert run.step(factor=ABSURD).verdict == "clip"
+
+
+def test_what_is_absurd_survives_a_restart_and_a_state_that_does_not_know_it() -> None:
+    run = _Run(spike="off")
+    for _ in range(20):
+        run.step()
+    state = run.guard.state_dict()
+    for kept, verdict in (
+        (state, "skip"),
+        ({k: v for k, v in state.items() if k != "credible_norm"}, "clip"),
+    ):
+        run.guard = StepGuard(run.model, run.optimizer, lag_steps=0, spike="off")
+        run.guard.load_state_dict(kept)
+        assert run.step(factor=ABSURD).verdict == verdict
+
+
+def test_under_fp16_an_absurd_gradient_is_no_overflow_and_counts_on_the_ladder() -> None:
+    run = _Run(precision=torch.float16, init_loss_scale=1024.0)
+    ladder = Ladder(run.guard.config)
+    for _ in range(20):
+        ladder.observe(run.step())
+    for _ in range(3):
+        ladder.observe(run.step(factor=ABSURD))
+    assert run.guard.loss_scale.item() == 1024.0
+    with pytest.raises(InstabilityError, match="4 steps in a row"):
+        ladder.observe(run.step(factor=ABSURD))
 
 
 def test_off_says_nothing() -> None:

@@ -48,6 +48,7 @@ def prepare(folder: Path) -> dict[str, Path]:
         ("--loop.global_batch=9", ["loop.global_batch"]),
         ("--loop.steps=-3", ["loop.steps", "-3"]),
         ("--optim.learning_rate=1", ["optim.lr"]),
+        ("--guard.spike_rule=typo", ["guard.spike_rule", "typo"]),
         ("--resume=must", ["resume", "must"]),
         ("--task=nowhere.to_be:found", ["nowhere"]),
         ("--faults=[{{step: 1, parameter: nobody}}]", ["nobody"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.checkpoint.store import Store
 from harness.config import TrainConfig
 from harness.tracking.reader import open_run
 from harness.training import TrainResult, train
@@ -116,6 +117,27 @@ def test_faults_are_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result.incidents == {"non-finite loss": 1}
     assert [event.step for event in open_run(result.directory).events("fault")] == [3]
     assert logging.getLogger("harness").handlers
+
+
+def test_an_outlier_batch_is_logged_with_its_samples_and_is_no_incident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--loop.steps=30", "--guard.spike_warmup=16", "--checkpoint.healthy_after=6"]
+    fault = "--faults=[{step: 24, kind: spike, scale: 10, micro_batch: 1}]"
+    result = train(tiny_config(tmp_path, fault, *settings, "--loop.micro_batch=4"))
+    run = open_run(result.directory)
+    (outlier,) = run.events("outlier")
+    assert outlier.step == 24
+    wanted = {"kind": "outlier batch", "is_outlier": True, "rank": 0, "micro_batch": 1, "samples": [192, 200]}
+    assert {name: outlier.details[name] for name in wanted} == wanted
+    lines = capsys.readouterr().err.splitlines()
+    (said,) = [line for line in lines if "outlier batch: gradient norm" in line]
+    assert " I step 24: outlier batch" in said
+    assert run.events("incident") == []
+    assert run.events("alert") == []
+    assert (result.num_outliers, result.incidents) == (1, {})
+    healthy = [saved.step for saved in Store(result.directory / "checkpoints").saved() if saved.healthy]
+    assert healthy[-1] == 24  # six steps later; an incident at step 24 would put that off to step 31
 
 
 def test_an_incident_names_rank_parameter_micro_batch_and_samples(tmp_path: Path) -> None:

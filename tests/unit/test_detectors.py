@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.config.schema import SpikeRuleName
 from harness.errors import CheckpointError, ConfigError
 from harness.stability.detectors import RULES, SpikeRule, SpikeVerdict, make_rule
 from harness.stability.rules.robust import RECENT
@@ -167,6 +171,67 @@ def test_twenty_thousand_steps_of_noise_are_all_clean() -> None:
     assert flagged_steps(make_rule("robust"), noise(20_000)) == []
 
 
+# --- its two tiers
+
+
+def tiers(rule: SpikeRule, steps: Sequence[Step]) -> str:
+    """A letter per step: i(ncident), o(utlier batch) or a dot."""
+    verdicts = [judge(rule, step) for step in steps]
+    return "".join("i" if v.is_incident else "o" if v.flagged else "." for v in verdicts)
+
+
+CALM = (0.0, 2.5)
+NORM_UP, LOSS_UP = (1.2, 2.5), (0.0, 5.0)
+LOSS_HIGH = (0.0, 2.5 + 5 * SIGMA)
+"""Between the scores of 3.5 and 7: no spike by itself."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([NORM_UP, CALM, CALM], "o.."),
+        ([LOSS_UP, CALM, CALM], "o.."),
+        ([(1.2, 5.0), CALM], "o."),
+        ([NORM_UP, NORM_UP, CALM], "oo."),
+        ([NORM_UP, CALM, NORM_UP, CALM, NORM_UP], "o.o.o"),
+        ([NORM_UP, NORM_UP, NORM_UP, CALM, NORM_UP], "ooi.o"),
+        ([NORM_UP, LOSS_UP, (1.2, 5.0), LOSS_UP], "ooii"),
+        ([LOSS_HIGH, LOSS_HIGH, LOSS_HIGH], "..."),
+        ([NORM_UP, LOSS_HIGH, LOSS_HIGH, LOSS_HIGH, CALM, LOSS_HIGH], "o.ii.."),
+        ([(math.log(25), 2.5), (math.log(40), 2.5), CALM], "oi."),
+    ],
+)
+def test_a_flagged_step_is_an_incident_only_with_a_sign_that_the_run_suffers(
+    steps: list[Step], expected: str
+) -> None:
+    assert tiers(robust_after(noise(200)), steps) == expected
+
+
+def test_a_norm_of_any_size_is_no_incident_while_such_norms_are_usual() -> None:
+    """Data known by heart: norm and loss vary by orders of magnitude, and one batch in many is wrong."""
+    rng = random.Random(0)
+    steps = [(rng.gauss(-5.0, 2.0), 1e-3) for _ in range(200)]
+    rule = robust_after(steps)
+    assert tiers(rule, [(1.0, 0.5), *steps[:3]]) == "o..."
+
+
+@pytest.mark.parametrize(
+    ("recording", "expected"),
+    [
+        ("chosen/base64-0.001-256", range(568, 574)),  # the loss goes from 4.2 to 18 for five steps
+        ("quickstart", ()),
+        ("held-out/python-0.01-256", ()),
+        ("held-out/cnn-0.01-16-plain", ()),
+    ],
+)
+def test_recorded_trainings_have_these_incidents(recording: str, expected: Sequence[int]) -> None:
+    path = Path(__file__).parents[2] / "docs/benchmarks/series" / f"{recording}.json"
+    run = json.loads(path.read_text())
+    steps = zip(map(math.log, run["grad_norm"]), run["loss"], strict=True)
+    found = [step for step, tier in enumerate(tiers(make_rule("robust"), [*steps])) if tier == "i"]
+    assert found == [*expected]
+
+
 # --- the other rules
 
 
@@ -288,7 +353,7 @@ class NoHostRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("robust", 100), ("zclip", 40), ("persistent", 45), ("sigma", 40)]
+    ("name", "most"), [("robust", 105), ("zclip", 45), ("persistent", 50), ("sigma", 40)]
 )
 def test_judging_reads_nothing_back_and_takes_few_kernels(name: str, most: int) -> None:
     rule = make_rule(name)
@@ -299,12 +364,49 @@ def test_judging_reads_nothing_back_and_takes_few_kernels(name: str, most: int) 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_verdict_is_three_numbers(name: str) -> None:
+def test_a_verdict_has_these_shapes(name: str) -> None:
     verdict = judge(make_rule(name), (0.0, 1.0))
-    assert (verdict.flagged.dtype, verdict.flagged.shape) == (torch.bool, ())
-    assert (verdict.score.dtype, verdict.score.shape) == (torch.float64, ())
-    assert (verdict.norm_limit.dtype, verdict.norm_limit.shape) == (torch.float64, ())
+    shapes = {
+        f.name: (getattr(verdict, f.name).dtype, [*getattr(verdict, f.name).shape]) for f in fields(verdict)
+    }
+    assert shapes == {
+        "flagged": (torch.bool, []),
+        "is_incident": (torch.bool, []),
+        "scores": (torch.float64, [2]),
+        "usual": (torch.float64, [2]),
+        "norm_limit": (torch.float64, []),
+        "num_in_a_row": (torch.float64, []),
+    }
     assert verdict.score == 0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_says_what_it_expected(name: str) -> None:
+    rule = make_rule(name)
+    assert flagged_steps(rule, noise(200)) == [] or name == "zclip"
+    norm, loss = judge(rule, (0.0, 2.5)).usual.tolist()
+    assert math.isnan(norm) if name == "persistent" else norm == pytest.approx(1.0, abs=SIGMA)
+    assert math.isnan(loss) if name == "zclip" else loss == pytest.approx(2.5, abs=SIGMA)
+
+
+def test_a_rule_without_tiers_calls_every_flag_an_incident_but_a_clip_is_none() -> None:
+    for name in ("sigma", "zclip"):
+        rule = make_rule(name)
+        flagged_steps(rule, noise(200))
+        verdict = judge(rule, (5.0, 2.5))
+        assert (bool(verdict.flagged), bool(verdict.is_incident)) == (True, name == "sigma")
+
+
+def test_the_rules_that_a_configuration_may_name_are_the_rules_there_are() -> None:
+    assert [*RULES] == [*get_args(SpikeRuleName)]
+
+
+def test_a_state_that_lacks_what_an_earlier_version_did_not_save_is_taken() -> None:
+    rule = robust_after(noise(200))
+    old = {name: value for name, value in rule.state_dict().items() if name != "num_disturbed"}
+    resumed = make_rule("robust")
+    resumed.load_state_dict(old)
+    assert torch.equal(judge(resumed, (3.0, 2.5)).scores, judge(rule, (3.0, 2.5)).scores)
 
 
 def test_the_state_of_another_rule_or_window_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.stability.credible import CredibleNorm
 from harness.stability.detectors import RULES, make_rule
 from harness.stability.graphed import Graphed
 
@@ -96,6 +97,26 @@ def judged(name: str, *, graphed: bool) -> list[list[float]]:
 @pytest.mark.parametrize("name", RULES)
 def test_a_replayed_rule_judges_as_one_that_is_called(name: str) -> None:
     assert str(judged(name, graphed=True)) == str(judged(name, graphed=False))
+
+
+@pytest.mark.usefixtures("_noting_graphs")
+def test_what_is_credible_is_replayed_as_it_is_called() -> None:
+    def absurd(*, graphed: bool) -> list[bool]:
+        bound = CredibleNorm(1e4)
+        call = Graphed(bound.judge) if graphed else bound.judge
+        seen, state = [], bound.state_dict()
+        for step in range(60):
+            norm = torch.tensor(1e6 if step % 10 == 9 else 1.0, dtype=torch.float64)
+            seen.append(bool(call(norm, torch.tensor(True))[0]))
+            if step == 25:
+                state = bound.state_dict()
+            if step in (30, 45):
+                bound.load_state_dict(state if step == 30 else {})
+        assert not graphed or call._recording is not None
+        return seen
+
+    assert absurd(graphed=True) == absurd(graphed=False)
+    assert sum(absurd(graphed=False)) == 5  # not at step 49, which has only three before it
 
 
 @pytest.mark.usefixtures("_noting_graphs")

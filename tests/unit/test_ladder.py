@@ -123,6 +123,27 @@ def test_every_incident_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_what_was_not_done_because_of_an_incident_does_not_read_as_if_it_were() -> None:
+    differing = {"reason": "rank 2 differs in head.weight", "replicas_differ": True}
+    applied, clipped = (
+        Incident.of(_record(5, verdict, clip_coef=0.25, grad_norm=4.0, **differing))
+        for verdict in ("apply", "clip")
+    )
+    assert applied is not None
+    assert clipped is not None
+    assert applied.summary() == "step 5: rank 2 differs in head.weight; applied"
+    assert clipped.summary() == "step 5: rank 2 differs in head.weight; clipped to 1 as every step is"
+
+
+def test_an_outlier_batch_is_nothing_to_the_ladder(caplog: pytest.LogCaptureFixture) -> None:
+    ladder = Ladder(GuardConfig())
+    record = _record(3, "clip", note="outlier batch: loss 3", is_outlier=True)
+    with caplog.at_level(logging.INFO, logger="harness"):
+        assert ladder.observe(record) == "go_on"
+    assert not caplog.records
+    assert Incident.of(record) is None
+
+
 def test_an_incident_names_the_module_all_bad_parameters_and_the_samples() -> None:
     row = {"grad_norm": 1.0, "max_abs": 1.0, "num_inf": 0, "num_zero": 0, "num_elements": 4}
     rows = {name: ParameterRow(num_nan=bad, **row) for name, bad in (("a.b", 1), ("a.c", 0), ("d", 2))}

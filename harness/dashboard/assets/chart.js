@@ -11,6 +11,7 @@ const MARKS = {
   stop: "#889096",
   resume: "#3e63dd",
   checkpoint_failed: "#e5484d",
+  outlier: "#b9bbc6",
 };
 const NON_FINITE = "#d6009a";
 const HEIGHT = 200;

@@ -208,6 +208,7 @@ class Monitor extends HTMLElement {
         fact("tokens/s", last("speed/tokens_per_s")),
         fact("skips", last("guard/skips")),
         fact("incidents", number(data.event_counts.incident || 0)),
+        fact("outlier batches", number(data.event_counts.outlier || 0)),
         fact("rollbacks", number(data.event_counts.rollback || 0)),
         fact("attempts", number(data.attempts)),
         fact("running for", duration(data.updated - data.started)),

@@ -14,16 +14,33 @@ from harness.errors import CheckpointError
 __all__ = ["SpikeRule", "SpikeVerdict", "no_limit", "shifted"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeVerdict:
-    """A rule's opinion of one step, as 0-d tensors on the device."""
+    """A rule's opinion of one step, as tensors on the device.
+
+    A flagged step is out of the ordinary: an incident if there is a sign that the run suffers, else an
+    outlier batch, which is odd data as a rule. A step that is not trusted is neither.
+    """
 
     flagged: Tensor
-    """bool: the step is a spike. Never set for a step that is not trusted."""
-    score: Tensor
-    """float64: how unusual the step is, in the rule's own unit; 0 while the rule is still warming up."""
+    """0-d bool: gradient norm or loss is out of the ordinary."""
+    is_incident: Tensor
+    """0-d bool. Also of a step that is not flagged itself, where the loss stays high after one that is."""
+    scores: Tensor
+    """`[2]` float64, of gradient norm and loss: how unusual, in the rule's own unit; 0 while the rule warms
+    up and for what it does not judge."""
+    usual: Tensor
+    """`[2]` float64, gradient norm and loss that were to be expected; NaN where nothing was."""
     norm_limit: Tensor
-    """float64: the gradient norm that the rule would clip this step to; inf if none."""
+    """0-d float64: the gradient norm that the rule would clip this step to; inf if none."""
+    num_in_a_row: Tensor
+    """0-d float64: steps, this one included, that a disturbance has lasted; 0: there is none, or the rule
+    does not follow them."""
+
+    @property
+    def score(self) -> Tensor:
+        """0-d float64: the greater of the two."""
+        return self.scores.amax()
 
 
 class SpikeRule(abc.ABC):
@@ -73,15 +90,18 @@ class SpikeRule(abc.ABC):
         Raises:
             CheckpointError: it was saved by another rule or with another window.
         """
-        expected = {name: value.shape for name, value in self._fresh_state(torch.device("cpu")).items()}
+        fresh = self._fresh_state(next((value.device for value in state.values()), torch.device("cpu")))
+        expected = {name: value.shape for name, value in fresh.items()}
         found = {name: value.shape for name, value in state.items()}
-        if found and found != expected:
+        if not found.items() <= expected.items():
             raise CheckpointError(
                 f"the spike rule's state has {_described(found)}",
                 rule=f"{type(self).__name__} with these settings has {_described(expected)}",
                 remedy="resume with the spike rule and window that the run was saved with",
             )
-        self._state = {name: value.detach().clone() for name, value in state.items()}
+        # What an earlier version did not save begins afresh.
+        known = {**fresh, **state} if state else {}
+        self._state = {name: value.detach().clone() for name, value in known.items()}
 
 
 def _described(shapes: Mapping[str, torch.Size]) -> str:

@@ -51,7 +51,15 @@ class PersistentRule(SpikeRule):
         risen = self._risen(outlier, usable)
         self._learn(loss, usable)
         score = torch.where(usable & full & (mean > 0), loss / mean, 0.0)
-        return SpikeVerdict(usable & (risen | self._diverged()), score, no_limit(score))
+        flagged = usable & (risen | self._diverged())
+        return SpikeVerdict(
+            flagged=flagged,
+            is_incident=flagged,
+            scores=torch.stack([torch.zeros_like(score), score]),
+            usual=torch.stack([torch.full_like(mean, torch.nan), mean]),
+            norm_limit=no_limit(score),
+            num_in_a_row=torch.zeros_like(score),
+        )
 
     def _risen(self, outlier: Tensor, usable: Tensor) -> Tensor:
         memory = self._state

@@ -5,6 +5,8 @@ Legend: the first dimension of all memory is the signal, `[log norm, loss]`; R r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,15 @@ MAD_TO_SIGMA = 1.4826
 
 FAR = 6.0
 """MAD spreads beyond which a residual counts as if it lay there."""
+
+INCIDENT_RATIO = 30.0
+"""Times its usual value from which a flagged norm is an incident by itself."""
+
+INCIDENT_STEPS = 3
+"""Steps that a disturbance lasts from which it is an incident."""
+
+HIGH_LOSS = 3.5
+"""Score of a loss that still counts as disturbed after a flagged step."""
 
 LOG_NORM_FLOOR = 0.02
 """Least spread of the log norm: 2 % of the norm."""
@@ -44,8 +55,13 @@ class RobustRule(SpikeRule):
     recent past. Samples that do not agree, as in a divergence, go on being flagged; after `window` of them
     in a row the rule warms up afresh.
 
+    A disturbance is a flagged step and those right after it that are flagged too or whose loss scores above
+    3.5. Its third step is an incident, and so is each later one: odd data shows in one batch, a run that
+    suffers in the next ones too. A flagged norm of at least 30 times what was expected is an incident by
+    itself. All other flagged steps are outlier batches.
+
     The norm limit of a flagged step is the expected norm: clipped to it, the step weighs as much as a usual
-    one. About 95 small kernels a step.
+    one. About 105 small kernels a step.
 
     Args:
         threshold: Score from which a step is flagged.
@@ -64,6 +80,7 @@ class RobustRule(SpikeRule):
             "recent": nothing.new_full((2, RECENT), torch.nan),
             "flagged_in_a_row": nothing.new_full((2, RECENT), torch.nan),
             "num_in_a_row": torch.zeros((), dtype=torch.int64, device=device),
+            "num_disturbed": nothing.new_zeros(()),
             "peak_loss": nothing.new_zeros(()),
         }
 
@@ -71,24 +88,43 @@ class RobustRule(SpikeRule):
         memory = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double(), loss_t.double()])
         usable = (sample.abs() < torch.inf) & trusted_t
-        expected = _median(memory["recent"])
-        score, spread = self._score(sample - expected, expected)
-        score = torch.where(usable, score, 0.0)
-        flagged = (score > self.threshold).any()
+        expected = _median(memory["recent"], _num(memory["recent"]))
+        residual = sample - expected
+        scores, spread = self._score(residual, expected)
+        scores = torch.where(usable, scores, 0.0)
+        stands_out = scores > self.threshold
+        flagged = stands_out.any()
+        num_disturbed = self._count_disturbed(flagged, scores[1])
+        is_far = stands_out[0] & (residual[0] >= math.log(INCIDENT_RATIO))
 
         accepted = usable & ~flagged
         self._learn("recent", sample, accepted)
-        self._learn("residuals", sample - expected, accepted)
+        self._learn("residuals", residual, accepted)
         self._follow_level(sample, spread, flagged, trusted_t)
-        return SpikeVerdict(flagged, score.max(), torch.where(flagged, expected[0].exp(), torch.inf))
+        usual_norm = expected[0].exp()
+        return SpikeVerdict(
+            flagged=flagged,
+            is_incident=is_far | (num_disturbed >= INCIDENT_STEPS),
+            scores=scores,
+            usual=torch.stack([usual_norm, expected[1]]),
+            norm_limit=torch.where(flagged, usual_norm, torch.inf),
+            num_in_a_row=num_disturbed,
+        )
+
+    def _count_disturbed(self, flagged: Tensor, loss_score: Tensor) -> Tensor:
+        """Steps in a row, this one included, of a disturbance, which begins with a flagged step."""
+        before = self._state["num_disturbed"]
+        disturbed = flagged | ((loss_score > HIGH_LOSS) & (before > 0))
+        self._state["num_disturbed"] = (before + 1) * disturbed
+        return self._state["num_disturbed"]
 
     def _score(self, residual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
         """Score and spread per signal; the score is 0 while there is too little to go by."""
         residuals = self._state["residuals"]
-        num = (residuals == residuals).sum(dim=-1)
-        usual = _median(residuals)
+        num = _num(residuals)
+        usual = _median(residuals, num)
         deviations = (residuals - usual.unsqueeze(-1)).abs()
-        mad = MAD_TO_SIGMA * _median(deviations)
+        mad = MAD_TO_SIGMA * _median(deviations, num)
         near = torch.minimum(deviations, FAR * mad.unsqueeze(-1))
         sigma = (near.square().nansum(dim=-1) / num).sqrt()
         spread = torch.maximum(sigma, self._floor(expected[1].abs()))
@@ -120,10 +156,15 @@ class RobustRule(SpikeRule):
         memory["num_in_a_row"] = num * ~new_level
 
 
-def _median(window: Tensor) -> Tensor:
-    """Median (the lower of two) over the last dimension of what is there; NaN where nothing is.
+def _num(window: Tensor) -> Tensor:
+    """How many values of the last dimension are there; the others are NaN."""
+    return (window == window).sum(dim=-1)
+
+
+def _median(window: Tensor, num: Tensor) -> Tensor:
+    """Median (the lower of two) of the `num` values of the last dimension that are there; NaN where none is.
 
     By sorting, which puts NaN last: torch's `nanmedian` along a dimension is not deterministic on CUDA.
     """
-    middle = ((window == window).sum(dim=-1, keepdim=True) - 1).div(2, rounding_mode="trunc")
-    return window.sort(dim=-1).values.gather(-1, middle.clamp(min=0)).squeeze(-1)
+    middle = (num.unsqueeze(-1) - 1).div(2, rounding_mode="trunc").clamp(min=0)
+    return window.sort(dim=-1).values.gather(-1, middle).squeeze(-1)

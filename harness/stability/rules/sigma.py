@@ -39,10 +39,18 @@ class SigmaRule(SpikeRule):
         mean, sigma = self._mean_and_sigma()
         within = sample - mean <= self.threshold * sigma
         active = memory["num_samples"] >= max(2, self.window // 2) - 1
-        score = torch.where(active, (sample - mean) / sigma, 0.0).amax()
+        scores = torch.where(active, (sample - mean) / sigma, 0.0)
         memory["samples"] = shifted(memory["samples"], sample)
         memory["num_samples"] = (memory["num_samples"] + 1).clamp(max=self.window)
-        return SpikeVerdict(~within.all() & active & trusted_t, score, no_limit(score))
+        flagged = ~within.all() & active & trusted_t
+        return SpikeVerdict(
+            flagged=flagged,
+            is_incident=flagged,
+            scores=scores,
+            usual=mean,
+            norm_limit=no_limit(flagged),
+            num_in_a_row=torch.zeros_like(mean[0]),
+        )
 
     def _mean_and_sigma(self) -> tuple[Tensor, Tensor]:
         """Per signal, over the samples so far; the window is filled from its end."""

@@ -16,7 +16,8 @@ class ZClipRule(SpikeRule):
     Mean and variance of the norm are exponential moving averages, started from the first `warmup` norms. A
     norm with z = (norm - mean) / sigma above `threshold` is limited to mean + threshold^2 / z x sigma, and
     enters the averages as limited. As a detector it is eager: of normally distributed norms 0.6 % are
-    flagged, which costs little when all that follows is a milder clip. The loss is not looked at.
+    flagged, which costs little when all that follows is a milder clip. So every flagged step is an outlier
+    batch and none an incident. The loss is not looked at.
 
     Unlike the published code it takes no step that is not trusted: there, one NaN ends all clipping.
     About 35 small kernels a step.
@@ -43,9 +44,17 @@ class ZClipRule(SpikeRule):
         active = usable & (memory["num_samples"] >= self.warmup) & (sigma > 0)
         score = torch.where(active, (norm - memory["mean"]) / sigma, 0.0)
         flagged = score > self.threshold
-        limit = torch.where(flagged, memory["mean"] + self.threshold**2 / score * sigma, torch.inf)
+        mean, nothing = memory["mean"], torch.zeros_like(score)
+        limit = torch.where(flagged, mean + self.threshold**2 / score * sigma, torch.inf)
         self._learn(torch.minimum(norm, limit), usable)
-        return SpikeVerdict(flagged, score, limit)
+        return SpikeVerdict(
+            flagged=flagged,
+            is_incident=torch.zeros_like(flagged),
+            scores=torch.stack([score, nothing]),
+            usual=torch.stack([mean, torch.full_like(mean, torch.nan)]),
+            norm_limit=limit,
+            num_in_a_row=nothing,
+        )
 
     def _learn(self, norm: Tensor, usable: Tensor) -> None:
         """Plain mean and variance of the first `warmup` norms, moving averages from there on."""
