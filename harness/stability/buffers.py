@@ -66,6 +66,14 @@ class Buffers:
         self._tables: list[Table] = [module._buffers for module in self._model.modules()]
         self._num_names = sum(map(len, self._tables))
         self._held = _held(self._tables)
+        self._held_in: dict[int, list[_Held]] = {}
+        for held in self._held:
+            for table, _ in held.holders:
+                self._held_in.setdefault(id(table), []).append(held)
+        self._watch_loads()
+        self._keep_values()
+
+    def _keep_values(self) -> None:
         keepable = [held for held in self._held if held.words is not None]
         small = [held for held in keepable if held.size_bytes < LARGE_BYTES]
         large = [held for held in keepable if held.size_bytes >= LARGE_BYTES]
@@ -77,7 +85,6 @@ class Buffers:
         self._observed = [block for block in copied if not self._is_changing(block.held[0])]
         self._num_observed, self._changed = 0, None
         self._blocks = [_Block(alike) for alike in _grouped(small)] + copied
-        self._watch_loads()
 
     @torch.no_grad()
     def settle(self, skip_t: Tensor) -> None:
@@ -101,6 +108,7 @@ class Buffers:
         """Lets the buffers alone, for good."""
         for handle in self._hooks.values():
             handle.remove()
+        self._held_in = {}
         self._held, self._blocks, self._observed, self._constants, self._tables = [], [], [], [], []
         self._num_names = 0
 
@@ -115,8 +123,7 @@ class Buffers:
                 self._hooks[module] = module.register_load_state_dict_post_hook(hook)
 
     def _loaded(self, module: nn.Module, incompatible_keys: object) -> None:
-        table = module._buffers
-        loaded = [held for held in self._held if any(owner is table for owner, _ in held.holders)]
+        loaded = self._held_in.get(id(module._buffers), [])
         if any(held.is_replaced() for held in loaded):
             self.remember()
         else:
