@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.data import Batch, LossSum
+from harness.dist import World
 from harness.tracking.reader import open_run
+from harness.training.evaluate import evaluate
+from tests.support.own_tasks import own_config, points_task, squared_error
 from tests.support.runs import program, tiny
 
 pytestmark = [
@@ -48,3 +52,22 @@ def test_a_run_in_two_parts_is_the_run_in_one_bit_for_bit(tmp_path: Path) -> Non
         open_run(tmp_path / folder / "tiny").scalars("train/loss") for folder in ("whole", "parts")
     )
     assert whole.values.tolist() == parts.values.tolist()
+
+
+def host_counts(model: torch.nn.Module, batch: Batch) -> LossSum:
+    """Draws on the GPU, and counts where people count: on the host."""
+    noisy = batch["x"] + torch.rand_like(batch["x"])
+    loss = squared_error(model, {**batch, "x": noisy})
+    return LossSum(loss.total, torch.tensor(len(noisy)), correct=1)
+
+
+def test_an_evaluation_takes_counts_from_the_host_and_leaves_the_gpus_generator_alone(tmp_path: Path) -> None:
+    task = points_task(loss=host_counts)
+    model = task.model.cuda()
+    config = own_config(tmp_path, points_task)
+    world = World(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+    before = torch.cuda.get_rng_state()
+    first = evaluate(model, task, config, world, precision="fp32")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.cuda.manual_seed(99)
+    assert evaluate(model, task, config, world, precision="fp32") == first
