@@ -215,6 +215,9 @@ class ParallelConfig:
     """auto: CUDA if there is one."""
     bucket_cap_mb: int = 25
     """Size of DDP's gradient buckets in MiB."""
+    find_unused: bool = False
+    """DDP looks in every step for parameters that the loss does not depend on, which costs a walk through the
+    graph; without it such a parameter ends the run with an error that names it. FSDP needs no such search."""
     timeout_s: float = 300.0
     """How long a collective may wait before the run is ended."""
 

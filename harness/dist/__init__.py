@@ -3,10 +3,12 @@
 from harness.dist.agreement import all_reduce_sum, from_main, together
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.unused import UnusedParameters
 from harness.dist.world import World, open_world
 
 __all__ = [
     "HostGroup",
+    "UnusedParameters",
     "World",
     "all_reduce_sum",
     "distribute",

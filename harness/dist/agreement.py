@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from harness.errors import HarnessError
 
-__all__ = ["all_reduce_sum", "from_main", "together"]
+__all__ = ["all_reduce_sum", "from_main", "gather", "together"]
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except HarnessError as error:
         mine = error
-    for failure in _gather(mine):
+    for failure in gather(mine):
         if failure is not None:
             raise failure
     return result  # type: ignore[return-value]  # no rank failed, so there is one
@@ -51,9 +51,10 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _gather(error: HarnessError | None) -> list[HarnessError | None]:
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank. One collective on the host; this one's alone without a process group."""
     if not dist.is_initialized():
-        return [error]
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return errors
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

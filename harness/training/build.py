@@ -14,7 +14,15 @@ from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Dataset, Loader, fetch
-from harness.dist import World, distribute, from_main, open_world, plain, together
+from harness.dist import (
+    UnusedParameters,
+    World,
+    distribute,
+    from_main,
+    open_world,
+    plain,
+    together,
+)
 from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
@@ -103,6 +111,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             task=task,
             guard=guard,
             faults=faults,
+            unused=UnusedParameters(model),
             device=world.device,
             precision=precision,
             world_size=world.world_size,
