@@ -213,6 +213,10 @@ class ParallelConfig:
     """auto: plain in one process, ddp in several. fsdp (FSDP2) shards all of its state."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is one."""
+    threads: int = 0
+    """Threads that each process computes with on the CPU. 0: its share of the cores that it may use (affinity
+    and quota, over the processes on the machine), unless you, and not a launcher, set OMP_NUM_THREADS.
+    Another number may change the last bits of results."""
     bucket_cap_mb: int = 25
     """Size of DDP's gradient buckets in MiB."""
     find_unused: bool = False
@@ -223,6 +227,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive("parallel", self, ["bucket_cap_mb", "timeout_s"])
+        require_not_negative("parallel", self, ["threads"])
 
 
 @dataclass(frozen=True, kw_only=True)

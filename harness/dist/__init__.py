@@ -3,6 +3,7 @@
 from harness.dist.agreement import all_reduce_sum, from_main, together
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
 from harness.dist.world import World, open_world
 
@@ -17,4 +18,5 @@ __all__ = [
     "open_world",
     "plain",
     "together",
+    "use_threads",
 ]

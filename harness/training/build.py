@@ -22,6 +22,7 @@ from harness.dist import (
     open_world,
     plain,
     together,
+    use_threads,
 )
 from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
@@ -58,6 +59,8 @@ def train(config: TrainConfig) -> TrainResult:
         config = with_every_check(config)
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
+        local_world_size = env.launched().local_world_size
+        logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
         _set_determinism(config)
         return _train(build_run(config, world, stop))
 
