@@ -19,6 +19,8 @@ __all__ = [
     "launched",
     "program_environment",
     "set_default",
+    "threads_are_set",
+    "threads_are_users",
     "unheard_launcher",
     "wants_traceback",
 ]
@@ -29,6 +31,7 @@ _SAID_BY_LAUNCHERS = {
     "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
 }  # fmt: skip
 _LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,30 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stability-harness"
+
+
+def threads_are_set() -> bool:
+    """Whether OMP_NUM_THREADS or MKL_NUM_THREADS is set, by whomever."""
+    return any(name in os.environ for name in _THREADS)
+
+
+def threads_are_users() -> bool:
+    """Whether the user has set the number of threads, rather than a launcher.
+
+    torchrun and `accelerate launch` set OMP_NUM_THREADS=1 where it is not set. The environment that the
+    launcher itself was started with tells whether it was; where that cannot be read, a 1 under a launcher is
+    taken for the launcher's.
+    """
+    told_by_launcher = any(
+        name in _SAID_BY_LAUNCHERS or name.startswith(_LAUNCHERS_PREFIXES) for name in os.environ
+    )
+    if not told_by_launcher or os.environ.get("OMP_NUM_THREADS") != "1":
+        return threads_are_set()
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return "MKL_NUM_THREADS" in os.environ
+    return any(entry.startswith(tuple(f"{name}=".encode() for name in _THREADS)) for entry in started_with)
 
 
 def wants_traceback() -> bool:

@@ -143,6 +143,13 @@ def _check_key(key: str, *, where: str) -> None:
     known = list(config_keys())
     if key in known:
         return
+    positive = key.replace("no_", "", 1).replace("no-", "", 1)
+    if positive != key and positive in _switch_keys():
+        raise ConfigError(
+            f"unknown key {key!r}{where}",
+            rule="a boolean has one name",
+            remedy=f"write --{positive} false",
+        )
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]
@@ -154,11 +161,24 @@ def _check_key(key: str, *, where: str) -> None:
 
 
 def _spell_out_switches(argv: Sequence[str]) -> Iterator[str]:
-    """`--debug` alone means `--debug true`."""
+    """The name of a boolean alone, as in `--debug`, means `--debug true`."""
+    switches = {f"--{key}" for key in _switch_keys()}
     for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         yield argument
-        if following.startswith("--") and argument in ("--debug", "--deterministic", "--loop.compile"):
+        if following.startswith("-") and argument in switches:
             yield "true"
+
+
+def _switch_keys() -> list[str]:
+    """The keys of the schema that are booleans."""
+    return [key for key in config_keys() if _type_of(key) is bool]
+
+
+def _type_of(key: str) -> Any:
+    found: Any = TrainConfig
+    for name in key.split("."):
+        found = typing.get_type_hints(found)[name]
+    return found
 
 
 def _readable(error: argparse.ArgumentError) -> ConfigError:

@@ -10,10 +10,13 @@ from harness.dist.agreement import (
 )
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.threads import use_threads
+from harness.dist.unused import UnusedParameters
 from harness.dist.world import World, open_world
 
 __all__ = [
     "HostGroup",
+    "UnusedParameters",
     "World",
     "all_reduce_sum",
     "broadcast_from_main",
@@ -25,4 +28,5 @@ __all__ = [
     "open_world",
     "plain",
     "together",
+    "use_threads",
 ]

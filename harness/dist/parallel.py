@@ -19,8 +19,8 @@ __all__ = ["distribute", "gradient_sync", "plain"]
 def distribute(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.Module:
     """Moves `model` to the world's device and wraps it as configured.
 
-    FSDP2 shards by the blocks in the model's `ModuleList`s, which is where repeated layers stand, and then
-    the rest as a whole; the model is changed in place.
+    FSDP2 shards by the blocks in the model's outermost `ModuleList`s, which is where repeated layers stand, and
+    then the rest as a whole; the model is changed in place.
     """
     model = model.to(world.device)
     if parallel.strategy == "fsdp":
@@ -31,6 +31,7 @@ def distribute(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.M
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         bucket_cap_mb=parallel.bucket_cap_mb,
+        find_unused_parameters=parallel.find_unused,
         gradient_as_bucket_view=True,
     )
 
@@ -57,8 +58,40 @@ def _shard(model: nn.Module) -> nn.Module:
     mesh = torch.distributed.device_mesh.init_device_mesh(
         next(model.parameters()).device.type, (torch.distributed.get_world_size(),)
     )
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):  # torch 2.13
+        # Else ranks that used different experts of a mixture would reduce buffers of different sizes.
+        model.set_reduce_scatter_unused_params(True)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What is sharded as a unit: each module in a `ModuleList` that is in no other unit.
+
+    Lists inside a block, such as its experts, belong to the block: a rank on which an expert gets no token would
+    not call it, and units have to be called in the same order on all ranks. So does what shares a parameter
+    with the rest of the model, which would find it sharded.
+    """
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+
+    def is_closed(block: nn.Module) -> bool:
+        inside = set(block.modules())
+        return all(owners[parameter] <= inside for parameter in block.parameters())
+
+    found: dict[nn.Module, None] = {}
+    todo = [model]
+    while todo:
+        module = todo.pop()
+        for child in module.children():
+            is_container = isinstance(child, nn.ModuleList | nn.ModuleDict)
+            if isinstance(module, nn.ModuleList) and not is_container and is_closed(child):
+                if next(child.parameters(), None) is not None:
+                    found[child] = None
+            else:
+                todo.append(child)
+    return list(found)

@@ -14,7 +14,17 @@ from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
-from harness.dist import World, distribute, from_main, one_voice, open_world, plain, together
+from harness.dist import (
+    UnusedParameters,
+    World,
+    distribute,
+    from_main,
+    one_voice,
+    open_world,
+    plain,
+    together,
+    use_threads,
+)
 from harness.errors import ConfigError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
@@ -51,6 +61,8 @@ def train(config: TrainConfig) -> TrainResult:
         config = with_every_check(config)
     with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
         logs.setup(rank=world.rank, world_size=world.world_size)
+        local_world_size = env.launched().local_world_size
+        logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
         _set_determinism(config)
         return _train(config, world, stop)
 
@@ -106,6 +118,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             task=task,
             guard=guard,
             faults=faults,
+            unused=UnusedParameters(model),
             device=world.device,
             precision=precision,
             world_size=world.world_size,

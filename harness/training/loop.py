@@ -75,6 +75,7 @@ def train_loop(run: Run) -> Status:
     Raises:
         InstabilityError: the ladder's last rung; on all ranks at the same step.
         CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
+        ConfigError: DDP waited for the gradient of a parameter that took no part in the loss; on all ranks.
     """
     stopped = False
     if run.counters.step < run.config.loop.steps:
@@ -82,6 +83,7 @@ def train_loop(run: Run) -> Status:
         rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
     while run.counters.step < run.config.loop.steps and not stopped:
         stopped = train_step(run)
+    run.runner.unused.refuse()
     return _finish(run, stopped)
 
 
@@ -108,7 +110,7 @@ def train_step(run: Run) -> bool:
         nominal_tokens=run.runner.nominal_tokens,
         compute_s=compute_s,
         data_wait_s=data_wait_s,
-        stop_requested=run.stop.requested,
+        stop_requested=run.stop.requested or bool(run.runner.unused.found),
     )
     if _is_due(run, run.config.tracking.histograms_every):
         run.journal.histograms(step, plain(run.model))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.data import Batch, LossSum, Task, run_loss, to_device
-from harness.dist import gradient_sync
+from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
@@ -39,6 +39,7 @@ class StepRunner:
     task: Task
     guard: StepGuard
     faults: FaultInjector
+    unused: UnusedParameters
     device: torch.device
     precision: str
     world_size: int
@@ -50,7 +51,11 @@ class StepRunner:
         start = time.perf_counter()
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
-            with self.faults.armed(step, index, batch), gradient_sync(self.model, on=index == last):
+            with (
+                self.faults.armed(step, index, batch),
+                gradient_sync(self.model, on=index == last),
+                self.unused.completing(reduces=index == last),
+            ):
                 loss = self._forward_backward(batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return time.perf_counter() - start

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from harness.config import FaultConfig, GuardConfig, ParallelConfig
 from harness.data import Batch, LossSum, Task, cross_entropy
-from harness.dist import World, distribute, plain
+from harness.dist import UnusedParameters, World, distribute, plain
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 from harness.training.step import StepRunner
@@ -48,6 +48,7 @@ def one_step(
         task=task,
         guard=guard,
         faults=FaultInjector(NO_FAULTS, model=plain(network), rank=rank),
+        unused=UnusedParameters(network),
         device=world.device,
         precision="fp32",
         world_size=world_size,

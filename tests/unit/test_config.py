@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import TrainConfig, check_same_run, dump_yaml, parse_arguments
+from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
 from harness.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -137,3 +137,32 @@ def test_every_setting_has_a_help_text() -> None:
 
 def test_the_dump_is_plain_yaml() -> None:
     assert yaml.safe_load(dump_yaml(TrainConfig()))["optim"]["betas"] == [0.9, 0.95]
+
+
+SWITCHES = [key for key, value in flatten(to_dict(TrainConfig())).items() if isinstance(value, bool)]
+
+
+def test_the_name_of_a_boolean_alone_is_true_wherever_it_stands() -> None:
+    every = [f"--{key}" for key in SWITCHES]
+    interleaved = [argument for switch in every for argument in (switch, "--loop.steps", "10")]
+    for arguments in (["--name=x", *every, "--loop.steps", "10"], interleaved):
+        config = parse_arguments(arguments)
+        assert config.loop.steps == 10
+        assert [key for key in SWITCHES if not flatten(to_dict(config))[key]] == []
+
+
+@pytest.mark.parametrize("form", ["--{} false", "--{}=false", "--{} --{} false", "--{} true --{}=false"])
+def test_a_boolean_with_a_value_means_what_it_says(form: str) -> None:
+    arguments = [word for key in SWITCHES for word in form.format(key, key).split()]
+    assert [key for key, value in flatten(to_dict(parse_arguments(arguments))).items() if value is True] == []
+
+
+def test_all_booleans_are_there() -> None:
+    assert {"deterministic", "debug", "loop.compile", "model.bias", "parallel.find_unused"} <= set(SWITCHES)
+
+
+@pytest.mark.parametrize("spelling", ["no_deterministic", "no-deterministic", "loop.no_compile"])
+def test_a_negated_boolean_is_answered_with_how_it_is_written(spelling: str) -> None:
+    positive = spelling.replace("no_", "").replace("no-", "")
+    with pytest.raises(ConfigError, match=rf"Write --{positive} false"):
+        parse_arguments([f"--{spelling}"])
