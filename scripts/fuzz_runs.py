@@ -3,8 +3,8 @@
     python scripts/fuzz_runs.py --damages 2000 --seed 0
 
 A row per question of docs/benchmarks/fuzz.md: how many runs it was asked of, how many answers were an error
-in words, how many were a traceback, and the longest answer. Times are this process's. The report, which is
-drawn by matplotlib, is asked of one run in ten.
+in words, how many were a traceback, and the longest answer. Times are this process's. The report, which
+matplotlib draws, is asked of one run in twenty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.readers import Question, Readers  # noqa: E402
 HANG_S = 120.0
 FOLDER = 100
 """Runs in a folder, for the tables."""
-REPORT_EVERY = 10
+REPORT_EVERY = 20
 
 
 class Tally:

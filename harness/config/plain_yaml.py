@@ -17,14 +17,15 @@ import yaml
 from harness.errors import ConfigError
 from harness.files import read_file
 
-__all__ = ["MAX_BYTES", "plain_yaml", "plain_yaml_file"]
+__all__ = ["MAX_BYTES", "check_bounded", "plain_yaml", "plain_yaml_file"]
 
 MAX_BYTES = 256 << 10
 """A run's configuration has some 5 kB."""
 MAX_NODES = 20_000
 """Scalars, lists and mappings, aliases written out."""
 MAX_DEPTH = 32
-LONGEST_NUMBER = 400
+LONGEST_NUMBER = 200
+"""Characters; however they are read, a float can hold it."""
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = frozenset(
@@ -66,6 +67,28 @@ def plain_yaml(content: bytes | str, *, name: str) -> Any:
         raise ConfigError(f"{name} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
 
 
+def check_bounded(text: str, *, name: str) -> None:
+    """For text that somebody else is going to read as YAML: refuses what would be unbounded work.
+
+    What is no YAML at all is left to them.
+
+    Raises:
+        ConfigError: it is too much.
+    """
+    try:
+        if len(text) > MAX_BYTES:
+            raise _TooMuch(f"longer than {MAX_BYTES} characters")
+        _check(yaml.parse(text, Loader=_Loader))
+    except _TooMuch as error:
+        raise ConfigError(f"{name} is too much for a setting: {error}") from error
+    except (yaml.YAMLError, ValueError):
+        return
+
+
+class _TooMuch(ValueError):
+    """More than plain data of bounded size."""
+
+
 def _check(events: Iterable[Any]) -> None:
     """Raises ValueError where the document is more than plain data of bounded size."""
     sizes: dict[str, int | None] = {}
@@ -82,13 +105,13 @@ def _check(events: Iterable[Any]) -> None:
             continue
         num_nodes += _size(event, sizes)
         if num_nodes > MAX_NODES:
-            raise ValueError(f"more than {MAX_NODES} values, aliases written out")
+            raise _TooMuch(f"more than {MAX_NODES} values, aliases written out")
         if isinstance(event, yaml.CollectionStartEvent):
             begun.append((event.anchor, num_nodes - 1))
             if event.anchor is not None:
                 sizes[event.anchor] = None
             if len(begun) > MAX_DEPTH:
-                raise ValueError(f"more than {MAX_DEPTH} levels")
+                raise _TooMuch(f"more than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
             sizes[event.anchor] = 1
 
@@ -98,12 +121,12 @@ def _size(event: Any, sizes: dict[str, int | None]) -> int:
     if isinstance(event, yaml.AliasEvent):
         size = sizes.get(event.anchor or "", 1)  # an unknown one is the loader's error
         if size is None:
-            raise ValueError(f"{event.anchor!r} stands for itself")
+            raise _TooMuch(f"{event.anchor!r} stands for itself")
         return size
     if event.tag is not None and event.tag not in _TAGS:
         raise ValueError(f"the tag {event.tag!r}, where there is only plain data")
     if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_NUMBER:
         may_be_number = event.implicit[0] or event.tag is not None
         if may_be_number and _NUMBER_BEGINS.match(event.value):
-            raise ValueError(f"a number of {len(event.value)} digits")
+            raise _TooMuch(f"a number of {len(event.value)} digits")
     return 1

@@ -26,6 +26,7 @@ import yaml
 
 from harness.config import TrainConfig, parse_arguments, to_dict
 from harness.config.load import flatten
+from harness.config.plain_yaml import check_bounded
 from harness.errors import ConfigError
 
 __all__ = [
@@ -104,7 +105,10 @@ def read(values: Mapping[str, Any]) -> TrainConfig:
     spelled = {key: _spelled(_field(key), value) for key, value in values.items()}
     defaults = {key: _spelled(_field(key), _field(key).default) for key in values}
     # What is left as it is need not be read: it takes as long as all the rest.
-    return parse_arguments([f"--{key}={text}" for key, text in spelled.items() if text != defaults[key]])
+    changed = {key: text for key, text in spelled.items() if text != defaults[key]}
+    for key, text in changed.items():
+        check_bounded(text, name=key)
+    return parse_arguments([f"--{key}={text}" for key, text in changed.items()])
 
 
 def arguments(config: TrainConfig) -> list[str]:

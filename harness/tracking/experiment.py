@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from harness.errors import TrackingError
+from harness.config.plain_yaml import plain_yaml_file
+from harness.errors import ConfigError, TrackingError
 
 __all__ = ["ExperimentConfig", "TrainingMetrics"]
 
@@ -158,8 +159,8 @@ class TrainingMetrics:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = plain_yaml_file(path)  # JSON is YAML
+    except (OSError, ConfigError) as error:
         raise TrackingError(
             f"{path} cannot be read: {error}", rule="it has to be a file of JSON or YAML"
         ) from error

@@ -11,6 +11,7 @@ import pytest
 from harness.config import TrainConfig, read_yaml
 from harness.config.load import dump_yaml
 from harness.config.plain_yaml import MAX_BYTES, plain_yaml, plain_yaml_file
+from harness.dashboard import form
 from harness.errors import ConfigError
 from tests.support.damage import ALIAS_BOMB
 
@@ -79,3 +80,23 @@ def test_a_file_is_bounded_and_no_pipe(tmp_path: Path) -> None:
             plain_yaml_file(tmp_path / name)
         with pytest.raises(ConfigError, match=name):
             read_yaml(tmp_path / name)
+
+
+@pytest.mark.parametrize("key", ["name", "optim.lr", "data.paths"])
+@pytest.mark.parametrize(
+    "what", ["an alias bomb", "a cycle", "depth", "a long number", "a long sexagesimal number"]
+)
+def test_a_field_of_the_form_is_as_bounded(key: str, what: str) -> None:
+    text = REFUSED[what]
+    assert isinstance(text, str)
+    flow = "[" + ", ".join(line.partition(": ")[2] for line in ALIAS_BOMB.splitlines()) + "]"
+    value = flow if what == "an alias bomb" else text.removeprefix("a: ")
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=key):
+        form.read({key: value})
+    assert time.process_time() - began < LONGEST_S
+
+
+def test_text_that_is_no_yaml_stays_text() -> None:
+    for text in ("!important", "a: b: c", "*", "50% done", "1" * 150):
+        assert form.read({"tracking.notes": text}).tracking.notes == text
