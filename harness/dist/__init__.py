@@ -3,6 +3,7 @@
 from harness.dist.agreement import all_reduce_sum, from_main, together
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.word import has_group, leave_word, word_of_main
 from harness.dist.world import World, open_world
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "distribute",
     "from_main",
     "gradient_sync",
+    "has_group",
+    "leave_word",
     "open_world",
     "plain",
     "together",
+    "word_of_main",
 ]
