@@ -18,7 +18,7 @@ from harness.checkpoint.loading import Loader
 from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Retainer, Retention
 from harness.checkpoint.staging import Staging
-from harness.checkpoint.store import Store
+from harness.checkpoint.store import Saved, Store
 from harness.checkpoint.tree import plain
 from harness.checkpoint.writer import Job, SaveOutcome, Writer
 from harness.config import CheckpointConfig
@@ -42,6 +42,7 @@ class Checkpointer:
         keep_last: Newest checkpoints that are kept.
         keep_best: Checkpoints with the lowest metric that are kept besides.
         keep_every: Steps whose multiples are kept for ever; 0: none.
+        keep_all: Nothing is deleted, nor set aside when a lower step is saved.
         healthy_after: Steps without incident after which a checkpoint is healthy.
         when_busy: What `save` does while another save is under way: wait for it, or drop the new one.
         give_up_after_s: A save that has not succeeded for this long is an error.
@@ -57,6 +58,7 @@ class Checkpointer:
         keep_last: int = 3,
         keep_best: int = 0,
         keep_every: int = 0,
+        keep_all: bool = False,
         healthy_after: int = 20,
         when_busy: Literal["wait", "drop"] = "wait",
         give_up_after_s: float = 3600.0,
@@ -67,12 +69,11 @@ class Checkpointer:
         self._give_up_after_s = give_up_after_s
         self._calls = HostGroup(error=CheckpointError, timeout_s=timeout_s)
         self._store = Store(Path(directory))
-        retainer = Retainer(
-            self._store, Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
-        )
+        retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        committed = [] if keep_all else [Retainer(self._store, retention).committed]
         self._health = Health(self._store, healthy_after=healthy_after, is_main=self._calls.is_main)
         writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
-        self._writer = Writer(self._store, writes, committed=[self._health.committed, retainer.committed])
+        self._writer = Writer(self._store, writes, committed=[self._health.committed, *committed])
         self._loader = Loader(self._store, self._calls)
         self._planning = SavePlanning(self._calls)
         self._staging = Staging()
@@ -157,7 +158,12 @@ class Checkpointer:
         self._calls.together(self._raise_failure)
 
     def load(
-        self, state: MutableMapping[str, Any], *, step: int | None = None, healthy: bool = False
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        step: int | None = None,
+        healthy: bool = False,
+        pick: Callable[[list[Saved]], list[Saved]] | None = None,
     ) -> int | None:
         """Loads the newest intact checkpoint into `state`, at whatever world size it was saved.
 
@@ -169,6 +175,7 @@ class Checkpointer:
             state: As for `save`.
             step: This checkpoint and no other.
             healthy: Only one that `observe` has found healthy.
+            pick: Instead of both: chooses from those that there are, the best first. Asked on rank 0.
 
         Returns:
             The checkpoint's step; None if there is none at all.
@@ -177,7 +184,7 @@ class Checkpointer:
             CheckpointError: it is of another model, has no such step, or all there are are damaged.
         """
         self._settle()
-        manifest = self._loader.load(state, step=step, healthy=healthy)
+        manifest = self._loader.load(state, step=step, healthy=healthy, pick=pick)
         self._health.restart()
         if self._memory is not None:
             self._memory.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from harness.checkpoint.manifest import Damaged, Manifest
@@ -25,13 +25,22 @@ class Loader:
     def __init__(self, store: Store, group: HostGroup) -> None:
         self._store, self._group = store, group
 
-    def load(self, state: MutableMapping[str, Any], *, step: int | None, healthy: bool) -> Manifest | None:
+    def load(
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        step: int | None,
+        healthy: bool,
+        pick: Callable[[list[Saved]], list[Saved]] | None = None,
+    ) -> Manifest | None:
         """Loads the newest intact checkpoint that fits; its manifest, or None if there is none.
 
         Raises:
             CheckpointError: none of those that are there is intact, or it is of another model.
         """
-        candidates = self._group.from_main(lambda: self._candidates(step, healthy))
+        candidates = self._group.from_main(
+            lambda: pick(self._store.saved()) if pick else self._candidates(step, healthy)
+        )
         damages = []
         for saved in candidates:
             try:

@@ -12,6 +12,7 @@ from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
+from harness.dist.word import has_group, leave_word, word_of_main
 from harness.dist.world import World, open_world
 
 __all__ = [
@@ -24,9 +25,12 @@ __all__ = [
     "from_main",
     "gather",
     "gradient_sync",
+    "has_group",
+    "leave_word",
     "one_voice",
     "open_world",
     "plain",
     "together",
     "use_threads",
+    "word_of_main",
 ]

@@ -13,7 +13,7 @@ import dataclasses
 import datetime
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +24,7 @@ import orjson
 from harness.errors import TrackingError
 from harness.tracking.soundness import MAX_DEPTH, is_sound
 
-__all__ = ["KINDS", "Record", "decode", "encode", "to_plain"]
+__all__ = ["KINDS", "Record", "decode", "encode", "to_plain", "with_nonfinite"]
 
 KINDS = frozenset(
     {"run", "step", "eval", "epoch", "event", "hparams", "rewind", "end"}
@@ -73,11 +73,7 @@ def decode(line: bytes) -> Record | None:
     try:
         fields = orjson.loads(line)
         record = Record(*(fields[name] for name in ("kind", "attempt", "step", "time", "values")))
-        for spelling, *path in fields.get("nonfinite", ()):
-            parent: Any = record.values
-            for key in path[:-1]:
-                parent = parent[key]
-            parent[path[-1]] = _NONFINITE[spelling]
+        with_nonfinite(record.values, fields.get("nonfinite", ()))
     except (ValueError, TypeError, LookupError, AttributeError):
         return None
     sound = is_sound(record.kind, record.attempt, record.step, record.time, record.values)
@@ -92,6 +88,16 @@ def to_plain(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[list[Any]]
     """
     nonfinite: list[list[Any]] = []
     return {_text(key): _plain(value, (_text(key),), nonfinite) for key, value in values.items()}, nonfinite
+
+
+def with_nonfinite(values: dict[str, Any], nonfinite: Iterable[list[Any]]) -> dict[str, Any]:
+    """Puts back in place what `to_plain` has taken out."""
+    for spelling, *path in nonfinite:
+        parent: Any = values
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = _NONFINITE[spelling]
+    return values
 
 
 def _all_finite_numbers(values: Mapping[str, Any]) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from typing import Any
 import yaml
 
 from harness.config.plain_yaml import plain_yaml_file
+from harness.config.schema import require
 from harness.errors import ConfigError, TrackingError
 
-__all__ = ["ExperimentConfig", "TrainingMetrics"]
+__all__ = ["METRIC_NAMES", "ExperimentConfig", "TrainingMetrics"]
 
 
 @dataclass
 class ExperimentConfig:
-    """Settings of an `ExperimentTracker`."""
+    """Settings of an `ExperimentTracker`.
+
+    Raises:
+        ConfigError: a setting is of the wrong type, or negative.
+    """
 
     experiment_name: str = "gradient_clipping_nan_handling"
     """What is being tried; runs of one experiment share it."""
@@ -38,9 +44,9 @@ class ExperimentConfig:
     enable_wandb: bool = True
     """Mirror the log to Weights & Biases; without an account to its offline files."""
     log_interval: int = 100
-    """Steps between the lines that say how training goes; every step is in the log."""
+    """Steps between the lines that say how training goes, 0: none; every step is in the log."""
     save_interval: int = 1000
-    """Steps between checkpoints, as `should_save` says."""
+    """Steps between checkpoints, as `should_save` says; 0: none."""
 
     log_metrics: bool = True
     """Keep numbers: steps, epochs, custom metrics."""
@@ -73,6 +79,26 @@ class ExperimentConfig:
     wandb_group: str | None = None
     """Name that related runs share."""
 
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a setting that cannot be right; tags of any collection become a list."""
+        tags: object = self.tags
+        if isinstance(tags, tuple | set | frozenset):
+            self.tags = list(tags) if isinstance(tags, tuple) else sorted(tags, key=str)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                setattr(self, each.name, value)
+            is_right, rule = _RULES[str(each.type)]
+            require(is_right(value), each.name, value, rule)
+        for name in ("log_interval", "save_interval"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "it has to be 0 (never) or more")
+        for name in ("tensorboard_dir", "model_save_dir", "config_save_dir"):
+            require(getattr(self, name) != "", name, "", "it has to name a folder")
+
     @classmethod
     def basic(cls, **changes: Any) -> ExperimentConfig:
         """TensorBoard alone, numbers alone."""
@@ -90,13 +116,18 @@ class ExperimentConfig:
         return cls(**{**settings, "tags": ["numerical-stability"], **changes})
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ExperimentConfig:
+    def from_file(cls, path: str | Path, *, config_save_dir: str | Path = "configs") -> ExperimentConfig:
         """Reads JSON or YAML, as the suffix says.
+
+        Args:
+            path: A name without a folder is looked for where `save_config` puts one, and here.
+            config_save_dir: That folder.
 
         Raises:
             TrackingError: the file cannot be read, or has a key that is no setting.
+            ConfigError: a setting is of the wrong type, or negative.
         """
-        values = _read(Path(path))
+        values = _read(_found(Path(path), Path(config_save_dir)))
         known = [each.name for each in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -113,9 +144,9 @@ class ExperimentConfig:
         path.parent.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(self)
         if path.suffix in (".yaml", ".yml"):
-            path.write_text(yaml.safe_dump(values, sort_keys=False))
+            path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         else:
-            path.write_text(json.dumps(values, indent=2) + "\n")
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return path
 
 
@@ -141,29 +172,71 @@ class TrainingMetrics:
 
     def values(self) -> dict[str, Any]:
         """Under the names that log, mirrors and pictures use."""
-        named = {
-            "train/loss": self.loss,
-            "train/accuracy": self.accuracy,
-            "train/lr": self.learning_rate,
-            "train/grad_norm": self.gradient_norm,
-            "train/clipped": self.clipping_applied,
-            "train/clip_threshold": self.clipping_threshold,
-            "guard/num_nan": self.nan_count,
-            "guard/num_inf": self.inf_count,
-            "time/step_s": self.training_time or None,
-            "system/memory_usage": self.memory_usage,
-            "system/gpu_utilization": self.gpu_utilization,
-        }
+        named = {shown: getattr(self, name) for name, shown in METRIC_NAMES.items()}
+        named["time/step_s"] = self.training_time or None
         return {name: value for name, value in named.items() if value is not None}
+
+
+METRIC_NAMES = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "learning_rate": "train/lr",
+    "gradient_norm": "train/grad_norm",
+    "clipping_applied": "train/clipped",
+    "clipping_threshold": "train/clip_threshold",
+    "nan_count": "guard/num_nan",
+    "inf_count": "guard/num_inf",
+    "training_time": "time/step_s",
+    "memory_usage": "system/memory_usage",
+    "gpu_utilization": "system/gpu_utilization",
+}
+"""The fields of `TrainingMetrics`, and what they are called in log, mirrors and pictures."""
+
+
+def _found(path: Path, config_save_dir: Path) -> Path:
+    """The file that a name means; two different ones of that name are an error."""
+    saved = config_save_dir / path
+    if path.parent != Path() or not saved.is_file():
+        return path
+    if path.is_file() and path.read_bytes() != saved.read_bytes():
+        raise TrackingError(
+            f"{path} is here and in {config_save_dir}, and they differ",
+            rule="a name without a folder has to mean one file",
+            remedy=f"name it with its folder: {path.absolute()} or {saved}",
+        )
+    return saved
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        values = plain_yaml_file(path)  # JSON is YAML
-    except (OSError, ConfigError) as error:
+        # JSON is YAML, but for tabs.
+        is_json = path.suffix == ".json"
+        values = json.loads(path.read_text(encoding="utf-8")) if is_json else plain_yaml_file(path)
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
         raise TrackingError(
             f"{path} cannot be read: {error}", rule="it has to be a file of JSON or YAML"
         ) from error
     if not isinstance(values, Mapping):
         raise TrackingError(f"{path} holds a {type(values).__name__}", rule="it has to hold names and values")
     return values
+
+
+def _is_text(value: object) -> bool:
+    """Text that can be written down: half a surrogate pair cannot."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "str": (_is_text, "it has to be text"),
+    "str | None": (lambda value: value is None or _is_text(value), "it has to be text, or None"),
+    "bool": (lambda value: isinstance(value, bool), "it has to be true or false, without quotes"),
+    "int": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool),
+        "it has to be a whole number",
+    ),
+    "list[str]": (
+        lambda value: isinstance(value, list) and all(map(_is_text, value)),
+        'it has to be a list of texts, such as ["a", "b"]',
+    ),
+}
+"""For each type of a setting what is a value of it, and how to say so."""

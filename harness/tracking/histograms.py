@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 __all__ = ["histograms"]
 
@@ -19,13 +20,15 @@ def histograms(tensors: Mapping[str, Tensor], *, num_bins: int = NUM_BINS) -> di
     """Counts the finite elements of each tensor in `num_bins` equal bins between their extremes.
 
     Everything is computed on the tensors' devices and read in one copy per device: one synchronisation.
-    Of a DTensor, this rank's shard is counted.
+    Of a DTensor this rank's shard is counted, of a sparse tensor what it stores. What holds no elements, such
+    as a parameter that is still to be initialised, is left out.
 
     Returns:
         By name: `counts` and `edges` (one more), `min`, `max`, `num`, `sum`, `sum_squares` over the finite
         elements, and how many were not: `num_nan`, `num_inf`. Tensors without a finite element have one bin.
     """
-    local = {name: _local(tensor) for name, tensor in tensors.items() if tensor.numel()}
+    local = {name: _local(tensor) for name, tensor in tensors.items() if _has_elements(tensor)}
+    local = {name: tensor for name, tensor in local.items() if tensor.numel()}
     rows: dict[str, list[float]] = {}
     for device in {tensor.device for tensor in local.values()}:
         here = {name: tensor for name, tensor in local.items() if tensor.device == device}
@@ -36,7 +39,15 @@ def histograms(tensors: Mapping[str, Tensor], *, num_bins: int = NUM_BINS) -> di
 
 def _local(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+    tensor = tensor if tensor.layout == torch.strided else tensor.values()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _has_elements(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.device.type != "meta"
 
 
 def _row(tensor: Tensor, num_bins: int) -> Tensor:

@@ -55,8 +55,9 @@ def save_media(run_dir: Path, data: bytes, suffix: str) -> str:
 def to_picture(image: Any) -> Image.Image:
     """A PIL image from one, from a file's path, a matplotlib figure, or an array or tensor.
 
-    Arrays are `[height, width]`, `[height, width, channel]`, `[channel, height, width]`, or a batch of such,
-    which becomes a grid. Floats are taken as 0 to 1, or are stretched if they go beyond; uint8 as they are.
+    Arrays are `[height, width]`, `[height, width, channel]`, `[channel, height, width]`, or a batch or a list
+    of such, which becomes a grid. Floats are taken as 0 to 1, or are stretched if they go beyond; uint8 as
+    they are.
     """
     if isinstance(image, Image.Image):
         return image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
@@ -66,6 +67,8 @@ def to_picture(image: Any) -> Image.Image:
                 return to_picture(opened.copy())
         except OSError as error:
             raise TrackingError(f"the image {str(image)!r} cannot be read: {error}") from error
+    if isinstance(image, list | tuple) and image and all(map(_is_picture, image)):
+        return _tiled([to_picture(each) for each in image])
     if hasattr(image, "savefig"):
         file = io.BytesIO()
         image.savefig(file, format="png")
@@ -73,9 +76,13 @@ def to_picture(image: Any) -> Image.Image:
     return Image.fromarray(_pixels(_array(image)))
 
 
+def _is_picture(item: Any) -> bool:
+    return isinstance(item, Image.Image) or getattr(item, "ndim", 0) >= 2
+
+
 def _array(image: Any) -> npt.NDArray[Any]:
     if hasattr(image, "detach"):  # a tensor; numpy knows no bfloat16
-        image = image.detach().cpu()
+        image = image.detach().to_dense().cpu()
         image = image.float() if image.is_floating_point() else image
         image = image.numpy()
     array = np.asarray(image)
@@ -124,6 +131,18 @@ def _grid(images: list[Pixels]) -> Pixels:
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         grid[top : top + height, left : left + width] = image
     return _squeezed(grid)
+
+
+def _tiled(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of any sizes and kinds, near square, with a pixel of space between."""
+    mode = pictures[0].mode if len({picture.mode for picture in pictures}) == 1 else "RGB"
+    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures), strict=True))
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new(mode, (columns * (width + 1) - 1, rows * (height + 1) - 1))
+    for i, picture in enumerate(pictures):
+        grid.paste(picture.convert(mode), (i % columns * (width + 1), i // columns * (height + 1)))
+    return grid
 
 
 def _squeezed(image: Pixels) -> Pixels:

@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from harness.errors import TrackingError
-from harness.tracking.codec import to_plain
-from harness.tracking.experiment import TrainingMetrics
+from harness.tracking.boundary import words_of
+from harness.tracking.experiment import METRIC_NAMES
+from harness.tracking.lenient import flattened, named_values, text_of
 
-__all__ = ["numbers_of", "step_numbers"]
+__all__ = ["LAST_STEP", "Refused", "numbers_of", "step_numbers", "whole_step"]
+
+Refused = dict[str, str]
+"""Names of the values that are no numbers, and why."""
+LAST_STEP = 2**63 - 1
+_COUNTED = {"nan_count": 0, "inf_count": 0, "clipping_applied": False}
+"""What a step has unless it says otherwise."""
 
 
-def step_numbers(
-    metrics: TrainingMetrics | Mapping[str, Any] | None, values: Mapping[str, Any]
-) -> dict[str, float]:
+def step_numbers(metrics: Any, values: Mapping[str, Any]) -> tuple[dict[str, float], Refused]:
     """One training step's numbers; the fields of `TrainingMetrics` get their usual names, others `train/`.
 
-    Raises:
-        TrackingError: a value is no number.
+    Args:
+        metrics: Names and values in one object; what has no names is the loss.
+        values: More of them, by name.
     """
-    numbers = numbers_of(_training_values(metrics, values))
-    return {**numbers, **_clipped(numbers)}
+    try:
+        named = named_values(metrics)
+    except TrackingError:
+        named = {"loss": metrics}
+    given, refused = numbers_of({**_COUNTED, **named, **values})
+    numbers = {_logged_name(name): number for name, number in given.items()}
+    if numbers.get("time/step_s") == 0:
+        del numbers["time/step_s"]
+    return {**numbers, **_clipped(numbers)}, refused
 
 
-def _training_values(
-    metrics: TrainingMetrics | Mapping[str, Any] | None, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    if isinstance(metrics, TrainingMetrics):
-        metrics = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
-    given = {**(metrics or {}), **values}
-    usual = {field.name for field in dataclasses.fields(TrainingMetrics)}
-    own = {name: value for name, value in given.items() if name not in usual}
-    named = TrainingMetrics(**{name: value for name, value in given.items() if name in usual}).values()
-    if "loss" not in given:
-        del named["train/loss"]
-    return {**named, **{name if "/" in name else f"train/{name}": value for name, value in own.items()}}
+def numbers_of(metrics: Any) -> tuple[dict[str, float], Refused]:
+    """Numbers of any kind as Python's, those of nested mappings under names like `val/loss`. None is left
+    out. A tensor on a device is waited for.
+
+    Raises:
+        TrackingError: `metrics` has no names.
+    """
+    numbers: dict[str, float] = {}
+    refused: Refused = {}
+    for name, value in flattened(named_values(metrics)):
+        if type(value) is float or (type(value) is int and -(2**63) <= value < 2**63):  # nearly always
+            numbers[name] = value
+        elif value is not None:
+            try:
+                numbers[name] = _number(value)
+            except Exception as error:  # noqa: BLE001  (a tensor may refuse to be read in any way)
+                refused[name] = words_of(error)
+    return numbers, refused
+
+
+def whole_step(step: Any) -> int:
+    """A step's number: a whole one of any type.
+
+    Raises:
+        TrackingError: it is none, negative, or has more than 63 bits.
+    """
+    try:
+        whole = operator.index(step)
+    except TypeError:
+        number = _number(step)
+        whole = int(number) if number == number // 1 else -1
+    if not 0 <= whole <= LAST_STEP:
+        raise TrackingError(f"the step is {text_of(step)[:60]}", rule="it is a whole number in [0, 2^63)")
+    return whole
+
+
+def _logged_name(name: str) -> str:
+    return METRIC_NAMES.get(name) or (name if "/" in name else f"train/{name}")
 
 
 def _clipped(numbers: Mapping[str, float]) -> dict[str, float]:
@@ -47,27 +88,34 @@ def _clipped(numbers: Mapping[str, float]) -> dict[str, float]:
     return {"train/grad_norm_clipped": threshold if norm > threshold else norm}
 
 
-def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of any kind as Python's; None is left out.
-
-    Raises:
-        TrackingError: a value is no number.
-    """
-    numbers = {str(name): _number(str(name), value) for name, value in metrics.items()}
-    return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _number(name: str, value: Any) -> float | None:
-    if type(value) is float or type(value) is int or value is None:
-        return value
-    plain, nonfinite = to_plain({name: value})
-    [number] = plain.values()
-    if nonfinite and len(nonfinite[0]) == 2:  # the value itself, and not something inside it
-        return float(nonfinite[0][0])
-    if not isinstance(number, float | int):
+def _number(value: Any) -> float:
+    """One number: Python's or numpy's, or the only element of a tensor or an array."""
+    if any(not placement.is_replicate() for placement in getattr(value, "placements", ())):
         raise TrackingError(
-            f"the metric {name[:100]!r} is {str(value)[:60]!r}",
+            "it is a DTensor of which every rank holds a part",
             rule="a metric is one number",
-            remedy="use log_text, log_images or log_gradients for other things",
+            remedy="log value.full_tensor(), taken on all ranks",
         )
-    return number
+    if not isinstance(value, (bool, int, float, Decimal, Fraction)):
+        value = _only_element(value)
+    if isinstance(value, bool) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    if isinstance(value, (int, float, Decimal, Fraction)):
+        return float(value)
+    raise _no_number(value)
+
+
+def _only_element(value: Any) -> Any:
+    size = value.numel() if callable(getattr(value, "numel", None)) else getattr(value, "size", None)
+    if isinstance(value, type) or size != 1 or not callable(getattr(value, "item", None)):
+        raise _no_number(value)
+    element = value.item()
+    return float(element) if type(element) is type(value) else element  # numpy's long double stays one
+
+
+def _no_number(value: Any) -> TrackingError:
+    return TrackingError(
+        f"it is {text_of(value)[:60]!r} of type {type(value).__name__}",
+        rule="a metric is one number",
+        remedy="use log_text, log_images or log_gradients for other things",
+    )

@@ -13,7 +13,7 @@ from harness.tracking.names import folder_name
 from harness.tracking.reader import is_run, open_run
 from harness.tracking.sample import open_digest
 
-__all__ = ["RunPlace", "checkpoints_of", "find_place"]
+__all__ = ["RunPlace", "checkpoints_of", "find_place", "place_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,10 +36,14 @@ def find_place(config: ExperimentConfig, *, create: bool) -> RunPlace:
     Raises:
         TrackingError: there is no run to resume, or the directory cannot be made.
     """
+    runs = Path(config.tensorboard_dir).absolute().parent
+    return place_of(config, _resumed(config, runs) if config.resume_run else _new(config, runs, create))
+
+
+def place_of(config: ExperimentConfig, name: str) -> RunPlace:
+    """The folders of the run of that name."""
     tensorboard, models = Path(config.tensorboard_dir).absolute(), Path(config.model_save_dir).absolute()
-    runs = tensorboard.parent
-    name = _resumed(config, runs) if config.resume_run else _new(config, runs, create)
-    return RunPlace(name, runs / name, tensorboard / name, models / name)
+    return RunPlace(name, tensorboard.parent / name, tensorboard / name, models / name)
 
 
 def _new(config: ExperimentConfig, runs: Path, create: bool) -> str:

@@ -20,6 +20,7 @@ from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
 from harness.stability import Incident
 from harness.tracking import MirrorSettings, RunLog, start_mirrors, start_sampler
+from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
@@ -35,6 +36,10 @@ class Sent:
     """Wall time of the step."""
     samples: tuple[int, int]
     """First and one past the last position of its samples in the order of the data."""
+
+
+def _nothing(journal: object) -> None:
+    return None
 
 
 class Journal:
@@ -76,7 +81,10 @@ class NodeJournal(Journal):
 
 
 class MainJournal(Journal):
-    """Writes the log, follows it with mirrors, speaks to the terminal; rank 0."""
+    """Writes the log, follows it with mirrors, speaks to the terminal; rank 0.
+
+    Once it is open nothing in it raises: rank 0 would leave the others waiting, for the sake of a record.
+    """
 
     def __init__(
         self,
@@ -97,6 +105,7 @@ class MainJournal(Journal):
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
         """
         tracking = config.tracking
+        self._complaints = Complaints()
         self._log = RunLog(directory, info={"config": to_dict(config), **about})
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
@@ -110,6 +119,7 @@ class MainJournal(Journal):
         self._window_tokens = 0
         self._window_steps = 0
 
+    @harmless(_nothing)
     def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
         values = step_values(record, counters, lr=lr, step_s=sent.step_s)
         if self._mfu_per_speed is not None:
@@ -150,17 +160,20 @@ class MainJournal(Journal):
         self._console.step(record.step, values, tokens_per_s=speed, left_s=left_s)
         self._window_s, self._window_tokens, self._window_steps = 0.0, 0, 0
 
+    @harmless(_nothing)
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
         shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
 
+    @harmless(_nothing)
     def histograms(self, step: int, model: nn.Module) -> None:
         named = list(model.named_parameters())
         tensors = {f"parameters/{name}": parameter.detach() for name, parameter in named}
         tensors |= {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
         self._log.write("histogram", histograms(tensors), step=step)
 
+    @harmless(_nothing)
     def saved(self, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
         self._log.write("step", {"time/checkpoint_blocked_s": outcome.blocked_s}, step=last_step)
@@ -170,18 +183,33 @@ class MainJournal(Journal):
         else:
             self.event("checkpoint_failed", last_step, error=str(outcome.error), **details)
 
-    def event(self, name: str, step: int, **details: Any) -> None:
+    @harmless(_nothing)
+    def event(self, /, name: str, step: int, **details: Any) -> None:
         self._log.write("event", {"name": name, **details}, step=step)
 
+    @harmless(_nothing)
     def say(self, text: str) -> None:
         self._console.say(text)
 
+    @harmless(_nothing)
     def rewind(self, step: int) -> None:
         self._log.rewind(step)
 
     def close(self, status: str) -> None:
+        self._close_console()
+        self._close_log(status)
+        self._close_mirrors(status)
+
+    @harmless(_nothing)
+    def _close_console(self) -> None:
         self._console.close()
+
+    @harmless(_nothing)
+    def _close_log(self, status: str) -> None:
         self._log.close(status)
+
+    @harmless(_nothing)
+    def _close_mirrors(self, status: str) -> None:
         # Who waits for the words of an error is not kept; the mirrors are completed without us.
         self._mirrors.close(timeout_s=5.0 if status == "crashed" else 30.0)
 

@@ -234,6 +234,8 @@ def test_metrics_come_as_an_object_as_names_or_through_the_queue_and_more_are_we
         (np.float32(0.5), 0.5),
         (Decimal("0.5"), 0.5),
         (torch.tensor(math.inf, dtype=torch.bfloat16), math.inf),
+        (torch.tensor([0.5], requires_grad=True), 0.5),
+        (np.array([[0.5]]), 0.5),
         (True, 1.0),
     ],
 )
@@ -244,7 +246,7 @@ def test_numbers_of_any_kind_are_metrics(value: Any, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["0.5", [1.0], torch.zeros(3), object(), {"a": 1}, torch.tensor([math.nan])]
+    "value", ["0.5", [1.0], torch.zeros(3), object(), torch.empty(0), torch.tensor([1j])]
 )
 def test_what_is_no_number_is_said_and_costs_only_itself(
     value: Any, caplog: pytest.LogCaptureFixture
@@ -252,7 +254,7 @@ def test_what_is_no_number_is_said_and_costs_only_itself(
     with ExperimentTracker(plain()) as tracker:
         tracker.log_training_step(loss=value)
         tracker.log_training_step(loss=1.0)
-    assert "log_training_step logged nothing" in caplog.text
+    assert "log_training_step leaves out 'loss'" in caplog.text
     assert open_run(only_run()).scalars("train/loss").steps.tolist() == [1]
 
 

@@ -1,0 +1,50 @@
+"""The trainer's journal ends no training, whatever fails in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import TrainConfig
+from harness.tracking import open_run
+from harness.tracking.mirrors import MirrorHandle
+from harness.training import journal as journals
+from harness.training.journal import Journal, MainJournal
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    return MainJournal(tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None)
+
+
+def test_no_method_of_the_journal_raises(
+    journal: MainJournal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd: Any = object()
+    for name in (name for name in vars(Journal) if not name.startswith("_") and name != "close"):
+        getattr(journal, name)(odd)
+        getattr(journal, name)(odd, odd)
+    journal.evaluation(0, {"val/loss": odd})
+    journal.histograms(0, torch.nn.LazyLinear(2))
+    journal.event("checkpoint", 1, size=odd)
+    journal.evaluation(1, {"val/loss": 2.0})
+    assert caplog.text.count("evaluation failed") == 2  # once for each kind of error
+    journal.close("finished")
+    run = open_run(tmp_path)
+    assert (run.scalars("val/loss").values.tolist(), run.state()) == ([2.0], "finished")
+
+
+def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
+    journal: MainJournal, tmp_path: Path
+) -> None:
+    for step in range(5):
+        journal.evaluation(step, {"val/loss": 1.0})
+    journal.close("crashed")
+    again = MainJournal(tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None)
+    again.evaluation(0, {"val/loss": 2.0})
+    again.close("finished")
+    assert open_run(tmp_path).scalars("val/loss").values.tolist() == [2.0]
