@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 SIGMAS = (3, 5, 7.5, 10, 30, 100, 1000)
 SPACING, FIRST = 40, 300
 EARLY = 150
-"""Where spikes begin in surveys. Those have short runs: as soon as there are 128 steps to take sigma from."""
+"""From where there are 128 steps to take sigma from, while the loss may still fall steeply."""
 LONGEST_DELAY = 10
 LEAST_SIGMA_LOG_NORM, LEAST_SIGMA_LOSS = 0.02, 0.004
 NOISE_STEPS, NOISE_RUNS = 20_000, 8
@@ -50,6 +50,7 @@ DEFAULT_THRESHOLD = 7.0
 LASTING = 3
 """Steps of a lasting spike."""
 LASTING_TITLE = f"30 sigma in {LASTING} steps"
+EARLY_TITLE = f"10 sigma in steps {EARLY} to {FIRST}"
 CLEAN = (
     "quickstart", "decoder", "decoder-unclipped", "decoder-bf16", "digits-cnn", "digits-cnn-noisy",
     "digits-mlp", "digits-mlp-noisy",
@@ -249,11 +250,11 @@ def survey_rows(surveys: dict[str, dict[str, Series]]) -> Table:
 def curves(chosen: Sequence[Series], judged: Sequence[Series]) -> tuple[Table, Table]:
     """False alarms on both surveys and the share of spikes found in the second: per threshold of the score,
     and per ratio from which a norm alone is an incident."""
-    spiked = {
-        f"{size:g} sigma": [injected(one, size, first=EARLY) for one in judged] for size in CURVE_SIGMAS
-    }
-    spiked[LASTING_TITLE] = [injected(one, 30, first=EARLY, lasting=LASTING) for one in judged]
+    spiked = {f"{size:g} sigma": [injected(one, size) for one in judged] for size in CURVE_SIGMAS}
+    spiked[LASTING_TITLE] = [injected(one, 30, lasting=LASTING) for one in judged]
+    spiked[EARLY_TITLE] = [injected(one, 10, first=EARLY) for one in judged]
     steps = {title: [at for _, at in group] for title, group in spiked.items()}
+    steps[EARLY_TITLE] = [at[at < FIRST] for at in steps[EARLY_TITLE]]
     everything = [*chosen, *judged, *(series for group in spiked.values() for series, _ in group)]
 
     def row(seen: Sequence[Seen]) -> dict[str, float]:

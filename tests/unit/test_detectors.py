@@ -144,8 +144,15 @@ def test_nothing_is_flagged_during_warm_up() -> None:
 
 def test_a_run_without_noise_may_move_by_a_share_of_its_level() -> None:
     rule = robust_after([(1.0, 2.0)] * 200)
-    assert not judge(rule, (1.1, 2.1)).flagged
+    assert not judge(rule, (1.1, 2.05)).flagged
     assert judge(rule, (1.5, 2.0)).flagged
+
+
+def test_a_loss_that_hardly_varies_is_judged_by_its_own_noise_and_not_by_its_level() -> None:
+    """As of base64 text, about ln 64 with a noise of 0.2 %: ten times that is out of the ordinary."""
+    rng = random.Random(0)
+    steps = [(rng.gauss(0.0, SIGMA), rng.gauss(4.18, 0.01)) for _ in range(200)]
+    assert judge(robust_after(steps), (0.0, 4.18 + 10 * 0.004 * 4.18)).flagged
 
 
 def test_the_norm_alone_is_enough() -> None:

@@ -35,8 +35,8 @@ HIGH_LOSS = 3.5
 LOG_NORM_FLOOR = 0.02
 """Least spread of the log norm: 2 % of the norm."""
 
-LOSS_FLOOR, PEAK_FLOOR = 0.01, 0.004
-"""Least spread of the loss, as a share of its level and of the highest level so far."""
+LOSS_FLOOR = 0.004
+"""Least spread of the loss, as a share of its highest level so far."""
 
 
 class RobustRule(SpikeRule):
@@ -134,8 +134,7 @@ class RobustRule(SpikeRule):
     def _floor(self, loss_level: Tensor) -> Tensor:
         """Least spread per signal. fmax: there is no level before the first sample."""
         peak = self._state["peak_loss"] = torch.fmax(self._state["peak_loss"], loss_level)
-        loss_floor = torch.fmax(LOSS_FLOOR * loss_level, PEAK_FLOOR * peak)
-        return torch.stack([torch.full_like(peak, LOG_NORM_FLOOR), loss_floor])
+        return torch.stack([torch.full_like(peak, LOG_NORM_FLOOR), LOSS_FLOOR * peak])
 
     def _learn(self, name: str, values: Tensor, accepted: Tensor) -> None:
         """Adds each signal's value to the window `name` where it is accepted."""
