@@ -58,8 +58,11 @@ def _arguments() -> argparse.ArgumentParser:
 
 def _metrics(directory: Path, options: argparse.Namespace) -> list[Path]:
     from harness.tracking.export import export_run
+    from harness.tracking.reader import is_run
 
     output = options.output or _default(directory, f"metrics.{options.format}")
+    if options.output is None and is_run(directory):
+        output.parent.mkdir(exist_ok=True)
     return [export_run(directory, output, format=options.format)]
 
 

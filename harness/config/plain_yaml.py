@@ -62,9 +62,13 @@ def plain_yaml(content: bytes | str, *, name: str) -> Any:
     try:
         _check(yaml.parse(content, Loader=_Loader))
         return yaml.load(content, Loader=_Loader)
+    except _TooMuch as error:
+        raise ConfigError(
+            f"{name} is refused: {error}", rule="it holds plain data of bounded size"
+        ) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
         # Beside YAMLError: dates and numbers that look like some and are none.
-        raise ConfigError(f"{name} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_bounded(text: str, *, name: str) -> None:
@@ -124,7 +128,7 @@ def _size(event: Any, sizes: dict[str, int | None]) -> int:
             raise _TooMuch(f"{event.anchor!r} stands for itself")
         return size
     if event.tag is not None and event.tag not in _TAGS:
-        raise ValueError(f"the tag {event.tag!r}, where there is only plain data")
+        raise ValueError(f"the tag {event.tag!r} is none of plain data")
     if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_NUMBER:
         may_be_number = event.implicit[0] or event.tag is not None
         if may_be_number and _NUMBER_BEGINS.match(event.value):

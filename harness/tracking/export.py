@@ -44,7 +44,6 @@ def export_run(
     target = Path(path) if path is not None else run.path / f"export.{format}"
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](run, unfinished)
         unfinished.replace(target)
     except OSError as error:
