@@ -18,7 +18,7 @@ class PersistentRule(SpikeRule):
     `loss_cap` or above all losses of the first window, whichever is lower. A single spike is neither.
 
     Unlike the original it takes no loss that is not finite: there, a NaN in the window ends all detection.
-    The score is the loss as a multiple of the window's mean. About 40 small kernels a step.
+    The score is the loss as a multiple of the window's mean. About 45 small kernels a step.
 
     Args:
         factor: Of the mean, from which a loss is an outlier.

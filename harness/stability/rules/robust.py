@@ -61,7 +61,7 @@ class RobustRule(SpikeRule):
     itself. All other flagged steps are outlier batches.
 
     The norm limit of a flagged step is the expected norm: clipped to it, the step weighs as much as a usual
-    one. About 105 small kernels a step.
+    one. About 100 small kernels a step.
 
     Args:
         threshold: Score from which a step is flagged.

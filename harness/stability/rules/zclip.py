@@ -20,7 +20,7 @@ class ZClipRule(SpikeRule):
     batch and none an incident. The loss is not looked at.
 
     Unlike the published code it takes no step that is not trusted: there, one NaN ends all clipping.
-    About 35 small kernels a step.
+    About 40 small kernels a step.
 
     Args:
         threshold: z-score from which a norm is limited.
