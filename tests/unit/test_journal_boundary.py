@@ -18,7 +18,14 @@ from harness.training.journal import Journal, MainJournal
 @pytest.fixture
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
     monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
-    return MainJournal(tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None)
+    return MainJournal(
+        tmp_path,
+        TrainConfig(),
+        first_step=0,
+        about={},
+        mfu_per_speed=None,
+        step_indices=lambda *_: [],
+    )
 
 
 def test_no_method_of_the_journal_raises(
@@ -44,7 +51,14 @@ def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
     for step in range(5):
         journal.evaluation(step, {"val/loss": 1.0})
     journal.close("crashed")
-    again = MainJournal(tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None)
+    again = MainJournal(
+        tmp_path,
+        TrainConfig(),
+        first_step=0,
+        about={},
+        mfu_per_speed=None,
+        step_indices=lambda *_: [],
+    )
     again.evaluation(0, {"val/loss": 2.0})
     again.close("finished")
     assert open_run(tmp_path).scalars("val/loss").values.tolist() == [2.0]
