@@ -74,6 +74,21 @@ def test_a_loss_that_is_not_finite_is_enough_to_skip() -> None:
     assert (record.verdict, record.reason, record.loss) == ("skip", "the loss is inf on rank 0", math.inf)
 
 
+def test_nonfinite_stop_bears_the_overflows_that_a_smaller_loss_scale_may_cure() -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer, nonfinite="stop", precision=torch.float16, init_loss_scale=4.0)
+    verdicts = []
+    for step in range(4):
+        loss = _backward(model, step)
+        model[0].weight.grad[0, 0] = math.inf
+        guard.step(loss if step != 1 else loss * math.nan)
+        verdicts += [(r.verdict, r.loss_scale) for r in guard.drain(wait=True)]
+        optimizer.zero_grad()
+    # A loss that is not finite itself is no overflow; a scale of 1 has nothing left to give.
+    assert verdicts == [("skip", 4.0), ("stop", 2.0), ("skip", 2.0), ("stop", 1.0)]
+
+
 def test_nonfinite_stop_says_stop_and_changes_nothing() -> None:
     model = make_model()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
