@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from harness.errors import ConfigError
 from harness.stability.obedience import Obedience
@@ -80,7 +81,8 @@ class Actuator:
             self._tell_once(optimizer)
             return False
         devices = {p.device.type for group in optimizer.param_groups for p in group["params"][:1]}
-        honours = inspect.unwrap(optimizer.step) in HONOURING and devices <= HONOURING_DEVICES
+        step = inspect.unwrap(optimizer.step, stop=_is_foreign)
+        honours = getattr(step, "__func__", step) in HONOURING and devices <= HONOURING_DEVICES
         if honours and not _has_step_hooks(optimizer):
             _refuse_sharded(optimizer)
             return True
@@ -110,7 +112,7 @@ class _Stateless:
         """Whether the step at hand creates state."""
         groups, state = self._optimizer.param_groups, self._optimizer.state
         # A loaded checkpoint puts another dictionary in its place; a new group adds parameters.
-        seen = (id(state), len(state), *(len(group["params"]) for group in groups))
+        seen = (id(state), len(state), *((len(g["params"]), g.get("momentum")) for g in groups))
         if seen != self._seen:
             self._seen = seen
             stateful = [g for g in groups if not (isinstance(self._optimizer, SGD) and g["momentum"] == 0)]
@@ -128,9 +130,17 @@ def _told(optimizer: Any, decision: Decision) -> Iterator[None]:
         del optimizer.found_inf, optimizer.grad_scale
 
 
+def _is_foreign(step: Any) -> bool:
+    """Whether a wrapper around a step is not torch's own (the profiler's, a scheduler's): by where it was
+    written, because `functools.wraps` lends it everything else."""
+    written_in = getattr(getattr(step, "__func__", step), "__globals__", {}).get("__name__", "")
+    return not written_in.startswith("torch.")
+
+
 def _has_step_hooks(optimizer: Any) -> bool:
     # They run around a step that is skipped on the device too, and may change parameters.
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _scale_gradients(optimizer: Any, divisor: float) -> None:

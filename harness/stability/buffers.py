@@ -57,6 +57,7 @@ class Buffers:
         self._changing: set[tuple[int, str]] = set()
         """Large buffers that were taken for constants and then changed, by table and name."""
         self._has_warned = False
+        _everybody.add(self)
         self._changed: HostCopy | None = None
         """Which of the observed ones changed, on its way to the host."""
         self.remember()
@@ -103,6 +104,18 @@ class Buffers:
                 held.put_back()
         elif odd or self._has_new_names():
             self.remember()
+        for other in _everybody:
+            if other is not self:
+                other._follow(self)
+
+    def _follow(self, other: Buffers) -> None:
+        """Another guard of the same model was first to decide on the last forward pass; its word holds."""
+        tables = set(map(id, other._tables))
+        if tables.isdisjoint(map(id, self._tables)):
+            return
+        for held in self._held:
+            if any(id(table) in tables for table, _ in held.holders):
+                held.keep()
 
     def close(self) -> None:
         """Lets the buffers alone, for good."""
@@ -111,6 +124,7 @@ class Buffers:
         self._held_in = {}
         self._held, self._blocks, self._observed, self._constants, self._tables = [], [], [], [], []
         self._num_names = 0
+        _everybody.discard(self)
 
     def _has_new_names(self) -> bool:
         return sum(map(len, self._tables)) != self._num_names
@@ -169,6 +183,9 @@ class Buffers:
                 "on the host in such steps"
             )
         return bool(skip_t)
+
+
+_everybody: weakref.WeakSet[Buffers] = weakref.WeakSet()
 
 
 class _Held:

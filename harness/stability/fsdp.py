@@ -10,6 +10,7 @@ Legend: P parameters, S shards.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from harness.stability.sources import Observations, RowTable
 from harness.stability.statistics import bucket_statistics, tensor_statistics
 
 __all__ = ["FsdpSource"]
+
+_See = Callable[[Tensor, Sequence[nn.Parameter], float, Sequence[bool]], None]
+"""Takes a reduce-scatter's input, the parameters in it, what it was divided by, and which of them add up."""
 
 
 class FsdpSource:
@@ -46,7 +50,7 @@ class FsdpSource:
         self.num_shards = mesh.size() // self.num_replicas
         self.measures_backward = self.num_shards > 1
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
-        self._seen = Observations(adds=True)
+        self._seen = Observations()
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
         self._groups = [
             _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
@@ -98,7 +102,9 @@ class FsdpSource:
             group.close()
         self._groups = []
 
-    def _see(self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float) -> None:
+    def _see(
+        self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float, adds: Sequence[bool]
+    ) -> None:
         """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
         plan = self._plan(parameters, flat.device)
         statistics = bucket_statistics(flat, plan.pieces * self.num_shards, extremes=self.extremes)
@@ -107,7 +113,7 @@ class FsdpSource:
         rows[:, MAX_ABS] = by_shard[:, :, MAX_ABS].amax(0) * divided_by
         rows[:, SUM_SQUARES] *= divided_by**2
         rows[:, NUM_ZERO] -= plan.padding
-        self._seen.note(parameters, rows)
+        self._seen.note(parameters, rows, adds=adds)
 
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
         key = tuple(map(id, parameters))
@@ -115,6 +121,7 @@ class FsdpSource:
             padded = [_padded_numel(p, self.num_shards) for p in parameters]
             padding = [total - p.numel() for total, p in zip(padded, parameters, strict=True)]
             self._plan_of[key] = _Plan(
+                parameters=parameters,
                 pieces=[total // self.num_shards for total in padded],
                 padding=torch.tensor(padding, dtype=torch.float64, device=device),
             )
@@ -125,6 +132,8 @@ class FsdpSource:
 class _Plan:
     """How the buffer of a certain list of parameters is cut."""
 
+    parameters: Sequence[nn.Parameter]
+    """Kept, so that no `id` is ever given to another one."""
     pieces: list[int]
     """Elements of each parameter's padded shard."""
     padding: Tensor
@@ -156,14 +165,16 @@ class _Group:
         module: Any,
         *,
         num_ranks: int,
-        see: Callable[[Tensor, Sequence[nn.Parameter], float], None],
+        see: _See,
     ) -> None:
         self._module = module
         self._state: Any = module._get_fsdp_state()._fsdp_param_group
         self._num_ranks = num_ranks
         self._inner: Any = self._state._reduce_scatter_comm
-        self._see: Callable[[Tensor, Sequence[nn.Parameter], float], None] | None = see
+        self._see: weakref.WeakMethod[_See] | None = weakref.WeakMethod(see)
+        """Weak: the model keeps this reduce-scatter, and must not keep a guard that was dropped."""
         self._contributors: list[nn.Parameter] = []
+        self._adds: list[bool] = []
         try:
             module.set_custom_reduce_scatter(self)
         except ValueError as error:
@@ -182,9 +193,9 @@ class _Group:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **kwargs: Any) -> dist.Work | None:
         """Shows the input, then reduces it as before."""
-        if self._see is not None:
-            divided_by = self._divided_by(input_tensor.dtype)
-            self._see(input_tensor, self._contributors, divided_by)
+        see = None if self._see is None else self._see()
+        if see is not None:
+            see(input_tensor, self._contributors, self._divided_by(input_tensor.dtype), self._adds)
         work: dist.Work | None = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, **kwargs)
         return work
 
@@ -239,8 +250,8 @@ class _Group:
     def _post_backward(self, *unused: Any) -> None:
         """Notes whose gradients the reduction, if there is one now, will take; then goes on as before."""
         unused_too = getattr(self._state, "reduce_scatter_unused_params", False)
-        self._contributors = [
-            managed.sharded_param
+        contributing = [
+            managed
             for managed in self._state.fsdp_params
             if (whole := getattr(managed, "_unsharded_param", None)) is not None
             and (
@@ -249,6 +260,10 @@ class _Group:
                 or (unused_too and whole.requires_grad)
             )
         ]
+        self._contributors = [managed.sharded_param for managed in contributing]
+        # FSDP2 adds to what it has reduced before; a gradient that was cleared, step or no step, is gone.
+        partial = getattr(self._state, "_partial_reduce_output", None) is not None
+        self._adds = [partial or managed.sharded_param.grad is not None for managed in contributing]
         self._inner_post_backward(*unused)
 
     def _divided_by(self, dtype: torch.dtype) -> float:

@@ -30,7 +30,8 @@ class ScaledGradients:
         updates: `update` is called by nobody else.
 
     Raises:
-        ConfigError: the scaler has scaled nothing, or has unscaled for some of the optimizers only.
+        ConfigError: the scaler has scaled nothing, has unscaled for some of the optimizers only, or was not
+            updated since the last step.
     """
 
     def __init__(self, scaler: GradScaler, optimizers: Iterable[Any], *, updates: bool) -> None:
@@ -51,6 +52,12 @@ class ScaledGradients:
                 "the GradScaler has unscaled the gradients of some of the guard's optimizers only",
                 rule="all gradients of a guarded step have the same scale",
                 remedy="leave scaler.unscale_ out: the guard unscales by itself",
+            )
+        if OptState.STEPPED in stages:
+            raise ConfigError(
+                "a second step() with the same GradScaler, and no update() in between",
+                rule="its scale follows what became of each step",
+                remedy="call scaler.update() after guard.step(loss, scaler=scaler)",
             )
         self.is_unscaled = stages == {OptState.UNSCALED}
         """Whether the loop called `unscale_` before the guard's step."""

@@ -1,6 +1,6 @@
 """Many small kernels as one launch: what a step's verdict takes, recorded once into a CUDA graph.
 
-A verdict is some 150 kernels on a few hundred numbers. They take the device 2 microseconds each, and the
+A verdict is some 200 kernels on a few hundred numbers. They take the device 2 microseconds each, and the
 host, launching them one by one, ten times that: a device that waits for its host, in every step. Replayed as
 a graph they are one launch. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """

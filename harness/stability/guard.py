@@ -54,7 +54,8 @@ class StepGuard:
 
     A step with a NaN or an Inf in any rank's loss or gradient changes neither parameters nor optimizer state
     on any rank, and what its forward passes did to the model's buffers is undone. Nothing here synchronises
-    with the device but `drain`, and optimizers that are not fused.
+    with the device but `drain`, optimizers that are not fused, the step in which a fused one makes its state,
+    and buffers that change their shape.
 
     Args:
         model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
@@ -93,7 +94,7 @@ class StepGuard:
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
         self._optimizers = Optimizers(optimizer)
-        self._watch = Watch(model, self._optimizers)
+        self._watch = Watch(model, self._optimizers, on_end=self._let_go)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
         self._actuator = Actuator(self._optimizers, device=device)
@@ -227,16 +228,16 @@ class StepGuard:
         """
         self._require_open()
         self._require_one_loss(loss)
-        is_accumulating = self._optimizers.is_accumulating
-        if loss is not None:
-            self.accumulate(loss, is_last=not is_accumulating)
-        if is_accumulating:
-            self._is_gated = True
+        if self._optimizers.is_accumulating:
+            self._note_micro_batch(loss)
             return
-        self._follow_optimizers()
+        is_new_layout = self._follow_optimizers()
         scaled = self._scaled_gradients(scaler)
+        if loss is not None:
+            self.accumulate(loss, is_last=True)
         local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        if scaled is not None and scaled.is_unscaled and self._source.measures_backward:
+        is_unscaled = scaled is not None and scaled.is_unscaled
+        if scaled is not None and is_unscaled and self._source.measures_backward:
             local = scaled.unscaled(local)
         known = (
             float(self._fault()),
@@ -245,7 +246,9 @@ class StepGuard:
             float(stop_requested),
             self._monitor.drained,
         )
-        known_t = self._from_host(*known, *self._micro_batches.told(), nominal_tokens or 0.0)
+        known_t = self._from_host(
+            *known, *self._micro_batches.told(), float(is_unscaled), nominal_tokens or 0.0
+        )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         (lane,) = self._lane(local, reduced, known_t, self._actuator.obedience.faults_t)
         packet = self._gather(self._due({"lane": lane}, rows))
@@ -255,6 +258,8 @@ class StepGuard:
         if scaled is not None:
             scaled.tell(decision.overflowed_t)
         self._buffers.settle(decision.skip_t)
+        if is_new_layout:
+            self._buffers.remember()  # those of modules that are new too
         self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
@@ -295,9 +300,6 @@ class StepGuard:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
         after it is an error: the loop has to call the optimizer itself again."""
         self._watch.end("it was closed")
-        self._source.close()
-        self._buffers.close()
-        self._monitor.clear()
 
     def __enter__(self) -> StepGuard:
         return self
@@ -312,20 +314,33 @@ class StepGuard:
         """Which parameter is which row of the statistics, as of the last step."""
         return self._watch.layout
 
+    def _let_go(self) -> None:
+        self._source.close()
+        self._buffers.close()
+        self._monitor.clear()
+
+    def _note_micro_batch(self, loss: Tensor | None) -> None:
+        """Within accelerate's accumulation, before the last micro-batch of a step."""
+        if loss is not None:
+            self.accumulate(loss)
+        self._is_gated = loss is not None
+
     def _take_layout(self) -> None:
-        self._watch.claim()
         self._source.watch(self.layout)
         self._actuator.start_over()
         self._sampler = WeightSampler(
             self.layout.parameters, self._optimizers.state_of, precision=self._precision
         )
+        self._watch.claim()
 
-    def _follow_optimizers(self) -> None:
-        """Takes in what they hold now, and refuses what is not reduced."""
-        if self._watch.follow():
+    def _follow_optimizers(self) -> bool:
+        """Takes in what they hold now, and refuses what is not reduced; whether they hold anything else."""
+        has_changed = self._watch.follow()
+        if has_changed:
             self._take_layout()
         self._watch.require_reduced(self._source)
         self._watch.say_what_nobody_holds()
+        return has_changed
 
     def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
         """What the loop's GradScaler, if it has one, did to the gradients."""
@@ -339,7 +354,7 @@ class StepGuard:
             return None
         by_accelerate = scaler is self._optimizers.grad_scaler
         scaled = ScaledGradients(scaler, self._optimizers.stepped, updates=by_accelerate)
-        self._loss_scale.follow(None if scaled.is_unscaled else scaled.scale_t)
+        self._loss_scale.follow(scaled.scale_t)
         return scaled
 
     def _fault(self) -> Fault:
@@ -357,7 +372,6 @@ class StepGuard:
 
     def _require_open(self) -> None:
         if self._watch.ended_because is not None:
-            self.close()
             raise ConfigError(
                 f"the guard cannot be used any more: {self._watch.ended_because}",
                 rule="a closed guard measures nothing, and what is not measured is not applied",
@@ -418,9 +432,9 @@ class StepGuard:
 def _lane(
     micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor, faults_t: Tensor
 ) -> tuple[Tensor]:
-    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, nominal tokens. `faults_t`:
-    0-d, to be added to the faults among the host fields."""
-    host_values, loss, number = known_t[:-1].split([NUM_HOST_FIELDS, 3, 1])
+    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, whether the loop has unscaled
+    the gradients, nominal tokens. `faults_t`: 0-d, to be added to the faults among the host fields."""
+    host_values, loss, number = known_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
     host_values = torch.cat([host_values[:1] + faults_t, host_values[1:]])
     micro_batches.look(local, number[0])
     lane = build_lane(
@@ -435,5 +449,7 @@ def _lane(
 
 def _decide(judge: Judge, loss_scale: LossScale, lanes: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
     """The fields of a `Decision`."""
-    decision = judge.judge(lanes, loss_scale_t=loss_scale.value_t, nominal_tokens_t=known_t[-1])
+    decision = judge.judge(
+        lanes, loss_scale_t=loss_scale.value_t, is_unscaled_t=known_t[-2] > 0, nominal_tokens_t=known_t[-1]
+    )
     return tuple(getattr(decision, field.name) for field in fields(Decision))

@@ -53,7 +53,6 @@ class DdpSource:
         self._is_reduced = False
         self._hook = _hook_on(ddp, comm_hook)
         self._hook.observers.add(self)
-        self._alone = self.num_replicas == 1 and comm_hook is None
         self.watch(layout)
 
     def watch(self, layout: Layout) -> None:
@@ -77,7 +76,7 @@ class DdpSource:
         return self._with_unreduced(self._seen.rows(self._table)) if self._seen else self._table.empty()
 
     def reduced_rows(self) -> Tensor:
-        return self.local_rows() if self._alone else self._table.measure(extremes=False)
+        return self._table.measure(extremes=False)
 
     @property
     def is_reduced(self) -> bool:

@@ -26,6 +26,9 @@ __all__ = ["Monitor"]
 
 logger = logging.getLogger(__name__)
 
+RECORD_BYTES = 4096
+"""What a step takes beside its numbers: Python's objects, the pages of its memory."""
+
 MAX_PENDING_BYTES = 64 << 20
 """Of steps that nobody drains, on the device and on the host together."""
 
@@ -89,7 +92,7 @@ class Monitor:
             layout=layout,
             rows=rows,
             counts_tokens=counts_tokens,
-            size_bytes=flat.nbytes + rows.nbytes,
+            size_bytes=flat.nbytes + rows.nbytes + RECORD_BYTES,
         )
         self._num_pushed += 1
         self._pending.append(pending)

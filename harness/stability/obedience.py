@@ -20,7 +20,7 @@ from harness.stability.verdict import Decision
 
 __all__ = ["Obedience"]
 
-NUM_PARAMETERS = 8
+NUM_PARAMETERS = 4
 NUM_ELEMENTS = 32
 """How many parameters of an optimizer, and elements of each, are looked at."""
 
@@ -31,7 +31,7 @@ NOTICEABLE = 1.05
 class Obedience:
     """Watches fused optimizers until each instruction was followed once.
 
-    Some ten small kernels in a step that is watched. Nothing here synchronises.
+    Some twenty small kernels in a step that is watched. Nothing here synchronises.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ def _some_parameters(optimizer: Any) -> list[nn.Parameter]:
 def _some(tensors: Sequence[Tensor]) -> Tensor:
     """Some elements of this rank's shares, `[n]` float64."""
     shares = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
-    return torch.cat([_head(share).double() for share in shares])
+    return torch.cat([_head(share) for share in shares]).double()
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ masters in fp32, a partition among ranks), so its own `step` is what is called.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from harness.errors import ConfigError
 
 __all__ = ["Optimizers", "StateOf"]
 
-REQUIRES_GRAD = operator.attrgetter("requires_grad")
-
 StateOf = Callable[[nn.Parameter], Mapping[str, Any]]
 """Gives what an optimizer remembers of a parameter; empty before its first step."""
 
@@ -30,10 +27,10 @@ class Optimizers:
 
     Raises:
         ConfigError: there is none; one has no parameter groups or no `step`; one evaluates the model itself
-            (LBFGS); a parameter is in two of them.
+            (LBFGS).
     """
 
-    def __init__(self, given: Optimizer | Iterable[Optimizer]) -> None:
+    def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
         self.given: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
         """As they were handed over."""
         self.stepped: tuple[Any, ...] = tuple(map(_unwrapped, self.given))
@@ -42,7 +39,6 @@ class Optimizers:
             raise ConfigError("no optimizer", rule="a guard steps at least one")
         for optimizer in self.stepped:
             _refuse_unfit(optimizer)
-        self._refuse_shared()
 
     @property
     def held(self) -> list[nn.Parameter]:
@@ -56,9 +52,10 @@ class Optimizers:
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """Equal as long as nothing was added, taken out, replaced, frozen or thawed."""
-        held = self.held  # maps ask in C: this is asked in every step
-        return (*map(id, held), *map(REQUIRES_GRAD, held))
+        """Equal as long as a step may change the same parameters: nothing was added, taken out, replaced,
+        frozen or thawed."""
+        held = self.held
+        return (*map(id, held), *(p.requires_grad or p.grad is not None for p in held))
 
     def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """What its optimizer remembers of a parameter; empty before its first step."""
@@ -79,7 +76,12 @@ class Optimizers:
         scalers = (one.scaler for one in self.given if _is_accelerated(one))
         return next((scaler for scaler in scalers if scaler is not None), None)
 
-    def _refuse_shared(self) -> None:
+    def refuse_shared(self) -> None:
+        """Refuses what would be stepped twice in a step.
+
+        Raises:
+            ConfigError: a parameter is in two optimizers, or twice in one.
+        """
         num_twice = len(self.held) - len(set(map(id, self.held)))
         if num_twice:
             raise ConfigError(

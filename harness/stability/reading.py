@@ -140,7 +140,8 @@ class Reader:
             name = self._layout.names[row] if row >= 0 else None
             return rank, name, int(seen.lanes[rank][lane.MICRO_BATCH])
         if seen.total(lane.REDUCED_BAD):
-            return None, self._layout.names[int(seen.lanes[0][lane.PARAMETER])], None
+            bad = next(one for one in seen.lanes if one[lane.REDUCED_BAD])
+            return None, self._layout.names[int(bad[lane.PARAMETER])], None
         if seen.odd is not None:
             return seen.odd.rank, self._layout.names[seen.odd.row], None
         return None, None, None

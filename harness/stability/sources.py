@@ -6,7 +6,7 @@ Legend: P parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,10 @@ class PlainSource:
         self._rows = None
 
 
+MAX_PLACES = 256
+"""Sets of parameters whose places are kept: models that leave layers out at random have many."""
+
+
 class RowTable:
     """Puts the statistics of some parameters into the table of all of a layout, on the device. Those of
     parameters without a row are passed over."""
@@ -150,6 +154,8 @@ class RowTable:
     def _places(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
         """Which of `parameters` have a row (None: all) and which row; copied to the device once."""
         key = tuple(map(id, parameters))
+        if len(self._places_of) > MAX_PLACES:
+            self._places_of.clear()
         if key not in self._places_of:
             row_of = self._layout.row_of
             chosen = [number for number, one in enumerate(key) if one in row_of]
@@ -158,37 +164,53 @@ class RowTable:
         return self._places_of[key]
 
     def _on_device(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        return host.to(self._device, non_blocking=True)
+
+
+class _Note(NamedTuple):
+    parameters: Sequence[Tensor]
+    statistics: Tensor
+    adds: Sequence[bool]
 
 
 class Observations:
     """Statistics of one step's gradients, taken group by group (a bucket, an FSDP module) as they are
     reduced; spread into rows only when they are asked for, so that the layout may change meanwhile.
 
-    Args:
-        adds: A gradient that is seen again is a further piece, and not the sum so far.
+    What was seen of a gradient before is replaced, or added to where the new one is a further piece of it. Of
+    each group there is one note, however often there is a backward pass and no step.
     """
 
-    def __init__(self, *, adds: bool = False) -> None:
-        self._adds = adds
-        self._notes: list[tuple[Sequence[Tensor], Tensor]] = []
+    def __init__(self) -> None:
+        self._notes: dict[tuple[int, ...], _Note] = {}
 
-    def note(self, parameters: Sequence[Tensor], statistics: Tensor) -> None:
-        """Takes `[len(parameters), 5]`."""
-        self._notes.append((parameters, statistics))
+    def note(
+        self, parameters: Sequence[Tensor], statistics: Tensor, *, adds: Sequence[bool] | None = None
+    ) -> None:
+        """Takes `[len(parameters), 5]`; `adds` says of each parameter whether this is a further piece."""
+        key = tuple(map(id, parameters))
+        before = self._notes.pop(key, None)
+        adds = adds or [False] * len(parameters)
+        if before is not None and any(adds):
+            mask = torch.tensor(adds).to(statistics.device, non_blocking=True)[:, None]
+            statistics = torch.where(mask, _pieces_together(before.statistics, statistics), statistics)
+            adds = before.adds
+        self._notes[key] = _Note(parameters, statistics, adds)
 
     def __bool__(self) -> bool:
         return bool(self._notes)
 
     def rows(self, table: RowTable) -> Tensor:
         """`[P, 5]`; zeros of parameters of which nothing was noted."""
-        if len(self._notes) == 1:
-            return table.spread(*self._notes[0])
+        notes = list(self._notes.values())
+        if len(notes) == 1:
+            return table.spread(notes[0].parameters, notes[0].statistics)
         rows, seen = table.empty(), set[int]()
-        for parameters, statistics in self._notes:
-            again = [id(p) in seen for p in parameters]
+        for parameters, statistics, adds in notes:
+            again = [more and id(p) in seen for p, more in zip(parameters, adds, strict=True)]
             seen.update(map(id, parameters))
-            if self._adds and any(again):
+            if any(again):
                 sums = _pieces_together(table.take(rows, parameters), statistics)
                 statistics = torch.where(table.mask(again), sums, statistics)
             table.put(rows, parameters, statistics)

@@ -82,22 +82,25 @@ class Judge:
         self._num_replicas = num_replicas
         self.size = SizeJudge(config)
 
-    def judge(self, lanes: Tensor, *, loss_scale_t: Tensor, nominal_tokens_t: Tensor) -> Decision:
+    def judge(
+        self, lanes: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
+    ) -> Decision:
         """The decision on a step. Does not synchronise.
 
         Args:
             lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
+            is_unscaled_t: 0-d bool, the gradients have been divided by the loss scale already.
             nominal_tokens_t: 0-d, what the loss was divided by before the backward pass; 0: its own tokens.
         """
         tokens = lanes[:, lane.TOKENS].sum()
         loss = lanes[:, lane.LOSS_SUM].sum() / tokens
-        divisor = loss_scale_t.double()
+        divisor = torch.where(is_unscaled_t, 1.0, loss_scale_t.double())
         is_nominal = (tokens > 0) & (nominal_tokens_t > 0)
         divisor = torch.where(is_nominal, divisor * tokens / nominal_tokens_t, divisor)
         squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
         norm = squares.amax().sqrt() / divisor
         gradient_bad = _num_bad(lanes) > 0
-        bad = gradient_bad | ~loss.isfinite()
+        bad = gradient_bad | ~loss.isfinite() | (lanes[:, lane.FAULTS].sum() > 0)
         size = self.size.judge(norm, loss, ~bad)
         coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
@@ -138,5 +141,4 @@ class Judge:
 
 
 def _num_bad(lanes: Tensor) -> Tensor:
-    bad = lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD] + lanes[:, lane.FAULTS]
-    return bad.sum()
+    return (lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD]).sum()

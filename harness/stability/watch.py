@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import torch.distributed as dist
@@ -22,13 +23,18 @@ logger = logging.getLogger(__name__)
 class Watch:
     """The layout of what may change in a step. A parameter is in one watch: a later claim takes it over.
 
+    Args:
+        on_end: A method to call when it ends.
+
     Raises:
         ConfigError: something about the model or its optimizers that cannot be guarded.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizers) -> None:
+    def __init__(self, model: nn.Module, optimizers: Optimizers, *, on_end: Callable[[], None]) -> None:
         self._model, self._optimizers = model, optimizers
+        self._on_end = weakref.WeakMethod(on_end)  # the guard holds this watch
         self._has_spoken = False
+        self._signature: tuple[object, ...] = ()
         self.ended_because: str | None = None
         """Why it ended, if it has."""
         self._look()
@@ -77,13 +83,19 @@ class Watch:
         """Lets go of the parameters; the first reason counts."""
         self.ended_because = self.ended_because or reason
         _watches.discard(self)
+        on_end = self._on_end()
+        if on_end is not None:
+            on_end()
 
     def _look(self) -> None:
-        self._signature = self._optimizers.signature
+        self._optimizers.refuse_shared()
+        self._signature_of_layout = self._optimizers.signature
         self.layout = layout_of(self._model, self._optimizers)
 
     def claim(self) -> None:
-        """Makes the parameters this watch's, and ends whatever watched any of them before."""
+        """Makes the parameters of the layout this watch's, and ends whatever watched any of them before.
+        Until then `follow` finds them changed: an error on the way must not let the next step pass."""
+        self._signature = self._signature_of_layout
         for other in list(_watches):
             if other is not self and other.layout.row_of.keys() & self.layout.row_of.keys():
                 other.end("a later guard watches its parameters")

@@ -48,7 +48,7 @@ def test_a_drain_on_some_ranks_only_is_an_error_on_all() -> None:
 def test_what_is_never_drained_is_bounded_and_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(monitor, "MAX_PENDING_BYTES", 4_000)
+    monkeypatch.setattr(monitor, "MAX_PENDING_BYTES", 40_000)
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     guard = StepGuard(model, optimizer, per_parameter_every=0, sample_every=0)

@@ -14,6 +14,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from harness.errors import ConfigError
 from harness.stability import StepGuard
+from harness.stability.layout import Layout
+from harness.stability.sources import Observations, RowTable
 from tests.support.guarded import OPTIMIZERS, batch, make_model, snapshot, worst_difference
 
 Parameters = Iterator[nn.Parameter]
@@ -106,6 +108,12 @@ def _patched(parameters: Parameters) -> Optimizer:
     return optimizer
 
 
+def _wrapped(parameters: Parameters) -> Optimizer:
+    optimizer = _patched(parameters)
+    optimizer.step = functools.wraps(AdamW.step)(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
+
+
 WRAPPERS: dict[str, Callable[[Parameters], Any]] = {
     "lookahead": lambda parameters: _Lookahead(SGD(parameters, lr=0.1, momentum=0.9, fused=True)),
     "container": _Container,
@@ -114,6 +122,7 @@ WRAPPERS: dict[str, Callable[[Parameters], Any]] = {
     "subclass": lambda parameters: type("Renamed", (AdamW,), {})(parameters, lr=1e-2, fused=True),
     "step-hook": _with_hook,
     "patched-step": _patched,
+    "wrapped-step": _wrapped,
 }
 
 
@@ -140,7 +149,7 @@ def test_any_optimizer_does_what_the_record_says(name: str) -> None:
 
 
 def test_only_steps_of_torchs_own_are_trusted_with_the_device(caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("container", "own-step", "step-hook", "patched-step"):
+    for name in ("container", "own-step", "step-hook", "patched-step", "wrapped-step"):
         model = make_model()
         caplog.clear()
         StepGuard(model, WRAPPERS[name](model.parameters()))
@@ -152,19 +161,15 @@ def test_only_steps_of_torchs_own_are_trusted_with_the_device(caplog: pytest.Log
     assert caplog.text == ""
 
 
+class _Deaf(AdamW):
+    """Looks like torch's own, and never sees what it is told."""
+
+    found_inf = grad_scale = property(lambda self: None, lambda self, value: None, lambda self: None)
+
+
 def test_an_optimizer_that_ignores_the_verdict_is_found_out() -> None:
-    """Wrapped in a way that looks like torch's own; what it does cannot be seen from outside."""
     model = make_model()
-    optimizer = AdamW(model.parameters(), lr=1e-2, fused=True)
-    inner = optimizer.step
-
-    @functools.wraps(inner)
-    def step(closure: object = None) -> None:
-        del optimizer.found_inf, optimizer.grad_scale
-        inner()
-        optimizer.found_inf = optimizer.grad_scale = None
-
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer = _Deaf(model.parameters(), lr=1e-2, fused=True)
     guard = StepGuard(model, optimizer, max_norm=None)
     for number in range(4):
         loss = _backward(model, number)
@@ -381,3 +386,85 @@ def test_a_checkpoint_may_bring_other_flags(kind: str, fused: bool) -> None:
         guard.step(loss)
     assert [r.verdict == "skip" for r in guard.drain(wait=True)] == [False, False, True]
     assert worst_difference(before, snapshot(model, optimizer)) == ""
+
+
+def test_a_gradient_that_stays_in_a_layer_frozen_again_is_measured() -> None:
+    """Thawed for one backward pass, frozen before the step: torch's optimizers apply it all the same."""
+    model = make_model()
+    model[0].requires_grad_(False)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    guard.step(_backward(model, 0))
+    optimizer.zero_grad()
+    model[0].requires_grad_(True)
+    loss = _backward(model, 1)
+    model[0].requires_grad_(False)
+    model[0].weight.grad[0, 0] = math.nan
+    before = snapshot(model, optimizer)
+    guard.step(loss)
+    assert guard.drain(wait=True)[-1].parameter == "0.weight"
+    assert worst_difference(before, snapshot(model, optimizer)) == ""
+
+
+def test_an_error_about_what_is_held_stays_one_until_it_is_mended() -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    stranger = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [stranger]})
+    for step in range(2):
+        loss = _backward(model, step)
+        stranger.grad = torch.full((3,), math.nan)
+        with pytest.raises(ConfigError, match="not the model's"):
+            guard.step(loss)
+    assert stranger.tolist() == [0.0, 0.0, 0.0]
+    twice = StepGuard(model, [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
+    twice._optimizers.stepped[1].add_param_group({"params": list(model[0].parameters())})
+    with pytest.raises(ConfigError, match="held by two optimizers"):
+        twice.step(_backward(model, 2))
+
+
+def test_a_skip_undoes_the_buffers_of_a_module_that_came_later() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    for step in range(3):
+        if step == 1:
+            model.append(nn.BatchNorm1d(4))
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+        inputs = batch(step)[0] * (math.nan if step == 2 else 1.0)
+        loss = model(inputs).square().sum()
+        loss.backward()
+        guard.step(loss)
+        optimizer.zero_grad()
+    assert [r.verdict == "skip" for r in guard.drain(wait=True)] == [False, False, True]
+    assert bool(model[1].running_mean.isfinite().all())
+
+
+def test_a_skip_in_one_guard_leaves_the_buffers_that_another_ones_step_has_settled() -> None:
+    model = nn.ModuleDict({"critic": nn.BatchNorm1d(4), "generator": nn.Linear(4, 4)})
+    optimizers = {name: OPTIMIZERS["adamw"](part.parameters()) for name, part in model.items()}
+    guards = {name: StepGuard(model, optimizer) for name, optimizer in optimizers.items()}
+    for step in range(3):
+        for name in ("critic", "generator"):
+            loss = model["critic"](model["generator"](batch(step)[0])).square().sum()
+            loss.backward()
+            guards[name].step(loss * (math.nan if name == "generator" else 1.0))
+            model.zero_grad()
+    assert int(model["critic"].num_batches_tracked) == 3
+
+
+def test_a_step_without_a_gradient_is_no_overflow_of_the_loss_scale() -> None:
+    model = make_model()
+    guard = StepGuard(model, OPTIMIZERS["adamw"](model.parameters()), precision=torch.float16)
+    guard.step(torch.tensor(1.0))
+    assert guard.loss_scale.item() == 65536.0
+
+
+def test_observations_do_not_pile_up_in_a_guard_that_is_not_stepped() -> None:
+    seen, table = Observations(), RowTable(Layout.of([("w", p := nn.Parameter(torch.ones(2)))], of=[p]))
+    bad, good = torch.tensor([[1.0, 1, 1, 0, 0]]).double(), torch.tensor([[4.0, 2, 0, 0, 0]]).double()
+    for statistics, adds in ((bad, False), (good, False), (good, True)):
+        seen.note([p], statistics, adds=[adds])
+    assert len(seen._notes) == 1
+    assert seen.rows(table).tolist() == [[8.0, 2.0, 0.0, 0.0, 0.0]]

@@ -197,6 +197,53 @@ def test_the_loops_own_grad_scaler_is_taken_out_of_gradients_and_kept_up_to_date
     run_ranks(_with_scaler, 1 if how == "plain" else 2, how, unscales)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_loops_own_grad_scaler_on_one_rank_and_on_shards(how: str) -> None:
+    run_ranks(_with_scaler, 1 if how == "ddp" else 2, how, how == "ddp")
+
+
+def _unscaled_overflows(rank: int, world_size: int) -> None:
+    """An overflow is one for the ladder and `nonfinite: stop`, whether the loop has unscaled or not."""
+    model = make_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    guard = StepGuard(model, optimizer, nonfinite="stop")
+    for step in range(3):
+        loss = _loss(model, step, 0)
+        scaler.scale(loss).backward()
+        model[0].weight.grad.mul_(math.inf)
+        scaler.unscale_(optimizer)
+        guard.step(loss, scaler=scaler)
+        scaler.update()
+        optimizer.zero_grad()
+    found = [(r.verdict, r.loss_scale) for r in guard.drain(wait=True)]
+    assert found == [("skip", 4.0), ("skip", 2.0), ("stop", 1.0)]
+    scaler.scale(_loss(model, 3, 0)).backward()
+    guard.step(loss, scaler=scaler)
+    with pytest.raises(ConfigError, match=r"Call scaler\.update\(\)"):
+        guard.step(loss, scaler=scaler)
+
+
+def test_an_overflow_is_one_also_after_unscale_and_a_missing_update_is_found() -> None:
+    run_ranks(_unscaled_overflows, 1)
+
+
+def _discarded(rank: int, world_size: int) -> None:
+    """A backward pass whose gradients the loop threw away says nothing about the next step."""
+    model = _spread("fsdp", make_model())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    guard = StepGuard(model, optimizer)
+    (_loss(model, 0, rank) * math.nan).backward()
+    optimizer.zero_grad()
+    guard.step(_backward(model, 1, rank))
+    (record,) = guard.drain(wait=True)
+    assert (record.verdict, record.num_nan, record.reason) == ("clip", 0, None)
+
+
+def test_gradients_that_were_thrown_away_under_fsdp_are_forgotten() -> None:
+    run_ranks(_discarded, 2)
+
+
 def _forgotten_scaler(rank: int, world_size: int) -> None:
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -211,9 +258,12 @@ def _forgotten_scaler(rank: int, world_size: int) -> None:
     with pytest.raises(ConfigError, match="one of the two scales the loss"):
         StepGuard(model, optimizer, precision=torch.float16).step(loss, scaler=scaler)
     assert worst_difference(before, snapshot(model, optimizer)) == ""
+    refused = StepGuard(model, optimizer)
+    with pytest.raises(ConfigError, match="scaler=None"):
+        refused.step(loss)
+    refused.step(loss, scaler=None)  # what the error says, on the same guard
+    assert refused.drain(wait=True)[0].loss_scale == 1.0
     guard = StepGuard(model, optimizer)
-    guard.step(loss, scaler=None)
-    assert guard.drain(wait=True)[0].loss_scale == 1.0
     switched_off = torch.amp.GradScaler("cpu", enabled=False)
     loss = _loss(model, 1, 0)
     switched_off.scale(loss).backward()

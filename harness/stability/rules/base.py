@@ -60,7 +60,8 @@ class SpikeRule(abc.ABC):
         Args:
             log_norm_t: 0-d, natural logarithm of the reduced gradient's norm before clipping.
             loss_t: 0-d, mean loss of the global batch; NaN throughout if the loop has none to give.
-            trusted_t: 0-d bool, the step has no NaN and no Inf: others are neither flagged nor learned.
+            trusted_t: 0-d bool, the step has no NaN, no Inf and no absurd norm: others are neither
+                flagged nor learned.
         """
 
     @abc.abstractmethod
