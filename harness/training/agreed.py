@@ -57,5 +57,6 @@ def _require_same(part: str, by_rank: Sequence[str]) -> None:
                 f"the {part} data of rank 0 is {by_rank[0]}, and that of rank {rank} is {theirs}",
                 rule="every rank holds the same data, of which it is handed its share",
                 remedy="split by config.seed or by torch's, numpy's or Python's global generator, which are"
-                " seeded alike on all ranks; sort what is listed; compare the files of the machines",
+                " seeded alike on all ranks; sort what is listed; compare the files of the machines, or give"
+                " the data set a fingerprint()",
             )
