@@ -17,6 +17,7 @@ __all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "one_
 
 T = TypeVar("T")
 
+_PORTION_BYTES = 64 << 20
 _FAILURES = "harness/failures"
 _GRACE_S = 1.0
 """How long a rank that fails waits to hear whether others fail too."""
@@ -82,21 +83,46 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives every rank rank 0's values, in place; one collective per dtype and device.
+    """Gives every rank rank 0's values, in place and bit for bit, of any dtype; autograd does not see it.
+
+    One collective for each 64 MiB and device, which is also the memory that it takes.
 
     Args:
-        tensors: Of the same shapes, dtypes and order on all ranks.
+        tensors: Strided, of the same shapes, dtypes and order on all ranks.
     """
     if not dist.is_initialized():
         return
-    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in alike.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.broadcast(flat, src=0)
-        for tensor, values in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor.data)
+    for group in by_device.values():
+        whole = [tensor.contiguous() for tensor in group]
+        # As bytes, for gloo knows neither int16 nor float8.
+        for pieces in _portions(tensor.view(-1).view(torch.uint8) for tensor in whole):
+            flat = torch.cat(pieces)
+            dist.broadcast(flat, src=0)
+            for piece, values in zip(pieces, flat.split([len(piece) for piece in pieces]), strict=True):
+                piece.copy_(values)
+        for tensor, values in zip(group, whole, strict=True):
+            if values is not tensor:
+                tensor.copy_(values)
+
+
+def _portions(flat_bytes: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Pieces of the tensors, at most `_PORTION_BYTES` at a time."""
+    portion: list[torch.Tensor] = []
+    free = _PORTION_BYTES
+    for tensor in flat_bytes:
+        while len(tensor):
+            piece, tensor = tensor[:free], tensor[free:]
+            portion.append(piece)
+            free -= len(piece)
+            if not free:
+                yield portion
+                portion, free = [], _PORTION_BYTES
+    if portion:
+        yield portion
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils.data import Subset, random_split
 from harness.checkpoint import Checkpointer
 from harness.config import DataConfig, TrainConfig
 from harness.data import LossSum, Task, evaluation_batches, fingerprint, load_text
-from harness.dist import World, plain
+from harness.dist import World, agreement, plain
 from harness.env import launched
 from harness.errors import ConfigError, DataError, TaskError
 from harness.training.agreed import agree_on_data, agree_on_settings
@@ -166,3 +166,53 @@ def test_a_task_that_fails_tells_on_which_ranks(tmp_path: Path) -> None:
     for words, _ in first:
         assert "KeyError: 'dim'" in words
         assert "in broken_on" in words
+
+
+DTYPES = ("bool", "int8", "int16", "uint16", "uint32", "int64", "float8_e4m3fn", "bfloat16", "complex64")
+
+
+class Mixed(nn.Linear):
+    """Buffers of every kind, with this rank's number in each."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(4, 1)
+        for name in DTYPES:
+            self.register_buffer(f"a_{name}", torch.full((2, 3), float(rank)).to(getattr(torch, name)))
+        self.register_buffer("transposed", torch.full((5, 2), float(rank)).t())
+        self.register_buffer("long", torch.full((1001,), rank))
+        self.register_buffer("none_of", torch.empty(0))
+        self.register_buffer("own", torch.full((3,), rank), persistent=False)
+        self.register_buffer("expanded", torch.full((1,), rank).expand(4))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.full((3,), rank))
+        self.seen: dict[str, float] = {}
+
+    def values(self) -> dict[str, float]:
+        return {
+            name: abs(buffer.to(torch.complex64)).max().item()
+            for name, buffer in self._buffers.items()
+            if len(buffer)
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.values()
+        return super().forward(x)
+
+
+def buffers_seen(rank: int, size: int) -> tuple[list[dict[str, float]], bool]:
+    agreement._PORTION_BYTES = 1000  # so that buffers are cut, and share a message
+    model = Mixed(rank)
+    config, world = TrainConfig(task="test:mixed"), world_of(rank, size)
+    versions = {name: buffer._version for name, buffer in model._buffers.items() if name != "inferred"}
+    evaluate(model, points_task(model=model), config, world, precision="fp32", num_samples=4)
+    after = {name: buffer._version for name, buffer in model._buffers.items() if name != "inferred"}
+    return [model.seen, model.values()], versions == after
+
+
+def test_an_evaluation_sees_rank_0s_buffers_of_any_kind_and_writes_none() -> None:
+    (first, second) = run_ranks(buffers_seen, 2)
+    assert [untouched for _, untouched in (first, second)] == [True, True]
+    kept = {"own", "expanded", "inferred"}
+    assert {name for name, value in second[0][0].items() if value == 1.0} == kept
+    assert set(second[0][1].values()) == {1.0}
+    assert first[0][0] == first[0][1] == dict.fromkeys(second[0][0], 0.0)
