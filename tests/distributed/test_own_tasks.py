@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset, random_split
 
 from harness.checkpoint import Checkpointer
 from harness.config import DataConfig, TrainConfig
-from harness.data import LossSum, Task, evaluation_batches, fingerprint, load_text
+from harness.data import LossSum, Task, evaluation_batches, fingerprint, load_text, run_loss
 from harness.dist import World, agreement, plain
 from harness.env import launched
 from harness.errors import ConfigError, DataError, TaskError
@@ -141,6 +146,28 @@ def test_ranks_train_on_the_same_data_or_all_of_them_say_why_not(tmp_path: Path)
     assert "the training data of rank 0 is 40 samples" in refused["length"]
     assert "that of rank 1 is 41 samples" in refused["length"]
     assert "name is 'run0' on rank 0 and 'run1' on rank 1" in refused["settings"]
+
+
+def told_of_a_lost_rank(rank: int, size: int, strategy: str) -> str:
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=1))
+    model: nn.Module = Normed()
+    if strategy == "fsdp":
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    else:
+        model = DistributedDataParallel(model, process_group=group)
+    try:
+        if rank == 0:  # the other one takes no part
+            run_loss(points_task(), model, {"x": torch.ones(2, 4), "y": torch.ones(2, 1)})
+    except RuntimeError as error:
+        return type(error).__name__
+    except TaskError as error:
+        return str(error)
+    return "nothing raised"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_lost_rank_is_not_laid_on_the_loss(strategy: str) -> None:
+    assert run_ranks(told_of_a_lost_rank, 2, strategy)[0] == "RuntimeError"
 
 
 def broken_on(config: TrainConfig) -> Task:
