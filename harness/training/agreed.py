@@ -12,7 +12,7 @@ from harness.errors import ConfigError, DataError
 __all__ = ["agree_on_data", "agree_on_settings"]
 
 # What a machine may have for itself.
-_LOCAL = ("data.cache_dir", "data.num_workers", "tracking.")
+_LOCAL = ("data.cache_dir", "data.num_workers", "parallel.threads", "runs_dir", "tracking.")
 
 
 def agree_on_settings(config: TrainConfig) -> None:

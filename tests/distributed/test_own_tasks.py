@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset, random_split
 
 from harness.checkpoint import Checkpointer
-from harness.config import DataConfig, TrainConfig
+from harness.config import DataConfig, ParallelConfig, TrainConfig
 from harness.data import LossSum, Task, evaluation_batches, fingerprint, load_text, run_loss
 from harness.dist import World, agreement, plain
 from harness.env import launched
@@ -121,6 +121,8 @@ def told_text(rank: int, folder: str) -> str:
 
 
 def told_settings(rank: int) -> str:
+    local = TrainConfig(runs_dir=f"runs{rank}", parallel=ParallelConfig(threads=rank + 1))
+    agree_on_settings(local)
     try:
         agree_on_settings(TrainConfig(name=f"run{rank}"))
     except ConfigError as error:
