@@ -144,6 +144,19 @@ def test_a_file_that_shrinks_after_it_was_listed_is_an_error(tmp_path: Path) -> 
         prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"train": "x"}', None])
+def test_prepared_text_that_was_damaged_is_an_error_with_a_remedy(
+    content: str | None, tmp_path: Path
+) -> None:
+    files = list_files([str(corpus(tmp_path / "text", num_files=9))])
+    folder = prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache").train.path.parent
+    (folder / "digests.json").unlink()
+    if content is not None:
+        (folder / "digests.json").write_text(content)
+    with pytest.raises(DataError, match=r"is damaged.*Remove that folder"):
+        prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
+
+
 def growing(config: TrainConfig) -> Task:
     """Data that is in files beside the run."""
     count, shift = (Path(config.runs_dir).parent / "data").read_text().split()
