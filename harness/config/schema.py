@@ -165,7 +165,7 @@ class ScheduleConfig:
     warmup_steps: int = 20
     """Steps of linear warm-up from 0."""
     decay_frac: float = 0.2
-    """Share of the run that the decay of wsd takes."""
+    """Share of the schedule (`steps`) that the decay of wsd takes."""
     min_lr_frac: float = 0.1
     """Where the decay ends, as a share of the peak."""
     steps: int | None = None
