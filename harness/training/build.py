@@ -29,7 +29,7 @@ from harness.dist import (
 from harness.errors import ConfigError, HarnessError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
-from harness.training.agreed import agree_on_data, agree_on_settings
+from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.counters import Counters
 from harness.training.debug import debugger_on, debugging, with_every_check
 from harness.training.directory import prepare_directory, write_atomically
@@ -75,7 +75,8 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
     agree_on_settings(config)
-    task = together(lambda: build_task(config))
+    files = agree_on_files(config)
+    task = together(lambda: build_task(config, files=files))
     fingerprints = agree_on_data(task, config)
     faults = together(
         lambda: FaultInjector(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import random
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,17 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset, random_split
 
 from harness.checkpoint import Checkpointer
 from harness.config import DataConfig, ParallelConfig, TrainConfig
-from harness.data import LossSum, Task, evaluation_batches, fingerprint, load_text, run_loss
+from harness.data import (
+    LossSum,
+    SourceFile,
+    Task,
+    evaluation_batches,
+    fingerprint,
+    load_text,
+    run_loss,
+    text_files,
+)
 from harness.dist import World, agreement, plain
 from harness.env import launched
 from harness.errors import ConfigError, DataError, TaskError
-from harness.training.agreed import agree_on_data, agree_on_settings
+from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.evaluate import evaluate
 from harness.training.tasks import build_task
 from tests.support.distributed import run_ranks
@@ -117,7 +129,10 @@ def told_data(folder: str, name: str) -> str:
 def told_text(rank: int, folder: str) -> str:
     # The file that rank 1 finds has grown since rank 0 looked.
     config = DataConfig(paths=(f"{folder}/{rank}",), sequence_length=16)
-    return " ".join(fingerprint(part) for part in load_text(config, cache_dir=Path(folder, "cache")))
+    files = agree_on_files(TrainConfig(data=config))
+    return " ".join(
+        fingerprint(part) for part in load_text(config, cache_dir=Path(folder, "cache"), files=files)
+    )
 
 
 def told_settings(rank: int) -> str:
@@ -148,6 +163,24 @@ def test_ranks_train_on_the_same_data_or_all_of_them_say_why_not(tmp_path: Path)
     assert "the training data of rank 0 is 40 samples" in refused["length"]
     assert "that of rank 1 is 41 samples" in refused["length"]
     assert "name is 'run0' on rank 0 and 'run1' on rank 1" in refused["settings"]
+
+
+def slowly_listed(config: DataConfig) -> list[SourceFile]:
+    time.sleep(2)
+    return text_files(config)
+
+
+def patient(rank: int, size: int, folder: str) -> int:
+    _set_pg_timeout(datetime.timedelta(seconds=1), None)  # of training's collectives
+    with patch("harness.training.agreed.text_files", slowly_listed):
+        files = agree_on_files(TrainConfig(data=DataConfig(paths=(folder,))))
+    assert files is not None
+    return len(files)
+
+
+def test_ranks_wait_for_a_listing_longer_than_for_a_collective(tmp_path: Path) -> None:
+    corpus(tmp_path, num_files=5)
+    assert run_ranks(patient, 2, str(tmp_path)) == [5, 5]
 
 
 def told_of_a_lost_rank(rank: int, size: int, strategy: str) -> str:
