@@ -29,8 +29,9 @@ class HarnessError(Exception):
 
     exit_code = 2
 
-    ranks: tuple[int, ...] = ()
-    """The ranks on which it arose; empty: all, or there is one only. The lowest of them prints it."""
+    ranks: tuple[int, ...] | None = None
+    """The ranks on which it arose, empty: all; the lowest of them prints it. None: not known, there is one
+    only, or they had not met yet; the first of each machine prints it."""
 
     def __init__(self, problem: str, *, rule: str = "", remedy: str = "") -> None:
         self.problem = problem

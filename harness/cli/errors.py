@@ -15,16 +15,27 @@ __all__ = ["Outcome", "reporting"]
 
 @dataclass(slots=True)
 class Outcome:
-    """The exit code of a command."""
+    """The exit code of a command, and what was said of why."""
 
     exit_code: int = 0
+    told: HarnessError | None = None
+
+    def tell(self, error: HarnessError) -> None:
+        """Prints `error`, once, if it is this process that does."""
+        if error is self.told or env.wants_traceback():
+            return
+        self.told = error
+        if _is_speaker(error):
+            where = f" on {_named(error.ranks)}" if error.ranks else ""
+            say(f"{type(error).__name__}{where}: {error}", error=True)
 
 
 @contextmanager
 def reporting() -> Iterator[Outcome]:
     """Turns a `HarnessError` into a line on standard error and an exit code.
 
-    The lowest of the ranks on which it arose prints it. HARNESS_TRACEBACK=1 shows where it came from.
+    The lowest of the ranks on which it arose prints it; the first of each machine, if they had not met yet.
+    HARNESS_TRACEBACK=1 shows where it came from.
     """
     outcome = Outcome()
     try:
@@ -32,10 +43,15 @@ def reporting() -> Iterator[Outcome]:
     except HarnessError as error:
         if env.wants_traceback():
             raise
-        if env.launched().rank == min(error.ranks, default=0):
-            where = f" on {_named(error.ranks)}" if error.ranks else ""
-            say(f"{type(error).__name__}{where}: {error}", error=True)
+        outcome.tell(error)
         outcome.exit_code = error.exit_code
+
+
+def _is_speaker(error: HarnessError) -> bool:
+    launched = env.launched()
+    if error.ranks is None:
+        return launched.local_rank == 0
+    return launched.rank == min(error.ranks, default=0)
 
 
 def _named(ranks: tuple[int, ...]) -> str:

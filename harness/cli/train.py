@@ -19,6 +19,6 @@ def run(argv: Sequence[str], *, prog: str = "harness train") -> int:
         config = parse_arguments(argv, prog=prog)
         from harness.training import train  # after the arguments, so that --help does not wait for torch
 
-        result = train(config)
+        result = train(config, tell=outcome.tell)
         outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     return outcome.exit_code

@@ -165,7 +165,7 @@ class ScheduleConfig:
     warmup_steps: int = 20
     """Steps of linear warm-up from 0."""
     decay_frac: float = 0.2
-    """Share of the run that the decay of wsd takes."""
+    """Share of the schedule (`steps`) that the decay of wsd takes."""
     min_lr_frac: float = 0.1
     """Where the decay ends, as a share of the peak."""
     steps: int | None = None
@@ -513,9 +513,6 @@ class TrainConfig:
             self.task,
             "it has to be text, images, or package.module:function",
         )
-        for fault in self.faults:
-            rule = f"the run's steps are 0 to {self.loop.steps - 1}"
-            require(fault.step < self.loop.steps, "faults.step", fault.step, rule)
         self._check_model_fits_task()
 
     def _check_model_fits_task(self) -> None:
@@ -536,11 +533,11 @@ class TrainConfig:
         )
 
     def check_world(self, world_size: int) -> None:
-        """Checks the rules that depend on how many processes there are.
+        """Checks the rules that depend on how many processes there are, and what holds at the start only.
 
         Raises:
-            ConfigError: the global batch cannot be split, a fault strikes a rank or micro-batch that does not
-                exist, or the debug mode is asked for in several processes.
+            ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
+                does not exist, or the debug mode is asked for in several processes.
         """
         micro_batch = self.loop.micro_batch or 1
         share = world_size * micro_batch
@@ -555,6 +552,10 @@ class TrainConfig:
             world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
         )
         for fault in self.faults:
+            last_step = self.loop.steps - 1
+            require(
+                fault.step <= last_step, "faults.step", fault.step, f"the run's steps are 0 to {last_step}"
+            )
             require(fault.rank < world_size, "faults.rank", fault.rank, f"there are only {world_size} ranks")
             require(
                 fault.micro_batch < num_micro_batches,

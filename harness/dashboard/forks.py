@@ -28,6 +28,7 @@ from harness.dashboard.programs import (
 )
 from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
+from harness.tracking.attempts import newest_attempt, schedule_steps
 
 __all__ = ["fork"]
 
@@ -69,6 +70,7 @@ def fork(
     if step is None:
         return start(config, runs_dir=directory.parent, processes=processes)
     _check_goes_on(config, parent, parent_directory)
+    config = _with_schedule_of(parent, parent_directory, config)
     with _begun_at(_checkpoint(parent_directory, step), config, directory):
         return start(config, runs_dir=directory.parent, processes=processes)
 
@@ -77,6 +79,15 @@ def _with_origin(config: TrainConfig, parent: str, step: int | None) -> TrainCon
     origin = f"Forked from {parent}" + ("." if step is None else f" at step {step}.")
     notes = f"{origin}\n{config.tracking.notes}".rstrip()
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, notes=notes))
+
+
+def _with_schedule_of(parent: TrainConfig, parent_directory: Path, config: TrainConfig) -> TrainConfig:
+    """Other steps do not stretch the schedule, also where the checkpoint does not tell its length."""
+    if config.schedule.steps is not None:
+        return config
+    length = schedule_steps(newest_attempt(parent_directory, within=parent_directory.parent))
+    schedule = dataclasses.replace(config.schedule, steps=length or parent.loop.steps)
+    return dataclasses.replace(config, schedule=schedule)
 
 
 def _check_is_new(directory: Path) -> None:

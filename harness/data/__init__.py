@@ -1,6 +1,7 @@
 """Tasks, the order of samples, and the loader that hands them out."""
 
 from harness.data.contract import check_task
+from harness.data.corpus import SourceFile
 from harness.data.fetch import fetch, to_device
 from harness.data.fingerprint import fingerprint
 from harness.data.images import class_loss, load_images
@@ -8,13 +9,14 @@ from harness.data.loader import Loader, evaluation_batches
 from harness.data.order import sample_order
 from harness.data.seeding import seed_everything
 from harness.data.task import Batch, Dataset, LossSum, Task, TaskBuilder, cross_entropy, load_task, run_loss
-from harness.data.text import load_text, next_byte_loss
+from harness.data.text import load_text, next_byte_loss, text_files
 
 __all__ = [
     "Batch",
     "Dataset",
     "Loader",
     "LossSum",
+    "SourceFile",
     "Task",
     "TaskBuilder",
     "check_task",
@@ -30,5 +32,6 @@ __all__ = [
     "run_loss",
     "sample_order",
     "seed_everything",
+    "text_files",
     "to_device",
 ]

@@ -122,9 +122,20 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
         with _writing(cache_dir), _locked(folder.with_suffix(".lock")):
             if not folder.exists():
                 _build(files, val_frac, folder)
-    digests = json.loads((folder / _DIGESTS).read_bytes())
-    train, val = (Part(folder / f"{name}.bin", digests[name]) for name in _PARTS)
+    train, val = _parts(folder)
     return Corpus(train=train, val=val)
+
+
+def _parts(folder: Path) -> list[Part]:
+    try:
+        digests = json.loads((folder / _DIGESTS).read_bytes())
+        return [Part(folder / f"{name}.bin", str(digests[name])) for name in _PARTS]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"the prepared text in {folder} is damaged: {_DIGESTS} cannot be read",
+            rule="it is written once, whole, and never changed",
+            remedy="remove that folder, and the text is prepared anew",
+        ) from error
 
 
 def _source_file(path: Path, *, named: bool) -> SourceFile:

@@ -14,7 +14,7 @@ from harness.data.task import Batch, Dataset
 from harness.data.task_code import task_code
 from harness.errors import DataError
 
-__all__ = ["fetch", "map_tensors", "to_device"]
+__all__ = ["fetch", "map_tensors", "to_device", "worker_failure"]
 
 _SAMPLES = (
     "samples are dicts of tensors, arrays, numbers or strings by name, such as {'inputs': x, 'targets': y}"
@@ -64,6 +64,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """A new batch, its tensors on `device`; the copies run beside the host if the batch is pinned."""
     moved: Batch = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
     return moved
+
+
+def worker_failure(error: RuntimeError) -> DataError:
+    """What to say when `torch.utils.data.DataLoader` raised `error` because a worker died."""
+    return DataError(
+        f"a loader worker failed: {str(error).strip().splitlines()[-1]}",
+        rule="a worker lives as long as the run; the system kills one for want of memory",
+        remedy="lower --data.num_workers, or set it to 0 to load in the training process",
+    )
 
 
 def _fetches_at_once(dataset: Any) -> bool:

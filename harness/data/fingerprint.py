@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Subset
 
-from harness.data.fetch import fetch
+from harness.data.fetch import fetch, worker_failure
 from harness.data.task import Dataset
 from harness.data.task_code import task_code
 from harness.errors import HarnessError
@@ -29,7 +30,8 @@ def fingerprint(dataset: Dataset, *, in_worker: bool = False) -> str:
     """`dataset`'s length and what its `fingerprint()` gives, else a hash of some of its samples.
 
     The samples are the first, the last and others evenly between. They are fetched twice: those that are not
-    the same twice, because they are drawn from a generator of the data set's own, do not count.
+    the same twice, because they are drawn from a generator of the data set's own, do not count. They are
+    computed on one thread, as in a worker: a sum's last bits depend on the number of threads.
 
     Args:
         in_worker: Fetch in a process of its own, as the loader's workers do: a file that a data set opens at
@@ -49,7 +51,8 @@ def _hash_of_samples(dataset: Dataset) -> str:
     num_samples = len(dataset)
     count = min(_NUM_SAMPLES, num_samples)
     chosen = sorted({place * (num_samples - 1) // max(count - 1, 1) for place in range(count)})
-    first, second = (_hash(fetch(dataset, [index]) for index in chosen) for _ in range(2))
+    with _one_thread():
+        first, second = (_hash(fetch(dataset, [index]) for index in chosen) for _ in range(2))
     if first == second:
         return f"{first}{_hash_of_indices(dataset)}"
     logger.info(
@@ -64,7 +67,25 @@ def _hash_of_indices(dataset: Any) -> str:
     """Of `torch.utils.data.random_split` and the like all indices count."""
     if not isinstance(dataset, Subset):
         return ""
-    return f"-{_hash(dataset.indices)}{_hash_of_indices(dataset.dataset)}"
+    return f"-{xxhash.xxh3_64_hexdigest(_packed(dataset.indices))}{_hash_of_indices(dataset.dataset)}"
+
+
+def _packed(indices: Any) -> bytes:
+    """The same for a list, an array, a range and a tensor."""
+    try:
+        return np.asarray(indices, dtype=np.int64).tobytes()
+    except (TypeError, ValueError, OverflowError):  # keys of another kind, or on a GPU
+        return _hash(indices).encode()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _hash(values: Iterable[Any]) -> str:
@@ -109,7 +130,10 @@ def _in_worker(dataset: Dataset) -> str:
     loader = DataLoader(
         _Hash(dataset), batch_size=None, sampler=[0], num_workers=1, generator=torch.Generator()
     )
-    (result,) = loader
+    try:
+        (result,) = loader
+    except RuntimeError as error:
+        raise worker_failure(error) from error
     if isinstance(result, HarnessError):
         raise result
     return str(result)

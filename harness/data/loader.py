@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from harness.data.fetch import fetch, map_tensors
+from harness.data.fetch import fetch, map_tensors, worker_failure
 from harness.data.order import mix, sample_order
 from harness.data.task import Batch, Dataset
 from harness.errors import ConfigError, DataError, HarnessError
@@ -140,36 +140,41 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` was taken, at any world size and micro-batch size.
 
+        Changed data is a question of the first state that is loaded: later ones, as of a rollback past that
+        change, are of the same run.
+
         Raises:
             DataError: the state belongs to other data or another seed, whose order cannot be continued.
         """
         own = self.state_dict()
-        self._require_same("seed", state["seed"], own["seed"])
+        self._require_same("seed", state["seed"], own["seed"], remedy="bring back the seed")
         for name, known in state.get("fingerprints", {}).items():  # older states have none
             if name in self._fingerprints and self._fingerprints[name] != known:
                 self._data_changed(name, known, self._fingerprints[name])
         if not self._allow_change:
-            self._require_same("num_samples", state["num_samples"], own["num_samples"])
+            accept = "bring back the data, or accept the change with --data.allow_change true"
+            self._require_same("num_samples", state["num_samples"], own["num_samples"], remedy=accept)
+        self._allow_change = True
         self._seek(int(state["position"]))
 
-    def _require_same(self, key: str, before: Any, now: Any) -> None:
+    def _require_same(self, key: str, before: Any, now: Any, *, remedy: str) -> None:
         if before != now:
             raise DataError(
                 f"the order of samples was made with {key} = {before}, and now {key} = {now}",
                 rule="a run can only be continued on the same data in the same order",
-                remedy="bring back the data and the seed, start a run under another --name, or accept"
-                " other data with --data.allow_change true",
+                remedy=f"{remedy}, or start a run under another --name",
             )
 
     def _data_changed(self, name: str, before: str, now: str) -> None:
         if self._allow_change:
-            logger.info("going on with other %s data: it was %s and is %s", name, before, now)
+            logger.warning("going on with other %s data: it was %s and is %s", name, before, now)
             return
         raise DataError(
             f"the {name} data was {before} when the checkpoint was written, and now it is {now}",
             rule="a run goes on with the data that it began with",
             remedy="bring that back, start a run under another --name, or accept the change with"
-            " --data.allow_change true",
+            " --data.allow_change true; where the data is the same and its samples' last bits are not, give"
+            " the data set a fingerprint()",
         )
 
     def close(self) -> None:
@@ -185,11 +190,7 @@ class Loader:
         except RuntimeError as error:
             if not isinstance(stream, _MultiProcessingDataLoaderIter):
                 raise
-            raise DataError(
-                f"a loader worker failed: {str(error).strip().splitlines()[-1]}",
-                rule="a worker lives as long as the run; the system kills one for want of memory",
-                remedy="lower --data.num_workers, or set it to 0 to load in the training process",
-            ) from error
+            raise worker_failure(error) from error
         if isinstance(batch, HarnessError):
             raise batch
         return batch

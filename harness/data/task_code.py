@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from harness.errors import HarnessError, TaskError
@@ -18,6 +19,9 @@ _MOST_FRAMES = 8
 _LONGEST_MESSAGE = 1000
 _HARNESS = Path(__file__).parents[1]
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_TORCH = Path(torch.__file__).parent
+_COMMUNICATING = (_TORCH / "distributed", _TORCH / "nn/parallel")
+_DTENSOR = _TORCH / "distributed/tensor"  # whose errors are about how it is used
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -26,13 +30,16 @@ def task_code(what: str, *, rule: str) -> Iterator[None]:
     """Within it the code of a task runs: `what` names it, `rule` says what is expected of it.
 
     Raises:
-        TaskError: for whatever was raised, but errors of Harness's own and of torch.distributed.
+        TaskError: for whatever was raised, but errors of Harness's own and those in which another rank was
+            lost: of torch.distributed, or of a collective of the model's wrapper.
     """
     try:
         yield
     except (HarnessError, dist.DistError):
         raise
     except Exception as error:
+        if _is_lost_connection(error):
+            raise
         raised = TaskError(
             f"{what} raised {_said(error)}",
             rule=rule,
@@ -40,6 +47,15 @@ def task_code(what: str, *, rule: str) -> Iterator[None]:
         )
         raised.frames = _own_frames(error)
         raise raised from error
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """gloo raises a plain RuntimeError, in the middle of a forward pass under DDP or FSDP."""
+    if not isinstance(error, RuntimeError):
+        return False
+    *_, innermost = traceback.walk_tb(error.__traceback__)
+    path = Path(innermost[0].f_code.co_filename)
+    return any(map(path.is_relative_to, _COMMUNICATING)) and not path.is_relative_to(_DTENSOR)
 
 
 def _said(error: Exception) -> str:

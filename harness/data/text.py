@@ -13,27 +13,37 @@ from numpy.typing import NDArray
 from torch import nn
 
 from harness.config.schema import DataConfig
-from harness.data.corpus import list_files, prepare, standard_library
+from harness.data.corpus import SourceFile, list_files, prepare, standard_library
 from harness.data.task import IGNORED, Batch, LossSum, cross_entropy
-from harness.dist import from_main
 from harness.errors import DataError
 
-__all__ = ["Windows", "load_text", "next_byte_loss"]
+__all__ = ["Windows", "load_text", "next_byte_loss", "text_files"]
 
 
-def load_text(config: DataConfig, *, cache_dir: Path) -> tuple[Windows, Windows]:
-    """Training and validation windows of `config.paths`, or else of the Python standard library's source.
+def text_files(config: DataConfig) -> list[SourceFile]:
+    """The files of `config.paths`, or else of the Python standard library's source, as they are now.
 
-    Called by all ranks together. Rank 0 lists the files: one that grows meanwhile is the same for all.
+    Raises:
+        DataError: a path does not exist or cannot be read.
+    """
+    return list_files(config.paths) if config.paths else standard_library()
+
+
+def load_text(
+    config: DataConfig, *, cache_dir: Path, files: Sequence[SourceFile] | None = None
+) -> tuple[Windows, Windows]:
+    """Training and validation windows of the text.
 
     Args:
         cache_dir: Where the prepared text is kept between runs.
+        files: As one rank has listed them for all, so that one which grows meanwhile is the same for all;
+            None: as they are now.
 
     Raises:
         DataError: the text is missing, unreadable, too short, or cannot be prepared.
     """
     length = config.sequence_length
-    files = from_main(lambda: list_files(config.paths) if config.paths else standard_library())
+    files = text_files(config) if files is None else files
     where = ", ".join(config.paths) or "the standard library"
     _require_length(sum(file.num_bytes for file in files), length, f"the text in {where}")
     corpus = prepare(files, val_frac=config.val_frac, cache_dir=cache_dir)

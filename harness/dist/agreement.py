@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ __all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "one_
 
 T = TypeVar("T")
 
+_PORTION_BYTES = 64 << 20
 _FAILURES = "harness/failures"
 _GRACE_S = 1.0
 """How long a rank that fails waits to hear whether others fail too."""
@@ -82,26 +83,54 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives every rank rank 0's values, in place; one collective per dtype and device.
+    """Gives every rank rank 0's values, in place and bit for bit, of any dtype; autograd does not see it.
+
+    One collective for each 64 MiB and device, which is also the memory that it takes.
 
     Args:
-        tensors: Of the same shapes, dtypes and order on all ranks.
+        tensors: Strided, of the same shapes, dtypes and order on all ranks.
     """
     if not dist.is_initialized():
         return
-    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in alike.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.broadcast(flat, src=0)
-        for tensor, values in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor.data)
+    for group in by_device.values():
+        whole = [tensor.contiguous() for tensor in group]
+        # As bytes, for gloo knows neither int16 nor float8.
+        for pieces in _portions(tensor.view(-1).view(torch.uint8) for tensor in whole):
+            flat = torch.cat(pieces)
+            dist.broadcast(flat, src=0)
+            for piece, values in zip(pieces, flat.split([len(piece) for piece in pieces]), strict=True):
+                piece.copy_(values)
+        for tensor, values in zip(group, whole, strict=True):
+            if values is not tensor:
+                tensor.copy_(values)
+
+
+def _portions(flat_bytes: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Pieces of the tensors, at most `_PORTION_BYTES` at a time."""
+    portion: list[torch.Tensor] = []
+    free = _PORTION_BYTES
+    for tensor in flat_bytes:
+        while len(tensor):
+            piece, tensor = tensor[:free], tensor[free:]
+            portion.append(piece)
+            free -= len(piece)
+            if not free:
+                yield portion
+                portion, free = [], _PORTION_BYTES
+    if portion:
+        yield portion
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def one_voice(tell: Callable[[HarnessError], None] | None = None) -> Iterator[None]:
     """Within it an error tells on which ranks it arose (`HarnessError.ranks`), so that one of them prints it.
+
+    Where there are several ranks, the one that prints it calls `tell`, and those that fail too stay until it has,
+    2 seconds at most: a launcher ends them all when the first one leaves.
 
     Ranks that fail tell each other through the store, without a collective: the others may be anywhere, and
     wait for nobody. A rank to which something else happens while another one fails, such as a lost connection,
@@ -110,16 +139,37 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except HarnessError as error:
-        if not error.ranks and dist.is_initialized() and dist.get_world_size() > 1:
-            error.ranks = _ranks_that_say(str(error))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if error.ranks is None:
+                error.ranks = _ranks_that_say(str(error))
+            _tell_before_leaving(error, tell)
         raise
     except Exception as error:
-        culprits = _failures(enough=1) if dist.is_initialized() and dist.get_world_size() > 1 else {}
+        culprits: dict[int, str] = {}
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            with suppress(dist.DistError, RuntimeError):  # the store is gone: this error is all there is
+                culprits = _failures(enough=1)
         if not culprits:
             raise
         consequence = LaunchError(f"rank {min(culprits)} failed, and this one with it: {error}")
         consequence.ranks = (min(culprits),)
+        _tell_before_leaving(consequence, tell)
         raise consequence from error
+
+
+def _tell_before_leaving(error: HarnessError, tell: Callable[[HarnessError], None] | None) -> None:
+    speaker = min(error.ranks or (0,))
+    told = f"{_FAILURES}/{speaker}/told"
+    if dist.get_rank() == speaker and tell is not None:
+        tell(error)
+    with suppress(dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
+        store = _get_default_store()
+        if dist.get_rank() == speaker:
+            store.set(told, "")
+        else:
+            _wait_until(lambda: store.check([told]), timeout_s=2 * _GRACE_S)
+        if dist.get_rank() == 0:
+            time.sleep(_LAST_READS_S)
 
 
 def _ranks_that_say(text: str) -> tuple[int, ...]:
@@ -127,8 +177,6 @@ def _ranks_that_say(text: str) -> tuple[int, ...]:
     try:
         _get_default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
         said = _failures(enough=dist.get_world_size())
-        if dist.get_rank() == 0:
-            time.sleep(_LAST_READS_S)
     except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         return (dist.get_rank(),)
     ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in said.items() if other == text)}))
@@ -139,14 +187,24 @@ def _failures(*, enough: int) -> dict[int, str]:
     """What ranks that have failed said, by rank, once so many have or the grace is over."""
     store, size = _get_default_store(), dist.get_world_size()
     said: dict[int, str] = {}
-    deadline = time.monotonic() + _GRACE_S
-    while len(said) < enough and time.monotonic() < deadline:
+
+    def are_enough() -> bool:
         for rank in set(range(size)) - said.keys():
             key = f"{_FAILURES}/{rank}"
             if store.check([key]):
                 said[rank] = store.get(key).decode()
-        time.sleep(0.01)
+        return len(said) >= enough
+
+    _wait_until(are_enough, timeout_s=_GRACE_S)
     return said
+
+
+def _wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    """Asks ever more seldom: there may be thousands of ranks, and one store."""
+    deadline, pause_s = time.monotonic() + timeout_s, 0.01
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LAST_READS_S / 4)
 
 
 def _raise_first(outcomes: Iterable[HarnessError | None]) -> None:

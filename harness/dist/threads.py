@@ -44,9 +44,10 @@ def _share(local_world_size: int) -> int:
     """The cores for one of so many processes, at least 1.
 
     A launcher that binds each process to cores of its own has divided them already: then this one's affinity is
-    less than the launcher's, and is the share.
+    less than the launcher's, and is the share. A launcher that is itself held to fewer cores says nothing.
     """
-    return max(1, min(_cores(os.getpid()), _cores(os.getppid()) // local_world_size))
+    own, launchers = _cores(os.getpid()), _cores(os.getppid())
+    return max(1, min(own, max(own, launchers) // local_world_size))
 
 
 def _cores(pid: int) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.config import TrainConfig, flatten, to_dict
-from harness.data import Task, fingerprint
-from harness.dist import gather
+from harness.data import SourceFile, Task, fingerprint, text_files
+from harness.dist import HostGroup, gather
 from harness.errors import ConfigError, DataError
 
-__all__ = ["agree_on_data", "agree_on_settings"]
+__all__ = ["agree_on_data", "agree_on_files", "agree_on_settings"]
+
+_LONGEST_LISTING_S = 3600.0
 
 # What a machine may have for itself.
-_LOCAL = ("data.cache_dir", "data.num_workers", "tracking.")
+_LOCAL = ("data.cache_dir", "data.num_workers", "parallel.threads", "runs_dir", "tracking.")
 
 
 def agree_on_settings(config: TrainConfig) -> None:
@@ -31,6 +33,21 @@ def agree_on_settings(config: TrainConfig) -> None:
                     rule="all ranks run the same configuration",
                     remedy="give every machine the same file and the same arguments",
                 )
+
+
+def agree_on_files(config: TrainConfig) -> list[SourceFile] | None:
+    """The files of the text as rank 0 lists them; None for tasks other than text.
+
+    Called by all ranks together; waits for an hour, for a million files on a network take longer than
+    `parallel.timeout_s`.
+
+    Raises:
+        DataError: a path does not exist or cannot be read; on every rank.
+    """
+    if config.task != "text":
+        return None
+    group = HostGroup(error=DataError, timeout_s=_LONGEST_LISTING_S)
+    return group.from_main(lambda: text_files(config.data))
 
 
 def agree_on_data(task: Task, config: TrainConfig) -> dict[str, str]:
@@ -57,5 +74,6 @@ def _require_same(part: str, by_rank: Sequence[str]) -> None:
                 f"the {part} data of rank 0 is {by_rank[0]}, and that of rank {rank} is {theirs}",
                 rule="every rank holds the same data, of which it is handed its share",
                 remedy="split by config.seed or by torch's, numpy's or Python's global generator, which are"
-                " seeded alike on all ranks; sort what is listed; compare the files of the machines",
+                " seeded alike on all ranks; sort what is listed; compare the files of the machines, or give"
+                " the data set a fingerprint()",
             )

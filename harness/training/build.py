@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -25,10 +26,10 @@ from harness.dist import (
     together,
     use_threads,
 )
-from harness.errors import ConfigError, InstabilityError
+from harness.errors import ConfigError, HarnessError, InstabilityError
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
-from harness.training.agreed import agree_on_data, agree_on_settings
+from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.counters import Counters
 from harness.training.debug import debugger_on, debugging, with_every_check
 from harness.training.directory import prepare_directory, write_atomically
@@ -49,8 +50,11 @@ __all__ = ["build_run", "train"]
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, tell: Callable[[HarnessError], None] | None = None) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
+
+    Args:
+        tell: Where there are several, called on the rank that prints an error before any of them leaves.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
@@ -64,14 +68,15 @@ def train(config: TrainConfig) -> TrainResult:
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
         _set_determinism(config)
-        return _train(config, world, stop)
+        return _train(config, world, stop, tell)
 
 
 def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
     agree_on_settings(config)
-    task = together(lambda: build_task(config))
+    files = agree_on_files(config)
+    task = together(lambda: build_task(config, files=files))
     fingerprints = agree_on_data(task, config)
     faults = together(
         lambda: FaultInjector(
@@ -149,17 +154,23 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     return run
 
 
-def _train(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:
+def _train(
+    config: TrainConfig, world: World, stop: StopRequest, tell: Callable[[HarnessError], None] | None
+) -> TrainResult:
     """The run, and an end that is written down however it comes."""
-    with one_voice():
+    with one_voice(tell):
         run = build_run(config, world, stop)
     first_tokens, started = run.counters.tokens, time.perf_counter()
     status = "crashed"
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
-        with one_voice():  # before anything is closed, which may take one rank longer than another
-            status = train_loop(run)
+        # Before anything is closed, which may take one rank longer than another.
+        with one_voice(tell):
+            try:
+                status = train_loop(run)
+            finally:
+                run.journal.leave_terminal()
     except InstabilityError as error:
         status = "stopped"
         run.journal.event("stop", run.counters.step, reason=str(error))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.config import LoopConfig, TrainConfig, check_same_run, dump_yaml, flatten, read_yaml
 from harness.errors import ConfigError
+from harness.tracking.attempts import newest_attempt, schedule_steps
 
 __all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
 
@@ -17,7 +18,8 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
     """Makes the run's directory, or checks that the one that is there is this run's; rank 0 only.
 
     Returns:
-        The directory, and `loop.steps` of the attempt before; of this one if there was none.
+        The directory, and the length of the learning-rate schedule in the attempt before; if there was none,
+        `loop.steps` of this one.
 
     Raises:
         ConfigError: `resume` forbids what was found, the directory holds something else or another
@@ -30,7 +32,7 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
         if saved.exists():
             _check_may_resume(config, directory)
             check_same_run(config, saved)
-            steps_before = flatten(read_yaml(saved)).get("loop.steps", LoopConfig().steps)
+            steps_before = _schedule_before(directory)
         else:
             _check_may_start(config, directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,16 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
             remedy="set --runs_dir to a folder that can be written",
         ) from error
     return directory, steps_before
+
+
+def _schedule_before(directory: Path) -> int:
+    """What the log says; an attempt that ended before its first checkpoint has left its own configuration."""
+    logged = schedule_steps(newest_attempt(directory))
+    if logged is not None:
+        return logged
+    before = flatten(read_yaml(directory / CONFIG_FILE))
+    steps: int = before.get("schedule.steps") or before.get("loop.steps", LoopConfig().steps)
+    return steps
 
 
 def write_atomically(path: Path, text: str) -> None:

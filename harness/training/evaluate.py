@@ -8,13 +8,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from harness.checkpoint import Rng
 from harness.config import TrainConfig
 from harness.data import LossSum, Task, evaluation_batches, run_loss, seed_everything, to_device
-from harness.dist import World, all_reduce_sum, broadcast_from_main, plain
+from harness.dist import World, all_reduce_sum, plain
 from harness.errors import ConfigError
+from harness.training.buffers import buffers_of_rank_0, constant_buffers
 from harness.training.step import autocast
 
 __all__ = ["evaluate", "rehearse"]
@@ -32,8 +32,8 @@ def evaluate(
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`.
 
     The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
-    ranks are rank 0's. What the forward pass draws depends on the seed and the rank alone. Generators,
-    buffers and modes are left as they were. NaN where no token counts.
+    ranks are rank 0's, unless they are too large to be copied. What the forward pass draws depends on the
+    seed and the rank alone. Generators, buffers and modes are left as they were. NaN where no token counts.
 
     Args:
         num_samples: How many, over all ranks; default: `loop.eval_samples`.
@@ -42,7 +42,7 @@ def evaluate(
         The same numbers on every rank. A few collectives; synchronises with the device.
 
     Raises:
-        ConfigError: the model's parameters are changed by its forward pass or the loss.
+        ConfigError: the forward pass or the loss changes parameters, or buffers too large to be copied.
     """
     # DDP's forward pass would broadcast buffers; FSDP2 needs its own, on every rank equally often.
     network = plain(model)
@@ -102,7 +102,7 @@ def _reading_only(model: nn.Module, *, seed: int) -> Iterator[None]:
     before = generators.state_dict()
     seed_everything(seed)
     try:
-        with _all_in_eval_mode(model), _parameters_untouched(model), _buffers_of_rank_0(model):
+        with _all_in_eval_mode(model), _untouched(model), buffers_of_rank_0(model):
             yield
     finally:
         generators.load_state_dict(before)
@@ -121,43 +121,21 @@ def _all_in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
-    """Gives the buffers that a checkpoint holds rank 0's values, and all buffers their own back."""
-    held = [(module, dict(module._buffers)) for module in model.modules()]
-    copies = [
-        (buffer, buffer.detach().clone())
-        for _, buffers in held
-        for buffer in buffers.values()
-        if buffer is not None
-    ]
-    broadcast_from_main(
-        buffer
-        for module, buffers in held
-        for name, buffer in buffers.items()
-        if buffer is not None
-        and name not in module._non_persistent_buffers_set
-        and not isinstance(buffer, DTensor)  # of those every rank holds its own part
-    )
-    try:
-        yield
-    finally:
-        for module, buffers in held:
-            module._buffers.clear()  # of what was registered, or put in the place of another, meanwhile
-            module._buffers.update(buffers)
-        for buffer, copy in copies:
-            buffer.copy_(copy)
-
-
-@contextmanager
-def _parameters_untouched(model: nn.Module) -> Iterator[None]:
-    """Raises `ConfigError` if a parameter is written to within it; host work only."""
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Raises `ConfigError` if a parameter, or a buffer too large to be copied, is written to within it; host
+    work only."""
     # The objects are kept: FSDP2 puts others in their place while a module is gathered.
-    before = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+    named: list[tuple[str, Tensor]] = [
+        (f"parameter {name}", tensor) for name, tensor in model.named_parameters()
+    ]
+    named += [(f"buffer {name}", tensor) for name, tensor in constant_buffers(model).items()]
+    before = [(what, tensor, tensor._version) for what, tensor in named]
     yield
-    changed = [name for name, parameter, version in before if parameter._version != version]
+    changed = [what for what, tensor, version in before if tensor._version != version]
     if changed:
         raise ConfigError(
-            f"evaluation changed the parameter {changed[0]}",
-            rule="the loss and the model's forward pass leave parameters alone in eval mode",
+            f"evaluation changed the {changed[0]}",
+            rule="in eval mode the loss and the model's forward pass leave alone parameters, and buffers of"
+            " more than 1 GiB in all",
             remedy="change it under `if model.training:`",
         )

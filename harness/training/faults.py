@@ -189,13 +189,19 @@ def _is_in_batch(fault: FaultConfig) -> bool:
 
 
 def _check_batch(batch: Batch) -> None:
-    if not any(tensor.is_floating_point() for tensor in batch.values()):
-        kinds = ", ".join(f"{name} ({str(t.dtype).removeprefix('torch.')})" for name, t in batch.items())
+    if _first_floating(pytree.tree_leaves(dict(batch))) is None:
+        kinds = ", ".join(f"{name} ({_kind(value)})" for name, value in batch.items())
         raise ConfigError(
             f"faults.target is 'batch', and a batch holds {kinds}",
             rule="only floating-point numbers can be NaN, infinite or out of range",
             remedy="set target: activation",
         )
+
+
+def _kind(value: Any) -> str:
+    return (
+        str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
+    )
 
 
 def _strike_process(fault: FaultConfig) -> None:
@@ -205,10 +211,7 @@ def _strike_process(fault: FaultConfig) -> None:
 
 
 def _strike_batch(strike: _Strike, batch: Batch) -> None:
-    for name, tensor in batch.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
-            batch[name] = poison(tensor, strike.hit())
-            return
+    batch.update(_poisoned(strike, dict(batch)))
 
 
 def _run_uncompiled(stack: ExitStack) -> None:
@@ -217,13 +220,24 @@ def _run_uncompiled(stack: ExitStack) -> None:
 
 
 def _poison_output(strike: _Strike, module: nn.Module, args: Any, output: Any) -> Any:
-    """The output with the first floating-point tensor in it poisoned; modules give tuples and dicts too."""
-    leaves, structure = pytree.tree_flatten(output)
+    return _poisoned(strike, output)
+
+
+def _poisoned(strike: _Strike, value: Any) -> Any:
+    """`value` with the first floating-point tensor poisoned, at whatever depth of tuples, lists and dicts."""
+    leaves, structure = pytree.tree_flatten(value)
+    first = _first_floating(leaves)
+    if first is None:
+        return value
+    leaves[first] = poison(leaves[first], strike.hit())
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def _first_floating(leaves: Sequence[Any]) -> int | None:
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel():
-            leaves[index] = poison(leaf, strike.hit())
-            return pytree.tree_unflatten(leaves, structure)
-    return output
+            return index
+    return None
 
 
 def _poison_gradient(strike: _Strike, gradient: torch.Tensor) -> torch.Tensor:

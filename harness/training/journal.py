@@ -66,6 +66,9 @@ class Journal:
     def rewind(self, step: int) -> None:
         """The run goes back to before `step`: what was logged of it and later ones is an abandoned branch."""
 
+    def leave_terminal(self) -> None:
+        """Ends the line of progress: what comes next is somebody else's."""
+
     def close(self, status: str) -> None:
         """The end of this attempt; mirrors are drained."""
 
@@ -195,14 +198,14 @@ class MainJournal(Journal):
     def rewind(self, step: int) -> None:
         self._log.rewind(step)
 
+    @harmless(_nothing)
+    def leave_terminal(self) -> None:
+        self._console.close()
+
     def close(self, status: str) -> None:
-        self._close_console()
+        self.leave_terminal()
         self._close_log(status)
         self._close_mirrors(status)
-
-    @harmless(_nothing)
-    def _close_console(self) -> None:
-        self._console.close()
 
     @harmless(_nothing)
     def _close_log(self, status: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from harness import env
 from harness.config import TrainConfig
 from harness.data import (
+    SourceFile,
     Task,
     check_task,
     class_loss,
@@ -26,11 +28,14 @@ __all__ = ["build_task"]
 logger = logging.getLogger(__name__)
 
 
-def build_task(config: TrainConfig) -> Task:
+def build_task(config: TrainConfig, *, files: Sequence[SourceFile] | None = None) -> Task:
     """The task that `config.task` names, with a freshly initialised model on the CPU, in train mode.
 
     Whatever is drawn, from torch, numpy or Python, follows `config.seed`, so every rank builds the same model
-    and the same split of the data. Called by all ranks together.
+    and the same split of the data. No collectives.
+
+    Args:
+        files: Of task text: what `agree_on_files` gave; None: list them here.
 
     Raises:
         DataError: the data is missing, unreadable or too short.
@@ -39,7 +44,7 @@ def build_task(config: TrainConfig) -> Task:
     """
     seed_everything(config.seed)
     if config.task == "text":
-        return _text_task(config)
+        return _text_task(config, files)
     if config.task == "images":
         return _image_task(config)
     task = load_task(config.task)(config)
@@ -69,9 +74,9 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _text_task(config: TrainConfig) -> Task:
+def _text_task(config: TrainConfig, files: Sequence[SourceFile] | None) -> Task:
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
-    train_data, val_data = load_text(config.data, cache_dir=cache_dir)
+    train_data, val_data = load_text(config.data, cache_dir=cache_dir, files=files)
     length = config.data.sequence_length
     model = build_model(config.model, sequence_length=length)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -149,7 +149,17 @@ def test_device_values_are_read_in_named_places_only() -> None:
 
 
 # A page that shows runs cannot change them: it reads the log, and starts programs like anybody else.
-DASHBOARD_MAY_USE = {"compare", "digest", "kept", "overview", "process", "reader", "sample", "text"}
+DASHBOARD_MAY_USE = {
+    "attempts",
+    "compare",
+    "digest",
+    "kept",
+    "overview",
+    "process",
+    "reader",
+    "sample",
+    "text",
+}
 
 
 def test_the_dashboard_reads_logs_and_nothing_else() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Subset
 
 from harness.config import DataConfig, TrainConfig
 from harness.data import Loader, Task, fingerprint, load_images
 from harness.data.corpus import list_files, prepare
+from harness.data.fingerprint import _hash_of_indices
 from harness.errors import DataError
 from tests.support.own_tasks import Drawing, Points, own_config, points_task, run_loop
 from tests.support.runs import corpus, tiny_config
@@ -50,6 +54,46 @@ def test_every_index_of_a_subset_counts() -> None:
     order = list(range(5000))
     other = [*order[:77], 78, 77, *order[79:]]
     assert fingerprint(Subset(Points(6000), order)) != fingerprint(Subset(Points(6000), other))
+
+
+def test_a_subset_is_the_same_however_its_indices_are_kept() -> None:
+    order = list(range(40, 0, -2))
+    kinds = [order, tuple(order), range(40, 0, -2), np.array(order, np.int32), torch.tensor(order)]
+    assert len({fingerprint(Subset(Points(60), kind)) for kind in kinds}) == 1
+    named = Subset(Subset(Points(60), order), ["b", "a"])
+    assert _hash_of_indices(named) != _hash_of_indices(Subset(named.dataset, ["a", "b"]))
+
+
+class Summed(Points):
+    """A sum of so many numbers that its last bits depend on the number of threads."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = torch.linspace(0.1, 1.7, 200_003) ** (1 + index / 40)
+        return {"x": (x - x.mean()) / x.std()}
+
+
+def test_a_fingerprint_does_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    prints = set()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            prints.add(fingerprint(Summed()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert prints == {fingerprint(Summed(), in_worker=True)}
+
+
+class Killed(Points):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+def test_a_worker_that_is_killed_while_it_samples_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"a loader worker failed.*--data.num_workers"):
+        fingerprint(Killed(), in_worker=True)
 
 
 def test_what_is_drawn_anew_each_time_does_not_count_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,6 +144,19 @@ def test_a_file_that_shrinks_after_it_was_listed_is_an_error(tmp_path: Path) -> 
         prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"train": "x"}', None])
+def test_prepared_text_that_was_damaged_is_an_error_with_a_remedy(
+    content: str | None, tmp_path: Path
+) -> None:
+    files = list_files([str(corpus(tmp_path / "text", num_files=9))])
+    folder = prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache").train.path.parent
+    (folder / "digests.json").unlink()
+    if content is not None:
+        (folder / "digests.json").write_text(content)
+    with pytest.raises(DataError, match=r"is damaged.*Remove that folder"):
+        prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
+
+
 def growing(config: TrainConfig) -> Task:
     """Data that is in files beside the run."""
     count, shift = (Path(config.runs_dir).parent / "data").read_text().split()
@@ -136,3 +193,17 @@ def test_a_checkpoint_from_before_there_were_fingerprints_is_taken(tmp_path: Pat
     loader = Loader(Points(), global_batch=8, fingerprints={"training": "x"})
     loader.load_state_dict({"position": 8, "num_samples": 40, "seed": 0})
     assert loader.position == 8
+
+
+def test_a_run_may_go_back_past_a_change_of_data_that_it_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    old = Loader(Points(40), global_batch=8, fingerprints={"training": "old"}).state_dict()
+    accepting = Loader(Points(41), global_batch=8, fingerprints={"training": "new"}, allow_change=True)
+    accepting.load_state_dict(old)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    later = Loader(Points(41), global_batch=8, fingerprints={"training": "new"})
+    with pytest.raises(DataError):
+        later.load_state_dict(old)
+    later.load_state_dict(accepting.state_dict())
+    later.load_state_dict(old)  # of an attempt before the change
+    with pytest.raises(DataError, match=r"Bring back the seed, or start"):
+        later.load_state_dict({**old, "seed": 1})

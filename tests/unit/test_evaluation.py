@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness.config import TrainConfig
 from harness.data import LossSum, Task
 from harness.errors import ConfigError
+from harness.stability import StepGuard
 from harness.tracking.reader import open_run
 from harness.training.evaluate import evaluate
 from harness.training.tasks import build_task
@@ -110,6 +111,59 @@ def test_an_evaluation_that_changes_parameters_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match=r"parameter average.*if model.training"):
         run_loop(own_config(tmp_path, drifting))
     assert len(open_run(tmp_path / "runs/own").scalars("train/loss").values) == 0
+
+
+class Masked(nn.Linear):
+    """128 KiB of constants, and a buffer as large that counts on the last call."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1)
+        self.register_buffer("mask", torch.ones(128, 256))
+        self.register_buffer("expanded", torch.ones(1).expand(1 << 20))
+        self.writes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.mask.add_(1)
+        return super().forward(x) * self.mask[0, 0]
+
+
+def masked(config: TrainConfig) -> Task:
+    return points_task(model=Masked())
+
+
+def test_a_large_constant_buffer_is_a_constant_for_the_guard_after_an_evaluation() -> None:
+    task = masked(TrainConfig())
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.01)
+    guard = StepGuard(task.model, optimizer)
+    config = TrainConfig(task="test:masked")
+    batch = {name: value[None] for name, value in Points()[3].items()}
+
+    def steps(count: int) -> list[str]:
+        for _ in range(count):
+            loss = task.loss(task.model, batch).total
+            loss.backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+        return [name for held in guard._buffers._constants for _, name in held.holders]
+
+    assert steps(12) == ["mask"]
+    evaluate(task.model, task, config, ALONE, precision="fp32", num_samples=4)
+    assert steps(1) == ["mask"]
+    guard.close()
+
+
+def test_buffers_too_large_to_be_copied_may_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, config = masked(TrainConfig()), TrainConfig(task="test:masked")
+    evaluate(task.model, task, config, ALONE, precision="fp32", num_samples=4)
+    task.model.writes = True
+    evaluate(task.model, task, config, ALONE, precision="fp32", num_samples=4)
+    assert task.model.mask.eq(1).all()
+    monkeypatch.setattr("harness.training.buffers._MAX_COPIED_BYTES", 1 << 17, raising=False)
+    monkeypatch.setattr("harness.training.buffers._LARGE_BYTES", 1 << 10, raising=False)
+    task.model.register_buffer("table", torch.ones(300))
+    with pytest.raises(ConfigError, match=r"evaluation changed the buffer mask"):
+        evaluate(task.model, task, config, ALONE, precision="fp32", num_samples=4)
 
 
 def padding_only(config: TrainConfig) -> Task:

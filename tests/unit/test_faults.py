@@ -234,6 +234,28 @@ def test_a_batch_in_which_nothing_can_be_bad_is_refused_on_every_rank() -> None:
     FaultInjector([fault], model=network(), rank=0, sample=lambda: {**tokens, "x": torch.ones(1)})
 
 
+def test_a_batch_fault_strikes_the_first_floating_tensor_at_any_depth() -> None:
+    batch: Any = {
+        "name": ["a", "b"],
+        "ids": torch.ones(2, dtype=torch.int64),
+        "more": {"x": [torch.ones(2)]},
+        "y": torch.ones(2),
+    }
+    fault = FaultConfig(step=0, target="batch")
+    for sample in ({"name": ["a"], "count": 3}, {"name": ["a"], "ids": batch["ids"]}):
+        with pytest.raises(ConfigError, match=r"name \(list\)"):
+            FaultInjector([fault], model=network(), rank=0, sample=lambda sample=sample: sample)  # type: ignore[misc]
+    injector = FaultInjector([fault], model=network(), rank=0, sample=lambda: batch)
+    with injector.armed(0, 0, batch):
+        pass
+    assert batch["more"]["x"][0].isnan().tolist() == [True, False]
+    assert (batch["name"], batch["y"].tolist()) == (["a", "b"], [1.0, 1.0])
+
+
+def test_a_run_that_is_read_again_may_have_had_more_steps() -> None:
+    parse_arguments(["--faults=[{step: 400}]"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,11 +1,17 @@
 """The learning rate over a run."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
-from harness.config import ScheduleConfig, parse_arguments
+from harness.config import ScheduleConfig, TrainConfig, parse_arguments, to_dict
+from harness.dashboard import forks
+from harness.tracking import RunLog
+from harness.training import train
+from harness.training.directory import prepare_directory
 from harness.training.schedule import describe_schedule, learning_rate
+from tests.support.runs import tiny_config
 
 PEAK = 2.0
 STEPS = 100
@@ -70,3 +76,31 @@ def test_a_run_longer_than_its_schedule_goes_on_at_the_rate_it_ended_with(
 def test_the_rate_of_an_attempt_is_said(arguments: list[str], length: int, before: int, said: str) -> None:
     line = describe_schedule(parse_arguments(arguments), step=210, length=length, length_before=before)
     assert said in line
+
+
+@pytest.mark.parametrize("logged", [{}, {"schedule_steps": 5}, {"schedule_steps": "damaged"}])
+def test_an_attempt_that_is_killed_before_its_first_checkpoint_lengthens_no_schedule(
+    logged: dict[str, object], tmp_path: Path
+) -> None:
+    def attempt(steps: int) -> int:
+        config = parse_arguments([f"--runs_dir={tmp_path}", "--name=run", f"--loop.steps={steps}"])
+        directory, length = prepare_directory(config)
+        if steps == 5:
+            RunLog(directory, info={"config": to_dict(config), **logged}).close()
+        return length
+
+    assert [attempt(steps) for steps in (5, 9, 9)] == [5, 5, 5]
+
+
+def test_a_fork_of_more_steps_keeps_its_parents_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = tiny_config(tmp_path, "--loop.steps=5", "--loop.eval_every=0")
+    train(parent)
+    started: list[TrainConfig] = []
+    monkeypatch.setattr(forks, "start", lambda config, **_: started.append(config))
+    directory = tmp_path / "runs/tiny"
+    forks.fork(directory, "longer", {"loop.steps": 9}, step=5)
+    forks.fork(directory, "stretched", {"loop.steps": 9, "schedule.steps": 9}, step=5)
+    assert [config.schedule.steps for config in started] == [5, 9]
+    assert [config.loop.steps for config in started] == [9, 9]

@@ -87,7 +87,16 @@ def test_a_control_groups_quota_limits_the_cores(
 
 @pytest.mark.parametrize(
     ("mine", "launchers", "local_world_size", "share"),
-    [(8, 8, 1, 8), (8, 8, 2, 4), (8, 8, 3, 2), (2, 2, 4, 1), (8, 64, 8, 8), (32, 64, 8, 8), (1, 64, 1, 1)],
+    [
+        (8, 8, 1, 8),
+        (8, 8, 2, 4),
+        (8, 8, 3, 2),
+        (2, 2, 4, 1),
+        (8, 64, 8, 8),
+        (32, 64, 8, 8),
+        (1, 64, 1, 1),
+        (8, 1, 2, 4),
+    ],
 )
 def test_cores_are_divided_once(
     mine: int, launchers: int, local_world_size: int, share: int, monkeypatch: pytest.MonkeyPatch
