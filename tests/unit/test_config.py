@@ -85,7 +85,7 @@ def test_a_wrong_setting_is_named_with_value_and_rule(arguments: list[str], word
     ("content", "words"),
     [
         ("optim: {lrr: 1}", ["optim.lrr", "optim.lr"]),
-        ("optim: [1", ["cannot be read as YAML", "line 2"]),
+        ("optim: [1", ["not YAML", "line 2"]),
         ("- a\n- b", ["list", "mapping"]),
         ("faults: [{stepp: 3}]", ["faults", "stepp"]),
         ("loop: {steps: many}", ["loop.steps", "many"]),
