@@ -282,3 +282,28 @@ def test_terminal_lines_come_every_so_many_steps_or_never(
                 tracker.log_training_step(loss=1.0)
             assert tracker.should_save() == (interval == 2)
         assert caplog.text.count("train/loss") == lines
+
+
+def test_a_value_alone_is_the_loss_of_a_step_whatever_its_type(tmp_path: Path) -> None:
+    values = [torch.tensor(1.0), torch.tensor([1.0]), np.float32(1.0), np.array([1.0]), 1.0, Fraction(1)]
+    with alone(tmp_path) as tracker:
+        for value in values:
+            tracker.log_training_step(value)  # type: ignore[arg-type]
+            tracker.metrics_queue.put(value)
+        tracker.log_training_step(SimpleNamespace(loss=1.0, item=len))  # type: ignore[arg-type]
+    assert open_run(tracker.run_dir).scalars("train/loss").values.tolist() == [1.0] * (2 * len(values) + 1)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "dataclass", "list"])
+def test_hyperparameters_are_kept_as_deep_as_a_log_holds_them(kind: str, tmp_path: Path) -> None:
+    def nested(depth: int) -> Any:
+        inner: Any = 1.0 if depth == 0 else nested(depth - 1)
+        return {"mapping": {"v": inner}, "list": [inner], "dataclass": Nested(parent=inner)}[kind]
+
+    with alone(tmp_path) as tracker:
+        for depth in range(20):
+            tracker.log_hyperparameters({f"deep{depth}": nested(depth)})
+    told = open_run(tracker.run_dir).hparams
+    assert set(told) == {f"deep{depth}" for depth in range(20)}
+    whole = [depth for depth in range(20) if "(" not in str(told[f"deep{depth}"])]
+    assert whole == list(range(15))  # with the record's own values 16 levels
