@@ -44,7 +44,8 @@ SLICE_S = 0.5
 """How long a long log is read on before orders are heard."""
 KEEP_EVERY_S = 60.0
 PEEK_BYTES = 16 << 10
-TABLE = "table.json"
+TABLE = "table-2.json"
+"""Its number goes up when the same log makes another row: rows are kept until their log grows."""
 TABLE_BYTES = 256 << 20
 
 Tell = Callable[[dict[str, Any]], None]
