@@ -307,3 +307,18 @@ def test_hyperparameters_are_kept_as_deep_as_a_log_holds_them(kind: str, tmp_pat
     assert set(told) == {f"deep{depth}" for depth in range(20)}
     whole = [depth for depth in range(20) if "(" not in str(told[f"deep{depth}"])]
     assert whole == list(range(15))  # with the record's own values 16 levels
+
+
+def test_names_that_are_made_up_at_every_step_silence_no_other_method(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alone(tmp_path) as tracker:
+        for number in range(500):
+            tracker.log_metrics_batch({f"odd{number}": object()})
+        assert 100 <= len(caplog.records) <= 101
+        assert caplog.text.count("the others are not shown") == 1
+        tracker.log_images("broken", object())
+        tracker.config.log_images = True
+        tracker.log_images("broken", object())
+        tracker.config.log_images = False
+    assert "log_images leaves out 'broken'" in caplog.text
