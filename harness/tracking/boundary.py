@@ -49,8 +49,8 @@ def harmless(
     """Makes a method return instead of raise. `KeyboardInterrupt` and the like still pass.
 
     Args:
-        answer: From the object, what the method returns when it fails: something of the usual kind. The
-            object has its `complaints`.
+        answer: From the object, what the method returns when it fails: something of the usual kind, from
+            memory alone, for nothing catches what fails here. The object has its `complaints`.
     """
 
     def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:

@@ -25,6 +25,7 @@ __all__ = [
     "glance",
     "glances",
     "no_glance",
+    "no_summary",
     "run_name",
     "run_paths",
     "runs_table",
@@ -127,6 +128,24 @@ def summarise(run: Run) -> dict[str, Any]:
         finite = values[np.isfinite(values)]
         summary[f"best_{name}"] = float(finite.min()) if len(finite) else None
     return summary
+
+
+def no_summary(run_dir: Path) -> dict[str, Any]:
+    """What `summarise` says of a run without records; reads nothing."""
+    return {
+        "name": run_dir.name,
+        "run_dir": str(run_dir),
+        "state": "stale",
+        "attempts": 0,
+        "num_steps": 0,
+        "started": None,
+        "updated": None,
+        "duration_s": 0.0,
+        "events": {},
+        "num_nonfinite_steps": 0,
+        "last": {},
+        **{f"best_{name}": None for name in LOSSES},
+    }
 
 
 def run_paths(runs_dir: str | Path, *, within: Path | None = None) -> list[Path]:

@@ -7,12 +7,15 @@ import collections
 import copy
 import dataclasses
 import enum
+import errno
 import inspect
 import logging
 import math
 import multiprocessing
+import os
 import pickle
 import random
+import shutil
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +28,10 @@ import pytest
 import torch
 
 from harness import ExperimentTracker
-from harness.tracking import TrainingMetrics, open_run
+from harness.errors import TrackingError
+from harness.tracking import TrainingMetrics, open_run, places, reader, shared_place
+from harness.tracking.digest import Digest
+from harness.tracking.sample import open_digest
 from tests.support.trackers import alone
 
 
@@ -322,3 +328,114 @@ def test_names_that_are_made_up_at_every_step_silence_no_other_method(
         tracker.log_images("broken", object())
         tracker.config.log_images = False
     assert "log_images leaves out 'broken'" in caplog.text
+
+
+def test_answers_need_no_disk_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    tracker = alone(tmp_path, run_name="one")
+    keys = tracker.get_experiment_summary().keys()
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, "node_folders", fails)
+        assert tracker.get_experiment_summary().keys() == keys
+        assert tracker.create_visualization()["metrics_summary"].keys() == keys
+        tracker.config.log_images = True
+        tracker.log_training_step(loss=1.0)
+        tracker.close()
+    assert "Stale file handle" in caplog.text
+    assert open_run(tracker.run_dir).state() == "finished"
+
+
+def test_an_interrupted_last_picture_leaves_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupts(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    tracker = alone(tmp_path, log_images=True)
+    tracker.log_training_step(loss=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tracker), "_save_figure", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.close()
+    assert open_run(tracker.run_dir).state() == "finished"
+
+
+@pytest.mark.parametrize(
+    "epoch", [math.nan, math.inf, -math.inf, None, "one", torch.tensor(math.nan), "evil"]
+)
+def test_an_odd_epoch_costs_no_checkpoint(epoch: Any, tmp_path: Path) -> None:
+    with alone(tmp_path) as tracker:
+        name = tracker.save_checkpoint(
+            torch.nn.Linear(1, 1), epoch=Evil() if epoch == "evil" else epoch, step=3
+        )
+        assert name == "checkpoint_epoch_0_step_3.pt"
+        assert tracker.load_checkpoint(name)["epoch"] == 0
+
+
+@pytest.mark.parametrize("path", [None, b"x.json", 3, "evil", "", "a\0b.json"])
+def test_a_configuration_that_cannot_be_saved_ends_no_training(path: Any, tmp_path: Path) -> None:
+    with alone(tmp_path) as tracker:
+        assert isinstance(tracker.save_config(Evil() if path == "evil" else path), Path)
+
+
+def test_a_run_is_resumed_whatever_lies_beside_it(tmp_path: Path) -> None:
+    with alone(tmp_path, run_name="mine") as tracker:
+        tracker.log_training_step(loss=1.0)
+    for name, content in {"text": b"an-id", "odd": b"\xff\xfe", "long": bytes(10_000)}.items():
+        other = tracker.run_dir.parent / name
+        shutil.copytree(tracker.run_dir, other)
+        (other / "log" / "mirrors").mkdir()
+        (other / "log" / "mirrors" / "wandb-run-id").write_bytes(content)
+    (tracker.run_dir.parent / "pipe" / "log").mkdir(parents=True)
+    os.mkfifo(tracker.run_dir.parent / "pipe" / "log" / "00000000.jsonl")
+    with alone(tmp_path, resume_run=True, run_name="mine") as again:
+        assert (again.run_dir, again.step) == (tracker.run_dir, 1)
+    with alone(tmp_path, resume_run=True, run_id="an-id") as again:
+        assert again.run_dir.name == "text"
+    with alone(tmp_path, resume_run=True) as again:
+        assert again.run_dir.name == "text"  # the one that logged last
+
+
+def test_a_run_that_cannot_be_read_is_not_in_the_way_of_the_one_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("bad", "good"):
+        with alone(tmp_path, run_name=name) as tracker:
+            tracker.log_training_step(loss=1.0)
+
+    def read(run_dir: Path, **given: Any) -> Digest:
+        if run_dir.name == "bad":
+            raise OSError(errno.EIO, "Input/output error")
+        return open_digest(run_dir, **given)
+
+    monkeypatch.setattr(places, "open_digest", read)
+    with alone(tmp_path, resume_run=True) as again:
+        assert again.run_dir.name == "good"
+    assert "Input/output error" in caplog.text
+
+
+def test_a_run_whose_last_step_is_the_last_there_is_can_be_resumed(tmp_path: Path) -> None:
+    with alone(tmp_path, run_name="one") as tracker:
+        tracker.log_training_step(loss=1.0, step=2**63 - 1)
+    with alone(tmp_path, run_name="one", resume_run=True) as again:
+        assert again.step == 2**63 - 1
+        again.log_training_step(loss=2.0)
+    assert open_run(tracker.run_dir).scalars("train/loss").values.tolist() == [2.0]
+
+
+def test_whatever_keeps_rank_0_from_its_run_is_told_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    left: list[dict[str, Any]] = []
+    monkeypatch.setattr(shared_place, "find_place", fails)
+    monkeypatch.setattr(shared_place.SharedPlace, "_leave", lambda _, said: left.append(said))
+    with pytest.raises(TrackingError, match="Stale file handle"):
+        alone(tmp_path)
+    assert "Stale file handle" in left[0]["error"][0]
