@@ -15,6 +15,7 @@ pytest.importorskip("fastapi", reason="the dashboard needs `pip install 'stabili
 from starlette.testclient import TestClient
 
 from harness.dashboard import programs
+from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.tensorboards import TensorBoards
 from harness.errors import ConfigError, TrackingError
 from harness.tracking import segments
@@ -179,6 +180,10 @@ def test_tensorboard_is_not_started_where_it_would_read_elsewhere(
 def test_runs_of_odd_names_stand_in_the_table_beside_the_others(root: Path) -> None:
     names = [
         b"\xff\xfe",
+        rb"\xff\xfe",
+        b"\xff\\xfe",
+        rb"\\xff\xfe",
+        rb"back\slash",
         b"line\nbreak",
         "\u202etxt".encode(),
         b"\x1b[2J",
@@ -251,3 +256,13 @@ def test_one_run_that_fails_costs_its_row(root: Path, monkeypatch: pytest.Monkey
     for command in ("show", "watch", "report"):
         said = readers._ran([command, "mine", "--runs", str(root)])
         assert (said.status, said.text.count("\n")) == (2, 1)
+
+
+def test_the_dashboard_makes_nothing_behind_a_link(root: Path) -> None:
+    (root.parent / "elsewhere").mkdir()
+    (root / ".dashboard").rename(root.parent / "before")
+    (root / ".dashboard").symlink_to(root.parent / "elsewhere")
+    catalogue = Catalogue(root)
+    catalogue.start()
+    catalogue.close()
+    assert list((root.parent / "elsewhere").iterdir()) == []
