@@ -61,8 +61,8 @@ def plain_values(given: Any) -> dict[str, Any]:
 
 
 def saved_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as a checkpoint holds them: tensors, arrays, bytes and the keys of mappings as they are."""
-    return _Walk(keys=_saved_key, leaf=_saved).mapping(given, (id(given),))
+    """Values as a checkpoint holds them: tensors, arrays, bytes, tuples, sets, mappings' keys as they are."""
+    return _Walk(keys=_saved_key, leaf=_saved, items=_saved_items).mapping(given, (id(given),))
 
 
 def text_of(value: Any) -> str:
@@ -78,8 +78,14 @@ def text_of(value: Any) -> str:
 class _Walk:
     """Visits at most `MAX_ELEMENTS` values: what refers to itself in many ways has no end."""
 
-    def __init__(self, *, keys: Callable[[Any], Any], leaf: Callable[[Any], Any]) -> None:
-        self._keys, self._leaf = keys, leaf
+    def __init__(
+        self,
+        *,
+        keys: Callable[[Any], Any],
+        leaf: Callable[[Any], Any],
+        items: Callable[[Any, list[Any]], Any] = lambda given, walked: walked,
+    ) -> None:
+        self._keys, self._leaf, self._items = keys, leaf, items
         self._left = MAX_ELEMENTS
 
     def mapping(self, values: Mapping[Any, Any], above: tuple[int, ...]) -> dict[Any, Any]:
@@ -98,7 +104,7 @@ class _Walk:
         if has_names:
             return self.mapping(named_values(value), (*above, id(value)))
         if has_items:
-            return [self._value(item, (*above, id(value))) for item in list(value)]
+            return self._items(value, [self._value(item, (*above, id(value))) for item in list(value)])
         return self._leaf(value)
 
 
@@ -124,3 +130,10 @@ def _saved(value: Any) -> Any:
 
 def _saved_key(key: Any) -> Any:
     return key if key is None or isinstance(key, bool | int | float | str) else text_of(key)
+
+
+def _saved_items(given: Any, walked: list[Any]) -> Any:
+    try:
+        return type(given)(walked) if type(given) in (tuple, set, frozenset) else walked
+    except TypeError:  # what was left of an element does not hash
+        return walked

@@ -241,7 +241,7 @@ class ExperimentTracker:
 
         figure = draw_run(Run(self.run_dir))
         path = None
-        if save_path is not None and self.is_main:
+        if save_path is not None and self.is_main and self._output.is_own_process:
             path = self._save_figure(figure, save_path)
         self.log_images("visualization", figure)
         return {"figure": figure, "metrics_summary": self.get_experiment_summary(), "path": path}

@@ -267,10 +267,12 @@ def test_a_copy_in_another_process_is_silent_and_the_run_goes_on(tmp_path: Path)
     tracker.close()
     run = open_run(tracker.run_dir)
     assert (run.scalars("train/loss").values.tolist(), run.state()) == ([1.0], "finished")
+    assert not (tracker.run_dir / "x.png").exists()
 
 
 def _log_and_close(tracker: ExperimentTracker) -> None:
     tracker.log_training_step(loss=5.0)
+    assert tracker.create_visualization(tracker.run_dir / "x.png")["path"] is None
     assert tracker.get_system_status()["logging"] is False
     tracker.close()
 

@@ -72,6 +72,9 @@ def test_what_is_saved_comes_back_as_it_was(tmp_path: Path) -> None:
         "deep": [{"nan": math.nan}],
         "odd": torch.device("cpu"),
         "t": torch.eye(2),
+        "shape": (1, (2.0, frozenset({"a"}))),
+        "seen": {1, 2},
+        "pairs": {(1, torch.device("cpu"))},
     }
     with alone(tmp_path) as tracker:
         for loss in (math.nan, -math.inf, torch.tensor([math.nan]), 0.25):
@@ -82,6 +85,10 @@ def test_what_is_saved_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (data["metrics"]["best"], data["metrics"][0], data["metrics"]["odd"]) == (math.inf, 0.5, "cpu")
     assert math.isnan(data["metrics"]["deep"][0]["nan"])
     assert torch.equal(data["metrics"]["t"], torch.eye(2))
+    for name in ("shape", "seen"):
+        assert data["metrics"][name] == metrics[name]
+        assert type(data["metrics"][name]) is type(metrics[name])
+    assert data["metrics"]["pairs"] == {(1, "cpu")}
 
 
 def test_a_model_that_is_not_finite_is_saved_with_a_word_and_is_not_the_newest(
