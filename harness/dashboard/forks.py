@@ -39,6 +39,7 @@ def fork(
     *,
     step: int | None = None,
     processes: int | None = None,
+    within: Path | None = None,
 ) -> Program:
     """Starts a run called `name` beside `run_dir`, with the same settings but for `overrides`.
 
@@ -50,6 +51,7 @@ def fork(
             while the learning rate, its schedule and all that is not part of a run's identity may change.
             None: from the beginning, and everything may change.
         processes: None: as many as the parent last had.
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         ConfigError: the settings or the name are wrong, the name is taken, or the checkpoint cannot go on
@@ -58,8 +60,8 @@ def fork(
         LaunchError: no program can be started.
     """
     parent_directory = Path(run_dir).resolve()
-    parent = configuration(parent_directory)
-    processes = last_processes(parent_directory) if processes is None else processes
+    parent = configuration(parent_directory, within=within)
+    processes = last_processes(parent_directory, within=within) if processes is None else processes
     directory = run_directory(parent_directory.parent, name)
     config = read({**values_of(parent), **(overrides or {}), "name": name, "resume": "auto"})
     config = _with_origin(config, parent_directory.name, step)
@@ -67,10 +69,11 @@ def fork(
     check_processes(config, processes)
     _check_is_new(directory)
     if step is None:
-        return start(config, runs_dir=directory.parent, processes=processes)
-    _check_goes_on(config, parent, parent_directory)
-    with _begun_at(_checkpoint(parent_directory, step), config, directory):
-        return start(config, runs_dir=directory.parent, processes=processes)
+        return start(config, runs_dir=directory.parent, processes=processes, within=within)
+    within = within or parent_directory.parent
+    _check_goes_on(config, parent, parent_directory, within)
+    with _begun_at(_checkpoint(parent_directory, step, within), config, directory):
+        return start(config, runs_dir=directory.parent, processes=processes, within=within)
 
 
 def _with_origin(config: TrainConfig, parent: str, step: int | None) -> TrainConfig:
@@ -90,12 +93,12 @@ def _check_is_new(directory: Path) -> None:
         )
 
 
-def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: Path) -> None:
+def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: Path, within: Path) -> None:
     # The rate is set from the configuration at every step; a run of its own may have another one.
     optim = dataclasses.replace(config.optim, lr=parent.optim.lr)
     same_rate = dataclasses.replace(config, optim=optim, schedule=parent.schedule)
     try:
-        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=parent_directory.parent)
+        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=within)
     except ConfigError as error:
         raise ConfigError(
             error.problem,
@@ -104,8 +107,8 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
         ) from error
 
 
-def _checkpoint(run_dir: Path, step: int) -> Checkpoint:
-    found = checkpoints(run_dir, within=run_dir.parent)
+def _checkpoint(run_dir: Path, step: int, within: Path) -> Checkpoint:
+    found = checkpoints(run_dir, within=within)
     there = {checkpoint.step: checkpoint for checkpoint in found}
     if step not in there:
         raise CheckpointError(

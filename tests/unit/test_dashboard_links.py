@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from harness.dashboard import programs
 from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.forks import fork
 from harness.dashboard.tensorboards import TensorBoards
 from harness.errors import ConfigError, TrackingError
 from harness.tracking import segments
@@ -266,3 +267,21 @@ def test_the_dashboard_makes_nothing_behind_a_link(root: Path) -> None:
     catalogue.start()
     catalogue.close()
     assert list((root.parent / "elsewhere").iterdir()) == []
+
+
+def test_no_link_between_the_folder_of_runs_and_a_run_is_followed(root: Path) -> None:
+    """The link comes after the run's name was looked at."""
+    (root / "group").symlink_to(root.parent / "outside")
+    run = root / "group" / CANARY
+    assert programs.configuration(root / "mine", within=root).name
+    with pytest.raises(ConfigError) as refused:
+        programs.configuration(run, within=root)
+    assert CANARY not in str(refused.value).replace(str(run), "")
+    assert programs.last_processes(run, within=root) == 1
+    assert programs.program(run, within=root) is None
+    for act in (programs.stop, programs.kill):
+        with pytest.raises(TrackingError):
+            act(run, within=root)
+    with pytest.raises(ConfigError):
+        fork(run, "new", within=root)
+    assert not (root.parent / "outside" / "new").exists()
