@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from harness.checkpoint.rng import PerRank, Rng
 from harness.errors import CheckpointError
+from harness.wrappers import without_wrappers
 
 __all__ = ["Adapter", "Soundness", "Spec", "adapters"]
 
@@ -25,10 +26,6 @@ Spec = tuple[torch.Size, torch.dtype]
 
 Soundness = Literal["finite", "not NaN"]
 """What every element of a tensor has to be."""
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into names."""
-
 
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 """Settings of a parameter group that say how an update is computed here, not what it is."""
@@ -87,7 +84,7 @@ class ModuleAdapter(Adapter):
     """A module: read in place into its parameters and buffers."""
 
     def tree(self) -> dict[str, Any]:
-        return {_clean(name): value for name, value in _state(self.value).items()}
+        return {without_wrappers(name): value for name, value in _state(self.value).items()}
 
     def is_everywhere(self, tensor: torch.Tensor) -> bool:
         # Buffers differ between DDP's replicas (BatchNorm); rank 0's are the ones that DDP broadcasts.
@@ -120,7 +117,7 @@ class ModuleAdapter(Adapter):
         return live.detach()
 
     def restore(self, tree: Any) -> None:
-        raw = {_clean(name): name for name in _state(self.value)}
+        raw = {without_wrappers(name): name for name in _state(self.value)}
         _unwrapped(self.value).load_state_dict({raw.get(name, name): value for name, value in tree.items()})
 
 
@@ -242,12 +239,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while isinstance(module, DistributedDataParallel):
         module = module.module
     return module
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _spec(tensor: torch.Tensor) -> Spec:

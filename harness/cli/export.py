@@ -30,8 +30,9 @@ def run(argv: Sequence[str]) -> int:
             paths = _metrics(directory, options) if is_metrics else _weights(directory, options)
         except OSError as error:
             raise TrackingError(
-                f"{error.filename or directory} cannot be written: {error.strerror or error}",
-                remedy="name another file with -o",
+                f"{error.filename or directory} cannot be read, or cannot be written: "
+                f"{error.strerror or error}",
+                remedy="if it is the file to be written, name another one with -o",
             ) from error
         say_paths(paths)
     return outcome.exit_code

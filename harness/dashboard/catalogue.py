@@ -69,9 +69,9 @@ class Catalogue:
     def start(self) -> None:
         """Begins to keep the table."""
         try:
-            self._kept.mkdir(parents=True, exist_ok=True)
-            if self._kept.resolve() != self._kept:
+            if self._kept.resolve() != self._kept:  # before anything is made on the other side of a link
                 raise OSError("the folder of digests is reached through a link")
+            self._kept.mkdir(parents=True, exist_ok=True)
             (self._kept / "writable").touch()
         except OSError:  # somebody else's runs: what was read is kept until the end only
             self._own_folder = tempfile.TemporaryDirectory(prefix="harness-dashboard-")

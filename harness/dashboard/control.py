@@ -206,18 +206,19 @@ def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output:
         kill = _order("Kill", "kill", access, variant="stop")
 
     def ask_to_stop(run: str) -> None:
-        programs.stop(_directory(catalogue, run))
+        programs.stop(_directory(catalogue, run), within=catalogue.root)
         gr.Info(
             _text(f"{run} finishes its step, saves a checkpoint and leaves; while it loads, it ends at once")
         )
 
     def go_on(run: str, new_steps: float | None) -> str:
-        programs.resume(_directory(catalogue, run), steps=None if not new_steps else int(new_steps))
+        new = None if not new_steps else int(new_steps)
+        programs.resume(_directory(catalogue, run), steps=new, within=catalogue.root)
         gr.Info(_text(f"{run} goes on"))
         return run
 
     def end_at_once(run: str) -> None:
-        programs.kill(_directory(catalogue, run))
+        programs.kill(_directory(catalogue, run), within=catalogue.root)
         gr.Info(_text(f"{run} is killed"))
 
     stop.click(guarded(access, ask_to_stop), chosen, **QUIET)
@@ -241,7 +242,7 @@ def _forking(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: 
 
     def branch(run: str, called: str, text: str, at: str) -> tuple[Any, str]:
         where = _directory(catalogue, run)
-        program = forks.fork(where, called.strip(), _changes(text), step=_steps(at))
+        program = forks.fork(where, called.strip(), _changes(text), step=_steps(at), within=catalogue.root)
         gr.Info(_text(f"{program.name} is started as a fork of {run}"))
         return _chosen(catalogue, program.name), program.name
 

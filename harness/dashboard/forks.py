@@ -40,6 +40,7 @@ def fork(
     *,
     step: int | None = None,
     processes: int | None = None,
+    within: Path | None = None,
 ) -> Program:
     """Starts a run called `name` beside `run_dir`, with the same settings but for `overrides`.
 
@@ -51,6 +52,7 @@ def fork(
             while the learning rate, its schedule and all that is not part of a run's identity may change.
             None: from the beginning, and everything may change.
         processes: None: as many as the parent last had.
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         ConfigError: the settings or the name are wrong, the name is taken, or the checkpoint cannot go on
@@ -59,8 +61,8 @@ def fork(
         LaunchError: no program can be started.
     """
     parent_directory = Path(run_dir).resolve()
-    parent = configuration(parent_directory)
-    processes = last_processes(parent_directory) if processes is None else processes
+    parent = configuration(parent_directory, within=within)
+    processes = last_processes(parent_directory, within=within) if processes is None else processes
     directory = run_directory(parent_directory.parent, name)
     config = read({**values_of(parent), **(overrides or {}), "name": name, "resume": "auto"})
     config = _with_origin(config, parent_directory.name, step)
@@ -68,11 +70,12 @@ def fork(
     check_processes(config, processes)
     _check_is_new(directory)
     if step is None:
-        return start(config, runs_dir=directory.parent, processes=processes)
-    _check_goes_on(config, parent, parent_directory)
-    config = _with_schedule_of(parent, parent_directory, config)
-    with _begun_at(_checkpoint(parent_directory, step), config, directory):
-        return start(config, runs_dir=directory.parent, processes=processes)
+        return start(config, runs_dir=directory.parent, processes=processes, within=within)
+    within = within or parent_directory.parent
+    _check_goes_on(config, parent, parent_directory, within)
+    config = _with_schedule_of(parent, parent_directory, config, within)
+    with _begun_at(_checkpoint(parent_directory, step, within), config, directory):
+        return start(config, runs_dir=directory.parent, processes=processes, within=within)
 
 
 def _with_origin(config: TrainConfig, parent: str, step: int | None) -> TrainConfig:
@@ -81,11 +84,13 @@ def _with_origin(config: TrainConfig, parent: str, step: int | None) -> TrainCon
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, notes=notes))
 
 
-def _with_schedule_of(parent: TrainConfig, parent_directory: Path, config: TrainConfig) -> TrainConfig:
+def _with_schedule_of(
+    parent: TrainConfig, parent_directory: Path, config: TrainConfig, within: Path
+) -> TrainConfig:
     """Other steps do not stretch the schedule, also where the checkpoint does not tell its length."""
     if config.schedule.steps is not None:
         return config
-    length = schedule_steps(newest_attempt(parent_directory, within=parent_directory.parent))
+    length = schedule_steps(newest_attempt(parent_directory, within=within))
     schedule = dataclasses.replace(config.schedule, steps=length or parent.loop.steps)
     return dataclasses.replace(config, schedule=schedule)
 
@@ -101,12 +106,12 @@ def _check_is_new(directory: Path) -> None:
         )
 
 
-def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: Path) -> None:
+def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: Path, within: Path) -> None:
     # The rate is set from the configuration at every step; a run of its own may have another one.
     optim = dataclasses.replace(config.optim, lr=parent.optim.lr)
     same_rate = dataclasses.replace(config, optim=optim, schedule=parent.schedule)
     try:
-        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=parent_directory.parent)
+        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=within)
     except ConfigError as error:
         raise ConfigError(
             error.problem,
@@ -115,8 +120,8 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
         ) from error
 
 
-def _checkpoint(run_dir: Path, step: int) -> Checkpoint:
-    found = checkpoints(run_dir, within=run_dir.parent)
+def _checkpoint(run_dir: Path, step: int, within: Path) -> Checkpoint:
+    found = checkpoints(run_dir, within=within)
     there = {checkpoint.step: checkpoint for checkpoint in found}
     if step not in there:
         raise CheckpointError(

@@ -62,11 +62,14 @@ PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
 CONFIG_FILE = "config.yaml"
 
 
-def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> Program:
+def start(
+    config: TrainConfig, *, runs_dir: Path | str, processes: int = 1, within: Path | None = None
+) -> Program:
     """Starts the run that `config` describes, below `runs_dir` whatever its own `runs_dir` is.
 
     Args:
         processes: One is started as it is, several by torchrun, all on this machine.
+        within: A folder above, below which no link is followed; None: `runs_dir`.
 
     Raises:
         ConfigError: the name leads out of the folder, the batch cannot be split over so many processes, or
@@ -75,46 +78,57 @@ def start(config: TrainConfig, *, runs_dir: Path | str, processes: int = 1) -> P
         LaunchError: no program can be started.
     """
     directory = run_directory(runs_dir, config.name)
+    within = within or Path(runs_dir).resolve()
     config = dataclasses.replace(config, runs_dir=str(directory.parent))
     check_processes(config, processes)
     with hold_records(directory) as records:
-        _check_not_running(directory, records)
+        _check_not_running(directory, records, within)
         if (directory / CONFIG_FILE).exists():
-            check_same_run(config, directory / CONFIG_FILE, within=directory.parent)
+            check_same_run(config, directory / CONFIG_FILE, within=within)
         return _launch(records, directory, config, processes)
 
 
-def resume(run_dir: Path | str, *, processes: int | None = None, steps: int | None = None) -> Program:
+def resume(
+    run_dir: Path | str,
+    *,
+    processes: int | None = None,
+    steps: int | None = None,
+    within: Path | None = None,
+) -> Program:
     """Goes on with a run from its newest checkpoint, with the configuration that is kept in its directory.
 
     Args:
         processes: As for `start`; None: as many as last time.
         steps: A new `loop.steps`.
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         ConfigError, TrackingError, LaunchError: as for `start`; or there is no run.
     """
     directory = Path(run_dir).resolve()
-    config = dataclasses.replace(configuration(directory), name=directory.name, resume="must")
+    config = dataclasses.replace(configuration(directory, within=within), name=directory.name, resume="must")
     if steps is not None:
         config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
     if processes is None:
-        processes = last_processes(directory)
-    return start(config, runs_dir=directory.parent, processes=processes)
+        processes = last_processes(directory, within=within)
+    return start(config, runs_dir=directory.parent, processes=processes, within=within)
 
 
-def stop(run_dir: Path | str) -> None:
+def stop(run_dir: Path | str, *, within: Path | None = None) -> None:
     """Asks a run to finish its step, save a checkpoint and leave; returns at once.
 
     Rank 0 is asked, wherever the run was started on this machine, and tells the others. torchrun's agent is
     not: it would wait half a minute for its workers and kill them. An agent that someone else has told to
     restart workers (`--max-restarts`) will do so.
 
+    Args:
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
+
     Raises:
         TrackingError: the run is not running, or not on this machine.
     """
     directory = Path(run_dir).resolve()
-    started, last = program(directory), _last_attempt(directory)
+    started, last = program(directory, within=within), _last_attempt(directory, within)
     if not last.ended and is_alive(last.info):
         _signal(directory, int(last.info["pid"]), signal.SIGTERM)
     elif started is not None and started.is_running() and not _is_ending(started, last):
@@ -123,16 +137,19 @@ def stop(run_dir: Path | str) -> None:
         raise _not_running(directory, last)
 
 
-def kill(run_dir: Path | str) -> None:
+def kill(run_dir: Path | str, *, within: Path | None = None) -> None:
     """Ends a run that was started here at once, by SIGKILL; what came after its last checkpoint is lost.
 
     Its side process is left to complete the mirrors.
+
+    Args:
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         TrackingError: it is not running, or was not started here.
     """
     directory = Path(run_dir).resolve()
-    started = program(directory)
+    started = program(directory, within=within)
     if started is None or not started.is_running():
         raise TrackingError(
             f"there is no program of {directory} to kill",
@@ -144,17 +161,21 @@ def kill(run_dir: Path | str) -> None:
             os.killpg(group, signal.SIGKILL)
 
 
-def program(run_dir: Path | str) -> Program | None:
-    """The program of a run that was last started here, or None."""
+def program(run_dir: Path | str, *, within: Path | None = None) -> Program | None:
+    """The program of a run that was last started here, or None.
+
+    Args:
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
+    """
     directory = Path(run_dir).resolve()
-    return noted(records_of(directory), directory)
+    return noted(records_of(directory), directory, within=within)
 
 
 def programs(runs_dir: Path | str) -> list[Program]:
     """All that was started in a folder of runs, newest first; those too that ended before they were runs."""
     root = Path(runs_dir).resolve()
     names = list_folder(root / RECORDS, within=root).folders
-    found = [noted(root / RECORDS / name, root / name) for name in names]
+    found = [noted(root / RECORDS / name, root / name, within=root) for name in names]
     return sorted((one for one in found if one is not None), key=lambda one: -one.started)
 
 
@@ -168,14 +189,17 @@ def output(runs_dir: Path | str, run: str, offset: int = 0) -> tuple[str, int]:
     return read_printed(records / OUTPUT_FILE, offset, within=Path(runs_dir).resolve())
 
 
-def configuration(run_dir: Path | str) -> TrainConfig:
+def configuration(run_dir: Path | str, *, within: Path | None = None) -> TrainConfig:
     """The configuration that a run keeps in its directory.
+
+    Args:
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
     directory = Path(run_dir)
-    return read(flatten(read_yaml(directory / CONFIG_FILE, within=directory.parent)))
+    return read(flatten(read_yaml(directory / CONFIG_FILE, within=within or directory.parent)))
 
 
 def run_directory(runs_dir: Path | str, run: str) -> Path:
@@ -211,9 +235,13 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     config.check_world(processes)
 
 
-def last_processes(run_dir: Path | str) -> int:
-    """How many processes the run last had, as its log says; 1 if it does not."""
-    return int(_last_attempt(Path(run_dir).resolve()).info.get("world_size", 1))
+def last_processes(run_dir: Path | str, *, within: Path | None = None) -> int:
+    """How many processes the run last had, as its log says; 1 if it does not.
+
+    Args:
+        within: A folder above the run, below which no link is followed; None: the one that holds the run.
+    """
+    return int(_last_attempt(Path(run_dir).resolve(), within).info.get("world_size", 1))
 
 
 def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
@@ -278,8 +306,8 @@ def _say_signal(records: Path, exit_code: int) -> None:
             printed.write(f"\n[ended by {signal.strsignal(-exit_code)}, signal {-exit_code}]\n".encode())
 
 
-def _check_not_running(directory: Path, records: Path) -> None:
-    started, last = noted(records, directory), _last_attempt(directory)
+def _check_not_running(directory: Path, records: Path, within: Path) -> None:
+    started, last = noted(records, directory, within=within), _last_attempt(directory, within)
     if (started is not None and started.is_running()) or is_alive(last.info) or last.runs_elsewhere:
         raise TrackingError(
             f"{directory} is running, on {last.info.get('host', 'this machine')}",
@@ -311,8 +339,8 @@ class _Attempt:
     """Time of its last record, in seconds since the epoch."""
 
 
-def _last_attempt(directory: Path) -> _Attempt:
-    within = directory.parent
+def _last_attempt(directory: Path, within: Path | None) -> _Attempt:
+    within = within or directory.parent
     if not is_run(directory, within=within):
         return _Attempt({}, ended=True, runs_elsewhere=False)
     # A sample of a long log has both ends of it, which is where this stands.

@@ -97,11 +97,14 @@ def hold_records(directory: Path) -> Iterator[Path]:
         yield records
 
 
-def noted(records: Path, directory: Path) -> Program | None:
-    """What was noted last; None if nothing can be read."""
+def noted(records: Path, directory: Path, *, within: Path | None = None) -> Program | None:
+    """What was noted last; None if nothing can be read.
+
+    Args:
+        within: The folder of runs, below which no link is followed; None: the one that holds the run.
+    """
     try:
-        # Below the folder of runs.
-        content = read_file(records / _PROCESS_FILE, most_bytes=MAX_BYTES, within=records.parents[1])
+        content = read_file(records / _PROCESS_FILE, most_bytes=MAX_BYTES, within=within or directory.parent)
         fields = json.loads(content)
         program = Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

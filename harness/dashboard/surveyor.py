@@ -44,7 +44,8 @@ SLICE_S = 0.5
 """How long a long log is read on before orders are heard."""
 KEEP_EVERY_S = 60.0
 PEEK_BYTES = 16 << 10
-TABLE = "table.json"
+TABLE = "table-2.json"
+"""Its number goes up when the same log makes another row: rows are kept until their log grows."""
 TABLE_BYTES = 256 << 20
 
 Tell = Callable[[dict[str, Any]], None]
@@ -91,6 +92,8 @@ class Surveyor:
         self._has_told_table = False
         self._said: set[str] = set()
         """Runs of which it has been said that they cannot be read."""
+        self._unsound: dict[str, str] = {}
+        """Runs of whose log nothing can be made, with its signature: they wait until it grows."""
         self._table_kept = time.monotonic()
 
     @property
@@ -145,7 +148,7 @@ class Surveyor:
         found = sorted(run_paths(self._root, within=self._root), key=_last_written, reverse=True)
         self._paths = {run_name(path, self._root): path for path in found}
         known: dict[str, Any]
-        for known in (self._table, self._open, self._unread):
+        for known in (self._table, self._open, self._unread, self._unsound):
             for gone in set(known) - set(self._paths):
                 del known[gone]
         self._tell({"runs": list(self._paths)})
@@ -156,7 +159,8 @@ class Surveyor:
 
     def _look_at(self, run: str, path: Path) -> None:
         signature, size = log_signature(path, within=self._root)
-        if run in self._unread or self._table.get(run, ("", {}))[0] == signature:
+        is_known = signature in (self._table.get(run, ("", {}))[0], self._unsound.get(run))
+        if is_known or run in self._unread:
             return
         self._table.pop(run, None)
         digest = self._open.get(run)
@@ -201,6 +205,9 @@ class Surveyor:
                 self._said.add(run)
                 logger.warning("%s cannot be read: %s", printable(run), printable(repr(error)))
             self._open.pop(run, None)
+            if not isinstance(error, OSError):  # of a disk that fails it is asked again
+                with contextlib.suppress(OSError):
+                    self._unsound[run], _ = log_signature(self._paths[run], within=self._root)
             self._tell_row(run, no_glance(self._paths[run]))
 
     def _keep_table(self) -> None:

@@ -16,6 +16,7 @@ from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.layout import Layout
 from harness.stability.optimizers import Optimizers
 from harness.stability.sources import GradientSource, PlainSource
+from harness.wrappers import without_wrappers
 
 __all__ = ["layout_of", "named_parameters", "source_of"]
 
@@ -49,7 +50,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters under the names that the model's author gave them, shared ones under each of theirs."""
     for name, parameter in _authors_model(model).named_parameters(remove_duplicate=False):
         # A submodule compiled by itself still has its wrapper in the name.
-        yield name.replace("_orig_mod.", ""), parameter
+        yield without_wrappers(name), parameter
 
 
 def source_of(

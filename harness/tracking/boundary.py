@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,24 +17,29 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 MOST = 100
-"""Kinds that are said: a program may make up a name at every step."""
+"""Kinds that are said of a method: a program may make up a name at every step."""
 
 
 class Complaints:
     """Says what went wrong, each kind once: a loop calls the same method ten thousand times."""
 
     def __init__(self) -> None:
-        self._said: set[tuple[object, ...]] = set()
+        self._said: defaultdict[str, set[tuple[object, ...]]] = defaultdict(set)
 
-    def once(self, *kind: object, message: str) -> None:
-        """Logs an error, unless one of this kind has been logged before."""
-        if kind not in self._said and len(self._said) < MOST:
-            self._said.add(kind)
+    def once(self, method: str, *kind: object, message: str) -> None:
+        """Logs an error, unless one of this method and kind has been logged before."""
+        said = self._said[method]
+        if kind in said or len(said) > MOST:
+            return
+        said.add(kind)
+        if len(said) <= MOST:
             logger.error("%s; training goes on, and this is said once", message.rstrip("."))
+        else:
+            logger.error("%s: more errors than %d; the others are not shown", method, MOST)
 
-    def failed(self, what: str, error: Exception) -> None:
-        """A method failed: its name and the cause, once for each kind of error."""
-        self.once(what, type(error), message=f"{what} failed: {words_of(error)}")
+    def failed(self, method: str, error: Exception, *about: object) -> None:
+        """A method failed: its name and the cause, once for each kind of error, and of what it is about."""
+        self.once(method, type(error), *about, message=f"{method} failed: {words_of(error)}")
         logger.debug("details", exc_info=error)
 
 
@@ -43,8 +49,8 @@ def harmless(
     """Makes a method return instead of raise. `KeyboardInterrupt` and the like still pass.
 
     Args:
-        answer: From the object, what the method returns when it fails: something of the usual kind. The
-            object has its `complaints`.
+        answer: From the object, what the method returns when it fails: something of the usual kind, from
+            memory alone, for nothing catches what fails here. The object has its `complaints`.
     """
 
     def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:

@@ -6,10 +6,10 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import TrackingError
-from harness.tracking.boundary import Complaints, harmless
+from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.checkpoint_names import Wanted, wanted_checkpoint
 from harness.tracking.lenient import saved_values
 from harness.tracking.numbers import numbers_of
@@ -18,12 +18,20 @@ from harness.tracking.output import Output
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CheckpointStore", "Checkpoints", "Training"]
+__all__ = ["CheckpointStore", "Checkpoints", "SaveEnd", "Training"]
 
 logger = logging.getLogger(__name__)
 
 _HAS_BARE_NAMES = "has_bare_names"
 """Key of a checkpoint whose model has the names of `bare_state`; earlier ones have none."""
+
+
+class SaveEnd(NamedTuple):
+    """How a save ended."""
+
+    step: int
+    error: str | None
+    """Why there is no checkpoint; None if there is one."""
 
 
 class CheckpointStore(Protocol):
@@ -32,6 +40,9 @@ class CheckpointStore(Protocol):
     def save(self, step: int, build: Callable[[], dict[str, Any]]) -> list[str]:
         """Keeps the plain data and tensors that `build` gives, under the step's number; returns the names
         of tensors that are not finite."""
+
+    def ended(self) -> list[SaveEnd]:
+        """The saves that have ended since the last call, in order. Local."""
 
     def load(self, wanted: Wanted) -> dict[str, Any]:
         """What was saved."""
@@ -79,6 +90,8 @@ class Checkpoints:
         self._open_store = open_store
         self._output = output
         self._store: CheckpointStore | None = None
+        self._under_way: list[dict[str, Any]] = []
+        """What there is to say of the saves that have not ended; they end in order."""
 
     @property
     def store(self) -> CheckpointStore:
@@ -106,27 +119,29 @@ class Checkpoints:
 
     @harmless(lambda self: None)
     def save_checkpoint(self, training: Training) -> None:
-        """Saves it in the background. What fails is said, and noted in the log."""
-        output, step, epoch = self._output, training.step, training.epoch
+        """Saves it in the background. What fails is said, and noted in the log, as is what is committed."""
+        step, epoch = training.step, training.epoch
         if not self._has_part():
             return
+        details: dict[str, Any] = {"epoch": epoch}
+        self._under_way.append(details)
         try:
             nonfinite = self.store.save(step, training.state)
-        except Exception as error:
-            output.write(
-                "event", {"name": "checkpoint_failed", "epoch": epoch, "error": str(error)}, step=step
-            )
-            raise
-        details: dict[str, Any] = {"name": "checkpoint", "epoch": epoch}
+        except Exception as error:  # noqa: BLE001  (whatever it is, training is worth more)
+            self._under_way.pop()
+            self._complaints.failed("save_checkpoint", error, epoch, step)
+            self._write_event(step, details, words_of(error))
+            return
         if nonfinite:
             some = ", ".join(nonfinite[:5])
             logger.error("the checkpoint of epoch %d, step %d is not finite: %s", epoch, step, some)
             details["nonfinite"] = nonfinite[:100]
-        output.write("event", details, step=step)
+        self._note_ended(self.store)  # the one before, and this one should it be so fast
 
     def load(self, name: str | Path | None, model: nn.Module | None) -> dict[str, Any]:
         """See `ExperimentTracker.load_checkpoint`."""
         state = self.store.load(wanted_checkpoint(name))
+        self._note_ended(self.store)
         from harness.tracking.model_state import as_named_by
 
         is_bare = state.pop(_HAS_BARE_NAMES, False)
@@ -138,14 +153,26 @@ class Checkpoints:
         """Waits for what is still being written."""
         store, self._store = self._store, None
         if store is not None and self._output.is_own_process:
-            store.close()
+            try:
+                store.close()
+            finally:
+                self._note_ended(store)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open_store": self._open_store, "_output": self._output, "_store": None}
+        return {"_open_store": self._open_store, "_output": self._output, "_store": None, "_under_way": []}
 
     @property
     def _complaints(self) -> Complaints:
         return self._output.complaints
+
+    @harmless(lambda self: None)
+    def _note_ended(self, store: CheckpointStore) -> None:
+        for step, error in store.ended():
+            self._write_event(step, self._under_way.pop(0), error)
+
+    def _write_event(self, step: int, details: dict[str, Any], error: str | None) -> None:
+        about = {"name": "checkpoint"} if error is None else {"name": "checkpoint_failed", "error": error}
+        self._output.write("event", {**about, **details}, step=step)
 
     def _has_part(self) -> bool:
         """Whether this process saves: rank 0, and with it all ranks of its process group."""

@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 from harness.errors import TrackingError
-from harness.tracking.soundness import MAX_DEPTH, is_sound
+from harness.tracking.soundness import MAX_DEPTH, MAX_ELEMENTS, is_sound
 
 __all__ = ["KINDS", "Record", "decode", "encode", "to_plain", "with_nonfinite"]
 
@@ -30,8 +30,6 @@ KINDS = frozenset(
     {"run", "step", "eval", "epoch", "event", "hparams", "rewind", "end"}
     | {"text", "image", "histogram", "graph", "layers", "ranks", "system"}
 )
-MAX_ELEMENTS = 65_536
-"""Longest list, array or tensor inside a record; what is larger belongs in a file or a histogram."""
 
 _NUMBERS = frozenset({float, int, bool})
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -109,9 +107,9 @@ def _all_finite_numbers(values: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any, path: tuple[str | int, ...], nonfinite: list[list[Any]]) -> Any:
-    if len(path) > MAX_DEPTH:
-        raise _refused(path, f"nested deeper than {MAX_DEPTH} levels", "log the parts that matter by name")
     value = _unwrapped(value, path)
+    if len(path) >= MAX_DEPTH and isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        raise _refused(path, f"nested deeper than {MAX_DEPTH} levels", "log the parts that matter by name")
     if isinstance(value, Mapping):
         return {_text(k): _plain(v, (*path, _text(k)), nonfinite) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -170,12 +170,6 @@ class TrainingMetrics:
     gpu_utilization: float | None = None
     """As the caller measures it."""
 
-    def values(self) -> dict[str, Any]:
-        """Under the names that log, mirrors and pictures use."""
-        named = {shown: getattr(self, name) for name, shown in METRIC_NAMES.items()}
-        named["time/step_s"] = self.training_time or None
-        return {name: value for name, value in named.items() if value is not None}
-
 
 METRIC_NAMES = {
     "loss": "train/loss",

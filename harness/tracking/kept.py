@@ -6,6 +6,7 @@ entries of all traces. It is only a shortcut: one that is missing, damaged or of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from harness.errors import TrackingError
 from harness.files import read_file
 from harness.tracking.digest import Digest
 from harness.tracking.traces import ENTRY
@@ -38,10 +40,10 @@ def kept_path(folder: Path, run: str) -> Path:
 
 def keep(digest: Digest, path: Path) -> bool:
     """Writes the digest down, in one piece or not at all; False, with a word in the log, if it cannot be."""
-    about, arrays = digest.dump()
-    header = orjson.dumps(about)
     unfinished = path.with_suffix(f".{os.getpid()}.new")
     try:
+        about, arrays = digest.dump()
+        header = orjson.dumps(about)
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             parts = [
@@ -51,9 +53,10 @@ def keep(digest: Digest, path: Path) -> bool:
             file.write(_FORMAT + _HEAD.pack(_checksum(parts), len(header)))
             file.writelines(parts)
         unfinished.replace(path)
-    except OSError as error:
+    except (OSError, TrackingError) as error:
         logger.info("no digest of %s is kept: %s", digest.path, error)
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         return False
     return True
 

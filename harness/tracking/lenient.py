@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.errors import TrackingError
-from harness.tracking.codec import MAX_ELEMENTS, to_plain, with_nonfinite
-from harness.tracking.soundness import MAX_DEPTH
+from harness.tracking.codec import to_plain, with_nonfinite
+from harness.tracking.soundness import MAX_DEPTH, MAX_ELEMENTS
 
 __all__ = ["flattened", "named_values", "plain_values", "saved_values", "text_of"]
 
@@ -30,7 +30,7 @@ def named_values(given: Any) -> dict[Any, Any]:
         return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     if hasattr(given, "_asdict"):
         return dict(given._asdict())
-    if hasattr(given, "__dict__") and not isinstance(given, type) and not callable(given):
+    if hasattr(given, "__dict__") and not isinstance(given, type) and not _is_value(given):
         return dict(vars(given))
     raise TrackingError(
         f"{text_of(given)[:60]!r} is of type {type(given).__name__}", rule="it has to be names with values"
@@ -56,13 +56,13 @@ def plain_values(given: Any) -> dict[str, Any]:
     Raises:
         TrackingError: it has no names.
     """
-    values: dict[str, Any] = _Walk(keys=text_of, leaf=_logged).mapping(named_values(given), ())
+    values: dict[str, Any] = _Walk(keys=text_of, leaf=_logged).mapping(named_values(given), (id(given),))
     return values
 
 
 def saved_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as a checkpoint holds them: tensors, arrays, bytes and the keys of mappings as they are."""
-    return _Walk(keys=_saved_key, leaf=_saved).mapping(given, ())
+    """Values as a checkpoint holds them: tensors, arrays, bytes, tuples, sets, mappings' keys as they are."""
+    return _Walk(keys=_saved_key, leaf=_saved, items=_saved_items).mapping(given, (id(given),))
 
 
 def text_of(value: Any) -> str:
@@ -78,23 +78,40 @@ def text_of(value: Any) -> str:
 class _Walk:
     """Visits at most `MAX_ELEMENTS` values: what refers to itself in many ways has no end."""
 
-    def __init__(self, *, keys: Callable[[Any], Any], leaf: Callable[[Any], Any]) -> None:
-        self._keys, self._leaf = keys, leaf
+    def __init__(
+        self,
+        *,
+        keys: Callable[[Any], Any],
+        leaf: Callable[[Any], Any],
+        items: Callable[[Any, list[Any]], Any] = lambda given, walked: walked,
+    ) -> None:
+        self._keys, self._leaf, self._items = keys, leaf, items
         self._left = MAX_ELEMENTS
 
     def mapping(self, values: Mapping[Any, Any], above: tuple[int, ...]) -> dict[Any, Any]:
-        above = (*above, id(values))
+        """`above`: of which objects it is a part, itself last."""
         return {self._keys(key): self._value(value, above) for key, value in list(values.items())}
 
     def _value(self, value: Any, above: tuple[int, ...]) -> Any:
         self._left -= 1
-        if id(value) in above or len(above) > MAX_DEPTH or self._left < 0:
+        has_names = isinstance(value, Mapping) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type)
+        )
+        has_items = isinstance(value, list | tuple | set | frozenset)
+        is_too_deep = (has_names or has_items) and len(above) >= MAX_DEPTH
+        if id(value) in above or is_too_deep or self._left < 0:
             return f"({type(value).__name__})"
-        if isinstance(value, Mapping) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        if has_names:
             return self.mapping(named_values(value), (*above, id(value)))
-        if isinstance(value, list | tuple | set | frozenset):
-            return [self._value(item, (*above, id(value))) for item in list(value)]
+        if has_items:
+            return self._items(value, [self._value(item, (*above, id(value))) for item in list(value)])
         return self._leaf(value)
+
+
+def _is_value(given: Any) -> bool:
+    """Whether it is a function, or one value, as a tensor is, which has a `__dict__` all the same."""
+    kind = type(given)
+    return callable(given) or callable(getattr(kind, "item", None)) or hasattr(kind, "__array__")
 
 
 def _logged(value: Any) -> Any:
@@ -113,3 +130,10 @@ def _saved(value: Any) -> Any:
 
 def _saved_key(key: Any) -> Any:
     return key if key is None or isinstance(key, bool | int | float | str) else text_of(key)
+
+
+def _saved_items(given: Any, walked: list[Any]) -> Any:
+    try:
+        return type(given)(walked) if type(given) in (tuple, set, frozenset) else walked
+    except TypeError:  # what was left of an element does not hash
+        return walked

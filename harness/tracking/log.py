@@ -17,14 +17,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import TrackingError
-from harness.files import file_status
+from harness.files import read_file
 from harness.tracking.codec import KINDS, decode, encode
 from harness.tracking.process import identity
 from harness.tracking.segments import SEGMENT_BYTES, SegmentWriter, segments
 
-__all__ = ["RunLog", "log_dir", "media_file"]
+__all__ = ["RunLog", "log_dir", "media_bytes"]
 
 logger = logging.getLogger(__name__)
+
+MEDIA_BYTES = 64 << 20
+"""Longest image or graph beside the log; mirrors hold it in memory."""
 
 
 def log_dir(run_dir: str | Path) -> Path:
@@ -32,18 +35,17 @@ def log_dir(run_dir: str | Path) -> Path:
     return Path(run_dir) / "log"
 
 
-def media_file(run_dir: Path, record: Mapping[str, Any]) -> Path | None:
-    """The file beside the log that an image or a graph lies in; None if there is none in the run's directory.
+def media_bytes(run_dir: Path, record: Mapping[str, Any]) -> bytes | None:
+    """What the file beside the log holds that an image or a graph lies in; None if there is none in the run's
+    directory, or if it is longer than `MEDIA_BYTES`.
 
     The record may be anybody's: no file from elsewhere becomes a part of a mirror.
     """
-    path: Path = run_dir / record["file"]
     try:
-        file_status(path, within=run_dir)
+        return read_file(run_dir / record["file"], most_bytes=MEDIA_BYTES, within=run_dir)
     except (OSError, ValueError) as error:
-        logger.warning("%s names a file that is not there, or not in it: %s", run_dir, error)
+        logger.warning("%s names a file that is not there, not in it, or too long: %s", run_dir, error)
         return None
-    return path
 
 
 class RunLog:

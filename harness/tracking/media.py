@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from harness.errors import TrackingError
-from harness.tracking.log import log_dir
+from harness.tracking.log import MEDIA_BYTES, log_dir
 
 __all__ = ["save_image", "save_media", "to_picture"]
 
@@ -42,7 +42,15 @@ def save_image(run_dir: Path, image: Any) -> dict[str, Any]:
 
 
 def save_media(run_dir: Path, data: bytes, suffix: str) -> str:
-    """Stores bytes under their digest; returns the path relative to the run directory."""
+    """Stores bytes under their digest; returns the path relative to the run directory.
+
+    Raises:
+        TrackingError: there are more than a mirror takes.
+    """
+    if len(data) > MEDIA_BYTES:
+        raise TrackingError(
+            f"a file of {len(data)} bytes", rule=f"images and graphs have at most {MEDIA_BYTES} bytes"
+        )
     path = log_dir(run_dir) / "media" / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

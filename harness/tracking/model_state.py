@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["as_named_by", "bare_state", "nonfinite_tensors"]
+from harness.wrappers import without_wrappers
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into names; no model has children of these names."""
+__all__ = ["as_named_by", "bare_state", "nonfinite_tensors"]
 
 
 def bare_state(model: Any) -> dict[str, Any]:
     """The state dict without what DDP, `DataParallel`, `torch.compile` and activation checkpointing add to
     its names. A child of the model's own that is called `module` keeps its name."""
     state = model if isinstance(model, Mapping) else model.state_dict()
-    return {_bare(name, _inner_prefixes(model)): value for name, value in state.items()}
+    inner = _inner_prefixes(model)
+    return {_bare(name, inner): value for name, value in state.items()}
 
 
 def as_named_by(state: Mapping[str, Any], model: nn.Module | None, *, is_bare: bool) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def as_named_by(state: Mapping[str, Any], model: nn.Module | None, *, is_bare: b
         bare = {name.removeprefix("module."): value for name, value in bare.items()}
     if model is None:
         return bare
-    names = {_bare(name, _inner_prefixes(model)): name for name in model.state_dict()}
+    inner = _inner_prefixes(model)
+    names = {_bare(name, inner): name for name in model.state_dict()}
     if not is_bare and names.keys() <= {_bare(name) for name in state}:  # a child of its own called `module`
         bare = {_bare(name): value for name, value in state.items()}
     return {names.get(name, name): value for name, value in bare.items()}
@@ -66,9 +67,7 @@ def _bare(name: str, inner: list[str] | None = None) -> str:
     for prefix in inner or ():
         if name.startswith(f"{prefix}module."):
             name = prefix + name.removeprefix(f"{prefix}module.")
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return without_wrappers(name)
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

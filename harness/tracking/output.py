@@ -14,7 +14,7 @@ from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.lenient import text_of
 from harness.tracking.log import RunLog
 from harness.tracking.mirrors import MirrorHandle, start_mirrors
-from harness.tracking.numbers import Refused, whole_step
+from harness.tracking.numbers import LAST_STEP, Refused, whole_step
 from harness.tracking.places import RunPlace
 from harness.tracking.reader import Run
 from harness.tracking.settings import MirrorSettings
@@ -164,7 +164,7 @@ class Output:
         settings = _settings(self._config, place)
         self.wandb = settings.wandb
         self._mirrors = start_mirrors(place.run_dir, settings)
-        return 0 if last_step is None else last_step + 1
+        return 0 if last_step is None else min(last_step + 1, LAST_STEP)
 
 
 def _settings(config: ExperimentConfig, place: RunPlace) -> MirrorSettings:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "glance",
     "glances",
     "no_glance",
+    "no_summary",
     "run_name",
     "run_paths",
     "runs_table",
@@ -35,6 +37,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_TAGS = 50
+_LOOKS_SPELLED = re.compile(r"\\x[89a-f][0-9a-f]")
 LOSSES = ("train/loss", "val/loss")
 
 
@@ -129,6 +132,24 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
+def no_summary(run_dir: Path) -> dict[str, Any]:
+    """What `summarise` says of a run without records; reads nothing."""
+    return {
+        "name": run_dir.name,
+        "run_dir": str(run_dir),
+        "state": "stale",
+        "attempts": 0,
+        "num_steps": 0,
+        "started": None,
+        "updated": None,
+        "duration_s": 0.0,
+        "events": {},
+        "num_nonfinite_steps": 0,
+        "last": {},
+        **{f"best_{name}": None for name in LOSSES},
+    }
+
+
 def run_paths(runs_dir: str | Path, *, within: Path | None = None) -> list[Path]:
     """The run directories in a folder and below, in no order; no link to a folder is followed.
 
@@ -151,8 +172,14 @@ def run_paths(runs_dir: str | Path, *, within: Path | None = None) -> list[Path]
 
 
 def run_name(path: Path, root: Path) -> str:
-    """A run's path below a folder of runs, by which it is known; bytes that are no UTF-8 are spelled out."""
-    return os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+    """A run's path below a folder of runs, by which it is known; bytes that are no UTF-8 are spelled `\\xff`.
+
+    No two runs have one name: where a path itself looks like that, its backslashes are doubled.
+    """
+    name = os.fsencode(path.relative_to(root))
+    if _LOOKS_SPELLED.search(name.decode(errors="backslashreplace")):
+        name = name.replace(b"\\", b"\\\\")
+    return name.decode(errors="backslashreplace")
 
 
 def glances(runs_dir: str | Path) -> list[Glance]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 
 from harness.errors import TrackingError
+from harness.files import read_file
+from harness.tracking.boundary import words_of
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.log import log_dir
 from harness.tracking.names import folder_name
-from harness.tracking.reader import is_run, open_run
+from harness.tracking.reader import is_run
 from harness.tracking.sample import open_digest
 
 __all__ = ["RunPlace", "checkpoints_of", "find_place", "place_of"]
+
+logger = logging.getLogger(__name__)
+
+LONGEST_ID_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,13 +78,9 @@ def _resumed(config: ExperimentConfig, runs: Path) -> str:
         found = [path for path in candidates if wanted in (path.name, _wandb_id(path))]
         found = found or [path for path in candidates if path.name == folder_name(wanted)]
     else:
-        mine = [(open_run(path), path) for path in candidates]
-        ours = [
-            (run.updated or 0.0, path)
-            for run, path in mine
-            if _experiment(run.info) == config.experiment_name
-        ]
-        found = [path for _, path in sorted(ours)[-1:]]
+        updated = {path: _logged_last(path, config.experiment_name) for path in candidates}
+        ours = sorted((at, path) for path, at in updated.items() if at is not None)
+        found = [path for _, path in ours[-1:]]
     if not found:
         raise TrackingError(
             f"there is no run {wanted or config.experiment_name!r} in {runs} to resume",
@@ -102,14 +105,26 @@ def checkpoints_of(run_dir: Path) -> Path:
     named = [Path(info["checkpoint_dir"])] if "checkpoint_dir" in info else []
     if isinstance(config.get("model_save_dir"), str):
         # Relative to where the program ran, which is usually where its folder of runs lies.
-        named += [folder / config["model_save_dir"] / run.name for folder in (run.parents[1], Path.cwd())]
+        named += [folder / config["model_save_dir"] / run.name for folder in (run.parent.parent, Path.cwd())]
     return next((path for path in named if path.is_dir()), own)
 
 
-def _experiment(info: dict[str, object]) -> object:
-    return info.get("experiment")
+def _logged_last(run_dir: Path, experiment: str) -> float | None:
+    """When a run of the experiment logged last, in seconds since the epoch; None if it is none of it.
+
+    A run that cannot be read is passed over: it may be anybody's.
+    """
+    try:
+        run = open_digest(run_dir)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others are there to be resumed)
+        logger.warning("%s is passed over, it cannot be read: %s", run_dir, words_of(error))
+        return None
+    return (run.updated or 0.0) if run.info.get("experiment") == experiment else None
 
 
 def _wandb_id(run_dir: Path) -> str | None:
     kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
-    return kept.read_text() if kept.exists() else None
+    try:
+        return read_file(kept, most_bytes=LONGEST_ID_BYTES).decode(errors="replace")
+    except OSError:
+        return None

@@ -64,6 +64,8 @@ class _Sample(Digest):
 
     def __init__(self, run_dir: str | Path, num_places: int, tail_bytes: int, within: Path | None) -> None:
         super().__init__(run_dir, within=within)
+        self._restarted: set[int] = set()
+        """Attempts that a new process began."""
         records: list[Record] = []
         num_bytes = total = 0
         for folder in self._folders():
@@ -90,6 +92,18 @@ class _Sample(Digest):
     def bytes_behind(self) -> int:
         """Nothing more is going to be read."""
         return 0
+
+    def _note(self, record: Record) -> None:
+        """A rollback's `rewind` may lie between two places: it begins at its first step seen then."""
+        super()._note(record)
+        if record.kind == "run":
+            self._restarted.add(record.attempt)
+        elif record.kind == "step" and record.step is not None and self._is_from_rollback(record.attempt):
+            self._begins_at(record.attempt, record.step)
+
+    def _is_from_rollback(self, attempt: int) -> bool:
+        is_known = attempt in self._restarted or attempt in self._first_steps
+        return not is_known and attempt > min(self.attempt_starts)
 
     def _is_near(self, entries: Entries) -> bool:
         return False  # where the records lie is not kept

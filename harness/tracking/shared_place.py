@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from harness.errors import TrackingError
+from harness.tracking.boundary import words_of
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.places import RunPlace, find_place, place_of
 
@@ -45,9 +46,12 @@ class SharedPlace:
         try:
             place = find_place(self._config, create=True)
             step = open_run(place)
-        except TrackingError as error:
-            self._leave({"error": [error.problem, error.rule, error.remedy]})
-            raise
+        except Exception as error:
+            said = _explained(error)
+            self._leave({"error": [said.problem, said.rule, said.remedy]})
+            if said is error:
+                raise
+            raise said from error
         self._leave({"name": place.name, "step": step})
         return place, step
 
@@ -74,3 +78,11 @@ class SharedPlace:
         from harness.dist import word_of_main
 
         return word_of_main(self._key, timeout_s=WAIT_S)
+
+
+def _explained(error: Exception) -> TrackingError:
+    if isinstance(error, TrackingError):
+        return error
+    return TrackingError(
+        f"the run cannot be opened: {words_of(error)}", remedy="resume_run=False starts a new run"
+    )

@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "SCALAR_KINDS", "is_sound"]
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "SCALAR_KINDS", "is_sound"]
 
 SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 MAX_DEPTH = 16
 """Levels of mappings and lists inside a record's values."""
+MAX_ELEMENTS = 65_536
+"""Longest list, array or tensor inside a record; what is larger belongs in a file or a histogram."""
+MAX_VALUES = 1 << 22
+"""Values in a record that are looked through; a line of that many is no run's settings."""
 LAST_STEP = 2**63 - 1
 LAST_ATTEMPT = 2**31 - 1
 LAST_TIME = 253_402_300_799.0
 """The end of the year 9999, in seconds since the epoch."""
 
+_CONTAINERS = frozenset({dict, list})
+_NUMBERS = frozenset({int, float})
+_NUMBERS_OR_BOOL = frozenset({int, float, bool})
 _OF_SIDE_PROCESSES = frozenset({"system", "event"})
 """Kinds whose attempt may be -1: a side process knows of none."""
 _FIELDS_OF_RUN: Mapping[str, type | tuple[type, ...]] = {
@@ -45,7 +52,7 @@ def is_sound(kind: Any, attempt: Any, step: Any, time: Any, values: Any) -> bool
         return False
     if attempt < 0 and kind not in _OF_SIDE_PROCESSES:
         return False
-    check: Callable[[dict[str, Any]], bool] = _CHECKS.get(kind, _is_shallow)
+    check: Callable[[dict[str, Any]], bool] = _CHECKS.get(kind, _is_bounded)
     return check(values)
 
 
@@ -54,16 +61,22 @@ def _is_whole(value: Any, largest: int, *, least: int = 0) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in _NUMBERS
 
 
-def _is_shallow(value: Any, depth: int = 0) -> bool:
-    """Whether a value is nested no deeper than a log allows."""
-    if isinstance(value, dict):
-        return depth < MAX_DEPTH and all(_is_shallow(one, depth + 1) for one in value.values())
-    if isinstance(value, list):
-        return depth < MAX_DEPTH and all(_is_shallow(one, depth + 1) for one in value)
-    return True
+def _is_bounded(values: dict[str, Any]) -> bool:
+    """Whether they are no more, no longer and nested no deeper than a log allows; level by level."""
+    level: list[Any] = [values]
+    num_values = 0
+    for _ in range(MAX_DEPTH):
+        num_values += sum(map(len, level))
+        if num_values > MAX_VALUES or any(type(one) is list and len(one) > MAX_ELEMENTS for one in level):
+            return False
+        inner = (one.values() if type(one) is dict else one for one in level)
+        level = [value for some in inner for value in some if type(value) in _CONTAINERS]
+        if not level:
+            return True
+    return False
 
 
 def _anything(values: dict[str, Any]) -> bool:
@@ -73,11 +86,11 @@ def _anything(values: dict[str, Any]) -> bool:
 
 def _is_run(values: dict[str, Any]) -> bool:
     typed = all(isinstance(values[name], of) for name, of in _FIELDS_OF_RUN.items() if name in values)
-    return typed and _is_shallow(values)
+    return typed and _is_bounded(values)
 
 
 def _is_event(values: dict[str, Any]) -> bool:
-    return isinstance(values.get("name", ""), str) and _is_shallow(values)
+    return isinstance(values.get("name", ""), str) and _is_bounded(values)
 
 
 def _are_layers(values: dict[str, Any]) -> bool:
@@ -86,7 +99,7 @@ def _are_layers(values: dict[str, Any]) -> bool:
 
 def _are_ranks(values: dict[str, Any]) -> bool:
     return all(
-        isinstance(row, list) and bool(row) and all(isinstance(one, (int, float)) for one in row)
+        isinstance(row, list) and 0 < len(row) <= MAX_ELEMENTS and _NUMBERS_OR_BOOL.issuperset(map(type, row))
         for row in values.values()
     )
 
@@ -117,7 +130,9 @@ def _is_histogram(one: dict[str, Any]) -> bool:
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         return False
     numbers = [one.get(name) for name in ("min", "max", "num", "sum", "sum_squares")]
-    return all(map(_is_number, [*edges, *counts, *numbers]))
+    return len(edges) <= MAX_ELEMENTS and all(
+        _NUMBERS.issuperset(map(type, some)) for some in (edges, counts, numbers)
+    )
 
 
 _CHECKS: Mapping[str, Callable[[dict[str, Any]], bool]] = {

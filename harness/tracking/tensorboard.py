@@ -23,7 +23,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
 from harness.tracking.codec import Record
-from harness.tracking.log import log_dir, media_file
+from harness.tracking.log import log_dir, media_bytes
 from harness.tracking.mirror import StartAgain, scalars_of, shown_name
 from harness.tracking.segments import Follower
 
@@ -86,8 +86,8 @@ class TensorBoardMirror:
             value.tag = self._free_tag(value.tag, record.kind)
         if event.summary.value:
             self._write(event)
-        if record.kind == "graph" and (path := media_file(self._run_dir, record.values)) is not None:
-            self._write(Event(wall_time=record.time, graph_def=path.read_bytes()))
+        if record.kind == "graph" and (graph := media_bytes(self._run_dir, record.values)) is not None:
+            self._write(Event(wall_time=record.time, graph_def=graph))
 
     def commit(self) -> dict[str, Any]:
         if self._path is None:
@@ -206,8 +206,8 @@ def _show(record: Record, summary: Summary, run_dir: Path) -> None:
     elif record.kind == "histogram":
         summary.value.extend(_histogram(name, value) for name, value in record.values.items())
     elif record.kind == "image":
-        files = {name: media_file(run_dir, value) for name, value in record.values.items()}
-        summary.value.extend(_image(name, record.values[name], path) for name, path in files.items() if path)
+        files = {name: media_bytes(run_dir, value) for name, value in record.values.items()}
+        summary.value.extend(_image(name, record.values[name], data) for name, data in files.items() if data)
     else:
         for name, number in scalars_of(record).items():
             summary.value.add(tag=name, simple_value=number)
@@ -239,11 +239,11 @@ def _histogram(tag: str, value: Mapping[str, Any]) -> Summary.Value:
     return Summary.Value(tag=tag, histo=proto)
 
 
-def _image(tag: str, value: Mapping[str, Any], path: Path) -> Summary.Value:
+def _image(tag: str, value: Mapping[str, Any], data: bytes) -> Summary.Value:
     image = Summary.Image(
         height=value["height"],
         width=value["width"],
         colorspace=value["channels"],
-        encoded_image_string=path.read_bytes(),
+        encoded_image_string=data,
     )
     return Summary.Value(tag=tag, image=image)

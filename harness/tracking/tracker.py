@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import math
 import sys
 import time
 import weakref
@@ -240,7 +241,7 @@ class ExperimentTracker:
 
         figure = draw_run(Run(self.run_dir))
         path = None
-        if save_path is not None and self.is_main:
+        if save_path is not None and self.is_main and self._output.is_own_process:
             path = self._save_figure(figure, save_path)
         self.log_images("visualization", figure)
         return {"figure": figure, "metrics_summary": self.get_experiment_summary(), "path": path}
@@ -334,9 +335,14 @@ class ExperimentTracker:
         usage: dict[str, float] = self._sampler.sample()
         return usage
 
+    @harmless(lambda self: self.run_dir)
     def save_config(self, path: str | Path) -> Path:
-        """Writes the configuration as JSON or YAML; a bare name goes to `config_save_dir`, where `from_file`
-        looks for it too. Rank 0 writes."""
+        """Writes the configuration as JSON or YAML; a bare name goes to `config_save_dir`, where
+        `from_file(name, config_save_dir=...)` finds it. Rank 0 writes.
+
+        Returns:
+            The file; the run's directory if `path` is no path.
+        """
         path = Path(path)
         target = path if path.parent != Path() else Path(self.config.config_save_dir) / path
         self._save_config(target)
@@ -347,10 +353,12 @@ class ExperimentTracker:
         if self._output.is_closed or not self._output.is_own_process:
             return
         atexit.unregister(self._at_exit)
-        self._checkpoints.close()
-        if self._output.writes and self.config.log_images and self._step > 0:
-            self.create_visualization(self.run_dir / "curves.png")
-        self._output.close(state)
+        try:
+            self._checkpoints.close()
+            if self._output.writes and self.config.log_images and self._step > 0:
+                self.create_visualization(self.run_dir / "curves.png")
+        finally:
+            self._output.close(state)
 
     def __enter__(self) -> Self:
         return self
@@ -396,8 +404,11 @@ class ExperimentTracker:
 
     def _epoch_of(self, epoch: Any) -> int:
         numbers, refused = numbers_of({"epoch": epoch})
+        number = numbers.get("epoch", 0)
+        if not math.isfinite(number):
+            number, refused = 0, {"epoch": f"it is {number}"}
         self._output.leave_out("save_checkpoint", refused)
-        return int(numbers.get("epoch", 0))
+        return int(number)
 
     @harmless(_nothing)
     def _log_sizes(self, model: nn.Module) -> None:
@@ -424,14 +435,14 @@ class ExperimentTracker:
             self.config.save(path)
 
     def _no_summary(self) -> dict[str, Any]:
-        from harness.tracking.overview import summarise
+        from harness.tracking.overview import no_summary
 
-        return {"experiment": self.config.experiment_name, **summarise(Run(self.run_dir / "none"))}
+        return {"experiment": self.config.experiment_name, **no_summary(self.run_dir)}
 
     def _no_picture(self) -> dict[str, Any]:
         from matplotlib.figure import Figure
 
-        return {"figure": Figure(), "metrics_summary": self.get_experiment_summary(), "path": None}
+        return {"figure": Figure(), "metrics_summary": self._no_summary(), "path": None}
 
 
 def _close_at_exit(tracker: weakref.ref[ExperimentTracker]) -> None:

@@ -8,6 +8,7 @@ crash fall on each other.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import struct
@@ -20,12 +21,13 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import wandb
+from PIL import Image
 from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.priority import pass_on_to
 from harness.tracking.codec import Record
-from harness.tracking.log import media_file
+from harness.tracking.log import media_bytes
 from harness.tracking.mirror import StartAgain, scalars_of, shown_name
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
@@ -131,8 +133,8 @@ class WandbMirror:
         if record.kind == "text":
             return {name: str(text) for name, text in record.values.items()}
         if record.kind == "image":
-            files = {name: media_file(self._run_dir, image) for name, image in record.values.items()}
-            return {name: wandb.Image(str(path)) for name, path in files.items() if path is not None}
+            files = {name: media_bytes(self._run_dir, image) for name, image in record.values.items()}
+            return {name: wandb.Image(Image.open(io.BytesIO(data))) for name, data in files.items() if data}
         if record.kind == "histogram":
             return {
                 name: wandb.Histogram(np_histogram=(np.array(h["counts"]), np.array(h["edges"])))

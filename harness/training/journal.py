@@ -42,6 +42,10 @@ def _nothing(journal: object) -> None:
     return None
 
 
+def _no_samples(journal: object) -> Sequence[int]:
+    return ()
+
+
 class Journal:
     """Says nothing; what every rank but 0 has."""
 
@@ -57,7 +61,7 @@ class Journal:
     def saved(self, outcome: SaveOutcome) -> None:
         """A checkpoint that is committed, or that failed."""
 
-    def event(self, name: str, step: int, **details: Any) -> None:
+    def event(self, /, name: str, step: int, **details: Any) -> None:
         """Something that happened."""
 
     def say(self, text: str) -> None:
@@ -132,7 +136,7 @@ class MainJournal(Journal):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
-        samples_of = functools.partial(self._step_indices, sent.samples[0])
+        samples_of = functools.partial(self._samples_of, sent.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
             kind = "outlier batch" if incident.is_outlier else incident_kind(record)
@@ -151,6 +155,11 @@ class MainJournal(Journal):
                 step=record.step,
             )
         self._show(record, values, sent.step_s)
+
+    @harmless(_no_samples)
+    def _samples_of(self, first: int, rank: int | None, micro_batch: int | None) -> Sequence[int]:
+        """An incident without its samples is one all the same."""
+        return self._step_indices(first, rank, micro_batch)
 
     def _show(self, record: StepRecord, values: Mapping[str, float], step_s: float) -> None:
         self._window_s += step_s

@@ -14,6 +14,7 @@ from harness.checkpoint.store import Saved
 from harness.dist import HostGroup
 from harness.errors import CheckpointError
 from harness.tracking.checkpoint_names import Wanted, checkpoint_name
+from harness.tracking.checkpointing import SaveEnd
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.model_state import nonfinite_tensors
 from harness.tracking.tracker import ExperimentTracker as BareTracker
@@ -54,6 +55,11 @@ class TrackerCheckpoints:
         names = sorted({name for some in found for name in some})
         self._checkpointer.save(step, {_KEY: state}, meta={_NONFINITE: len(names)})
         return names
+
+    def ended(self) -> list[SaveEnd]:
+        """The saves that have ended since the last call, in order. Local."""
+        outcomes = self._checkpointer.outcomes()
+        return [SaveEnd(one.step, None if one.error is None else str(one.error)) for one in outcomes]
 
     def load(self, wanted: Wanted) -> dict[str, Any]:
         """The state of the checkpoint that is meant; without a name the newest that is finite, if one is.

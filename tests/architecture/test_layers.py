@@ -18,6 +18,7 @@ FLOORS = {
     "parent": 0,
     "priority": 0,
     "records": 0,
+    "wrappers": 0,
     "config": 1,
     "dist": 2,
     "data": 3,
@@ -104,7 +105,7 @@ def test_every_room_has_a_floor() -> None:
 
 
 def test_the_ground_floor_needs_the_standard_library_alone() -> None:
-    for name in ("errors", "env", "files", "logs", "parent", "priority", "records"):
+    for name in ("errors", "env", "files", "logs", "parent", "priority", "records", "wrappers"):
         foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
         assert not foreign & {"torch", "numpy", "yaml", "orjson", "harness.config"}, name
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from harness.dashboard import surveyor as surveyors
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.surveyor import Surveyor
 from harness.errors import TrackingError
 from harness.tracking import RunLog
+from harness.tracking.digest import Digest
 from harness.tracking.log import log_dir
+from harness.tracking.overview import Glance
 from harness.tracking.sample import LONG_BYTES
 from tests.support.runs import wait_for
 
@@ -155,6 +158,26 @@ def test_rows_of_runs_that_have_ended_are_kept(tmp_path: Path) -> None:
     third.look()
     assert told[-1]["glance"]["last_step"] == 599
     assert third.has_unread
+
+
+def test_a_run_of_which_nothing_can_be_made_is_read_again_only_when_its_log_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def fails(digest: Digest) -> Glance:
+        tries.append(digest.path)
+        raise ValueError("nothing can be made of it")
+
+    monkeypatch.setattr(surveyors, "glance", fails)
+    monkeypatch.setattr(surveyors, "SEARCH_EVERY_S", 0.0)
+    told: list[dict[str, Any]] = []
+    surveyor = Surveyor(tmp_path / "runs", tmp_path / "kept", told.append)
+    for num_tries in (1, 2):
+        write_run(tmp_path / "runs" / "odd")
+        for _ in range(3):
+            surveyor.look()
+        assert len(tries) == num_tries
 
 
 def test_a_folder_that_cannot_be_written_to_is_shown_all_the_same(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ pytest.importorskip("fastapi", reason="the dashboard needs `pip install 'stabili
 from starlette.testclient import TestClient
 
 from harness.dashboard import programs
+from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.forks import fork
 from harness.dashboard.tensorboards import TensorBoards
 from harness.errors import ConfigError, TrackingError
 from harness.tracking import segments
@@ -179,6 +181,10 @@ def test_tensorboard_is_not_started_where_it_would_read_elsewhere(
 def test_runs_of_odd_names_stand_in_the_table_beside_the_others(root: Path) -> None:
     names = [
         b"\xff\xfe",
+        rb"\xff\xfe",
+        b"\xff\\xfe",
+        rb"\\xff\xfe",
+        rb"back\slash",
         b"line\nbreak",
         "\u202etxt".encode(),
         b"\x1b[2J",
@@ -251,3 +257,31 @@ def test_one_run_that_fails_costs_its_row(root: Path, monkeypatch: pytest.Monkey
     for command in ("show", "watch", "report"):
         said = readers._ran([command, "mine", "--runs", str(root)])
         assert (said.status, said.text.count("\n")) == (2, 1)
+
+
+def test_the_dashboard_makes_nothing_behind_a_link(root: Path) -> None:
+    (root.parent / "elsewhere").mkdir()
+    (root / ".dashboard").rename(root.parent / "before")
+    (root / ".dashboard").symlink_to(root.parent / "elsewhere")
+    catalogue = Catalogue(root)
+    catalogue.start()
+    catalogue.close()
+    assert list((root.parent / "elsewhere").iterdir()) == []
+
+
+def test_no_link_between_the_folder_of_runs_and_a_run_is_followed(root: Path) -> None:
+    """The link comes after the run's name was looked at."""
+    (root / "group").symlink_to(root.parent / "outside")
+    run = root / "group" / CANARY
+    assert programs.configuration(root / "mine", within=root).name
+    with pytest.raises(ConfigError) as refused:
+        programs.configuration(run, within=root)
+    assert CANARY not in str(refused.value).replace(str(run), "")
+    assert programs.last_processes(run, within=root) == 1
+    assert programs.program(run, within=root) is None
+    for act in (programs.stop, programs.kill):
+        with pytest.raises(TrackingError):
+            act(run, within=root)
+    with pytest.raises(ConfigError):
+        fork(run, "new", within=root)
+    assert not (root.parent / "outside" / "new").exists()

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from harness.config import TrainConfig
+from harness.records import StepRecord
 from harness.tracking import open_run
 from harness.tracking.mirrors import MirrorHandle
 from harness.training import journal as journals
-from harness.training.journal import Journal, MainJournal
+from harness.training.counters import Counters
+from harness.training.journal import Journal, MainJournal, Sent
 
 
 @pytest.fixture
@@ -62,3 +64,21 @@ def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
     again.evaluation(0, {"val/loss": 2.0})
     again.close("finished")
     assert open_run(tmp_path).scalars("val/loss").values.tolist() == [2.0]
+
+
+def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step_indices(*_: Any) -> list[int]:
+        raise OSError("the order of the data cannot be read")
+
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    journal = MainJournal(
+        tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
+    )
+    record = StepRecord(step=3, verdict="skip", loss=1.0, grad_norm=1.0, reason="3 NaN", num_nan=3)
+    journal.step(record, Counters(), lr=0.1, sent=Sent(step_s=1.0, samples=(0, 4)))
+    journal.close("finished")
+    [event] = open_run(tmp_path).events("incident")
+    assert event.step == 3
+    assert "cannot be read" in caplog.text

@@ -7,12 +7,15 @@ import collections
 import copy
 import dataclasses
 import enum
+import errno
 import inspect
 import logging
 import math
 import multiprocessing
+import os
 import pickle
 import random
+import shutil
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +28,10 @@ import pytest
 import torch
 
 from harness import ExperimentTracker
-from harness.tracking import TrainingMetrics, open_run
+from harness.errors import TrackingError
+from harness.tracking import TrainingMetrics, open_run, places, reader, shared_place
+from harness.tracking.digest import Digest
+from harness.tracking.sample import open_digest
 from tests.support.trackers import alone
 
 
@@ -261,10 +267,12 @@ def test_a_copy_in_another_process_is_silent_and_the_run_goes_on(tmp_path: Path)
     tracker.close()
     run = open_run(tracker.run_dir)
     assert (run.scalars("train/loss").values.tolist(), run.state()) == ([1.0], "finished")
+    assert not (tracker.run_dir / "x.png").exists()
 
 
 def _log_and_close(tracker: ExperimentTracker) -> None:
     tracker.log_training_step(loss=5.0)
+    assert tracker.create_visualization(tracker.run_dir / "x.png")["path"] is None
     assert tracker.get_system_status()["logging"] is False
     tracker.close()
 
@@ -282,3 +290,154 @@ def test_terminal_lines_come_every_so_many_steps_or_never(
                 tracker.log_training_step(loss=1.0)
             assert tracker.should_save() == (interval == 2)
         assert caplog.text.count("train/loss") == lines
+
+
+def test_a_value_alone_is_the_loss_of_a_step_whatever_its_type(tmp_path: Path) -> None:
+    values = [torch.tensor(1.0), torch.tensor([1.0]), np.float32(1.0), np.array([1.0]), 1.0, Fraction(1)]
+    with alone(tmp_path) as tracker:
+        for value in values:
+            tracker.log_training_step(value)  # type: ignore[arg-type]
+            tracker.metrics_queue.put(value)
+        tracker.log_training_step(SimpleNamespace(loss=1.0, item=len))  # type: ignore[arg-type]
+    assert open_run(tracker.run_dir).scalars("train/loss").values.tolist() == [1.0] * (2 * len(values) + 1)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "dataclass", "list"])
+def test_hyperparameters_are_kept_as_deep_as_a_log_holds_them(kind: str, tmp_path: Path) -> None:
+    def nested(depth: int) -> Any:
+        inner: Any = 1.0 if depth == 0 else nested(depth - 1)
+        return {"mapping": {"v": inner}, "list": [inner], "dataclass": Nested(parent=inner)}[kind]
+
+    with alone(tmp_path) as tracker:
+        for depth in range(20):
+            tracker.log_hyperparameters({f"deep{depth}": nested(depth)})
+    told = open_run(tracker.run_dir).hparams
+    assert set(told) == {f"deep{depth}" for depth in range(20)}
+    whole = [depth for depth in range(20) if "(" not in str(told[f"deep{depth}"])]
+    assert whole == list(range(15))  # with the record's own values 16 levels
+
+
+def test_names_that_are_made_up_at_every_step_silence_no_other_method(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alone(tmp_path) as tracker:
+        for number in range(500):
+            tracker.log_metrics_batch({f"odd{number}": object()})
+        assert 100 <= len(caplog.records) <= 101
+        assert caplog.text.count("the others are not shown") == 1
+        tracker.log_images("broken", object())
+        tracker.config.log_images = True
+        tracker.log_images("broken", object())
+        tracker.config.log_images = False
+    assert "log_images leaves out 'broken'" in caplog.text
+
+
+def test_answers_need_no_disk_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    tracker = alone(tmp_path, run_name="one")
+    keys = tracker.get_experiment_summary().keys()
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, "node_folders", fails)
+        assert tracker.get_experiment_summary().keys() == keys
+        assert tracker.create_visualization()["metrics_summary"].keys() == keys
+        tracker.config.log_images = True
+        tracker.log_training_step(loss=1.0)
+        tracker.close()
+    assert "Stale file handle" in caplog.text
+    assert open_run(tracker.run_dir).state() == "finished"
+
+
+def test_an_interrupted_last_picture_leaves_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupts(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    tracker = alone(tmp_path, log_images=True)
+    tracker.log_training_step(loss=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tracker), "_save_figure", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.close()
+    assert open_run(tracker.run_dir).state() == "finished"
+
+
+@pytest.mark.parametrize(
+    "epoch", [math.nan, math.inf, -math.inf, None, "one", torch.tensor(math.nan), "evil"]
+)
+def test_an_odd_epoch_costs_no_checkpoint(epoch: Any, tmp_path: Path) -> None:
+    with alone(tmp_path) as tracker:
+        name = tracker.save_checkpoint(
+            torch.nn.Linear(1, 1), epoch=Evil() if epoch == "evil" else epoch, step=3
+        )
+        assert name == "checkpoint_epoch_0_step_3.pt"
+        assert tracker.load_checkpoint(name)["epoch"] == 0
+
+
+@pytest.mark.parametrize("path", [None, b"x.json", 3, "evil", "", "a\0b.json"])
+def test_a_configuration_that_cannot_be_saved_ends_no_training(path: Any, tmp_path: Path) -> None:
+    with alone(tmp_path) as tracker:
+        assert isinstance(tracker.save_config(Evil() if path == "evil" else path), Path)
+
+
+def test_a_run_is_resumed_whatever_lies_beside_it(tmp_path: Path) -> None:
+    with alone(tmp_path, run_name="mine") as tracker:
+        tracker.log_training_step(loss=1.0)
+    for name, content in {"text": b"an-id", "odd": b"\xff\xfe", "long": bytes(10_000)}.items():
+        other = tracker.run_dir.parent / name
+        shutil.copytree(tracker.run_dir, other)
+        (other / "log" / "mirrors").mkdir()
+        (other / "log" / "mirrors" / "wandb-run-id").write_bytes(content)
+    (tracker.run_dir.parent / "pipe" / "log").mkdir(parents=True)
+    os.mkfifo(tracker.run_dir.parent / "pipe" / "log" / "00000000.jsonl")
+    with alone(tmp_path, resume_run=True, run_name="mine") as again:
+        assert (again.run_dir, again.step) == (tracker.run_dir, 1)
+    with alone(tmp_path, resume_run=True, run_id="an-id") as again:
+        assert again.run_dir.name == "text"
+    with alone(tmp_path, resume_run=True) as again:
+        assert again.run_dir.name == "text"  # the one that logged last
+
+
+def test_a_run_that_cannot_be_read_is_not_in_the_way_of_the_one_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("bad", "good"):
+        with alone(tmp_path, run_name=name) as tracker:
+            tracker.log_training_step(loss=1.0)
+
+    def read(run_dir: Path, **given: Any) -> Digest:
+        if run_dir.name == "bad":
+            raise OSError(errno.EIO, "Input/output error")
+        return open_digest(run_dir, **given)
+
+    monkeypatch.setattr(places, "open_digest", read)
+    with alone(tmp_path, resume_run=True) as again:
+        assert again.run_dir.name == "good"
+    assert "Input/output error" in caplog.text
+
+
+def test_a_run_whose_last_step_is_the_last_there_is_can_be_resumed(tmp_path: Path) -> None:
+    with alone(tmp_path, run_name="one") as tracker:
+        tracker.log_training_step(loss=1.0, step=2**63 - 1)
+    with alone(tmp_path, run_name="one", resume_run=True) as again:
+        assert again.step == 2**63 - 1
+        again.log_training_step(loss=2.0)
+    assert open_run(tracker.run_dir).scalars("train/loss").values.tolist() == [2.0]
+
+
+def test_whatever_keeps_rank_0_from_its_run_is_told_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    left: list[dict[str, Any]] = []
+    monkeypatch.setattr(shared_place, "find_place", fails)
+    monkeypatch.setattr(shared_place.SharedPlace, "_leave", lambda _, said: left.append(said))
+    with pytest.raises(TrackingError, match="Stale file handle"):
+        alone(tmp_path)
+    assert "Stale file handle" in left[0]["error"][0]

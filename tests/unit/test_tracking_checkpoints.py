@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from harness.errors import CheckpointError, TrackingError
+from harness.tracking import open_run
 from harness.training.tracker_checkpoints import TrackerCheckpoints
 from tests.support.trackers import alone
 
@@ -71,6 +72,9 @@ def test_what_is_saved_comes_back_as_it_was(tmp_path: Path) -> None:
         "deep": [{"nan": math.nan}],
         "odd": torch.device("cpu"),
         "t": torch.eye(2),
+        "shape": (1, (2.0, frozenset({"a"}))),
+        "seen": {1, 2},
+        "pairs": {(1, torch.device("cpu"))},
     }
     with alone(tmp_path) as tracker:
         for loss in (math.nan, -math.inf, torch.tensor([math.nan]), 0.25):
@@ -81,6 +85,10 @@ def test_what_is_saved_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (data["metrics"]["best"], data["metrics"][0], data["metrics"]["odd"]) == (math.inf, 0.5, "cpu")
     assert math.isnan(data["metrics"]["deep"][0]["nan"])
     assert torch.equal(data["metrics"]["t"], torch.eye(2))
+    for name in ("shape", "seen"):
+        assert data["metrics"][name] == metrics[name]
+        assert type(data["metrics"][name]) is type(metrics[name])
+    assert data["metrics"]["pairs"] == {(1, "cpu")}
 
 
 def test_a_model_that_is_not_finite_is_saved_with_a_word_and_is_not_the_newest(
@@ -159,3 +167,36 @@ def test_a_save_that_fails_is_said_and_noted_and_the_next_one_works(
         assert "save_checkpoint failed" in caplog.text
         tracker.save_checkpoint(model_of(2.0), step=2)
         assert value_in(tracker.load_checkpoint()) == 2.0
+
+
+def test_the_log_tells_of_a_checkpoint_once_it_is_there_and_of_each_that_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alone(tmp_path, run_name="one") as tracker:
+        folder = Path(tracker.config.model_save_dir) / "one"
+        for step in range(3):
+            tracker.save_checkpoint(model_of(1.0), epoch=1, step=step)
+        tracker.load_checkpoint()
+        folder.rename(tmp_path / "gone")
+        folder.write_text("no folder")
+        for step in range(3, 6):
+            tracker.save_checkpoint(model_of(1.0), epoch=1, step=step)
+    events = [event for event in open_run(tracker.run_dir).events() if event.name.startswith("checkpoint")]
+    assert [(event.name, event.step) for event in events] == [
+        *(("checkpoint", step) for step in range(3)),
+        *(("checkpoint_failed", step) for step in range(3, 6)),
+    ]
+    assert all(event.details["epoch"] == 1 for event in events)
+    assert all(("error" in event.details) == (event.name == "checkpoint_failed") for event in events)
+
+
+def test_every_save_that_fails_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(torch.nn.Module):
+        def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+            raise RuntimeError("no state")
+
+    with alone(tmp_path) as tracker:
+        for step in range(3):
+            tracker.save_checkpoint(Broken(), step=step)
+    assert caplog.text.count("save_checkpoint failed") == 3
+    assert [event.step for event in open_run(tracker.run_dir).events("checkpoint_failed")] == [0, 1, 2]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import struct
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 
@@ -146,3 +150,59 @@ def test_a_damaged_line_is_no_record(line: bytes) -> None:
 def test_no_prefix_of_a_line_is_a_record() -> None:
     line = encode("step", {"a": math.nan, "b": "text"}, attempt=1, step=2, time=3.0)
     assert all(decode(line[:end]) is None for end in range(len(line) - 1))
+
+
+def random_json(draw: random.Random, depth: int) -> Any:
+    """Now and then longer or deeper than a log allows."""
+    if depth == 0 or draw.random() < 0.1:
+        return draw.choice([None, True, 0, -(2**63), 2**64 - 1, 10**30, 0.5, "text", "ü\0", [], {}, [0] * 9])
+    if draw.random() < 0.005:
+        return [draw.choice([0.5, "a", [], None])] * (MAX_ELEMENTS + draw.choice([0, 1]))
+    inner = [random_json(draw, depth - 1) for _ in range(draw.choice([0, 1, 1, 1, 1, 2]))]
+    return inner if draw.random() < 0.5 else {f"k{number}": one for number, one in enumerate(inner)}
+
+
+@pytest.mark.parametrize("kind", ["run", "event", "ranks", "of another program"])
+def test_what_is_decoded_can_be_encoded_and_what_is_encoded_decoded(kind: str) -> None:
+    draw = random.Random(kind)
+    num_taken = 0
+    for _ in range(150):
+        values = {"a": random_json(draw, draw.choice([3, 14, 15, 16, 17])), "b": 1}
+        fields = {"kind": kind, "attempt": 0, "step": 1, "time": 1.0, "values": values}
+        record = decode(json.dumps(fields).encode())
+        try:
+            line = encode(kind, values, attempt=0, step=1, time=1.0)
+        except TrackingError:
+            assert record is None
+            continue
+        assert decode(line) == record
+        num_taken += record is not None
+        if record is not None:
+            encode(kind, record.values, attempt=0, step=1, time=1.0)
+    assert num_taken > 10 or kind == "ranks"
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        action()
+        return time.perf_counter() - began
+
+    return min(once() for _ in range(3))
+
+
+HISTOGRAM = {"counts": [0.5] * 64, "edges": [0.25] * 65, "min": 0, "max": 1, "num": 1, "sum": 1}
+LONG_VALUES: dict[str, tuple[str, Any]] = {
+    "empty lists": ("event", {"a": [[] for _ in range(1 << 18)]}),
+    "empty lists in lists": ("event", {"a": [[[] for _ in range(50_000)] for _ in range(5)]}),
+    "histograms": ("histogram", {str(n): {**HISTOGRAM, "sum_squares": 1} for n in range(2000)}),
+    "ranks": ("ranks", {str(n): [0.5] * 60_000 for n in range(16)}),
+}
+
+
+@pytest.mark.parametrize("name", LONG_VALUES)
+def test_checking_a_line_costs_at_most_twice_its_parsing(name: str) -> None:
+    kind, values = LONG_VALUES[name]
+    line = orjson.dumps({"kind": kind, "attempt": 0, "step": 1, "time": 1.0, "values": values})
+    assert (decode(line) is None) == (name == "empty lists")
+    assert seconds_of(lambda: decode(line)) < 3 * seconds_of(lambda: orjson.loads(line)) + 0.01

@@ -250,3 +250,27 @@ def test_reading_stops_when_its_time_is_over_and_goes_on_later(
     assert len(shares) > 10
     assert shares == sorted(shares)
     assert_same_bands(digest, read(tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sample_shows_no_branch_that_a_rollback_left_wherever_the_rewind_lies(
+    seed: int, tmp_path: Path
+) -> None:
+    """The rewinds stand in the middle of a segment, where a sample does not look."""
+    draw = random.Random(seed)
+    with RunLog(tmp_path) as log:
+        step = 0
+        for value in range(4):
+            for _ in range(draw.randint(4000, 6000)):
+                log.write("step", {"train/loss": float(value)}, step=step)
+                step += 1
+            if value < 3:
+                step -= draw.randint(2000, 3500)
+                log.rewind(step)
+    truth = open_run(tmp_path)
+    first = sample(tmp_path, num_places=100, tail_bytes=1000)
+    assert first.is_sample
+    assert first.last_step == truth.last_step
+    shown, whole = first.bands("train/loss"), truth.scalars("train/loss")
+    wrong = np.sum(shown.mean != whole.values[shown.steps])
+    assert wrong <= 3 * 6  # between a rewind and the next place, two places at most

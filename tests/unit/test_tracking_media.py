@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from PIL import Image
 
 from harness.errors import TrackingError
+from harness.tracking import log, media
+from harness.tracking.codec import Record
 from harness.tracking.media import save_image, to_picture
 from harness.tracking.names import folder_name
+from harness.tracking.tensorboard import TensorBoardMirror
 
 
 @pytest.mark.parametrize(
@@ -73,3 +77,34 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
 def test_different_names_stay_different_and_plain_ones_stay_themselves() -> None:
     assert folder_name("lr-3e-4 (b)") == "lr-3e-4 (b)"
     assert len({folder_name(name) for name in ("a/b", "a\\b", "a_b", "a:b", "x" * 200, "x" * 201)}) == 6
+
+
+def test_no_longer_file_than_a_mirror_holds_becomes_part_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = save_image(tmp_path, np.random.default_rng(0).random((64, 64)))
+    size = (tmp_path / kept["file"]).stat().st_size
+    for limit, is_taken in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(log, "MEDIA_BYTES", limit)
+        monkeypatch.setattr(media, "MEDIA_BYTES", limit)
+        mirror = TensorBoardMirror(tmp_path / f"shown{limit}", run_dir=tmp_path, state={})
+        mirror.take(Record("image", 0, 1, 1.0, {"picture": kept}))
+        mirror.take(Record("graph", 0, 1, 1.0, {"file": kept["file"]}))
+        mirror.close(None)
+        [events] = (tmp_path / f"shown{limit}").iterdir()
+        assert (events.stat().st_size > 2 * size) == is_taken
+    assert "too long" in caplog.text
+    with pytest.raises(TrackingError, match=f"at most {size - 1}"):
+        save_image(tmp_path, np.random.default_rng(1).random((64, 64)))
+
+
+@pytest.mark.parametrize("name", ["none", "../outside", "/etc/passwd", "pipe", "link", "a\0b"])
+def test_only_regular_files_of_the_run_are_media(name: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (tmp_path / "outside").write_text("x")
+    (run_dir / "link").symlink_to(tmp_path / "outside")
+    os.mkfifo(run_dir / "pipe")
+    (run_dir / "fine").write_text("x")
+    assert log.media_bytes(run_dir, {"file": name}) is None
+    assert log.media_bytes(run_dir, {"file": "fine"}) == b"x"
