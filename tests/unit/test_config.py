@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
+from harness.config.parser import argument_parser
 from harness.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -125,12 +126,9 @@ def test_a_run_may_be_lengthened_but_not_changed(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    from harness.config.load import _parser
-
+    parser = argument_parser(TrainConfig, prog="x", description="")
     undocumented = [
-        action.dest
-        for action in _parser("x")._actions
-        if not action.help and not action.dest.endswith(".help")
+        action.dest for action in parser._actions if not action.help and not action.dest.endswith(".help")
     ]
     assert undocumented == []
 
