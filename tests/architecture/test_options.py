@@ -1,0 +1,91 @@
+"""The options of a run are those of options.txt: one appears, goes or changes its default on purpose.
+
+`python -m tests.architecture.test_options` writes the file anew.
+"""
+
+import dataclasses
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.config import TrainConfig
+
+OPTIONS = Path(__file__).with_name("options.txt")
+REWRITE = "python -m tests.architecture.test_options"
+
+
+def options(schema: type, prefix: str = "") -> Iterator[str]:
+    """A line for each option; those of the items of a list have `[]` in their names."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint, f"{name}.")
+            continue
+        yield f"{name}: {type_text(hint)}{default_text(field)}"
+        for item in typing.get_args(hint):
+            if dataclasses.is_dataclass(item):
+                yield from options(item, f"{name}[].")
+
+
+def type_text(hint: Any) -> str:
+    """As it is written in the source, without modules; the same in all versions of Python."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"Literal[{', '.join(map(repr, arguments))}]"
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " | ".join(map(type_text, arguments))
+    if arguments:
+        return f"{typing.get_origin(hint).__name__}[{', '.join(map(type_text, arguments))}]"
+    return {types.NoneType: "None", Ellipsis: "..."}.get(hint) or hint.__name__
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """Nothing for an option that has to be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f" = {value_text(field.default_factory())}"
+    return "" if field.default is dataclasses.MISSING else f" = {value_text(field.default)}"
+
+
+def value_text(value: Any) -> str:
+    """`repr`, but of an item of a list only what differs from the item's own defaults."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(value_text, value))})"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = ((field.name, field.default, getattr(value, field.name)) for field in dataclasses.fields(value))
+    given = (f"{name}={value_text(now)}" for name, default, now in fields if now != default)
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def text() -> str:
+    head = f"# Every option of `harness train`: its type and its default. Written by `{REWRITE}`.\n"
+    return head + "".join(f"{line}\n" for line in options(TrainConfig))
+
+
+def test_the_options_are_those_of_the_file() -> None:
+    before, now = OPTIONS.read_text().splitlines(), text().splitlines()
+    gone, new = [line for line in before if line not in now], [line for line in now if line not in before]
+    assert before == now, f"gone: {gone}, new: {new}; if that is meant: {REWRITE}"
+
+
+def test_help_and_the_form_need_no_torch() -> None:
+    code = (
+        "import sys, contextlib, harness.dashboard.form as form\n"
+        "from harness.cli.main import main\n"
+        "form.sections()\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['train', '--help'])\n"
+        "print('torch' in sys.modules)"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert any(line.startswith("usage: ") for line in printed)
+    assert printed[-1] == "False"
+
+
+if __name__ == "__main__":
+    OPTIONS.write_text(text())
