@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 import types
@@ -12,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.config import TrainConfig
+import pytest
+
+import harness
+from harness.config import CheckpointConfig, GuardConfig, TrainConfig
+from tests.architecture.test_layers import ROOT, imports
 
 OPTIONS = Path(__file__).with_name("options.txt")
 REWRITE = "python -m tests.architecture.test_options"
@@ -71,6 +76,34 @@ def test_the_options_are_those_of_the_file() -> None:
     before, now = OPTIONS.read_text().splitlines(), text().splitlines()
     gone, new = [line for line in before if line not in now], [line for line in now if line not in before]
     assert before == now, f"gone: {gone}, new: {new}; if that is meant: {REWRITE}"
+
+
+@pytest.mark.parametrize(
+    ("interface", "section"),
+    [(harness.Checkpointer, CheckpointConfig), (harness.StepGuard, GuardConfig)],
+    ids=lambda value: value.__name__,
+)
+def test_what_is_used_without_a_configuration_has_the_same_defaults(interface: type, section: type) -> None:
+    parameters = inspect.signature(interface).parameters.values()
+    options = {field.name: field.default for field in dataclasses.fields(section)}
+    shared = {parameter.name: parameter.default for parameter in parameters if parameter.name in options}
+    assert shared == {name: options[name] for name in shared}
+    assert len(shared) >= 3
+
+
+def sections() -> list[type]:
+    """The dataclasses that the whole configuration consists of."""
+    hints = typing.get_type_hints(TrainConfig).values()
+    parts = [part for hint in hints for part in (hint, *typing.get_args(hint))]
+    return [part for part in parts if dataclasses.is_dataclass(part)]
+
+
+def test_each_section_has_a_file_that_needs_little() -> None:
+    files = [Path(inspect.getfile(section)).relative_to(ROOT) for section in sections()]
+    assert len({*files}) == len(files) >= 10
+    for file in files:
+        foreign = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
+        assert foreign <= {"harness.config.checks", "harness.config.alerts"}, file
 
 
 def test_help_and_the_form_need_no_torch() -> None:
