@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 import harness
-from harness.config import CheckpointConfig, GuardConfig, TrainConfig
+from harness.config import CheckpointConfig, GuardConfig, TrainConfig, identity
+from harness.config.keys import key_types
+from harness.training import agreed
 from tests.architecture.test_layers import ROOT, imports
 
 OPTIONS = Path(__file__).with_name("options.txt")
@@ -89,6 +91,12 @@ def test_what_is_used_without_a_configuration_has_the_same_defaults(interface: t
     shared = {parameter.name: parameter.default for parameter in parameters if parameter.name in options}
     assert shared == {name: options[name] for name in shared}
     assert len(shared) >= 3
+
+
+def test_the_keys_that_code_spells_out_exist() -> None:
+    keys = list(key_types(TrainConfig))
+    spelled = {*identity._IDENTITY, *identity._IDENTITY_SECTIONS, *identity._MAY_CHANGE, *agreed._LOCAL}
+    assert [key for key in spelled if key.rstrip(".") not in keys] == []
 
 
 def sections() -> list[type]:
