@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from harness.config.schema import ModelConfig, TrainConfig
+from harness.config import ModelConfig, TrainConfig
 from harness.models import build_model
 from harness.tracking.reader import open_run
 from harness.training import train

@@ -7,6 +7,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -85,16 +86,9 @@ class Checkpointer:
     @classmethod
     def from_config(cls, directory: str | Path, config: CheckpointConfig) -> Checkpointer:
         """As a run's configuration says."""
-        return cls(
-            directory,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            keep_every=config.keep_every,
-            healthy_after=config.healthy_after,
-            when_busy=config.when_busy,
-            give_up_after_s=config.give_up_after_s,
-            in_memory=config.in_memory,
-        )
+        settings = asdict(config)
+        del settings["every"]  # the loop's business: here every `save` is asked for
+        return cls(directory, **settings)
 
     def save(
         self,

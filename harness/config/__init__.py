@@ -1,21 +1,20 @@
-"""What can be set about a run: the schema, and how it is read."""
+"""What can be set about a run, section by section, and how it is read."""
 
+from harness.config.alerts import AlertConfig
+from harness.config.checkpoint import CheckpointConfig
+from harness.config.data import DataConfig
+from harness.config.faults import FaultConfig
+from harness.config.guard import GuardConfig
 from harness.config.identity import check_same_run
-from harness.config.load import dump_yaml, flatten, parse_arguments, read_yaml, to_dict
-from harness.config.schema import (
-    AlertConfig,
-    CheckpointConfig,
-    DataConfig,
-    FaultConfig,
-    GuardConfig,
-    LoopConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from harness.config.keys import flatten
+from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
+from harness.config.loop import LoopConfig
+from harness.config.model import ModelConfig
+from harness.config.optim import OptimConfig
+from harness.config.parallel import ParallelConfig
+from harness.config.schedule import ScheduleConfig
+from harness.config.tracking import TrackingConfig
+from harness.config.train import TrainConfig
 
 __all__ = [
     "AlertConfig",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.config.load import flatten, read_yaml, to_dict
-from harness.config.schema import TrainConfig
+from harness.config.keys import flatten
+from harness.config.load import read_yaml, to_dict
+from harness.config.train import TrainConfig
 from harness.errors import ConfigError
 
 __all__ = ["check_same_run"]

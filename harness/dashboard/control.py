@@ -13,8 +13,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from harness.config import TrainConfig
-from harness.config.load import flatten
+from harness.config import TrainConfig, flatten
 from harness.config.plain_yaml import plain_yaml
 from harness.dashboard import commands, forks, form, programs
 from harness.dashboard.access import Access

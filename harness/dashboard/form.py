@@ -24,8 +24,7 @@ from typing import Any, Literal
 import docstring_parser
 import yaml
 
-from harness.config import TrainConfig, parse_arguments, to_dict
-from harness.config.load import flatten
+from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
 from harness.errors import ConfigError
 

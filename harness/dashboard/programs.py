@@ -21,8 +21,7 @@ from typing import Any
 
 import psutil
 
-from harness.config import TrainConfig, check_same_run, read_yaml
-from harness.config.load import flatten
+from harness.config import TrainConfig, check_same_run, flatten, read_yaml
 from harness.dashboard.form import read, yaml_of
 from harness.dashboard.printed import read_printed
 from harness.dashboard.records import (

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data.split import content_rank, val_limit
 from harness.data.task import Batch, LossSum, cross_entropy
 from harness.errors import DataError

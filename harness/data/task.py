@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.config.schema import TrainConfig
+from harness.config import TrainConfig
 from harness.data.task_code import task_code
 from harness.errors import ConfigError
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data.corpus import SourceFile, list_files, prepare, standard_library
 from harness.data.task import IGNORED, Batch, LossSum, cross_entropy
 from harness.errors import DataError

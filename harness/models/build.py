@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 from harness.errors import ConfigError
 from harness.models.decoder import Decoder
 from harness.models.vision import ConvNet, Perceptron

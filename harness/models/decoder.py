@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 
 __all__ = ["NORM_EPS", "Decoder", "swiglu_dim", "training_flops_per_token"]
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 
 __all__ = ["ConvNet", "Perceptron"]
 

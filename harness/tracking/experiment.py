@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from harness.config.checks import require
 from harness.config.plain_yaml import plain_yaml_file
-from harness.config.schema import require
 from harness.errors import ConfigError, TrackingError
 
 __all__ = ["METRIC_NAMES", "ExperimentConfig", "TrainingMetrics"]

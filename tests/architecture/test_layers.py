@@ -38,7 +38,7 @@ SOLE_IMPORTERS = {
     "tensorboard": {"harness/tracking/tensorboard.py"},
     "wandb": {"harness/tracking/wandb.py"},
     "pynvml": {"harness/tracking/resources.py"},
-    "jsonargparse": {"harness/config/load.py"},
+    "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
 }

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 from harness.models import build_model
 from tests.support.distributed import run_ranks
 

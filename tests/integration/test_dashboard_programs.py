@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.config import TrainConfig
-from harness.config.load import flatten, read_yaml
+from harness.config import TrainConfig, flatten, read_yaml
 from harness.dashboard import programs
 from harness.dashboard.checkpoints import checkpoints
 from harness.dashboard.forks import fork

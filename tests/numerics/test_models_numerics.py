@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 from harness.models import Decoder, build_model
 from harness.models.decoder import Rotary, rotate
 

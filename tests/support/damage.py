@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.config import TrainConfig
-from harness.config.load import dump_yaml
+from harness.config import TrainConfig, dump_yaml
 from harness.tracking import RunLog
 from harness.tracking.nodes import NodeLog
 

@@ -1,11 +1,14 @@
 """Reading a configuration: what is right goes through whole, what is wrong says so in one line."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
+from harness.config.keys import key_types, switches
+from harness.config.parser import argument_parser, parse
 from harness.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -125,14 +128,43 @@ def test_a_run_may_be_lengthened_but_not_changed(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    from harness.config.load import _parser
-
+    parser = argument_parser(TrainConfig, prog="x", description="")
     undocumented = [
-        action.dest
-        for action in _parser("x")._actions
-        if not action.help and not action.dest.endswith(".help")
+        action.dest for action in parser._actions if not action.help and not action.dest.endswith(".help")
     ]
     assert undocumented == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of another program."""
+
+    loud: bool = False
+    """Says more."""
+    size: int = 3
+    """In metres."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    """The configuration of another program."""
+
+    quick: bool = True
+    """Takes less time."""
+    part: Section = dataclasses.field(default_factory=Section)
+    """The section."""
+
+
+def test_a_field_is_all_that_an_option_needs(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("part: {size: 4}")
+    assert list(key_types(Whole)) == ["quick", "part", "part.loud", "part.size"]
+    assert switches(Whole) == ["quick", "part.loud"]
+    arguments = ["--config", str(file), "--quick=false", "--part.loud"]
+    assert parse(Whole, arguments) == Whole(quick=False, part=Section(loud=True, size=4))
+    assert "In metres." in argument_parser(Whole, prog="x", description="").format_help()
+    with pytest.raises(ConfigError, match=r"part\.sise.*part\.size"):
+        parse(Whole, ["--part.sise", "1"])
 
 
 def test_the_dump_is_plain_yaml() -> None:

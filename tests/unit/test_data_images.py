@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data import load_images
 from harness.data.images import Images
 from harness.errors import DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config.schema import ModelConfig, TrainConfig
+from harness.config import ModelConfig, TrainConfig
 from harness.data import Loader, Task, evaluation_batches, load_task
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config.schema import TrainConfig
+from harness.config import TrainConfig
 from harness.data import Task, cross_entropy, load_task
 from harness.errors import ConfigError
 

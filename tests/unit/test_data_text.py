@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data import load_text
 from harness.data.corpus import list_files, prepare, standard_library
 from harness.data.text import Windows

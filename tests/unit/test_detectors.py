@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.config.schema import SpikeRuleName
+from harness.config.guard import SpikeRuleName
 from harness.errors import CheckpointError, ConfigError
 from harness.stability.detectors import RULES, SpikeRule, SpikeVerdict, make_rule
 from harness.stability.rules.robust import RECENT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.config.schema import ModelConfig
+from harness.config import ModelConfig
 from harness.errors import ConfigError
 from harness.models import build_model
 

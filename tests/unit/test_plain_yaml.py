@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import TrainConfig, read_yaml
-from harness.config.load import dump_yaml
+from harness.config import TrainConfig, dump_yaml, read_yaml
 from harness.config.plain_yaml import MAX_BYTES, plain_yaml, plain_yaml_file
 from harness.dashboard import form
 from harness.errors import ConfigError

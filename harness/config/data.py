@@ -1,0 +1,33 @@
+"""The section `data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.config.checks import require, require_not_negative, require_positive
+
+__all__ = ["DataConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    paths: tuple[str, ...] = ()
+    """Files or folders of text (task text), or one .npz with `images` and `labels` (task images). Empty: the
+    Python standard library's source, or scikit-learn's handwritten digits."""
+    sequence_length: int = 256
+    """Bytes that the model sees at once (task text)."""
+    val_frac: float = 0.05
+    """Share of the files (text) or samples (images) held out, chosen by a hash of their content."""
+    cache_dir: str | None = None
+    """Where prepared data is kept. Default: $HARNESS_CACHE or the user's cache directory."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 loads in the training process."""
+    allow_change: bool = False
+    """Go on with a run whose data is not what it was when its checkpoint was written; otherwise an error."""
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, ["sequence_length"])
+        require_not_negative("data", self, ["num_workers"])
+        require(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "it has to lie between 0 and 1")

@@ -1,0 +1,38 @@
+"""The section `loop`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.config.checks import require_not_negative, require_positive
+
+__all__ = ["LoopConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at once, in which precision, and how often to look."""
+
+    steps: int = 400
+    """Optimizer steps of the whole run. A finished run goes on when this is raised, at the learning rate that
+    it ended with; see schedule.steps."""
+    global_batch: int = 16
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int | None = None
+    """Samples per forward pass and rank; default: all of a rank's share at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward; parameters stay fp32. auto: what accelerate was told, else bf16 on
+    CUDA and fp32 on CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_samples: int = 256
+    """Held-out samples per evaluation, always the same ones."""
+
+    def __post_init__(self) -> None:
+        require_positive("loop", self, ["steps", "global_batch", "eval_samples"])
+        require_not_negative("loop", self, ["eval_every"])
+        if self.micro_batch is not None:
+            require_positive("loop", self, ["micro_batch"])

@@ -1,0 +1,33 @@
+"""The section `optim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.config.checks import require, require_not_negative, require_positive
+
+__all__ = ["OptimConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer. Norms, biases and other one-dimensional parameters are never decayed."""
+
+    name: Literal["adamw", "adam", "sgd", "adagrad"] = "adamw"
+    """All four run fused and take the guard's verdict on the device."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's and Adagrad's denominator offset."""
+    weight_decay: float = 0.1
+    """Decay of matrices; decoupled for adamw."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+
+    def __post_init__(self) -> None:
+        require_positive("optim", self, ["lr", "eps"])
+        require_not_negative("optim", self, ["weight_decay", "momentum"])
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "both have to lie in [0, 1)")

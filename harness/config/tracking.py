@@ -1,0 +1,51 @@
+"""The section `tracking`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.config.alerts import DEFAULT_ALERTS, AlertConfig
+from harness.config.checks import require, require_not_negative, require_positive
+
+__all__ = ["TrackingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is written down and where it is mirrored."""
+
+    log_every: int = 10
+    """Steps between printed lines. The log has every step."""
+    tensorboard: bool = True
+    """Mirror the log to TensorBoard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
+    project: str = "harness"
+    """W&B project."""
+    group: str | None = None
+    """Name that related runs share."""
+    tags: tuple[str, ...] = ()
+    """Labels to find the run by."""
+    notes: str = ""
+    """Free text about the run."""
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """auto: a bar on a terminal, lines otherwise."""
+    histograms_every: int = 100
+    """Steps between histograms of rank 0's gradients and parameters, counted on the device; 0: never."""
+    system_every_s: float = 10.0
+    """Seconds between samples of processor, memory, disk and GPUs on each node; 0: none."""
+    alerts: tuple[AlertConfig, ...] = DEFAULT_ALERTS
+    """When people are told: on the terminal, in the log, at W&B and at the webhook."""
+    webhook: str | None = None
+    """Address that each alert is sent to as JSON by HTTP POST."""
+
+    def __post_init__(self) -> None:
+        require_positive("tracking", self, ["log_every"])
+        require_not_negative("tracking", self, ["system_every_s", "histograms_every"])
+        require(
+            self.webhook is None or self.webhook.startswith(("http://", "https://")),
+            "tracking.webhook",
+            self.webhook,
+            "it has to begin with http:// or https://",
+        )

@@ -1,0 +1,150 @@
+"""One complete run: the sections and what belongs to none of them.
+
+Each section checks what it can decide alone when it is made; rules that span several are in
+`TrainConfig.__post_init__`, and those that need the world's size in `check_world`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from harness.config.checkpoint import CheckpointConfig
+from harness.config.checks import require
+from harness.config.data import DataConfig
+from harness.config.faults import FaultConfig
+from harness.config.guard import GuardConfig
+from harness.config.loop import LoopConfig
+from harness.config.model import ModelConfig
+from harness.config.optim import OptimConfig
+from harness.config.parallel import ParallelConfig
+from harness.config.parser import parse
+from harness.config.schedule import ScheduleConfig
+from harness.config.tracking import TrackingConfig
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One complete run. Without any setting: a small decoder on the Python standard library's source."""
+
+    name: str = "quickstart"
+    """Name of the run; its directory is `runs_dir`/`name`."""
+    runs_dir: str = "runs"
+    """Folder in which runs are kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on with the run if its directory holds one, else start it; must, never: an error otherwise."""
+    seed: int = 1234
+    """Seed of initialisation, data order, augmentation and dropout, for torch, numpy and Python alike."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time."""
+    debug: bool = False
+    """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
+    task: str = "text"
+    """text, images, or `package.module:function` for a task of your own."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Stability guard."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Tracking."""
+    faults: tuple[FaultConfig, ...] = ()
+    """Faults to inject; loud when there are any."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", self.name, "a run needs a name")
+        require(
+            self.name not in (".", "..") and not set(self.name) & set("/\\\0\n\r\t"),
+            "name",
+            self.name,
+            "it is one folder's name, without slashes or control characters",
+            "use --runs_dir for the folder that it lies in",
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "it has to be a whole number in [0, 2^63)")
+        require(
+            self.task in ("text", "images") or ":" in self.task,
+            "task",
+            self.task,
+            "it has to be text, images, or package.module:function",
+        )
+        self._check_model_fits_task()
+
+    def _check_model_fits_task(self) -> None:
+        wanted = {"text": ("decoder",), "images": ("cnn", "mlp")}.get(self.task)
+        if wanted is None:
+            return
+        require(
+            self.model.kind in wanted,
+            "model.kind",
+            self.model.kind,
+            f"task {self.task} needs one of {', '.join(wanted)}",
+        )
+        require(
+            self.task != "text" or self.model.vocab_size >= 256,
+            "model.vocab_size",
+            self.model.vocab_size,
+            "task text needs a row for each of the 256 bytes",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Checks the rules that depend on how many processes there are, and what holds at the start only.
+
+        Raises:
+            ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
+                does not exist, or the debug mode is asked for in several processes.
+        """
+        micro_batch = self.loop.micro_batch or 1
+        share = world_size * micro_batch
+        require(
+            self.loop.global_batch % share == 0,
+            "loop.global_batch",
+            self.loop.global_batch,
+            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
+            f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
+        )
+        num_micro_batches = self.loop.global_batch // (
+            world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
+        )
+        for fault in self.faults:
+            last_step = self.loop.steps - 1
+            require(
+                fault.step <= last_step, "faults.step", fault.step, f"the run's steps are 0 to {last_step}"
+            )
+            require(fault.rank < world_size, "faults.rank", fault.rank, f"there are only {world_size} ranks")
+            require(
+                fault.micro_batch < num_micro_batches,
+                "faults.micro_batch",
+                fault.micro_batch,
+                f"a step has {num_micro_batches} on each rank, counted from 0",
+            )
+        require(
+            not (self.debug and world_size > 1),
+            "debug",
+            self.debug,
+            f"it runs in one process, and there are {world_size}",
+            "start it with `python harness/train.py`",
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads a YAML file; `overrides` are `section.key=value`, as on the command line.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is wrong.
+        """
+        return parse(cls, ["--config", str(path), *(f"--{override}" for override in overrides)])
