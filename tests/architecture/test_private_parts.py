@@ -5,14 +5,18 @@ A test that fails here after an upgrade names what has changed and which module 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import importlib.util
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,7 +81,8 @@ def test_the_walk_finds_each_way_to_use_a_private_part() -> None:
 
 def has(owner: object, *names: str) -> None:
     for name in names:
-        assert hasattr(owner, name), f"{owner!r} has no {name} any more, which {users_of(name)} needs"
+        kind = getattr(owner, "__name__", type(owner).__name__)
+        assert hasattr(owner, name), f"{kind} has no {name} any more, which {users_of(name)} needs"
 
 
 @pytest.fixture(scope="module")
@@ -372,11 +377,57 @@ def test_wandbs_process_has_the_name_by_which_it_is_ended() -> None:
 
 
 def test_gradios_queue_waits_as_long_as_it_is_told() -> None:
+    assert "self._queue = queueing.Queue(" in gradios("blocks.py"), users_of("_queue")
+    text = gradios("queueing.py")
+    for name in ("sleep_when_free", "progress_update_sleep_when_free"):
+        assert f"asyncio.sleep(self.{name})" in text, f"Gradio's queue has no {name}: {users_of(name)}"
+
+
+def test_gradios_routes_to_files() -> None:
+    closed = {"/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/deep_link"}
+    assert 'API_PREFIX = "/gradio_api"' in gradios("route_utils.py"), users_of("/gradio_api/file")
+    text = gradios("routes.py")
+    names = re.findall(r'@router\.\w+\("/(\w*(?:upload|file|proxy|link)\w*)', text)
+    paths = {f"/gradio_api/{name}" for name in names} | set(re.findall(r'"(/\w+/deep_link)"', text))
+    assert closed <= paths, f"gone: {users_of('/gradio_api/file')}"
+    assert paths - closed == {"/gradio_api/upload_progress"}, f"new: {users_of('/gradio_api/file')}"
+
+
+def gradios(file: str) -> str:
+    """The text of a module of Gradio's: to import it takes seconds."""
     spec = importlib.util.find_spec("gradio")
     if spec is None or spec.origin is None:
         pytest.skip("Gradio is not installed")
-    folder = Path(spec.origin).parent  # read, not run: importing it takes seconds
-    assert "self._queue = queueing.Queue(" in (folder / "blocks.py").read_text(), users_of("_queue")
-    text = (folder / "queueing.py").read_text()
-    for name in ("sleep_when_free", "progress_update_sleep_when_free"):
-        assert f"asyncio.sleep(self.{name})" in text, f"Gradio's queue has no {name}: {users_of(name)}"
+    return (Path(spec.origin).parent / file).read_text()
+
+
+def test_launchers_and_wandb_set_these_variables() -> None:
+    import wandb.env
+    from accelerate.utils import launch
+    from torch.distributed import argparse_util
+    from torch.distributed.elastic.agent.server import local_elastic_agent
+
+    set_by: dict[str, Any] = {
+        "WANDB_SERVICE": wandb.env,
+        "TORCHELASTIC_": local_elastic_agent,
+        "PET_": argparse_util,
+        "ACCELERATE_USE_CPU": launch,
+        "ACCELERATE_MIXED_PRECISION": launch,
+    }
+    for name, module in set_by.items():
+        assert name in inspect.getsource(module), f"{module.__name__} has no {name}: {users_of(name)}"
+
+
+def test_torchs_folders_tell_communication() -> None:
+    torchs = Path(torch.__file__).parent
+    assert Path(inspect.getfile(DistributedDataParallel)).is_relative_to(torchs / "nn/parallel")
+    assert Path(inspect.getfile(DTensor)).is_relative_to(torchs / "distributed/tensor")
+    assert Path(inspect.getfile(dist.all_reduce)).is_relative_to(torchs / "distributed")
+
+
+def test_jsonargparse_says_which_key_is_wrong() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--number", type=int)
+    with pytest.raises(argparse.ArgumentError) as caught:
+        parser.parse_args(["--number", "word"])
+    assert str(caught.value.message).startswith('Parser key "number"'), users_of("Parser key")
