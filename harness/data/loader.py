@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from harness.data.fetch import fetch, map_tensors, worker_failure
 from harness.data.order import mix, sample_order
@@ -80,7 +79,8 @@ class Loader:
         self._pin_memory = pin_memory
         self._fingerprints = dict(fingerprints or {})
         self._allow_change = allow_change
-        self._stream: Iterator[Batch | HarnessError] | None = None
+        self._stream: Any = None
+        """Iterator of `Batch | HarnessError`, torch's own where there are workers; None: it is not open."""
         self._position = 0
 
     @property
@@ -179,7 +179,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers. The loader can be used again; it then starts new ones."""
-        if isinstance(self._stream, _MultiProcessingDataLoaderIter):
+        if self._stream is not None and self._num_workers > 0:
             # Dropping it is not enough: the traceback of an error may keep it alive.
             self._stream._shutdown_workers()
         self._stream = None
@@ -188,7 +188,7 @@ class Loader:
         try:
             batch = next(stream)
         except RuntimeError as error:
-            if not isinstance(stream, _MultiProcessingDataLoaderIter):
+            if self._num_workers == 0:
                 raise
             raise worker_failure(error) from error
         if isinstance(batch, HarnessError):

@@ -10,6 +10,7 @@ from harness.dist.agreement import (
 )
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.shards import local_part
 from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
 from harness.dist.word import has_group, leave_word, word_of_main
@@ -27,6 +28,7 @@ __all__ = [
     "gradient_sync",
     "has_group",
     "leave_word",
+    "local_part",
     "one_voice",
     "open_world",
     "plain",

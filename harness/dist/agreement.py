@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
+from harness.dist.word import default_store
 from harness.errors import HarnessError, LaunchError
 
 __all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "one_voice", "together"]
@@ -163,7 +163,7 @@ def _tell_before_leaving(error: HarnessError, tell: Callable[[HarnessError], Non
     if dist.get_rank() == speaker and tell is not None:
         tell(error)
     with suppress(dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
-        store = _get_default_store()
+        store = default_store()
         if dist.get_rank() == speaker:
             store.set(told, "")
         else:
@@ -175,7 +175,7 @@ def _tell_before_leaving(error: HarnessError, tell: Callable[[HarnessError], Non
 def _ranks_that_say(text: str) -> tuple[int, ...]:
     """The ranks that fail with `text`, this one included; empty: all of them."""
     try:
-        _get_default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
+        default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
         said = _failures(enough=dist.get_world_size())
     except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         return (dist.get_rank(),)
@@ -185,7 +185,7 @@ def _ranks_that_say(text: str) -> tuple[int, ...]:
 
 def _failures(*, enough: int) -> dict[int, str]:
     """What ranks that have failed said, by rank, once so many have or the grace is over."""
-    store, size = _get_default_store(), dist.get_world_size()
+    store, size = default_store(), dist.get_world_size()
     said: dict[int, str] = {}
 
     def are_enough() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed
 
-__all__ = ["has_group", "leave_word", "word_of_main"]
+__all__ = ["default_store", "has_group", "leave_word", "word_of_main"]
 
 
 def has_group() -> bool:
@@ -20,14 +20,14 @@ def has_group() -> bool:
 
 def leave_word(key: str, word: str) -> None:
     """On rank 0: what the others will find under `key`. Does nothing without a process group."""
-    store = _store()
+    store = default_store()
     if store is not None:
         store.set(key, word)
 
 
 def word_of_main(key: str, *, timeout_s: float) -> str | None:
     """On another rank: waits for what rank 0 leaves; None if it leaves nothing, or there is no group."""
-    store = _store()
+    store = default_store()
     if store is None:
         return None
     try:
@@ -38,5 +38,6 @@ def word_of_main(key: str, *, timeout_s: float) -> str | None:
     return word.decode()
 
 
-def _store() -> Any:
+def default_store() -> Any:
+    """The store through which the ranks of the default process group met; None without a group."""
     return torch.distributed.distributed_c10d._get_default_store() if has_group() else None

@@ -16,7 +16,7 @@ from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.layout import Layout
 from harness.stability.optimizers import Optimizers
 from harness.stability.sources import GradientSource, PlainSource
-from harness.wrappers import without_wrappers
+from harness.wrappers import uncompiled, without_wrappers
 
 __all__ = ["layout_of", "named_parameters", "source_of"]
 
@@ -57,7 +57,7 @@ def source_of(
     model: nn.Module, layout: Layout, *, comm_hook: CommHook | None, group: dist.ProcessGroup | None
 ) -> GradientSource:
     """Where the gradients of `model` are measured: in buckets, before reduce-scatters, or where they lie."""
-    unwrapped = getattr(model, "_orig_mod", model)
+    unwrapped = uncompiled(model)
     if isinstance(unwrapped, DistributedDataParallel):
         return DdpSource(unwrapped, layout, comm_hook=comm_hook)
     if isinstance(unwrapped, FSDPModule):
@@ -77,7 +77,7 @@ def _authors_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := uncompiled(model)) is not model:
             model = inner
         else:
             return model

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from harness.wrappers import uncompiled
+
 __all__ = ["AttentionProbe", "is_compiled"]
 
 NUM_QUERIES = 32
@@ -43,7 +45,7 @@ class AttentionProbe(TorchFunctionMode):
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of it runs as `torch.compile` left it."""
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        getattr(module, "_compiled_call_impl", None) is not None or uncompiled(module) is not module
         for module in model.modules()
     )
 

@@ -13,9 +13,9 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from harness.dist import local_part
 from harness.stability.host_copy import HostCopy
 from harness.stability.inert import Hook
 
@@ -247,7 +247,7 @@ class _Held:
         self._version = self._present_version()
 
     def _present_version(self) -> int:
-        return 0 if self.words is None or self.tensor is None else _local(self.tensor)._version
+        return 0 if self.words is None or self.tensor is None else local_part(self.tensor)._version
 
 
 class _Block:
@@ -315,16 +315,12 @@ def _grouped(held: Iterable[_Held]) -> list[list[_Held]]:
     return list(groups.values())
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _words(tensor: Tensor) -> Tensor | None:
     """The bits of a buffer, as integers in its own memory; None if they cannot be written through.
 
     With a version counter of its own, so that a graph that somebody keeps does not see the write.
     """
-    local = _local(tensor)
+    local = local_part(tensor)
     plain = type(local) in (Tensor, nn.Parameter) and local.layout == torch.strided and not local.is_quantized
     if not plain or local.is_meta or local.is_inference() or local.is_conj() or local.is_neg():
         return None

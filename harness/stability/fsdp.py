@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from harness.dist import local_part
 from harness.errors import ConfigError
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.sources import Observations, RowTable
@@ -208,7 +209,7 @@ class _Group:
             if gradient is None and whole is not None:
                 gradient = whole.grad
             if gradient is not None:
-                found.append((managed.sharded_param, getattr(gradient, "_local_tensor", gradient)))
+                found.append((managed.sharded_param, local_part(gradient)))
         return found
 
     def close(self) -> None:

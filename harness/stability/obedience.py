@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.dist import local_part
 from harness.records import StepRecord
 from harness.stability.lane import Fault
 from harness.stability.verdict import Decision
@@ -80,7 +81,7 @@ def _some_parameters(optimizer: Any) -> list[nn.Parameter]:
 
 def _some(tensors: Sequence[Tensor]) -> Tensor:
     """Some elements of this rank's shares, `[n]` float64."""
-    shares = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
+    shares = [local_part(tensor).detach() for tensor in tensors]
     return torch.cat([_head(share) for share in shares]).double()
 
 

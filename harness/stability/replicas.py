@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.dist import local_part
 from harness.stability.optimizers import StateOf
 
 __all__ = ["OddReplica", "checksums", "find_odd"]
@@ -67,5 +68,5 @@ def _of_parameter(parameter: nn.Parameter, state: Mapping[str, Any]) -> Tensor:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    local: Tensor = getattr(tensor, "_local_tensor", tensor).detach()
+    local = local_part(tensor).detach()
     return local.contiguous().view(_INTEGER_OF[local.element_size()]).sum(dtype=torch.int64)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from harness.dist import local_part
 from harness.records import ParameterSample
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.optimizers import StateOf
@@ -114,5 +115,4 @@ def _elements_per_sampled(parameter: Tensor) -> float:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.detach()
+    return local_part(tensor).detach()

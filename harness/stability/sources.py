@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.dist import local_part
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, Layout
 from harness.stability.statistics import tensor_statistics
 
@@ -231,5 +232,4 @@ def _pieces_together(some: Tensor, others: Tensor) -> Tensor:
 def gradients_of(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
     """Those of `parameters` that have a gradient, and the gradients; of a DTensor, the local shard."""
     pairs = [(p, gradient) for p in parameters if (gradient := p.grad) is not None]
-    gradients: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for _, gradient in pairs]
-    return [p for p, _ in pairs], gradients
+    return [p for p, _ in pairs], [local_part(gradient) for _, gradient in pairs]

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from harness.errors import TrackingError
 from harness.tracking.media import save_media
+from harness.wrappers import uncompiled
 
 __all__ = ["count_parameters", "describe", "trace"]
 
@@ -70,7 +71,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := uncompiled(model)) is not model:
             model = inner
         else:
             return model

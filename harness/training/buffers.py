@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harness.dist import broadcast_from_main
+from harness.dist import broadcast_from_main, local_part
 
 __all__ = ["buffers_of_rank_0", "constant_buffers"]
 
@@ -81,7 +81,7 @@ def _held(model: nn.Module) -> list[_Held]:
 def _bits(buffer: Tensor) -> Tensor | None:
     """As integers in the buffer's own memory, with a version counter of their own; of a DTensor this rank's
     part. None: they cannot be written through."""
-    local = buffer._local_tensor if isinstance(buffer, DTensor) else buffer
+    local = local_part(buffer)
     is_plain = type(local) in (Tensor, nn.Parameter) and local.layout == torch.strided
     if not is_plain or local.is_quantized or local.is_meta or local.is_inference():
         return None

@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from harness.checkpoint.adapters import adapters
 from harness.tracking.model_state import as_named_by, bare_state
-from harness.wrappers import without_wrappers
+from harness.wrappers import uncompiled, without_wrappers
 
 
 class Own(torch.nn.Module):
@@ -27,6 +27,13 @@ def test_only_whole_parts_of_a_name_are_wrappers() -> None:
     for names in itertools.product(parts, repeat=3):
         own = [name for name in names if name not in parts[:2]]
         assert without_wrappers(".".join([*names, "weight"])) == ".".join([*own, "weight"])
+
+
+def test_a_compiled_module_and_one_that_is_not_give_the_same() -> None:
+    module = torch.nn.Linear(1, 1)
+    assert uncompiled(torch.compile(module)) is uncompiled(module) is module
+    module.compile()
+    assert uncompiled(module) is module
 
 
 def test_tracker_and_checkpoints_keep_a_models_own_names() -> None:
