@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from harness.config import GuardConfig
-from harness.dist.collectives import gather_lanes
+from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.actuator import Actuator
@@ -26,13 +26,13 @@ from harness.stability.buffers import Buffers
 from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
-from harness.stability.lane import NUM_HOST_FIELDS, Fault, build_lane
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
 from harness.stability.monitor import Monitor
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet, pack, unpack
+from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
 from harness.stability.verdict import Decision, Judge
@@ -117,7 +117,7 @@ class StepGuard:
         self._step = 0
         self._attention: Tensor | None = None
         self._micro_batches = MicroBatches(device)
-        self._lane = Graphed(functools.partial(_lane, self._micro_batches))
+        self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
         self._decision = Graphed(
             functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.size.memory
         )
@@ -250,9 +250,9 @@ class StepGuard:
             *known, *self._micro_batches.told(), float(is_unscaled), nominal_tokens or 0.0
         )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        (lane,) = self._lane(local, reduced, known_t, self._actuator.obedience.faults_t)
-        packet = self._gather(self._due({"lane": lane}, rows))
-        decision = Decision(*self._decision(packet["lane"], known_t))
+        (statistics,) = self._rank_statistics(local, reduced, known_t, self._actuator.obedience.faults_t)
+        packet = self._gather(self._due({"rank_statistics": statistics}, rows))
+        decision = Decision(*self._decision(packet["rank_statistics"], known_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
         if scaled is not None:
@@ -412,7 +412,7 @@ class StepGuard:
         if self._source.group is None:
             return {name: tensor[None] for name, tensor in packet.items()}
         flat, spec = pack(packet)
-        return unpack(gather_lanes(flat, group=self._source.group), spec)
+        return unpack(all_gather(flat, group=self._source.group), spec)
 
     def _apply(self, decision: Decision, packet: Packet) -> None:
         """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
@@ -423,33 +423,34 @@ class StepGuard:
         self._actuator.carry_out(self._step, decision)
         samples = self._sampler.after()
         if self._source.num_shards > 1:
-            samples = gather_lanes(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
+            samples = all_gather(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
             packet["samples"] = samples[: self._source.num_shards].contiguous()
         else:
             packet["samples"] = samples[None]
 
 
-def _lane(
+def _rank_statistics(
     micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor, faults_t: Tensor
 ) -> tuple[Tensor]:
-    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, whether the loop has unscaled
-    the gradients, nominal tokens. `faults_t`: 0-d, to be added to the faults among the host fields."""
+    """This rank's statistics. `known_t`: their host fields, `MicroBatches.told`, whether the loop has
+    unscaled the gradients, nominal tokens. `faults_t`: 0-d, to be added to the faults among the host
+    fields."""
     host_values, loss, number = known_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
     host_values = torch.cat([host_values[:1] + faults_t, host_values[1:]])
     micro_batches.look(local, number[0])
-    lane = build_lane(
+    statistics = build_rank_statistics(
         local,
         reduced,
         loss=micro_batches.loss_t + loss,
         micro_batch=micro_batches.suspect_t,
         host_values=host_values,
     )
-    return (lane,)
+    return (statistics,)
 
 
-def _decide(judge: Judge, loss_scale: LossScale, lanes: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
+def _decide(judge: Judge, loss_scale: LossScale, per_rank: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
     """The fields of a `Decision`."""
     decision = judge.judge(
-        lanes, loss_scale_t=loss_scale.value_t, is_unscaled_t=known_t[-2] > 0, nominal_tokens_t=known_t[-1]
+        per_rank, loss_scale_t=loss_scale.value_t, is_unscaled_t=known_t[-2] > 0, nominal_tokens_t=known_t[-1]
     )
     return tuple(getattr(decision, field.name) for field in fields(Decision))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.lane import bad_rows
 from harness.stability.layout import SUM_SQUARES
 from harness.stability.loss import checked_count, checked_loss
+from harness.stability.rank_statistics import bad_rows
 
 __all__ = ["MicroBatches"]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.dist.collectives import gather_lanes
+from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
-from harness.stability import lane
 from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
+from harness.stability.rank_statistics import DRAINED
 from harness.stability.reading import Reader, is_skip
 
 __all__ = ["Monitor"]
@@ -79,7 +79,7 @@ class Monitor:
             packet: What `Reader.record` reads.
             layout: Which parameter is which row.
             rows: `[P, 6]`, this rank's statistics and the reduced sums of squares.
-            counts_tokens: Whether the lanes' token counts were told by the caller.
+            counts_tokens: Whether the token counts are the caller's, and not a count of losses.
 
         Raises:
             ConfigError: not all ranks had called `drain` alike before a step that has arrived by now.
@@ -154,10 +154,11 @@ class Monitor:
     def _check(self, pending: _Pending) -> None:
         if self._group is None:
             return
-        told = unpack(pending.copy.wait(), pending.spec)["lane"][:, lane.DRAINED].tolist()
-        behind = [rank for rank, drained in enumerate(told) if drained < max(told)]
+        statistics = unpack(pending.copy.wait(), pending.spec)["rank_statistics"]
+        num_drained = statistics[:, DRAINED].tolist()
+        behind = [rank for rank, drained in enumerate(num_drained) if drained < max(num_drained)]
         if behind:
-            ahead = [rank for rank in range(len(told)) if rank not in behind]
+            ahead = [rank for rank in range(len(num_drained)) if rank not in behind]
             raise ConfigError(
                 f"before step {pending.step} drain() was called on ranks {_listed(ahead)}, but not on ranks "
                 f"{_listed(behind)}",
@@ -186,7 +187,7 @@ class Monitor:
         while self._unchecked:
             self._check(self._unchecked.popleft())
         try:
-            everywhere = gather_lanes(rows.flatten(), group=self._group)
+            everywhere = all_gather(rows.flatten(), group=self._group)
         except RuntimeError as error:
             raise ConfigError(
                 f"the rows of a skipped step could not be gathered: {str(error).splitlines()[0]}",

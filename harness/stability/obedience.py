@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.records import StepRecord
-from harness.stability.lane import Fault
+from harness.stability.rank_statistics import Fault
 from harness.stability.verdict import Decision
 
 __all__ = ["Obedience"]

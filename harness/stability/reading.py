@@ -12,10 +12,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from harness.records import Culprit, ParameterRow, RankRow, StepRecord
-from harness.stability import lane
-from harness.stability.lane import Fault
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
+from harness.stability.rank_statistics import (
+    COMPUTE_S,
+    CORRECT,
+    DATA_WAIT_S,
+    FAULTS,
+    LOSS_SUM,
+    MICRO_BATCH,
+    PARAMETER,
+    REDUCED_BAD,
+    STOP_REQUESTED,
+    TOKENS,
+    Fault,
+)
 from harness.stability.replicas import OddReplica, find_odd
 from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
@@ -43,7 +54,7 @@ class _Step:
     """A step's numbers as plain values."""
 
     summary: Summary
-    lanes: list[list[float]]
+    per_rank: list[list[float]]
     odd: OddReplica | None
     """What the checksums say, in the steps in which they were taken."""
 
@@ -55,20 +66,20 @@ class _Step:
     @property
     def bad(self) -> list[tuple[int, int]]:
         """Micro-batch and rank of whatever went bad by itself, in this order."""
-        return sorted((int(one[lane.MICRO_BATCH]), r) for r, one in enumerate(self.lanes) if _is_bad(one))
+        return sorted((int(one[MICRO_BATCH]), r) for r, one in enumerate(self.per_rank) if _is_bad(one))
 
     @property
     def culprits(self) -> tuple[Culprit, ...]:
         """All ranks to blame, the first first."""
         rank = self.outstanding
-        blamed = self.bad or ([] if rank is None else [(int(self.lanes[rank][lane.MICRO_BATCH]), rank)])
+        blamed = self.bad or ([] if rank is None else [(int(self.per_rank[rank][MICRO_BATCH]), rank)])
         return tuple(Culprit(rank=rank, micro_batch=micro_batch) for micro_batch, rank in blamed)
 
     @property
     def outstanding(self) -> int | None:
         """Of a spike or an outlier batch the rank whose own gradient stands out; None if it is not one rank's
         doing."""
-        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.lanes]
+        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.per_rank]
         rank = norms.index(max(norms))
         others = norms[:rank] + norms[rank + 1 :]
         stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
@@ -76,7 +87,7 @@ class _Step:
         return rank if unusual and stands_out else None
 
     def total(self, field: int) -> float:
-        return sum(one[field] for one in self.lanes)
+        return sum(one[field] for one in self.per_rank)
 
 
 def is_skip(packet: Packet) -> bool:
@@ -85,8 +96,9 @@ def is_skip(packet: Packet) -> bool:
 
 
 class Reader:
-    """Makes records of packets: `summary` [NUM_SUMMARY], `lane` [W, NUM_FIELDS], and now and then `rows`
-    [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in host memory."""
+    """Makes records of packets: `summary` [NUM_SUMMARY], `rank_statistics` [W, NUM_FIELDS], and now and then
+    `rows` [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in
+    host memory."""
 
     def __init__(self, layout: Layout, *, num_replicas: int) -> None:
         self._layout = layout
@@ -96,7 +108,7 @@ class Reader:
         """The record of a step."""
         sums = packet.get("checksums")
         odd = None if sums is None else find_odd(sums.view(self._num_replicas, -1, len(self._layout)))
-        seen = _Step(Summary(*packet["summary"].tolist()), packet["lane"].tolist(), odd)
+        seen = _Step(Summary(*packet["summary"].tolist()), packet["rank_statistics"].tolist(), odd)
         summary = seen.summary
         rank, parameter, micro_batch = self._blamed(seen)
         return StepRecord(
@@ -107,19 +119,19 @@ class Reader:
             loss=summary.loss,
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
-            num_tokens=int(seen.total(lane.TOKENS)) if counts_tokens else 0,
-            num_correct=int(seen.total(lane.CORRECT)),
+            num_tokens=int(seen.total(TOKENS)) if counts_tokens else 0,
+            num_correct=int(seen.total(CORRECT)),
             num_nan=_count(seen.total(NUM_NAN)),
             num_inf=_count(seen.total(NUM_INF)),
             num_zero=_count(seen.total(NUM_ZERO)),
-            max_abs=max(one[MAX_ABS] for one in seen.lanes) / summary.divisor,
+            max_abs=max(one[MAX_ABS] for one in seen.per_rank) / summary.divisor,
             loss_scale=summary.loss_scale,
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
             culprits=seen.culprits,
             per_rank=tuple(
-                _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.lanes)
+                _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.per_rank)
             ),
             per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
             sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
@@ -136,12 +148,12 @@ class Reader:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
         rank = seen.culprit if seen.culprit is not None else seen.outstanding
         if rank is not None:
-            row = int(seen.lanes[rank][lane.PARAMETER])
+            row = int(seen.per_rank[rank][PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, int(seen.lanes[rank][lane.MICRO_BATCH])
-        if seen.total(lane.REDUCED_BAD):
-            bad = next(one for one in seen.lanes if one[lane.REDUCED_BAD])
-            return None, self._layout.names[int(bad[lane.PARAMETER])], None
+            return rank, name, int(seen.per_rank[rank][MICRO_BATCH])
+        if seen.total(REDUCED_BAD):
+            bad = next(one for one in seen.per_rank if one[REDUCED_BAD])
+            return None, self._layout.names[int(bad[PARAMETER])], None
         if seen.odd is not None:
             return seen.odd.rank, self._layout.names[seen.odd.row], None
         return None, None, None
@@ -183,45 +195,45 @@ class Reader:
 
 
 def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
-    tokens = one[lane.TOKENS]
+    tokens = one[TOKENS]
     return RankRow(
         rank=rank,
-        loss=one[lane.LOSS_SUM] / tokens if tokens else math.nan,
+        loss=one[LOSS_SUM] / tokens if tokens else math.nan,
         num_tokens=int(tokens) if counts_tokens else 0,
         grad_norm=math.sqrt(one[SUM_SQUARES]) / divisor,
         max_abs=one[MAX_ABS] / divisor,
         num_nan=_count(one[NUM_NAN]),
         num_inf=_count(one[NUM_INF]),
         num_zero=_count(one[NUM_ZERO]),
-        compute_s=one[lane.COMPUTE_S],
-        data_wait_s=one[lane.DATA_WAIT_S],
-        stop_requested=bool(one[lane.STOP_REQUESTED]),
+        compute_s=one[COMPUTE_S],
+        data_wait_s=one[DATA_WAIT_S],
+        stop_requested=bool(one[STOP_REQUESTED]),
     )
 
 
 def _is_bad(one: list[float]) -> bool:
-    gradient = one[NUM_NAN] or one[NUM_INF] or one[lane.FAULTS]
-    return bool(gradient) or not math.isfinite(one[lane.LOSS_SUM])
+    gradient = one[NUM_NAN] or one[NUM_INF] or one[FAULTS]
+    return bool(gradient) or not math.isfinite(one[LOSS_SUM])
 
 
 def _skip_reason(seen: _Step) -> str:
     culprit = seen.culprit
     if culprit is not None:
-        return _blame(seen.lanes[culprit], culprit)
-    if not seen.total(lane.TOKENS):
+        return _blame(seen.per_rank[culprit], culprit)
+    if not seen.total(TOKENS):
         return "no tokens in the global batch"
-    if seen.total(lane.REDUCED_BAD):
+    if seen.total(REDUCED_BAD):
         return "the reduced gradient is not finite though every rank's own was: overflow in the reduction"
     return f"the gradient's norm of {seen.summary.grad_norm:.3g} is beyond fp32"
 
 
 def _blame(one: list[float], rank: int) -> str:
-    faults = Fault(int(one[lane.FAULTS]))
+    faults = Fault(int(one[FAULTS]))
     for fault, words in _WORDS.items():
         if fault in faults:
             return words.format(rank=rank)
-    if not math.isfinite(one[lane.LOSS_SUM]):
-        return f"the loss is {one[lane.LOSS_SUM]} on rank {rank}"
+    if not math.isfinite(one[LOSS_SUM]):
+        return f"the loss is {one[LOSS_SUM]} on rank {rank}"
     return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
 
 

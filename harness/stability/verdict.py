@@ -13,8 +13,8 @@ from torch import Tensor
 
 from harness.config import GuardConfig
 from harness.records import Verdict
-from harness.stability import lane
 from harness.stability.layout import NUM_INF, NUM_NAN
+from harness.stability.rank_statistics import FAULTS, LOSS_SUM, REDUCED_BAD, REDUCED_SUM_SQUARES, TOKENS
 from harness.stability.size import SizeJudge, SizeVerdict
 
 __all__ = ["VERDICTS", "Decision", "Judge", "Summary"]
@@ -83,24 +83,25 @@ class Judge:
         self.size = SizeJudge(config)
 
     def judge(
-        self, lanes: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
+        self, per_rank: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
     ) -> Decision:
         """The decision on a step. Does not synchronise.
 
         Args:
-            lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
+            per_rank: `[W, NUM_FIELDS]` rank statistics as gathered; identical on all ranks, and so is what
+                follows from it.
             is_unscaled_t: 0-d bool, the gradients have been divided by the loss scale already.
             nominal_tokens_t: 0-d, what the loss was divided by before the backward pass; 0: its own tokens.
         """
-        tokens = lanes[:, lane.TOKENS].sum()
-        loss = lanes[:, lane.LOSS_SUM].sum() / tokens
+        tokens = per_rank[:, TOKENS].sum()
+        loss = per_rank[:, LOSS_SUM].sum() / tokens
         divisor = torch.where(is_unscaled_t, 1.0, loss_scale_t.double())
         is_nominal = (tokens > 0) & (nominal_tokens_t > 0)
         divisor = torch.where(is_nominal, divisor * tokens / nominal_tokens_t, divisor)
-        squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
+        squares = per_rank[:, REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
         norm = squares.amax().sqrt() / divisor
-        gradient_bad = _num_bad(lanes) > 0
-        bad = gradient_bad | ~loss.isfinite() | (lanes[:, lane.FAULTS].sum() > 0)
+        gradient_bad = _num_bad(per_rank) > 0
+        bad = gradient_bad | ~loss.isfinite() | (per_rank[:, FAULTS].sum() > 0)
         size = self.size.judge(norm, loss, ~bad)
         coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
@@ -140,5 +141,5 @@ class Judge:
         return squares.amax() - squares.amin() > REPLICA_TOLERANCE * squares.amax()
 
 
-def _num_bad(lanes: Tensor) -> Tensor:
-    return (lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD]).sum()
+def _num_bad(per_rank: Tensor) -> Tensor:
+    return (per_rank[:, NUM_NAN] + per_rank[:, NUM_INF] + per_rank[:, REDUCED_BAD]).sum()

@@ -1,4 +1,4 @@
-"""A lane: what one rank says about its share of a step, in 17 float64, before anything is decided.
+"""Rank statistics: what one rank knows of its share of a step, as `[17]` float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "TOKENS",
     "Fault",
     "bad_rows",
-    "build_lane",
+    "build_rank_statistics",
 ]
 
 # Fields 0 to 4 are the columns of a row of statistics, summed (max-abs: maximised) over the parameters.
@@ -66,10 +66,10 @@ class Fault(IntFlag):
     """An optimizer did not divide gradients in an earlier step that was to be clipped."""
 
 
-def build_lane(
+def build_rank_statistics(
     local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: Tensor
 ) -> Tensor:
-    """This rank's lane, `[NUM_FIELDS]` float64.
+    """This rank's statistics, `[NUM_FIELDS]` float64.
 
     Args:
         local: `[P, 5]` statistics of this rank's own gradient, before the reduction.
