@@ -49,10 +49,10 @@ class Actuator:
     def __init__(self, optimizers: Optimizers, *, device: torch.device) -> None:
         self._optimizers = optimizers
         self.obedience = Obedience(device)
-        self._told_of: set[str] = set()
+        self._warned_of: set[str] = set()
         for optimizer in optimizers.stepped:
             if not self._is_fused(optimizer):
-                self._tell_once(optimizer)
+                self._warn_once(optimizer)
         self.start_over()
 
     def start_over(self) -> None:
@@ -69,7 +69,7 @@ class Actuator:
         with self.obedience.watched(step, by_device, decision):
             for optimizer in self._optimizers.stepped:
                 if optimizer in by_device or (optimizer in fused and not skip):
-                    with _told(optimizer, decision):
+                    with _with_verdict(optimizer, decision):
                         optimizer.step()
                 elif not skip:
                     _scale_gradients(optimizer, divisor)
@@ -78,7 +78,7 @@ class Actuator:
     def _is_fused(self, optimizer: Any) -> bool:
         """Whether it takes the verdict on the device."""
         if not all(group.get("fused") for group in optimizer.param_groups):
-            self._tell_once(optimizer)
+            self._warn_once(optimizer)
             return False
         devices = {p.device.type for group in optimizer.param_groups for p in group["params"][:1]}
         step = inspect.unwrap(optimizer.step, stop=_is_foreign)
@@ -86,13 +86,13 @@ class Actuator:
         if honours and not _has_step_hooks(optimizer):
             _refuse_sharded(optimizer)
             return True
-        self._tell_once(optimizer)
+        self._warn_once(optimizer)
         return False
 
-    def _tell_once(self, optimizer: Any) -> None:
+    def _warn_once(self, optimizer: Any) -> None:
         name = type(optimizer).__name__
-        if name not in self._told_of:
-            self._told_of.add(name)
+        if name not in self._warned_of:
+            self._warned_of.add(name)
             logger.warning(
                 "%s reads the guard's verdict on the host, one synchronisation per step; torch's own Adam, "
                 "AdamW, SGD and Adagrad with fused=True and without step hooks avoid it",
@@ -121,7 +121,7 @@ class _Stateless:
 
 
 @contextmanager
-def _told(optimizer: Any, decision: Decision) -> Iterator[None]:
+def _with_verdict(optimizer: Any, decision: Decision) -> Iterator[None]:
     """Within it the optimizer has the two attributes that fused implementations look for."""
     optimizer.found_inf, optimizer.grad_scale = decision.found_inf_t, decision.grad_scale_t
     try:

@@ -31,7 +31,7 @@ class Graphed:
         function: Takes and gives tensors whose shapes do not change, and neither reads a value on the host
             nor depends on one that changes.
         memory: The tensors that the function replaces by new ones, live, by name. Tensors that it changes in
-            place need not be told.
+            place need not be named.
     """
 
     def __init__(self, function: Function, *, memory: Callable[[], dict[str, Tensor]] = dict) -> None:

@@ -239,24 +239,26 @@ class StepGuard:
         is_unscaled = scaled is not None and scaled.is_unscaled
         if scaled is not None and is_unscaled and self._source.measures_backward:
             local = scaled.unscaled(local)
-        known = (
+        host_values_t = self._from_host(
             float(self._fault()),
             compute_s,
             data_wait_s,
             float(stop_requested),
-            self._monitor.drained,
-        )
-        known_t = self._from_host(
-            *known, *self._micro_batches.told(), float(is_unscaled), nominal_tokens or 0.0
+            self._monitor.num_drained,
+            *self._micro_batches.host_values(),
+            float(is_unscaled),
+            nominal_tokens or 0.0,
         )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        (statistics,) = self._rank_statistics(local, reduced, known_t, self._actuator.obedience.faults_t)
+        (statistics,) = self._rank_statistics(
+            local, reduced, host_values_t, self._actuator.obedience.faults_t
+        )
         packet = self._gather(self._due({"rank_statistics": statistics}, rows))
-        decision = Decision(*self._decision(packet["rank_statistics"], known_t))
+        decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
         if scaled is not None:
-            scaled.tell(decision.overflowed_t)
+            scaled.note_outcome(decision.overflowed_t)
         self._buffers.settle(decision.skip_t)
         if is_new_layout:
             self._buffers.remember()  # those of modules that are new too
@@ -388,7 +390,7 @@ class StepGuard:
             )
 
     def _from_host(self, *values: float) -> Tensor:
-        """Numbers that the host knows, `[n]` float64 on the device, without a synchronisation."""
+        """Host values, `[n]` float64 on the device, without a synchronisation."""
         on_cuda = self._loss_scale.value_t.is_cuda
         host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
         return host.to(self._loss_scale.value_t.device, non_blocking=True)
@@ -430,27 +432,36 @@ class StepGuard:
 
 
 def _rank_statistics(
-    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor, faults_t: Tensor
+    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, host_values_t: Tensor, faults_t: Tensor
 ) -> tuple[Tensor]:
-    """This rank's statistics. `known_t`: their host fields, `MicroBatches.told`, whether the loop has
-    unscaled the gradients, nominal tokens. `faults_t`: 0-d, to be added to the faults among the host
-    fields."""
-    host_values, loss, number = known_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
-    host_values = torch.cat([host_values[:1] + faults_t, host_values[1:]])
+    """This rank's statistics.
+
+    Args:
+        host_values_t: The host fields, `MicroBatches.host_values`, whether the loop has unscaled the
+            gradients, and the nominal tokens.
+        faults_t: 0-d, to be added to the faults among the host fields.
+    """
+    host_fields, loss, number = host_values_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
+    host_fields = torch.cat([host_fields[:1] + faults_t, host_fields[1:]])
     micro_batches.look(local, number[0])
     statistics = build_rank_statistics(
         local,
         reduced,
         loss=micro_batches.loss_t + loss,
         micro_batch=micro_batches.suspect_t,
-        host_values=host_values,
+        host_fields=host_fields,
     )
     return (statistics,)
 
 
-def _decide(judge: Judge, loss_scale: LossScale, per_rank: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
+def _decide(
+    judge: Judge, loss_scale: LossScale, per_rank: Tensor, host_values_t: Tensor
+) -> tuple[Tensor, ...]:
     """The fields of a `Decision`."""
     decision = judge.judge(
-        per_rank, loss_scale_t=loss_scale.value_t, is_unscaled_t=known_t[-2] > 0, nominal_tokens_t=known_t[-1]
+        per_rank,
+        loss_scale_t=loss_scale.value_t,
+        is_unscaled_t=host_values_t[-2] > 0,
+        nominal_tokens_t=host_values_t[-1],
     )
     return tuple(getattr(decision, field.name) for field in fields(Decision))

@@ -22,7 +22,7 @@ class MicroBatches:
         self._num_tokens, self._num_correct = 0.0, 0.0
         self.loss_t = torch.zeros(3, dtype=torch.float64, device=device)
         """`[3]` sum of the loss, number of tokens, and how many of them were predicted right; without what
-        the host was told as plain numbers."""
+        the caller gave as plain numbers (`host_values`)."""
         self.suspect_t = torch.zeros((), dtype=torch.float64, device=device)
         self._squares_t = torch.zeros_like(self.suspect_t)
         self._largest_change_t = torch.zeros_like(self.suspect_t)
@@ -49,7 +49,7 @@ class MicroBatches:
             self._num_correct += num_correct
         self.num += 1
 
-    def told(self) -> tuple[float, float, float, int]:
+    def host_values(self) -> tuple[float, float, float, int]:
         """What the host knows: three numbers to add to `loss_t`, and the number of the last micro-batch."""
         return 0.0, self._num_tokens, self._num_correct, self.num - 1
 

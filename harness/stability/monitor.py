@@ -68,7 +68,7 @@ class Monitor:
         self._num_pushed, self._num_dropped = 0, 0
         self._pending_bytes = 0
         self._unchecked: deque[_Pending] = deque()
-        self.drained = 0
+        self.num_drained = 0
         """How far `drain` was called for, in steps since the start and plus the lag; 0: never. It goes to the
         other ranks with each step."""
 
@@ -115,19 +115,19 @@ class Monitor:
             if not wait and self._is_first_call and self._needs_rows(self._pending[0]):
                 break  # with the next step every rank will know whether all have made it
             records.append(self._record(self._take()))
-        self.drained = self._num_pushed + (self._lag_steps if wait else 0)
+        self.num_drained = self._num_pushed + (self._lag_steps if wait else 0)
         return records
 
     def clear(self) -> None:
         """Forgets what has not been drained, and who has called `drain`."""
         self._pending.clear()
         self._unchecked.clear()
-        self._num_pushed = self._pending_bytes = self.drained = 0
+        self._num_pushed = self._pending_bytes = self.num_drained = 0
 
     @property
     def _is_first_call(self) -> bool:
         """Whether nobody can know yet that this rank drains. Without a lag nothing could be put off."""
-        return self._group is not None and self._lag_steps > 0 and not self.drained
+        return self._group is not None and self._lag_steps > 0 and not self.num_drained
 
     def _take(self) -> _Pending:
         pending = self._pending.popleft()

@@ -67,7 +67,7 @@ class Fault(IntFlag):
 
 
 def build_rank_statistics(
-    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: Tensor
+    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_fields: Tensor
 ) -> Tensor:
     """This rank's statistics, `[NUM_FIELDS]` float64.
 
@@ -76,7 +76,7 @@ def build_rank_statistics(
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
         loss: `[3]` sum of the loss, number of tokens, and how many of them were predicted right.
         micro_batch: 0-d, the one to blame if the step goes wrong.
-        host_values: `[NUM_HOST_FIELDS]`, the fields from FAULTS on.
+        host_fields: `[NUM_HOST_FIELDS]`, the fields from FAULTS on.
     """
     totals = local.sum(0)
     totals[MAX_ABS] = local[:, MAX_ABS].amax()
@@ -88,7 +88,7 @@ def build_rank_statistics(
         reduced[:, SUM_SQUARES].sum(),
         reduced_bad.any().double(),
     ]
-    return torch.cat([totals, loss, torch.stack(tail), host_values])
+    return torch.cat([totals, loss, torch.stack(tail), host_fields])
 
 
 def bad_rows(rows: Tensor) -> Tensor:
