@@ -19,7 +19,6 @@ from harness.config import GuardConfig
 from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
-from harness.stability.actuator import Actuator
 from harness.stability.attach import source_of
 from harness.stability.attention import AttentionProbe, is_compiled
 from harness.stability.buffers import Buffers
@@ -35,6 +34,7 @@ from harness.stability.packing import Packet, pack, unpack
 from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
+from harness.stability.stepper import OptimizerStepper
 from harness.stability.verdict import Decision, Judge
 from harness.stability.watch import Watch
 
@@ -97,7 +97,7 @@ class StepGuard:
         self._watch = Watch(model, self._optimizers, on_end=self._let_go)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
-        self._actuator = Actuator(self._optimizers, device=device)
+        self._stepper = OptimizerStepper(self._optimizers, device=device)
         self._loss_scale = LossScale(
             self.config.init_loss_scale,
             growth_steps=self.config.loss_scale_growth_steps,
@@ -251,7 +251,7 @@ class StepGuard:
         )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         (statistics,) = self._rank_statistics(
-            local, reduced, host_values_t, self._actuator.obedience.faults_t
+            local, reduced, host_values_t, self._stepper.fused_check.faults_t
         )
         packet = self._gather(self._due({"rank_statistics": statistics}, rows))
         decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
@@ -278,7 +278,7 @@ class StepGuard:
         """
         records = self._monitor.drain(wait=wait)
         for record in records:
-            self._actuator.obedience.learn(record)
+            self._stepper.fused_check.observe(record)
         return records
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class StepGuard:
 
     def _take_layout(self) -> None:
         self._source.watch(self.layout)
-        self._actuator.start_over()
+        self._stepper.reset()
         self._sampler = WeightSampler(
             self.layout.parameters, self._optimizers.state_of, precision=self._precision
         )
@@ -419,10 +419,10 @@ class StepGuard:
     def _apply(self, decision: Decision, packet: Packet) -> None:
         """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
         if not self._is_due(self.config.sample_every):
-            self._actuator.carry_out(self._step, decision)
+            self._stepper.step(self._step, decision)
             return
         self._sampler.before()
-        self._actuator.carry_out(self._step, decision)
+        self._stepper.step(self._step, decision)
         samples = self._sampler.after()
         if self._source.num_shards > 1:
             samples = all_gather(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
