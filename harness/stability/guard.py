@@ -259,9 +259,9 @@ class StepGuard:
         self._apply(decision, packet)
         if scaled is not None:
             scaled.note_outcome(decision.overflowed_t)
-        self._buffers.settle(decision.skip_t)
+        self._buffers.restore_if_skipped(decision.skip_t)
         if is_new_layout:
-            self._buffers.remember()  # those of modules that are new too
+            self._buffers.take_snapshot()  # those of modules that are new too
         self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
@@ -295,7 +295,7 @@ class StepGuard:
         self._loss_scale.load_state_dict(state["loss_scale"])
         self._judge.size.load_state_dict(state)
         self._monitor.clear()
-        self._buffers.remember()
+        self._buffers.take_snapshot()
         self._start_step()
 
     def close(self) -> None:
