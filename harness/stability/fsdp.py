@@ -91,7 +91,7 @@ class FsdpSource:
             return True
         return bool(self._seen) and not any(group.holds_unreduced() for group in self._groups)
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         return []
 
     def start_step(self) -> None:

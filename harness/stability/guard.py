@@ -94,7 +94,7 @@ class StepGuard:
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
         self._optimizers = Optimizers(optimizer)
-        self._watch = Watch(model, self._optimizers, on_end=self._let_go)
+        self._watch = Watch(model, self._optimizers, on_close=self._release)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
         self._stepper = OptimizerStepper(self._optimizers, device=device)
@@ -301,7 +301,7 @@ class StepGuard:
     def close(self) -> None:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
         after it is an error: the loop has to call the optimizer itself again."""
-        self._watch.end("it was closed")
+        self._watch.close("it was closed")
 
     def __enter__(self) -> StepGuard:
         return self
@@ -316,7 +316,7 @@ class StepGuard:
         """Which parameter is which row of the statistics, as of the last step."""
         return self._watch.layout
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._source.close()
         self._buffers.close()
         self._monitor.clear()
@@ -341,7 +341,7 @@ class StepGuard:
         if has_changed:
             self._take_layout()
         self._watch.require_reduced(self._source)
-        self._watch.say_what_nobody_holds()
+        self._watch.warn_of_unused_gradients()
         return has_changed
 
     def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
@@ -355,7 +355,7 @@ class StepGuard:
             self._loss_scale.follow(None)
             return None
         by_accelerate = scaler is self._optimizers.grad_scaler
-        scaled = ScaledGradients(scaler, self._optimizers.stepped, updates=by_accelerate)
+        scaled = ScaledGradients(scaler, self._optimizers.unwrapped, updates=by_accelerate)
         self._loss_scale.follow(scaled.scale_t)
         return scaled
 
@@ -373,9 +373,9 @@ class StepGuard:
         self._attention = None
 
     def _require_open(self) -> None:
-        if self._watch.ended_because is not None:
+        if self._watch.closed_because is not None:
             raise ConfigError(
-                f"the guard cannot be used any more: {self._watch.ended_because}",
+                f"the guard cannot be used any more: {self._watch.closed_because}",
                 rule="a closed guard measures nothing, and what is not measured is not applied",
                 remedy="make a new StepGuard, or call the optimizer yourself",
             )

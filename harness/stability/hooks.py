@@ -82,7 +82,7 @@ class DdpSource:
     def is_reduced(self) -> bool:
         return self._is_reduced
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         if not self._is_reduced or self._in_buckets >= self.layout.row_of.keys():
             return []
         known = self._in_buckets.union(map(id, self._unreduced))

@@ -47,7 +47,7 @@ class GradientSource(Protocol):
     def is_reduced(self) -> bool:
         """Whether every gradient has been through the reduction since `start_step`."""
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         """Parameters of the layout that take a gradient which the reduction that was made did not cover."""
 
     def watch(self, layout: Layout) -> None:
@@ -88,7 +88,7 @@ class PlainSource:
 
     is_reduced = True
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         return []
 
     def start_step(self) -> None:

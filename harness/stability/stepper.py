@@ -50,24 +50,24 @@ class OptimizerStepper:
         self._optimizers = optimizers
         self.fused_check = FusedCheck(device)
         self._warned_of: set[str] = set()
-        for optimizer in optimizers.stepped:
+        for optimizer in optimizers.unwrapped:
             if not self._is_fused(optimizer):
                 self._warn_once(optimizer)
         self.reset()
 
     def reset(self) -> None:
         """Forgets which parameters have optimizer state, because the optimizers hold others now."""
-        self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.stepped}
+        self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.unwrapped}
 
     def step(self, step: int, decision: Decision) -> None:
         """Steps the optimizers, or not. Synchronises only where the class says so."""
-        fused = [optimizer for optimizer in self._optimizers.stepped if self._is_fused(optimizer)]
+        fused = [optimizer for optimizer in self._optimizers.unwrapped if self._is_fused(optimizer)]
         by_device = [one for one in fused if not self._stateless[id(one)].is_to_make_state()]
         skip, divisor = False, 1.0
-        if len(by_device) < len(self._optimizers.stepped):
+        if len(by_device) < len(self._optimizers.unwrapped):
             skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
         with self.fused_check.checking(step, by_device, decision):
-            for optimizer in self._optimizers.stepped:
+            for optimizer in self._optimizers.unwrapped:
                 if optimizer in by_device or (optimizer in fused and not skip):
                     with _with_verdict(optimizer, decision):
                         optimizer.step()

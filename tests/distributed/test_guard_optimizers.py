@@ -419,7 +419,7 @@ def test_an_error_about_what_is_held_stays_one_until_it_is_mended() -> None:
             guard.step(loss)
     assert stranger.tolist() == [0.0, 0.0, 0.0]
     twice = StepGuard(model, [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
-    twice._optimizers.stepped[1].add_param_group({"params": list(model[0].parameters())})
+    twice._optimizers.unwrapped[1].add_param_group({"params": list(model[0].parameters())})
     with pytest.raises(ConfigError, match="held by two optimizers"):
         twice.step(_backward(model, 2))
 
