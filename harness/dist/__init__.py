@@ -5,8 +5,8 @@ from harness.dist.agreement import (
     broadcast_from_main,
     from_main,
     gather,
-    one_voice,
-    together,
+    on_all_ranks,
+    report_once,
 )
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
@@ -27,10 +27,10 @@ __all__ = [
     "gradient_sync",
     "has_group",
     "leave_word",
-    "one_voice",
+    "on_all_ranks",
     "open_world",
     "plain",
-    "together",
+    "report_once",
     "use_threads",
     "word_of_main",
 ]
