@@ -12,7 +12,7 @@ from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
-from harness.dist.word import has_group, leave_word, word_of_main
+from harness.dist.store import has_group, set_from_main, wait_for_main
 from harness.dist.world import World, open_world
 
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
     "gather",
     "gradient_sync",
     "has_group",
-    "leave_word",
     "on_all_ranks",
     "open_world",
     "plain",
     "report_once",
+    "set_from_main",
     "use_threads",
-    "word_of_main",
+    "wait_for_main",
 ]
