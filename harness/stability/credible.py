@@ -39,7 +39,7 @@ class CredibleNorm:
         self._least = math.log(LEAST_SHARE * max_norm) if max_norm else -math.inf
         self._log_norms: Tensor | None = None
 
-    def judge(self, norm: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, norm: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the step's norm is absurd (0-d bool), and the usual norm (0-d; 0: none yet). Does not
         synchronise, and keeps its memory in place.
 

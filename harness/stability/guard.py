@@ -35,7 +35,7 @@ from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
 from harness.stability.stepper import OptimizerStepper
-from harness.stability.verdict import Decision, Judge
+from harness.stability.verdict import Decider, Decision
 from harness.stability.watch import Watch
 
 __all__ = ["StepGuard"]
@@ -104,7 +104,7 @@ class StepGuard:
             device=device,
             enabled=precision == torch.float16,
         )
-        self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
+        self._decider = Decider(self.config, num_replicas=self._source.num_replicas)
         self._is_compiled = is_compiled(model)
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
         self._buffers = Buffers(model)
@@ -119,7 +119,7 @@ class StepGuard:
         self._micro_batches = MicroBatches(device)
         self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
         self._decision = Graphed(
-            functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.size.memory
+            functools.partial(_decide, self._decider, self._loss_scale), memory=self._decider.size.memory
         )
         self._may_have_forgotten_scaler = True
         self._is_gated = False
@@ -286,14 +286,14 @@ class StepGuard:
         return {
             "step": self._step,
             "loss_scale": self._loss_scale.state_dict(),
-            **self._judge.size.state_dict(),
+            **self._decider.size.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
         self._step = state["step"]
         self._loss_scale.load_state_dict(state["loss_scale"])
-        self._judge.size.load_state_dict(state)
+        self._decider.size.load_state_dict(state)
         self._monitor.clear()
         self._buffers.take_snapshot()
         self._start_step()
@@ -455,10 +455,10 @@ def _rank_statistics(
 
 
 def _decide(
-    judge: Judge, loss_scale: LossScale, per_rank: Tensor, host_values_t: Tensor
+    decider: Decider, loss_scale: LossScale, per_rank: Tensor, host_values_t: Tensor
 ) -> tuple[Tensor, ...]:
     """The fields of a `Decision`."""
-    decision = judge.judge(
+    decision = decider.decide(
         per_rank,
         loss_scale_t=loss_scale.value_t,
         is_unscaled_t=host_values_t[-2] > 0,

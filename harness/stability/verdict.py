@@ -15,9 +15,9 @@ from harness.config import GuardConfig
 from harness.records import Verdict
 from harness.stability.layout import NUM_INF, NUM_NAN
 from harness.stability.rank_statistics import FAULTS, LOSS_SUM, REDUCED_BAD, REDUCED_SUM_SQUARES, TOKENS
-from harness.stability.size import SizeJudge, SizeVerdict
+from harness.stability.size import SizeCheck, SizeFinding
 
-__all__ = ["VERDICTS", "Decision", "Judge", "Summary"]
+__all__ = ["VERDICTS", "Decider", "Decision", "Summary"]
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 APPLY, CLIP, SKIP, STOP = range(4)
@@ -50,8 +50,8 @@ class Summary:
     norms_differ: float
 
 
-SIZES = [f.name for f in fields(SizeVerdict) if f.name in {g.name for g in fields(Summary)}]
-"""What `Summary` takes over from a `SizeVerdict`."""
+SIZES = [f.name for f in fields(SizeFinding) if f.name in {g.name for g in fields(Summary)}]
+"""What `Summary` takes over from a `SizeFinding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Decision:
     """`[n]` float64, a `Summary`."""
 
 
-class Judge:
+class Decider:
     """Decides on steps, one after the other; remembers only what `size` remembers.
 
     Raises:
@@ -80,9 +80,9 @@ class Judge:
     def __init__(self, config: GuardConfig, *, num_replicas: int) -> None:
         self._config = config
         self._num_replicas = num_replicas
-        self.size = SizeJudge(config)
+        self.size = SizeCheck(config)
 
-    def judge(
+    def decide(
         self, per_rank: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
     ) -> Decision:
         """The decision on a step. Does not synchronise.
@@ -102,7 +102,7 @@ class Judge:
         norm = squares.amax().sqrt() / divisor
         gradient_bad = _num_bad(per_rank) > 0
         bad = gradient_bad | ~loss.isfinite() | (per_rank[:, FAULTS].sum() > 0)
-        size = self.size.judge(norm, loss, ~bad)
+        size = self.size.check(norm, loss, ~bad)
         coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
         bad = bad | ~(divisor / coefficient).float().isfinite()

@@ -1,4 +1,4 @@
-"""What every spike rule is: a judge of one step at a time whose memory lives on the device."""
+"""What every spike rule is: a detector of one step at a time whose memory lives on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from harness.errors import CheckpointError
 
-__all__ = ["SpikeRule", "SpikeVerdict", "no_limit", "shifted"]
+__all__ = ["SpikeDetection", "SpikeRule", "no_limit", "shifted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpikeVerdict:
-    """A rule's opinion of one step, as tensors on the device.
+class SpikeDetection:
+    """What a rule found in one step, as tensors on the device.
 
     A flagged step is out of the ordinary: an incident if there is a sign that the run suffers, else an
     outlier batch, which is odd data as a rule. A step that is not trusted is neither.
@@ -28,7 +28,7 @@ class SpikeVerdict:
     """0-d bool. Also of a step that is not flagged itself, where the loss stays high after one that is."""
     scores: Tensor
     """`[2]` float64, of gradient norm and loss: how unusual, in the rule's own unit; 0 while the rule warms
-    up and for what it does not judge."""
+    up and for what it does not look at."""
     usual: Tensor
     """`[2]` float64, gradient norm and loss that were to be expected; NaN where nothing was."""
     norm_limit: Tensor
@@ -44,18 +44,18 @@ class SpikeVerdict:
 
 
 class SpikeRule(abc.ABC):
-    """Judges the steps of a run one after the other, from values that are equal on all ranks.
+    """Looks at the steps of a run one after the other, from values that are equal on all ranks.
 
-    All memory is a few named tensors on the device of the judged values, so no call synchronises, and a rule
-    that is loaded from a checkpoint goes on bit for bit.
+    All memory is a few named tensors on the device of the values that it takes, so no call synchronises, and
+    a rule that is loaded from a checkpoint goes on bit for bit.
     """
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
 
     @abc.abstractmethod
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        """Judges the next step and learns from it if it is fit to learn from. Does not synchronise.
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        """Looks at the next step and learns from it if it is fit to learn from. Does not synchronise.
 
         Args:
             log_norm_t: 0-d, natural logarithm of the reduced gradient's norm before clipping.

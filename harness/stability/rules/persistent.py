@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, no_limit, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["PersistentRule"]
 
@@ -42,7 +42,7 @@ class PersistentRule(SpikeRule):
             "num_in_a_row": zero.clone(),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
         memory = self._on(loss_t.device)
         loss = loss_t.double()
         usable = trusted_t & (loss.abs() < torch.inf)
@@ -52,7 +52,7 @@ class PersistentRule(SpikeRule):
         self._learn(loss, usable)
         score = torch.where(usable & full & (mean > 0), loss / mean, 0.0)
         flagged = usable & (risen | self._diverged())
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=flagged,
             scores=torch.stack([torch.zeros_like(score), score]),

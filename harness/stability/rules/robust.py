@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, shifted
 
 __all__ = ["RobustRule"]
 
@@ -84,7 +84,7 @@ class RobustRule(SpikeRule):
             "peak_loss": nothing.new_zeros(()),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
         memory = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double(), loss_t.double()])
         usable = (sample.abs() < torch.inf) & trusted_t
@@ -102,7 +102,7 @@ class RobustRule(SpikeRule):
         self._learn("residuals", residual, accepted)
         self._follow_level(sample, spread, flagged, trusted_t)
         usual_norm = expected[0].exp()
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=is_far | (num_disturbed >= INCIDENT_STEPS),
             scores=scores,

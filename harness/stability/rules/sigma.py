@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, no_limit, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["SigmaRule"]
 
@@ -33,7 +33,7 @@ class SigmaRule(SpikeRule):
             "num_samples": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
         memory = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double().exp(), loss_t.double()])
         mean, sigma = self._mean_and_sigma()
@@ -43,7 +43,7 @@ class SigmaRule(SpikeRule):
         memory["samples"] = shifted(memory["samples"], sample)
         memory["num_samples"] = (memory["num_samples"] + 1).clamp(max=self.window)
         flagged = ~within.all() & active & trusted_t
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=flagged,
             scores=scores,

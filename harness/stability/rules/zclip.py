@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict
+from harness.stability.rules.base import SpikeDetection, SpikeRule
 
 __all__ = ["ZClipRule"]
 
@@ -36,7 +36,7 @@ class ZClipRule(SpikeRule):
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return {"mean": zero, "variance": zero.clone(), "num_samples": zero.clone()}
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
         memory = self._on(log_norm_t.device)
         norm = log_norm_t.double().exp()
         usable = trusted_t & (norm < torch.inf)
@@ -47,7 +47,7 @@ class ZClipRule(SpikeRule):
         mean, nothing = memory["mean"], torch.zeros_like(score)
         limit = torch.where(flagged, mean + self.threshold**2 / score * sigma, torch.inf)
         self._learn(torch.minimum(norm, limit), usable)
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=torch.zeros_like(flagged),
             scores=torch.stack([score, nothing]),
