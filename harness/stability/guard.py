@@ -119,7 +119,7 @@ class StepGuard:
         self._micro_batches = MicroBatches(device)
         self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
         self._decision = Graphed(
-            functools.partial(_decide, self._decider, self._loss_scale), memory=self._decider.size.memory
+            functools.partial(_decide, self._decider, self._loss_scale), state=self._decider.size.live_state
         )
         self._may_have_forgotten_scaler = True
         self._is_gated = False

@@ -59,12 +59,12 @@ class SizeCheck:
         self._credible = CredibleNorm(config.absurd_norm_ratio, max_norm=config.max_norm)
         self._rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
 
-    def memory(self) -> dict[str, Tensor]:
-        """The spike rule's memory, live; empty without a rule."""
-        return {} if self._rule is None else self._rule.memory
+    def live_state(self) -> dict[str, Tensor]:
+        """The spike rule's state, no copy; empty without a rule."""
+        return {} if self._rule is None else self._rule.live_state
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all memory, on the device."""
+        """Copies of all state, on the device."""
         rule = {} if self._rule is None else self._rule.state_dict()
         return {"spike_rule": rule, "credible_norm": self._credible.state_dict()}
 

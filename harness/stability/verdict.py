@@ -71,7 +71,7 @@ class Decision:
 
 
 class Decider:
-    """Decides on steps, one after the other; remembers only what `size` remembers.
+    """Decides on steps, one after the other; has no state but that of `size`.
 
     Raises:
         ConfigError: there is no such spike rule.

@@ -76,7 +76,7 @@ def judged(name: str, *, graphed: bool) -> list[list[float]]:
         verdict = rule.detect(norm, loss, trusted)
         return verdict.flagged, verdict.score, verdict.norm_limit
 
-    call = Graphed(judge, memory=lambda: rule.memory) if graphed else judge
+    call = Graphed(judge, state=lambda: rule.live_state) if graphed else judge
     generator = torch.Generator().manual_seed(0)
     seen = []
     for step in range(300):
@@ -134,6 +134,6 @@ def test_a_function_that_cannot_be_recorded_is_called_and_loses_nothing(
         memory["count"] = memory["count"] + step
         return (memory["count"].clone(),)
 
-    call = Graphed(count, memory=lambda: memory)
+    call = Graphed(count, state=lambda: memory)
     assert [call(torch.ones(()))[0].item() for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
     assert caplog.text.count("cannot be recorded as a CUDA graph") == 1

@@ -1,4 +1,4 @@
-"""What every spike rule is: a detector of one step at a time whose memory lives on the device."""
+"""What every spike rule is: a detector of one step at a time whose state lives on the device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SpikeDetection:
 class SpikeRule(abc.ABC):
     """Looks at the steps of a run one after the other, from values that are equal on all ranks.
 
-    All memory is a few named tensors on the device of the values that it takes, so no call synchronises, and
+    All state is a few named tensors on the device of the values that it takes, so no call synchronises, and
     a rule that is loaded from a checkpoint goes on bit for bit.
     """
 
@@ -66,15 +66,15 @@ class SpikeRule(abc.ABC):
 
     @abc.abstractmethod
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
-        """The memory of a rule that has seen nothing."""
+        """The state of a rule that has seen nothing."""
 
     @property
-    def memory(self) -> dict[str, Tensor]:
-        """The memory itself, live; empty before the first step."""
+    def live_state(self) -> dict[str, Tensor]:
+        """The state itself, no copy; empty before the first step."""
         return self._state
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """The memory, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
+        """The state, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
         if not self._state:
             self._state = self._fresh_state(device)
         elif next(iter(self._state.values())).device != device:
@@ -82,7 +82,7 @@ class SpikeRule(abc.ABC):
         return self._state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the memory, on the device; empty before the first step."""
+        """A copy of the state, on the device; empty before the first step."""
         return {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

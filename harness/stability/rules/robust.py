@@ -1,6 +1,6 @@
 """The default spike rule: robust z-scores of log gradient norm and loss against the run's recent past.
 
-Legend: the first dimension of all memory is the signal, `[log norm, loss]`; R recent samples; W residuals.
+Legend: the first dimension of all state is the signal, `[log norm, loss]`; R recent samples; W residuals.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class RobustRule(SpikeRule):
     spreads: a steady trend, which shifts all residuals alike, is no spike. On a falling trend the median
     residual counts as 0, so that the end of a fall is no spike either.
 
-    The memory takes only trusted samples that were not flagged: neither a NaN nor a spike changes what later
-    steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged for
-    ever, 20 flagged samples in a row that agree with one another, within the threshold, become the new
+    The state takes in only trusted samples that were not flagged: neither a NaN nor a spike changes what
+    later steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged
+    for ever, 20 flagged samples in a row that agree with one another, within the threshold, become the new
     recent past. Samples that do not agree, as in a divergence, go on being flagged; after `window` of them
     in a row the rule warms up afresh.
 
@@ -85,10 +85,10 @@ class RobustRule(SpikeRule):
         }
 
     def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
-        memory = self._on(log_norm_t.device)
+        state = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double(), loss_t.double()])
         usable = (sample.abs() < torch.inf) & trusted_t
-        expected = _median(memory["recent"], _num(memory["recent"]))
+        expected = _median(state["recent"], _num(state["recent"]))
         residual = sample - expected
         scores, spread = self._score(residual, expected)
         scores = torch.where(usable, scores, 0.0)
@@ -143,16 +143,16 @@ class RobustRule(SpikeRule):
 
     def _follow_level(self, sample: Tensor, spread: Tensor, flagged: Tensor, trusted: Tensor) -> None:
         """Takes flagged samples for the recent past once they have become the rule."""
-        memory = self._state
+        state = self._state
         self._learn("flagged_in_a_row", sample, flagged.expand(2))
-        samples = memory["flagged_in_a_row"]
-        num = torch.where(flagged, memory["num_in_a_row"] + 1, memory["num_in_a_row"] * ~trusted)
+        samples = state["flagged_in_a_row"]
+        num = torch.where(flagged, state["num_in_a_row"] + 1, state["num_in_a_row"] * ~trusted)
         disagree = (samples.amax(dim=-1) - samples.amin(dim=-1) > self.threshold * spread).any()
         lost = num >= self.window
         new_level = lost | ((num >= RECENT) & ~disagree)
-        memory["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, memory["recent"])
-        memory["residuals"] = torch.where(lost, torch.nan, memory["residuals"])
-        memory["num_in_a_row"] = num * ~new_level
+        state["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, state["recent"])
+        state["residuals"] = torch.where(lost, torch.nan, state["residuals"])
+        state["num_in_a_row"] = num * ~new_level
 
 
 def _num(window: Tensor) -> Tensor:

@@ -34,14 +34,14 @@ class SigmaRule(SpikeRule):
         }
 
     def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
-        memory = self._on(log_norm_t.device)
+        state = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double().exp(), loss_t.double()])
         mean, sigma = self._mean_and_sigma()
         within = sample - mean <= self.threshold * sigma
-        active = memory["num_samples"] >= max(2, self.window // 2) - 1
+        active = state["num_samples"] >= max(2, self.window // 2) - 1
         scores = torch.where(active, (sample - mean) / sigma, 0.0)
-        memory["samples"] = shifted(memory["samples"], sample)
-        memory["num_samples"] = (memory["num_samples"] + 1).clamp(max=self.window)
+        state["samples"] = shifted(state["samples"], sample)
+        state["num_samples"] = (state["num_samples"] + 1).clamp(max=self.window)
         flagged = ~within.all() & active & trusted_t
         return SpikeDetection(
             flagged=flagged,
