@@ -59,6 +59,7 @@ class Graphed:
         return on_cuda and not torch.cuda.is_current_stream_capturing()
 
     def _record(self, inputs: Sequence[Tensor], state: dict[str, Tensor]) -> _Recording | None:
+        # A recording that fails has replaced entries of `state` by then.
         before = dict(state)
         try:
             return _Recording(self._function, inputs, state)
@@ -76,10 +77,13 @@ class _Recording:
     """A function as a CUDA graph, on inputs and state at fixed addresses."""
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], state: dict[str, Tensor]) -> None:
+        # A replay reads and writes the addresses of the recording: inputs are copied to them, and the state
+        # stays at them from now on.
         self._static_inputs = [tensor.clone() for tensor in inputs]
         self._static_state = {name: tensor.clone() for name, tensor in state.items()}
         state.update(self._static_state)
         self._graph = torch.cuda.CUDAGraph()
+        # The default stream cannot be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -87,11 +91,13 @@ class _Recording:
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._results = function(*self._static_inputs)
+                # Recorded too: the new state goes back to where the next replay reads it.
                 for name, tensor in self._static_state.items():
                     tensor.copy_(state[name])
             finally:
                 self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
+        # While it was recorded the function put tensors of the graph's own memory into `state`.
         state.update(self._static_state)
 
     def fits(self, inputs: Sequence[Tensor], state: dict[str, Tensor]) -> bool:

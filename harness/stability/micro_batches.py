@@ -39,6 +39,8 @@ class MicroBatches:
         num_tokens = checked_count(num_tokens, "the number of tokens", device)
         num_correct = checked_count(num_correct, "the number predicted right", device)
         self._loss_sum_t.add_(loss_sum)
+        # What lies on the device is not read; what lies on the host is not copied by itself, but goes along
+        # with the step's other host values.
         if isinstance(num_tokens, Tensor):
             self._tokens_t.add_(num_tokens)
         else:
@@ -57,8 +59,11 @@ class MicroBatches:
         """Takes `[P, 5]` of the gradient as micro-batch `number` left it; twice the same does no harm."""
         squares = rows[:, SUM_SQUARES].sum()
         bad = bad_rows(rows).any() | ~self._loss_sum_t.isfinite()
+        # Infinite, so that the first micro-batch that leaves anything bad wins over every finite change, and
+        # no later one wins over it: infinity is not greater than infinity.
         change = torch.where(bad, torch.inf, (squares - self._squares_t).abs())
         worse = change > self._largest_change_t
+        # In place: a CUDA graph reads and writes these tensors at fixed addresses.
         self.suspect_t.copy_(torch.where(worse, number, self.suspect_t))
         torch.maximum(change, self._largest_change_t, out=self._largest_change_t)
         self._squares_t.copy_(squares)

@@ -66,6 +66,7 @@ class _Step:
     @property
     def bad(self) -> list[tuple[int, int]]:
         """Micro-batch and rank of whatever went bad by itself, in this order."""
+        # By micro-batch first: what went bad earliest is the likeliest cause.
         return sorted((int(one[MICRO_BATCH]), r) for r, one in enumerate(self.per_rank) if _is_bad(one))
 
     @property
@@ -82,6 +83,7 @@ class _Step:
         norms = [math.sqrt(one[SUM_SQUARES]) for one in self.per_rank]
         rank = norms.index(max(norms))
         others = norms[:rank] + norms[rank + 1 :]
+        # Against the median of the others: where most norms are large it is no single rank's doing.
         stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
         unusual = self.summary.is_spike or self.summary.is_outlier
         return rank if unusual and stands_out else None
@@ -151,6 +153,7 @@ class Reader:
             row = int(seen.per_rank[rank][PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
             return rank, name, int(seen.per_rank[rank][MICRO_BATCH])
+        # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
         if seen.total(REDUCED_BAD):
             bad = next(one for one in seen.per_rank if one[REDUCED_BAD])
             return None, self._layout.names[int(bad[PARAMETER])], None
@@ -178,6 +181,7 @@ class Reader:
             return {}
         # Replicas hold the same reduced gradient; the shards of the first make up the whole.
         shards = rows.view(self._num_replicas, -1, *rows.shape[1:])[0]
+        # Behind the NUM_COLUMNS of a rank's own gradient stands the reduced gradient's sum of squares.
         norms = (shards[:, :, NUM_COLUMNS].sum(0).sqrt() / divisor).tolist()
         totals = rows.sum(0).tolist()
         largest = (rows[:, :, MAX_ABS].amax(0) / divisor).tolist()

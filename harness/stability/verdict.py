@@ -95,22 +95,31 @@ class Decider:
         """
         tokens = per_rank[:, TOKENS].sum()
         loss = per_rank[:, LOSS_SUM].sum() / tokens
+        # Ranks divide their summed losses by a constant, because the true number of tokens is known only now.
+        # Divided by this, the gradient is that of the mean over all tokens, without the loss scale.
         divisor = torch.where(is_unscaled_t, 1.0, loss_scale_t.double())
         is_nominal = (tokens > 0) & (nominal_tokens_t > 0)
         divisor = torch.where(is_nominal, divisor * tokens / nominal_tokens_t, divisor)
+        # Shards add up to a replica; replicas hold the same gradient, so theirs are not added.
         squares = per_rank[:, REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
+        # Replicas should be equal; where they are not, the largest counts, on all ranks alike.
         norm = squares.amax().sqrt() / divisor
         gradient_bad = _num_bad(per_rank) > 0
         bad = gradient_bad | ~loss.isfinite() | (per_rank[:, FAULTS].sum() > 0)
+        # Taken whatever the step is like: branching on `bad` would be a read on the host.
         size = self.size.check(norm, loss, ~bad)
         coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
         bad = bad | ~(divisor / coefficient).float().isfinite()
+        # Under a finite loss it was the backward pass or the reduction that overflowed. A loss that is not
+        # finite was so before it was scaled, and a smaller scale would not help.
         overflowed = gradient_bad & loss.isfinite()
         # An overflow that a smaller loss scale may cure is no reason to end a run.
         fatal = bad & ~(overflowed & (loss_scale_t > 1))
         verdict = self._verdict(bad, fatal, size.skip, coefficient)
+        # STOP too leaves the step out: the run ends when the record is read, some steps later.
         skip = verdict >= SKIP
+        # In a step that is left out nothing is clipped; its norm may be NaN, which is not for `grad_scale_t`.
         coefficient = torch.where(skip, 1.0, coefficient)
         summary = {
             **{name: getattr(size, name) for name in SIZES},

@@ -91,10 +91,12 @@ class RobustRule(SpikeRule):
         expected = _median(state["recent"], _num(state["recent"]))
         residual = sample - expected
         scores, spread = self._score(residual, expected)
+        # NaN would be above no threshold, but it would stand in the record as a score.
         scores = torch.where(usable, scores, 0.0)
         stands_out = scores > self.threshold
         flagged = stands_out.any()
         num_disturbed = self._count_disturbed(flagged, scores[1])
+        # The residual of a log norm is the log of a ratio.
         is_far = stands_out[0] & (residual[0] >= math.log(INCIDENT_RATIO))
 
         accepted = usable & ~flagged
@@ -114,6 +116,7 @@ class RobustRule(SpikeRule):
     def _count_disturbed(self, flagged: Tensor, loss_score: Tensor) -> Tensor:
         """Steps in a row, this one included, of a disturbance, which begins with a flagged step."""
         before = self._state["num_disturbed"]
+        # A high loss alone begins nothing: it continues what a flagged step began.
         disturbed = flagged | ((loss_score > HIGH_LOSS) & (before > 0))
         self._state["num_disturbed"] = (before + 1) * disturbed
         return self._state["num_disturbed"]
@@ -125,9 +128,13 @@ class RobustRule(SpikeRule):
         usual = _median(residuals, num)
         deviations = (residuals - usual.unsqueeze(-1)).abs()
         mad = MAD_TO_SIGMA * _median(deviations, num)
+        # Capped, not dropped: without the far ones a heavy tail would look narrow, and with them as they are
+        # one outlier would widen the spread for `window` steps.
         near = torch.minimum(deviations, FAR * mad.unsqueeze(-1))
+        # 0 / 0 before the first residual: NaN, which `num >= warmup` below keeps out of the score.
         sigma = (near.square().nansum(dim=-1) / num).sqrt()
         spread = torch.maximum(sigma, self._floor(expected[1].abs()))
+        # On a falling trend the median residual is below 0; as 0 it makes no spike of the end of the fall.
         score = (residual - usual.clamp(min=0.0)) / spread
         return torch.where(num >= self.warmup, score, 0.0), spread
 
@@ -146,8 +153,10 @@ class RobustRule(SpikeRule):
         state = self._state
         self._learn("flagged_in_a_row", sample, flagged.expand(2))
         samples = state["flagged_in_a_row"]
+        # A step that is not trusted neither counts nor ends the row; a trusted one, not flagged, ends it.
         num = torch.where(flagged, state["num_in_a_row"] + 1, state["num_in_a_row"] * ~trusted)
         disagree = (samples.amax(dim=-1) - samples.amin(dim=-1) > self.threshold * spread).any()
+        # So many flagged steps that never agreed: the old level says nothing about this run any more.
         lost = num >= self.window
         new_level = lost | ((num >= RECENT) & ~disagree)
         state["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, state["recent"])
