@@ -19,7 +19,7 @@ from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
 from harness.stability.rank_statistics import DRAINED
-from harness.stability.reading import Reader, is_skip
+from harness.stability.record_builder import RecordBuilder, is_skip
 
 __all__ = ["Monitor"]
 
@@ -76,7 +76,7 @@ class Monitor:
         """Starts the copy of a step's numbers to the host.
 
         Args:
-            packet: What `Reader.record` reads.
+            packet: What `RecordBuilder.build` reads.
             layout: Which parameter is which row.
             rows: `[P, 6]`, this rank's statistics and the reduced sums of squares.
             counts_tokens: Whether the token counts are the caller's, and not a count of losses.
@@ -172,8 +172,8 @@ class Monitor:
         packet = unpack(flat, pending.spec)
         if self._needs_rows(pending):
             packet["rows"] = self._rows_of_all_ranks(pending.rows)
-        reader = Reader(pending.layout, num_replicas=self._num_replicas)
-        record = reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
+        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas)
+        record = builder.build(pending.step, packet, counts_tokens=pending.counts_tokens)
         self._give_back(pending.copy)
         return record
 

@@ -1,4 +1,4 @@
-"""Reads a step's numbers, once they are on the host, into a record with names, units and a reason.
+"""Makes of a step's numbers, once they are on the host, a record with names, units and a reason.
 
 Legend: W ranks = R replicas x S shards, P parameters.
 """
@@ -27,12 +27,12 @@ from harness.stability.rank_statistics import (
     TOKENS,
     Fault,
 )
-from harness.stability.replicas import OddReplica, find_odd
+from harness.stability.replicas import DifferingReplica, find_differing
 from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
-__all__ = ["Reader", "is_skip"]
+__all__ = ["RecordBuilder", "is_skip"]
 
 SKIP = VERDICTS.index("skip")
 
@@ -50,12 +50,12 @@ OUTSTANDING = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _StepNumbers:
     """A step's numbers as plain values."""
 
     summary: Summary
     per_rank: list[list[float]]
-    odd: OddReplica | None
+    differing: DifferingReplica | None
     """What the checksums say, in the steps in which they were taken."""
 
     @property
@@ -97,7 +97,7 @@ def is_skip(packet: Packet) -> bool:
     return int(packet["summary"][0]) >= SKIP
 
 
-class Reader:
+class RecordBuilder:
     """Makes records of packets: `summary` [NUM_SUMMARY], `rank_statistics` [W, NUM_FIELDS], and now and then
     `rows` [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in
     host memory."""
@@ -106,34 +106,36 @@ class Reader:
         self._layout = layout
         self._num_replicas = num_replicas
 
-    def record(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
+    def build(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
         """The record of a step."""
         sums = packet.get("checksums")
-        odd = None if sums is None else find_odd(sums.view(self._num_replicas, -1, len(self._layout)))
-        seen = _Step(Summary(*packet["summary"].tolist()), packet["rank_statistics"].tolist(), odd)
-        summary = seen.summary
-        rank, parameter, micro_batch = self._blamed(seen)
+        shape = (self._num_replicas, -1, len(self._layout))
+        differing = None if sums is None else find_differing(sums.view(shape))
+        summary = Summary(*packet["summary"].tolist())
+        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), differing)
+        rank, parameter, micro_batch = self._blamed(numbers)
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],
-            reason=self._reason(step, seen),
+            reason=self._reason(step, numbers),
             note=describe_size(step, summary) if summary.is_outlier else None,
             loss=summary.loss,
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
-            num_tokens=int(seen.total(TOKENS)) if counts_tokens else 0,
-            num_correct=int(seen.total(CORRECT)),
-            num_nan=_count(seen.total(NUM_NAN)),
-            num_inf=_count(seen.total(NUM_INF)),
-            num_zero=_count(seen.total(NUM_ZERO)),
-            max_abs=max(one[MAX_ABS] for one in seen.per_rank) / summary.divisor,
+            num_tokens=int(numbers.total(TOKENS)) if counts_tokens else 0,
+            num_correct=int(numbers.total(CORRECT)),
+            num_nan=_count(numbers.total(NUM_NAN)),
+            num_inf=_count(numbers.total(NUM_INF)),
+            num_zero=_count(numbers.total(NUM_ZERO)),
+            max_abs=max(one[MAX_ABS] for one in numbers.per_rank) / summary.divisor,
             loss_scale=summary.loss_scale,
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
-            culprits=seen.culprits,
+            culprits=numbers.culprits,
             per_rank=tuple(
-                _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.per_rank)
+                _rank_row(rank, one, summary.divisor, counts_tokens)
+                for rank, one in enumerate(numbers.per_rank)
             ),
             per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
             sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
@@ -143,37 +145,39 @@ class Reader:
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
             clipped_by_spike=bool(summary.clipped_by_spike),
-            replicas_differ=bool(summary.norms_differ) or odd is not None,
+            replicas_differ=bool(summary.norms_differ) or differing is not None,
         )
 
-    def _blamed(self, seen: _Step) -> tuple[int | None, str | None, int | None]:
+    def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
-        rank = seen.culprit if seen.culprit is not None else seen.outstanding
+        rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
-            row = int(seen.per_rank[rank][PARAMETER])
+            row = int(numbers.per_rank[rank][PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, int(seen.per_rank[rank][MICRO_BATCH])
+            return rank, name, int(numbers.per_rank[rank][MICRO_BATCH])
         # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
-        if seen.total(REDUCED_BAD):
-            bad = next(one for one in seen.per_rank if one[REDUCED_BAD])
+        if numbers.total(REDUCED_BAD):
+            bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
             return None, self._layout.names[int(bad[PARAMETER])], None
-        if seen.odd is not None:
-            return seen.odd.rank, self._layout.names[seen.odd.row], None
+        if numbers.differing is not None:
+            return numbers.differing.rank, self._layout.names[numbers.differing.row], None
         return None, None, None
 
-    def _reason(self, step: int, seen: _Step) -> str | None:
+    def _reason(self, step: int, numbers: _StepNumbers) -> str | None:
+        summary = numbers.summary
         reasons = [
-            _skip_reason(seen) if seen.summary.verdict >= SKIP and not seen.summary.is_spike else None,
-            describe_size(step, seen.summary) if seen.summary.is_spike else None,
-            self._replica_reason(seen),
+            _skip_reason(numbers) if summary.verdict >= SKIP and not summary.is_spike else None,
+            describe_size(step, summary) if summary.is_spike else None,
+            self._replica_reason(numbers),
         ]
         return "; ".join(reason for reason in reasons if reason) or None
 
-    def _replica_reason(self, seen: _Step) -> str | None:
-        if seen.odd is not None:
-            who = "replicas differ" if seen.odd.rank is None else f"rank {seen.odd.rank} differs"
-            return f"{who} in {self._layout.names[seen.odd.row]} or its optimizer state"
-        return "reduced gradients differ between replicas" if seen.summary.norms_differ else None
+    def _replica_reason(self, numbers: _StepNumbers) -> str | None:
+        differing = numbers.differing
+        if differing is not None:
+            who = "replicas differ" if differing.rank is None else f"rank {differing.rank} differs"
+            return f"{who} in {self._layout.names[differing.row]} or its optimizer state"
+        return "reduced gradients differ between replicas" if numbers.summary.norms_differ else None
 
     def _parameter_rows(self, rows: Tensor | None, divisor: float) -> dict[str, ParameterRow]:
         """Rows of all ranks, `[W, P, 6]`, as one per parameter."""
@@ -220,15 +224,15 @@ def _is_bad(one: list[float]) -> bool:
     return bool(gradient) or not math.isfinite(one[LOSS_SUM])
 
 
-def _skip_reason(seen: _Step) -> str:
-    culprit = seen.culprit
+def _skip_reason(numbers: _StepNumbers) -> str:
+    culprit = numbers.culprit
     if culprit is not None:
-        return _blame(seen.per_rank[culprit], culprit)
-    if not seen.total(TOKENS):
+        return _blame(numbers.per_rank[culprit], culprit)
+    if not numbers.total(TOKENS):
         return "no tokens in the global batch"
-    if seen.total(REDUCED_BAD):
+    if numbers.total(REDUCED_BAD):
         return "the reduced gradient is not finite though every rank's own was: overflow in the reduction"
-    return f"the gradient's norm of {seen.summary.grad_norm:.3g} is beyond fp32"
+    return f"the gradient's norm of {numbers.summary.grad_norm:.3g} is beyond fp32"
 
 
 def _blame(one: list[float], rank: int) -> str:
