@@ -176,27 +176,27 @@ def _ranks_failing_with(text: str) -> tuple[int, ...]:
     """The ranks that fail with `text`, this one included; empty: all of them."""
     try:
         _get_default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
-        said = _failures(enough=dist.get_world_size())
+        messages = _failures(enough=dist.get_world_size())
     except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         return (dist.get_rank(),)
-    ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in said.items() if other == text)}))
+    ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in messages.items() if other == text)}))
     return () if len(ranks) == dist.get_world_size() else ranks
 
 
 def _failures(*, enough: int) -> dict[int, str]:
-    """What ranks that have failed said, by rank, once so many have or the grace is over."""
+    """The messages of ranks that have failed, by rank, once so many have or the grace is over."""
     store, size = _get_default_store(), dist.get_world_size()
-    said: dict[int, str] = {}
+    messages: dict[int, str] = {}
 
     def are_enough() -> bool:
-        for rank in set(range(size)) - said.keys():
+        for rank in set(range(size)) - messages.keys():
             key = f"{_FAILURES}/{rank}"
             if store.check([key]):
-                said[rank] = store.get(key).decode()
-        return len(said) >= enough
+                messages[rank] = store.get(key).decode()
+        return len(messages) >= enough
 
     _wait_until(are_enough, timeout_s=_GRACE_S)
-    return said
+    return messages
 
 
 def _wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:

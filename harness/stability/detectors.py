@@ -32,10 +32,10 @@ def make_rule(name: str, **settings: Any) -> SpikeRule:
     if name not in RULES:
         raise ConfigError(f"spike rule {name!r}", rule=f"the rules are {', '.join(RULES)}")
     known = inspect.signature(RULES[name]).parameters
-    strangers = sorted(settings.keys() - known.keys())
-    if strangers:
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
         raise ConfigError(
-            f"spike rule {name} has no setting {', '.join(strangers)}",
+            f"spike rule {name} has no setting {', '.join(unknown)}",
             rule=f"its settings are {', '.join(known)}",
         )
     return RULES[name](**settings)

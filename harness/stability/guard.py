@@ -180,7 +180,9 @@ class StepGuard:
         with torch.no_grad():
             self._micro_batches.add(loss_sum, num_tokens, num_correct)
             if not is_last:
-                self._micro_batches.look(self._source.micro_batch_rows(), self._micro_batches.num - 1)
+                self._micro_batches.note_gradient(
+                    self._source.micro_batch_rows(), self._micro_batches.num - 1
+                )
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
@@ -443,7 +445,7 @@ def _rank_statistics(
     """
     host_fields, loss, number = host_values_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
     host_fields = torch.cat([host_fields[:1] + faults_t, host_fields[1:]])
-    micro_batches.look(local, number[0])
+    micro_batches.note_gradient(local, number[0])
     statistics = build_rank_statistics(
         local,
         reduced,

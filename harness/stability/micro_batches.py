@@ -55,7 +55,7 @@ class MicroBatches:
         """What the host knows: three numbers to add to `loss_t`, and the number of the last micro-batch."""
         return 0.0, self._num_tokens, self._num_correct, self.num - 1
 
-    def look(self, rows: Tensor, number: Tensor | int) -> None:
+    def note_gradient(self, rows: Tensor, number: Tensor | int) -> None:
         """Takes `[P, 5]` of the gradient as micro-batch `number` left it; twice the same does no harm."""
         squares = rows[:, SUM_SQUARES].sum()
         bad = bad_rows(rows).any() | ~self._loss_sum_t.isfinite()

@@ -20,7 +20,7 @@ class SigmaRule(SpikeRule):
 
     Args:
         threshold: Standard deviations.
-        window: Steps looked back on; the rule speaks once half of it is filled.
+        window: Steps looked back on; the rule flags nothing before half of it is filled.
     """
 
     def __init__(self, *, threshold: float = 6.0, window: int = 128) -> None:
