@@ -142,7 +142,7 @@ def replay(name: str, series: Iterable[Series], **settings: float) -> list[Seen]
 
     def judge(state: dict[str, Tensor], *step: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         rule._state = dict(state)
-        seen = rule.judge(*step)
+        seen = rule.detect(*step)
         norm_is_flagged = seen.scores[0] > settings.get("threshold", DEFAULT_THRESHOLD)
         ratio = torch.where(norm_is_flagged, step[0].exp() / seen.usual[0], 0.0)
         lasting = seen.num_in_a_row >= robust.INCIDENT_STEPS

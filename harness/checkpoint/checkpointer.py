@@ -121,11 +121,11 @@ class Checkpointer:
         if not self._agree_on_start(step):
             logger.warning("step %d is not saved: the save before is still under way", step)
             return False
-        captured, plain_meta = self._calls.together(
+        captured, plain_meta = self._calls.on_all_ranks(
             lambda: (capture(state, self._calls.rank), plain(dict(meta or {}), "meta"))
         )
         self._planning.update(captured.tensors)
-        stage = self._calls.together(lambda: self._copy(step, captured))
+        stage = self._calls.on_all_ranks(lambda: self._copy(step, captured))
         job = Job(
             step=step,
             staging=self._staging,
@@ -149,7 +149,7 @@ class Checkpointer:
             CheckpointError: it failed, or is not done after `give_up_after_s`.
         """
         self._settle()
-        self._calls.together(self._raise_failure)
+        self._calls.on_all_ranks(self._raise_failure)
 
     def load(
         self,

@@ -107,7 +107,7 @@ class SavePlanning:
             return
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(tensors), is_coordinator=self._group.is_main)
-        local = self._group.together(planner.create_local_plan)
+        local = self._group.on_all_ranks(planner.create_local_plan)
         self._mine = self._group.through_main(local, lambda plans: self._plan_all(planner, plans))
         self._signature = current
 

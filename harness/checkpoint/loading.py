@@ -69,7 +69,7 @@ class Loader:
 
     def _load(self, saved: Saved, state: MutableMapping[str, Any]) -> Manifest:
         manifest = self._group.from_main(saved.manifest)
-        self._group.together(lambda: self._check_share(saved, manifest))
+        self._group.on_all_ranks(lambda: self._check_share(saved, manifest))
         self.restore(OnDisk(saved.path, manifest), state)
         return manifest
 
@@ -79,9 +79,9 @@ class Loader:
         Raises:
             CheckpointError: it does not fit; nothing live has been changed then, unless an object refused it.
         """
-        restore = self._group.together(lambda: Restore(source, state, self._group.rank))
-        self._group.together(restore.read)
-        self._group.together(restore.apply)
+        restore = self._group.on_all_ranks(lambda: Restore(source, state, self._group.rank))
+        self._group.on_all_ranks(restore.read)
+        self._group.on_all_ranks(restore.apply)
 
     def _check_share(self, saved: Saved, manifest: Manifest) -> None:
         """Every file is read by one rank, whatever the world size was."""

@@ -109,6 +109,7 @@ class Store:
             CheckpointError: a file that a rank has written is not to be seen from here.
             OSError: the disk is full, gone or read-only.
         """
+        # A rank on another machine may have written to a disk of its own.
         for name, file in manifest.files.items():
             if not (folder / name).exists() or (folder / name).stat().st_size != file.size_bytes:
                 raise CheckpointError(
@@ -116,6 +117,7 @@ class Store:
                     rule="all ranks have to write to the same, shared directory",
                 )
         write_file(folder / MANIFEST, [manifest.to_bytes()])
+        # Before the rename: after a power cut no folder may have a checkpoint's name and only some files.
         sync_folder(folder)
         saved = self._rename(folder, manifest.step)
         sync_folder(self.directory)
@@ -131,6 +133,7 @@ class Store:
         Raises:
             OSError: the disk is full, gone or read-only.
         """
+        # A file of its own, for a manifest is never written twice: a crash would leave half of one.
         (saved.path / HEALTHY).touch()
         sync_folder(saved.path)
 
@@ -151,6 +154,7 @@ class Store:
 
     def set_aside(self, saved: Saved, kind: str) -> Path | None:
         """Renames a checkpoint, so that it is kept and never loaded. None if that cannot be done."""
+        # The same step may be set aside several times, once for each rollback past it.
         for number in range(1000):
             name = f"{kind}-{saved.path.name}" + (f"-{number}" if number else "")
             try:
@@ -170,6 +174,7 @@ class Store:
         self.discard(saved.path.rename(self.directory / f"{_ATTEMPT}deleted-{saved.path.name}"))
 
     def _rename(self, folder: Path, step: int) -> Saved:
+        # Never in the place of one that is there: a crash between the two renames would leave neither.
         copies = [saved.copy for saved in self.saved() if saved.step == step]
         copy = max(copies) + 1 if copies else 0
         path = self.directory / (f"step-{step:08d}" + (f".{copy}" if copy else ""))

@@ -132,8 +132,8 @@ class Writer:
         )
 
     def _save(self, job: Job) -> tuple[Saved, int]:
-        self._group.together(job.stage)
-        self._group.together(lambda: job.staging.check_sound(job.checked))
+        self._group.on_all_ranks(job.stage)
+        self._group.on_all_ranks(lambda: job.staging.check_sound(job.checked))
         folder = self._group.from_main(lambda: self._store.begin(job.step))
         try:
             shares = self._group.gather(lambda: self._write(folder, job))

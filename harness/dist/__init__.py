@@ -5,15 +5,15 @@ from harness.dist.agreement import (
     broadcast_from_main,
     from_main,
     gather,
-    one_voice,
-    together,
+    on_all_ranks,
+    report_once,
 )
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.shards import local_part
+from harness.dist.store import has_group, set_from_main, wait_for_main
 from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
-from harness.dist.word import has_group, leave_word, word_of_main
 from harness.dist.world import World, open_world
 
 __all__ = [
@@ -27,12 +27,12 @@ __all__ = [
     "gather",
     "gradient_sync",
     "has_group",
-    "leave_word",
     "local_part",
-    "one_voice",
+    "on_all_ranks",
     "open_world",
     "plain",
-    "together",
+    "report_once",
+    "set_from_main",
     "use_threads",
-    "word_of_main",
+    "wait_for_main",
 ]

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.dist.word import default_store
+from harness.dist.store import default_store
 from harness.errors import HarnessError, LaunchError
 
-__all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "one_voice", "together"]
+__all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "on_all_ranks", "report_once"]
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _LAST_READS_S = 0.2
 """How much longer rank 0 stays: the store may live in its process, and others still read it."""
 
 
-def together(action: Callable[[], T]) -> T:
+def on_all_ranks(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; if it fails on one, every rank raises the error of the lowest such rank.
 
     Only `HarnessError`s are agreed on. Anything else is a defect and ends its process, which the launcher
@@ -42,7 +42,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def gather(action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank and gives every rank all results, by rank; fails as `together` does.
+    """Runs `action` on every rank and gives every rank all results, by rank; fails as `on_all_ranks` does.
 
     Results have to be picklable. One collective on the host.
     """
@@ -126,13 +126,13 @@ def _portions(flat_bytes: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]
 
 
 @contextmanager
-def one_voice(tell: Callable[[HarnessError], None] | None = None) -> Iterator[None]:
-    """Within it an error tells on which ranks it arose (`HarnessError.ranks`), so that one of them prints it.
+def report_once(report: Callable[[HarnessError], None] | None = None) -> Iterator[None]:
+    """Within it an error says on which ranks it arose (`HarnessError.ranks`), so that one of them prints it.
 
-    Where there are several ranks, the one that prints it calls `tell`, and those that fail too stay until it has,
+    Where there are several ranks, the one that prints it calls `report`, and those that fail too stay until it has,
     2 seconds at most: a launcher ends them all when the first one leaves.
 
-    Ranks that fail tell each other through the store, without a collective: the others may be anywhere, and
+    Ranks that fail learn of each other through the store, without a collective: the others may be anywhere, and
     wait for nobody. A rank to which something else happens while another one fails, such as a lost connection,
     raises a `LaunchError` about that other one, which prints its own.
     """
@@ -141,8 +141,8 @@ def one_voice(tell: Callable[[HarnessError], None] | None = None) -> Iterator[No
     except HarnessError as error:
         if dist.is_initialized() and dist.get_world_size() > 1:
             if error.ranks is None:
-                error.ranks = _ranks_that_say(str(error))
-            _tell_before_leaving(error, tell)
+                error.ranks = _ranks_failing_with(str(error))
+            _report_before_leaving(error, report)
         raise
     except Exception as error:
         culprits: dict[int, str] = {}
@@ -153,50 +153,50 @@ def one_voice(tell: Callable[[HarnessError], None] | None = None) -> Iterator[No
             raise
         consequence = LaunchError(f"rank {min(culprits)} failed, and this one with it: {error}")
         consequence.ranks = (min(culprits),)
-        _tell_before_leaving(consequence, tell)
+        _report_before_leaving(consequence, report)
         raise consequence from error
 
 
-def _tell_before_leaving(error: HarnessError, tell: Callable[[HarnessError], None] | None) -> None:
-    speaker = min(error.ranks or (0,))
-    told = f"{_FAILURES}/{speaker}/told"
-    if dist.get_rank() == speaker and tell is not None:
-        tell(error)
+def _report_before_leaving(error: HarnessError, report: Callable[[HarnessError], None] | None) -> None:
+    reporter = min(error.ranks or (0,))
+    reported = f"{_FAILURES}/{reporter}/reported"
+    if dist.get_rank() == reporter and report is not None:
+        report(error)
     with suppress(dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         store = default_store()
-        if dist.get_rank() == speaker:
-            store.set(told, "")
+        if dist.get_rank() == reporter:
+            store.set(reported, "")
         else:
-            _wait_until(lambda: store.check([told]), timeout_s=2 * _GRACE_S)
+            _wait_until(lambda: store.check([reported]), timeout_s=2 * _GRACE_S)
         if dist.get_rank() == 0:
             time.sleep(_LAST_READS_S)
 
 
-def _ranks_that_say(text: str) -> tuple[int, ...]:
+def _ranks_failing_with(text: str) -> tuple[int, ...]:
     """The ranks that fail with `text`, this one included; empty: all of them."""
     try:
         default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
-        said = _failures(enough=dist.get_world_size())
+        messages = _failures(enough=dist.get_world_size())
     except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         return (dist.get_rank(),)
-    ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in said.items() if other == text)}))
+    ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in messages.items() if other == text)}))
     return () if len(ranks) == dist.get_world_size() else ranks
 
 
 def _failures(*, enough: int) -> dict[int, str]:
-    """What ranks that have failed said, by rank, once so many have or the grace is over."""
+    """The messages of ranks that have failed, by rank, once so many have or the grace is over."""
     store, size = default_store(), dist.get_world_size()
-    said: dict[int, str] = {}
+    messages: dict[int, str] = {}
 
     def are_enough() -> bool:
-        for rank in set(range(size)) - said.keys():
+        for rank in set(range(size)) - messages.keys():
             key = f"{_FAILURES}/{rank}"
             if store.check([key]):
-                said[rank] = store.get(key).decode()
-        return len(said) >= enough
+                messages[rank] = store.get(key).decode()
+        return len(messages) >= enough
 
     _wait_until(are_enough, timeout_s=_GRACE_S)
-    return said
+    return messages
 
 
 def _wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:

@@ -40,7 +40,7 @@ class HostGroup:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank and gives each its own result, which need not be picklable.
 
         What fails on one rank fails on all: each raises the error of the lowest rank that had one.
@@ -53,7 +53,7 @@ class HostGroup:
         return result
 
     def gather(self, action: Callable[[], T]) -> list[T]:
-        """Runs `action` on every rank and gives every rank all results, by rank; fails as `together` does."""
+        """Runs `action` on every rank and gives every rank all results, by rank; fails as `on_all_ranks` does."""
         return [self._unwrap(outcome) for outcome in self._gather(self._attempt(action))]
 
     def from_main(self, action: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Parameters that a step's loss does not depend on, under DDP: found on the rank on which it happens, told on all.
+"""Parameters that a step's loss does not depend on, under DDP: found on the rank on which it happens, reported on all.
 
 DDP reduces a bucket of gradients when all of its parameters have one. A parameter that took no part in the loss
 leaves the bucket unreduced: if on all ranks, DDP refuses the next forward pass; if on some, the others wait for ever.
@@ -53,7 +53,7 @@ class UnusedParameters:
         torch.autograd.backward(missing, [torch.zeros_like(parameter) for parameter in missing])
 
     def refuse(self) -> None:
-        """Tells what was found on any rank. All ranks call it together: a collective on the host.
+        """Raises what was found on any rank. All ranks call it together: a collective on the host.
 
         Raises:
             ConfigError: anything was; the same error on every rank.

@@ -42,7 +42,7 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
 
     Raises:
         LaunchError: more processes than GPUs, no CUDA where it was asked for, a rendezvous that failed, or
-            several processes of which none was told about the others.
+            several processes of which none knows about the others.
     """
     launched = _launched()
     device = _device(parallel, launched)

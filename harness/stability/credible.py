@@ -39,9 +39,9 @@ class CredibleNorm:
         self._least = math.log(LEAST_SHARE * max_norm) if max_norm else -math.inf
         self._log_norms: Tensor | None = None
 
-    def judge(self, norm: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, norm: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the step's norm is absurd (0-d bool), and the usual norm (0-d; 0: none yet). Does not
-        synchronise, and keeps its memory in place.
+        synchronise, and keeps its state in place.
 
         Args:
             norm: 0-d float64, of the true gradient, without loss scale and before clipping.
@@ -49,18 +49,18 @@ class CredibleNorm:
         """
         if self._log_ratio == math.inf:
             return torch.zeros_like(trusted), torch.zeros_like(norm)
-        memory = self._on(norm.device)
+        log_norms = self._on(norm.device)
         log_norm = norm.log()
-        usual = memory.sort(descending=True).values[RANK - 1]
-        known = usual > -torch.inf
-        absurd = trusted & known & (log_norm - usual.clamp(min=self._least) > self._log_ratio)
-        remembered = trusted & ~(known & (usual - log_norm > self._log_ratio)) & (norm > 0)
+        usual = log_norms.sort(descending=True).values[RANK - 1]
+        is_known = usual > -torch.inf
+        absurd = trusted & is_known & (log_norm - usual.clamp(min=self._least) > self._log_ratio)
+        remembered = trusted & ~(is_known & (usual - log_norm > self._log_ratio)) & (norm > 0)
         newest = torch.where(absurd, -torch.inf, log_norm).reshape(1)
-        memory.copy_(torch.where(remembered, torch.cat([memory[1:], newest]), memory))
+        log_norms.copy_(torch.where(remembered, torch.cat([log_norms[1:], newest]), log_norms))
         return absurd, usual.exp()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the memory, on the device; empty before the first step."""
+        """A copy of the state, on the device; empty before the first step."""
         return {} if self._log_norms is None else {"log_norms": self._log_norms.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ class CredibleNorm:
             self._log_norms.copy_(saved)
 
     def _on(self, device: torch.device) -> Tensor:
-        """The memory, `[64]` float64 on `device`, oldest first; -inf: no norm."""
+        """The window of log norms, `[64]` float64 on `device`, oldest first; -inf: no norm."""
         if self._log_norms is None:
             self._log_norms = torch.full((WINDOW,), -torch.inf, dtype=torch.float64, device=device)
         elif self._log_norms.device != device:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.errors import ConfigError
-from harness.stability.rules.base import SpikeRule, SpikeVerdict
+from harness.stability.rules.base import SpikeDetection, SpikeRule
 from harness.stability.rules.persistent import PersistentRule
 from harness.stability.rules.robust import RobustRule
 from harness.stability.rules.sigma import SigmaRule
 from harness.stability.rules.zclip import ZClipRule
 
-__all__ = ["RULES", "SpikeRule", "SpikeVerdict", "make_rule"]
+__all__ = ["RULES", "SpikeDetection", "SpikeRule", "make_rule"]
 
 RULES: Mapping[str, type[SpikeRule]] = {
     "robust": RobustRule,
@@ -32,10 +32,10 @@ def make_rule(name: str, **settings: Any) -> SpikeRule:
     if name not in RULES:
         raise ConfigError(f"spike rule {name!r}", rule=f"the rules are {', '.join(RULES)}")
     known = inspect.signature(RULES[name]).parameters
-    strangers = sorted(settings.keys() - known.keys())
-    if strangers:
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
         raise ConfigError(
-            f"spike rule {name} has no setting {', '.join(strangers)}",
+            f"spike rule {name} has no setting {', '.join(unknown)}",
             rule=f"its settings are {', '.join(known)}",
         )
     return RULES[name](**settings)

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from harness.dist import local_part
 from harness.errors import ConfigError
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
-from harness.stability.sources import Observations, RowTable
+from harness.stability.sources import GradientStatistics, RowTable
 from harness.stability.statistics import bucket_statistics, tensor_statistics
 
 __all__ = ["FsdpSource"]
 
-_See = Callable[[Tensor, Sequence[nn.Parameter], float, Sequence[bool]], None]
+_Measure = Callable[[Tensor, Sequence[nn.Parameter], float, Sequence[bool]], None]
 """Takes a reduce-scatter's input, the parameters in it, what it was divided by, and which of them add up."""
 
 
@@ -51,10 +51,11 @@ class FsdpSource:
         self.num_shards = mesh.size() // self.num_replicas
         self.measures_backward = self.num_shards > 1
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
-        self._seen = Observations()
+        self._statistics = GradientStatistics()
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
         self._groups = [
-            _Group(module, num_ranks=mesh.size(), see=self._see) for module in _modules_with_groups(model)
+            _Group(module, num_ranks=mesh.size(), measure=self._measure)
+            for module in _modules_with_groups(model)
         ]
         for group in self._groups:
             group.refuse_what_hides_gradients(is_hsdp=mesh.ndim == 2)
@@ -66,8 +67,8 @@ class FsdpSource:
         self._table = RowTable(layout)
 
     def micro_batch_rows(self) -> Tensor:
-        if self._seen:
-            return self._seen.rows(self._table)
+        if self._statistics:
+            return self._statistics.rows(self._table)
         pairs = [pair for group in self._groups for pair in group.unreduced()]
         if not pairs:
             return self.local_rows()
@@ -81,7 +82,7 @@ class FsdpSource:
             return self._table.measure(extremes=self.extremes)
         for group in self._groups:
             group.refuse_replacement()
-        return self._seen.rows(self._table)
+        return self._statistics.rows(self._table)
 
     def reduced_rows(self) -> Tensor:
         return self._table.measure(extremes=False)
@@ -90,20 +91,20 @@ class FsdpSource:
     def is_reduced(self) -> bool:
         if self.num_shards == 1:
             return True
-        return bool(self._seen) and not any(group.holds_unreduced() for group in self._groups)
+        return bool(self._statistics) and not any(group.holds_unreduced() for group in self._groups)
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         return []
 
     def start_step(self) -> None:
-        self._seen.clear()
+        self._statistics.clear()
 
     def close(self) -> None:
         for group in self._groups:
             group.close()
         self._groups = []
 
-    def _see(
+    def _measure(
         self, flat: Tensor, parameters: Sequence[nn.Parameter], divided_by: float, adds: Sequence[bool]
     ) -> None:
         """Measures a reduce-scatter's input: for each shard in turn a padded piece of each parameter."""
@@ -114,7 +115,7 @@ class FsdpSource:
         rows[:, MAX_ABS] = by_shard[:, :, MAX_ABS].amax(0) * divided_by
         rows[:, SUM_SQUARES] *= divided_by**2
         rows[:, NUM_ZERO] -= plan.padding
-        self._seen.note(parameters, rows, adds=adds)
+        self._statistics.note(parameters, rows, adds=adds)
 
     def _plan(self, parameters: Sequence[nn.Parameter], device: torch.device) -> _Plan:
         key = tuple(map(id, parameters))
@@ -166,13 +167,13 @@ class _Group:
         module: Any,
         *,
         num_ranks: int,
-        see: _See,
+        measure: _Measure,
     ) -> None:
         self._module = module
         self._state: Any = module._get_fsdp_state()._fsdp_param_group
         self._num_ranks = num_ranks
         self._inner: Any = self._state._reduce_scatter_comm
-        self._see: weakref.WeakMethod[_See] | None = weakref.WeakMethod(see)
+        self._measure: weakref.WeakMethod[_Measure] | None = weakref.WeakMethod(measure)
         """Weak: the model keeps this reduce-scatter, and must not keep a guard that was dropped."""
         self._contributors: list[nn.Parameter] = []
         self._adds: list[bool] = []
@@ -194,9 +195,9 @@ class _Group:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **kwargs: Any) -> dist.Work | None:
         """Shows the input, then reduces it as before."""
-        see = None if self._see is None else self._see()
-        if see is not None:
-            see(input_tensor, self._contributors, self._divided_by(input_tensor.dtype), self._adds)
+        measure = None if self._measure is None else self._measure()
+        if measure is not None:
+            measure(input_tensor, self._contributors, self._divided_by(input_tensor.dtype), self._adds)
         work: dist.Work | None = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, **kwargs)
         return work
 
@@ -213,7 +214,7 @@ class _Group:
         return found
 
     def close(self) -> None:
-        self._see = None
+        self._measure = None
         if self._state.post_backward is self._own_post_backward:  # else a later guard calls this one
             self._state.post_backward = self._inner_post_backward
         if self._state._reduce_scatter_comm is self:

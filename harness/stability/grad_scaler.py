@@ -62,7 +62,7 @@ class ScaledGradients:
         self.is_unscaled = stages == {OptState.UNSCALED}
         """Whether the loop called `unscale_` before the guard's step."""
 
-    def tell(self, overflowed_t: Tensor) -> None:
+    def note_outcome(self, overflowed_t: Tensor) -> None:
         """Leaves what `update` needs; a later `scaler.step` is refused by the scaler itself."""
         for optimizer in self._optimizers:
             state = self._scaler._per_optimizer_states[id(optimizer)]

@@ -16,26 +16,26 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from harness.config import GuardConfig
-from harness.dist.collectives import gather_lanes
+from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
-from harness.stability.actuator import Actuator
 from harness.stability.attach import source_of
 from harness.stability.attention import AttentionProbe, is_compiled
 from harness.stability.buffers import Buffers
 from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
-from harness.stability.lane import NUM_HOST_FIELDS, Fault, build_lane
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
 from harness.stability.monitor import Monitor
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet, pack, unpack
+from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
 from harness.stability.replicas import checksums
 from harness.stability.samples import WeightSampler
-from harness.stability.verdict import Decision, Judge
+from harness.stability.stepper import OptimizerStepper
+from harness.stability.verdict import Decider, Decision
 from harness.stability.watch import Watch
 
 __all__ = ["StepGuard"]
@@ -94,17 +94,17 @@ class StepGuard:
     ) -> None:
         self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
         self._optimizers = Optimizers(optimizer)
-        self._watch = Watch(model, self._optimizers, on_end=self._let_go)
+        self._watch = Watch(model, self._optimizers, on_close=self._release)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
-        self._actuator = Actuator(self._optimizers, device=device)
+        self._stepper = OptimizerStepper(self._optimizers, device=device)
         self._loss_scale = LossScale(
             self.config.init_loss_scale,
             growth_steps=self.config.loss_scale_growth_steps,
             device=device,
             enabled=precision == torch.float16,
         )
-        self._judge = Judge(self.config, num_replicas=self._source.num_replicas)
+        self._decider = Decider(self.config, num_replicas=self._source.num_replicas)
         self._is_compiled = is_compiled(model)
         self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
         self._buffers = Buffers(model)
@@ -117,9 +117,9 @@ class StepGuard:
         self._step = 0
         self._attention: Tensor | None = None
         self._micro_batches = MicroBatches(device)
-        self._lane = Graphed(functools.partial(_lane, self._micro_batches))
+        self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
         self._decision = Graphed(
-            functools.partial(_decide, self._judge, self._loss_scale), memory=self._judge.size.memory
+            functools.partial(_decide, self._decider, self._loss_scale), state=self._decider.size.live_state
         )
         self._may_have_forgotten_scaler = True
         self._is_gated = False
@@ -180,7 +180,9 @@ class StepGuard:
         with torch.no_grad():
             self._micro_batches.add(loss_sum, num_tokens, num_correct)
             if not is_last:
-                self._micro_batches.look(self._source.micro_batch_rows(), self._micro_batches.num - 1)
+                self._micro_batches.note_gradient(
+                    self._source.micro_batch_rows(), self._micro_batches.num - 1
+                )
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
@@ -239,27 +241,29 @@ class StepGuard:
         is_unscaled = scaled is not None and scaled.is_unscaled
         if scaled is not None and is_unscaled and self._source.measures_backward:
             local = scaled.unscaled(local)
-        known = (
+        host_values_t = self._from_host(
             float(self._fault()),
             compute_s,
             data_wait_s,
             float(stop_requested),
-            self._monitor.drained,
-        )
-        known_t = self._from_host(
-            *known, *self._micro_batches.told(), float(is_unscaled), nominal_tokens or 0.0
+            self._monitor.num_drained,
+            *self._micro_batches.host_values(),
+            float(is_unscaled),
+            nominal_tokens or 0.0,
         )
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        (lane,) = self._lane(local, reduced, known_t, self._actuator.obedience.faults_t)
-        packet = self._gather(self._due({"lane": lane}, rows))
-        decision = Decision(*self._decision(packet["lane"], known_t))
+        (statistics,) = self._rank_statistics(
+            local, reduced, host_values_t, self._stepper.fused_check.faults_t
+        )
+        packet = self._gather(self._due({"rank_statistics": statistics}, rows))
+        decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
         packet["summary"] = decision.summary
         self._apply(decision, packet)
         if scaled is not None:
-            scaled.tell(decision.overflowed_t)
-        self._buffers.settle(decision.skip_t)
+            scaled.note_outcome(decision.overflowed_t)
+        self._buffers.restore_if_skipped(decision.skip_t)
         if is_new_layout:
-            self._buffers.remember()  # those of modules that are new too
+            self._buffers.take_snapshot()  # those of modules that are new too
         self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
         self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._step += 1
@@ -276,7 +280,7 @@ class StepGuard:
         """
         records = self._monitor.drain(wait=wait)
         for record in records:
-            self._actuator.obedience.learn(record)
+            self._stepper.fused_check.observe(record)
         return records
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,22 +288,22 @@ class StepGuard:
         return {
             "step": self._step,
             "loss_scale": self._loss_scale.state_dict(),
-            **self._judge.size.state_dict(),
+            **self._decider.size.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
         self._step = state["step"]
         self._loss_scale.load_state_dict(state["loss_scale"])
-        self._judge.size.load_state_dict(state)
+        self._decider.size.load_state_dict(state)
         self._monitor.clear()
-        self._buffers.remember()
+        self._buffers.take_snapshot()
         self._start_step()
 
     def close(self) -> None:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
         after it is an error: the loop has to call the optimizer itself again."""
-        self._watch.end("it was closed")
+        self._watch.close("it was closed")
 
     def __enter__(self) -> StepGuard:
         return self
@@ -314,7 +318,7 @@ class StepGuard:
         """Which parameter is which row of the statistics, as of the last step."""
         return self._watch.layout
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._source.close()
         self._buffers.close()
         self._monitor.clear()
@@ -327,7 +331,7 @@ class StepGuard:
 
     def _take_layout(self) -> None:
         self._source.watch(self.layout)
-        self._actuator.start_over()
+        self._stepper.reset()
         self._sampler = WeightSampler(
             self.layout.parameters, self._optimizers.state_of, precision=self._precision
         )
@@ -339,7 +343,7 @@ class StepGuard:
         if has_changed:
             self._take_layout()
         self._watch.require_reduced(self._source)
-        self._watch.say_what_nobody_holds()
+        self._watch.warn_of_unused_gradients()
         return has_changed
 
     def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
@@ -353,7 +357,7 @@ class StepGuard:
             self._loss_scale.follow(None)
             return None
         by_accelerate = scaler is self._optimizers.grad_scaler
-        scaled = ScaledGradients(scaler, self._optimizers.stepped, updates=by_accelerate)
+        scaled = ScaledGradients(scaler, self._optimizers.unwrapped, updates=by_accelerate)
         self._loss_scale.follow(scaled.scale_t)
         return scaled
 
@@ -371,9 +375,9 @@ class StepGuard:
         self._attention = None
 
     def _require_open(self) -> None:
-        if self._watch.ended_because is not None:
+        if self._watch.closed_because is not None:
             raise ConfigError(
-                f"the guard cannot be used any more: {self._watch.ended_because}",
+                f"the guard cannot be used any more: {self._watch.closed_because}",
                 rule="a closed guard measures nothing, and what is not measured is not applied",
                 remedy="make a new StepGuard, or call the optimizer yourself",
             )
@@ -388,7 +392,7 @@ class StepGuard:
             )
 
     def _from_host(self, *values: float) -> Tensor:
-        """Numbers that the host knows, `[n]` float64 on the device, without a synchronisation."""
+        """Host values, `[n]` float64 on the device, without a synchronisation."""
         on_cuda = self._loss_scale.value_t.is_cuda
         host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
         return host.to(self._loss_scale.value_t.device, non_blocking=True)
@@ -412,44 +416,54 @@ class StepGuard:
         if self._source.group is None:
             return {name: tensor[None] for name, tensor in packet.items()}
         flat, spec = pack(packet)
-        return unpack(gather_lanes(flat, group=self._source.group), spec)
+        return unpack(all_gather(flat, group=self._source.group), spec)
 
     def _apply(self, decision: Decision, packet: Packet) -> None:
         """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
         if not self._is_due(self.config.sample_every):
-            self._actuator.carry_out(self._step, decision)
+            self._stepper.step(self._step, decision)
             return
         self._sampler.before()
-        self._actuator.carry_out(self._step, decision)
+        self._stepper.step(self._step, decision)
         samples = self._sampler.after()
         if self._source.num_shards > 1:
-            samples = gather_lanes(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
+            samples = all_gather(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
             packet["samples"] = samples[: self._source.num_shards].contiguous()
         else:
             packet["samples"] = samples[None]
 
 
-def _lane(
-    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, known_t: Tensor, faults_t: Tensor
+def _rank_statistics(
+    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, host_values_t: Tensor, faults_t: Tensor
 ) -> tuple[Tensor]:
-    """This rank's lane. `known_t`: the lane's host fields, `MicroBatches.told`, whether the loop has unscaled
-    the gradients, nominal tokens. `faults_t`: 0-d, to be added to the faults among the host fields."""
-    host_values, loss, number = known_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
-    host_values = torch.cat([host_values[:1] + faults_t, host_values[1:]])
-    micro_batches.look(local, number[0])
-    lane = build_lane(
+    """This rank's statistics.
+
+    Args:
+        host_values_t: The host fields, `MicroBatches.host_values`, whether the loop has unscaled the
+            gradients, and the nominal tokens.
+        faults_t: 0-d, to be added to the faults among the host fields.
+    """
+    host_fields, loss, number = host_values_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
+    host_fields = torch.cat([host_fields[:1] + faults_t, host_fields[1:]])
+    micro_batches.note_gradient(local, number[0])
+    statistics = build_rank_statistics(
         local,
         reduced,
         loss=micro_batches.loss_t + loss,
         micro_batch=micro_batches.suspect_t,
-        host_values=host_values,
+        host_fields=host_fields,
     )
-    return (lane,)
+    return (statistics,)
 
 
-def _decide(judge: Judge, loss_scale: LossScale, lanes: Tensor, known_t: Tensor) -> tuple[Tensor, ...]:
+def _decide(
+    decider: Decider, loss_scale: LossScale, per_rank: Tensor, host_values_t: Tensor
+) -> tuple[Tensor, ...]:
     """The fields of a `Decision`."""
-    decision = judge.judge(
-        lanes, loss_scale_t=loss_scale.value_t, is_unscaled_t=known_t[-2] > 0, nominal_tokens_t=known_t[-1]
+    decision = decider.decide(
+        per_rank,
+        loss_scale_t=loss_scale.value_t,
+        is_unscaled_t=host_values_t[-2] > 0,
+        nominal_tokens_t=host_values_t[-1],
     )
     return tuple(getattr(decision, field.name) for field in fields(Decision))

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.errors import ConfigError
 from harness.stability.inert import Hook
 from harness.stability.layout import Layout
-from harness.stability.sources import Observations, RowTable
+from harness.stability.sources import GradientStatistics, RowTable
 from harness.stability.statistics import bucket_statistics
 
 __all__ = ["CommHook", "DdpSource"]
@@ -48,7 +48,7 @@ class DdpSource:
         self.extremes = True
         _refuse_other_reductions(ddp)
         self._ddp = weakref.ref(ddp)  # the hook that outlives this source must not keep the model
-        self._seen = Observations()
+        self._statistics = GradientStatistics()
         self._in_buckets: set[int] = set()
         self._is_reduced = False
         self._hook = _hook_on(ddp, comm_hook)
@@ -62,18 +62,22 @@ class DdpSource:
         ignored = set() if ddp is None else ddp.parameters_to_ignore
         named = [] if ddp is None else ddp.module.named_parameters()
         self._unreduced = [p for name, p in named if name in ignored and id(p) in layout.row_of]
-        """Parameters that DDP was told to leave alone: each rank's gradient is its own."""
+        """Parameters that DDP is to leave alone (`parameters_to_ignore`): each rank's gradient is its own."""
 
     def micro_batch_rows(self) -> Tensor:
-        if not self._seen:
+        if not self._statistics:
             return self._table.measure(extremes=False)
-        return self._with_unreduced(self._seen.rows(self._table))
+        return self._with_unreduced(self._statistics.rows(self._table))
 
     def local_rows(self) -> Tensor:
         ddp = self._ddp()
         if ddp is not None:
             _refuse_join(ddp)
-        return self._with_unreduced(self._seen.rows(self._table)) if self._seen else self._table.empty()
+        return (
+            self._with_unreduced(self._statistics.rows(self._table))
+            if self._statistics
+            else self._table.empty()
+        )
 
     def reduced_rows(self) -> Tensor:
         return self._table.measure(extremes=False)
@@ -82,14 +86,14 @@ class DdpSource:
     def is_reduced(self) -> bool:
         return self._is_reduced
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         if not self._is_reduced or self._in_buckets >= self.layout.row_of.keys():
             return []
-        known = self._in_buckets.union(map(id, self._unreduced))
-        return [p for p in self.layout.parameters if id(p) not in known and p.requires_grad]
+        covered = self._in_buckets.union(map(id, self._unreduced))
+        return [p for p in self.layout.parameters if id(p) not in covered and p.requires_grad]
 
     def start_step(self) -> None:
-        self._seen.clear()
+        self._statistics.clear()
         self._is_reduced = False
 
     def close(self) -> None:
@@ -106,7 +110,7 @@ class DdpSource:
         for life, and nothing else ever is."""
         flat, parameters = bucket.buffer(), bucket.parameters()
         statistics = bucket_statistics(flat, [p.numel() for p in parameters], extremes=self.extremes)
-        self._seen.note(parameters, statistics)
+        self._statistics.note(parameters, statistics)
         self._in_buckets.update(map(id, parameters))
         self._is_reduced = bucket.is_last()
 

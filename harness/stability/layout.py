@@ -44,11 +44,11 @@ class Layout:
         for name, parameter in named_parameters:
             if id(parameter) in ids:
                 unique.setdefault(parameter, name)
-        strangers = [tuple(p.shape) for p in of if p not in unique]
-        if strangers:
+        unknown = [tuple(p.shape) for p in of if p not in unique]
+        if unknown:
             raise ConfigError(
-                f"the optimizer holds {len(strangers)} parameters that are not the model's, of shapes "
-                f"{_first(strangers)}",
+                f"the optimizer holds {len(unknown)} parameters that are not the model's, of shapes "
+                f"{_first(unknown)}",
                 rule="what a guarded optimizer changes has to be in the guarded model, to be measured there",
                 remedy="make the optimizer from the parameters of the model as it is now, after it was "
                 "moved, sharded or rebuilt; one that keeps copies of its own (fp32 masters) has to have the "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.lane import bad_rows
 from harness.stability.layout import SUM_SQUARES
 from harness.stability.loss import checked_count, checked_loss
+from harness.stability.rank_statistics import bad_rows
 
 __all__ = ["MicroBatches"]
 
@@ -22,7 +22,7 @@ class MicroBatches:
         self._num_tokens, self._num_correct = 0.0, 0.0
         self.loss_t = torch.zeros(3, dtype=torch.float64, device=device)
         """`[3]` sum of the loss, number of tokens, and how many of them were predicted right; without what
-        the host was told as plain numbers."""
+        the caller gave as plain numbers (`host_values`)."""
         self.suspect_t = torch.zeros((), dtype=torch.float64, device=device)
         self._squares_t = torch.zeros_like(self.suspect_t)
         self._largest_change_t = torch.zeros_like(self.suspect_t)
@@ -39,6 +39,8 @@ class MicroBatches:
         num_tokens = checked_count(num_tokens, "the number of tokens", device)
         num_correct = checked_count(num_correct, "the number predicted right", device)
         self._loss_sum_t.add_(loss_sum)
+        # What lies on the device is not read; what lies on the host is not copied by itself, but goes along
+        # with the step's other host values.
         if isinstance(num_tokens, Tensor):
             self._tokens_t.add_(num_tokens)
         else:
@@ -49,16 +51,19 @@ class MicroBatches:
             self._num_correct += num_correct
         self.num += 1
 
-    def told(self) -> tuple[float, float, float, int]:
+    def host_values(self) -> tuple[float, float, float, int]:
         """What the host knows: three numbers to add to `loss_t`, and the number of the last micro-batch."""
         return 0.0, self._num_tokens, self._num_correct, self.num - 1
 
-    def look(self, rows: Tensor, number: Tensor | int) -> None:
+    def note_gradient(self, rows: Tensor, number: Tensor | int) -> None:
         """Takes `[P, 5]` of the gradient as micro-batch `number` left it; twice the same does no harm."""
         squares = rows[:, SUM_SQUARES].sum()
         bad = bad_rows(rows).any() | ~self._loss_sum_t.isfinite()
+        # Infinite, so that the first micro-batch that leaves anything bad wins over every finite change, and
+        # no later one wins over it: infinity is not greater than infinity.
         change = torch.where(bad, torch.inf, (squares - self._squares_t).abs())
         worse = change > self._largest_change_t
+        # In place: a CUDA graph reads and writes these tensors at fixed addresses.
         self.suspect_t.copy_(torch.where(worse, number, self.suspect_t))
         torch.maximum(change, self._largest_change_t, out=self._largest_change_t)
         self._squares_t.copy_(squares)

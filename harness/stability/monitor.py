@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.dist.collectives import gather_lanes
+from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
-from harness.stability import lane
 from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
-from harness.stability.reading import Reader, is_skip
+from harness.stability.rank_statistics import DRAINED
+from harness.stability.record_builder import RecordBuilder, is_skip
 
 __all__ = ["Monitor"]
 
@@ -68,7 +68,7 @@ class Monitor:
         self._num_pushed, self._num_dropped = 0, 0
         self._pending_bytes = 0
         self._unchecked: deque[_Pending] = deque()
-        self.drained = 0
+        self.num_drained = 0
         """How far `drain` was called for, in steps since the start and plus the lag; 0: never. It goes to the
         other ranks with each step."""
 
@@ -76,10 +76,10 @@ class Monitor:
         """Starts the copy of a step's numbers to the host.
 
         Args:
-            packet: What `Reader.record` reads.
+            packet: What `RecordBuilder.build` reads.
             layout: Which parameter is which row.
             rows: `[P, 6]`, this rank's statistics and the reduced sums of squares.
-            counts_tokens: Whether the lanes' token counts were told by the caller.
+            counts_tokens: Whether the token counts are the caller's, and not a count of losses.
 
         Raises:
             ConfigError: not all ranks had called `drain` alike before a step that has arrived by now.
@@ -115,19 +115,19 @@ class Monitor:
             if not wait and self._is_first_call and self._needs_rows(self._pending[0]):
                 break  # with the next step every rank will know whether all have made it
             records.append(self._record(self._take()))
-        self.drained = self._num_pushed + (self._lag_steps if wait else 0)
+        self.num_drained = self._num_pushed + (self._lag_steps if wait else 0)
         return records
 
     def clear(self) -> None:
         """Forgets what has not been drained, and who has called `drain`."""
         self._pending.clear()
         self._unchecked.clear()
-        self._num_pushed = self._pending_bytes = self.drained = 0
+        self._num_pushed = self._pending_bytes = self.num_drained = 0
 
     @property
     def _is_first_call(self) -> bool:
         """Whether nobody can know yet that this rank drains. Without a lag nothing could be put off."""
-        return self._group is not None and self._lag_steps > 0 and not self.drained
+        return self._group is not None and self._lag_steps > 0 and not self.num_drained
 
     def _take(self) -> _Pending:
         pending = self._pending.popleft()
@@ -154,10 +154,11 @@ class Monitor:
     def _check(self, pending: _Pending) -> None:
         if self._group is None:
             return
-        told = unpack(pending.copy.wait(), pending.spec)["lane"][:, lane.DRAINED].tolist()
-        behind = [rank for rank, drained in enumerate(told) if drained < max(told)]
+        statistics = unpack(pending.copy.wait(), pending.spec)["rank_statistics"]
+        num_drained = statistics[:, DRAINED].tolist()
+        behind = [rank for rank, drained in enumerate(num_drained) if drained < max(num_drained)]
         if behind:
-            ahead = [rank for rank in range(len(told)) if rank not in behind]
+            ahead = [rank for rank in range(len(num_drained)) if rank not in behind]
             raise ConfigError(
                 f"before step {pending.step} drain() was called on ranks {_listed(ahead)}, but not on ranks "
                 f"{_listed(behind)}",
@@ -171,8 +172,8 @@ class Monitor:
         packet = unpack(flat, pending.spec)
         if self._needs_rows(pending):
             packet["rows"] = self._rows_of_all_ranks(pending.rows)
-        reader = Reader(pending.layout, num_replicas=self._num_replicas)
-        record = reader.record(pending.step, packet, counts_tokens=pending.counts_tokens)
+        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas)
+        record = builder.build(pending.step, packet, counts_tokens=pending.counts_tokens)
         self._give_back(pending.copy)
         return record
 
@@ -186,7 +187,7 @@ class Monitor:
         while self._unchecked:
             self._check(self._unchecked.popleft())
         try:
-            everywhere = gather_lanes(rows.flatten(), group=self._group)
+            everywhere = all_gather(rows.flatten(), group=self._group)
         except RuntimeError as error:
             raise ConfigError(
                 f"the rows of a skipped step could not be gathered: {str(error).splitlines()[0]}",

@@ -30,20 +30,23 @@ class Optimizers:
             (LBFGS).
     """
 
-    def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
-        self.given: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-        """As they were handed over."""
-        self.stepped: tuple[Any, ...] = tuple(map(_unwrapped, self.given))
-        """What `step` is called on."""
-        if not self.stepped:
+    def __init__(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        given = optimizers if isinstance(optimizers, (list, tuple)) else (optimizers,)
+        self.wrapped: tuple[Any, ...] = tuple(given)
+        """As the caller gave them, in accelerate's wrappers if it wraps them."""
+        self.unwrapped: tuple[Any, ...] = tuple(map(_unwrapped, self.wrapped))
+        """Without accelerate's wrappers: what `step` is called on."""
+        if not self.unwrapped:
             raise ConfigError("no optimizer", rule="a guard steps at least one")
-        for optimizer in self.stepped:
+        for optimizer in self.unwrapped:
             _refuse_unfit(optimizer)
 
     @property
     def held(self) -> list[nn.Parameter]:
         """All parameters that they hold now."""
-        return [p for optimizer in self.stepped for group in optimizer.param_groups for p in group["params"]]
+        return [
+            p for optimizer in self.unwrapped for group in optimizer.param_groups for p in group["params"]
+        ]
 
     @property
     def changed(self) -> list[nn.Parameter]:
@@ -59,7 +62,7 @@ class Optimizers:
 
     def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """What its optimizer remembers of a parameter; empty before its first step."""
-        for optimizer in self.stepped:
+        for optimizer in self.unwrapped:
             state: Mapping[str, Any] | None = getattr(optimizer, "state", {}).get(parameter)
             if state:
                 return state
@@ -68,12 +71,12 @@ class Optimizers:
     @property
     def is_accumulating(self) -> bool:
         """Whether accelerate says that this micro-batch is not the last of its step. Equal on all ranks."""
-        return any(not one.gradient_state.sync_gradients for one in self.given if _is_accelerated(one))
+        return any(not one.gradient_state.sync_gradients for one in self.wrapped if _is_accelerated(one))
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The GradScaler with which accelerate scales losses, if it does."""
-        scalers = (one.scaler for one in self.given if _is_accelerated(one))
+        scalers = (one.scaler for one in self.wrapped if _is_accelerated(one))
         return next((scaler for scaler in scalers if scaler is not None), None)
 
     def refuse_shared(self) -> None:

@@ -143,6 +143,6 @@ def _loss_scale_may_cure(record: StepRecord) -> bool:
 
 
 def _say(message: str) -> None:
-    # Records are equal on all ranks; one voice is enough.
+    # Records are equal on all ranks; one line in the log is enough.
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.warning("%s", message)

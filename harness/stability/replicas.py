@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from harness.dist import local_part
 from harness.stability.optimizers import StateOf
 
-__all__ = ["OddReplica", "checksums", "find_odd"]
+__all__ = ["DifferingReplica", "checksums", "find_differing"]
 
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by bytes per element."""
 
 
 @dataclass(frozen=True, slots=True)
-class OddReplica:
+class DifferingReplica:
     """Where replicas differ."""
 
     rank: int | None
@@ -42,7 +42,7 @@ def checksums(parameters: Sequence[nn.Parameter], state_of: StateOf) -> Tensor:
     return torch.stack([_of_parameter(p, state_of(p)) for p in parameters])
 
 
-def find_odd(sums: Tensor) -> OddReplica | None:
+def find_differing(sums: Tensor) -> DifferingReplica | None:
     """The replica that differs, or None if all are the same.
 
     Args:
@@ -54,8 +54,10 @@ def find_odd(sums: Tensor) -> OddReplica | None:
     shard, row = (int(where[0]) for where in differs.nonzero(as_tuple=True))
     values = [tuple(replica[shard].tolist()) for replica in sums]
     (common, count), *_ = Counter(values).most_common()
-    odd = next(replica for replica, value in enumerate(values) if value != common)
-    return OddReplica(rank=odd * sums.shape[1] + shard if 2 * count > len(values) else None, row=row)
+    differing = next(replica for replica, value in enumerate(values) if value != common)
+    return DifferingReplica(
+        rank=differing * sums.shape[1] + shard if 2 * count > len(values) else None, row=row
+    )
 
 
 def _of_parameter(parameter: nn.Parameter, state: Mapping[str, Any]) -> Tensor:

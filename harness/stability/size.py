@@ -11,14 +11,14 @@ from torch import Tensor
 
 from harness.config import GuardConfig
 from harness.stability.credible import CredibleNorm
-from harness.stability.detectors import SpikeRule, SpikeVerdict, make_rule
+from harness.stability.detectors import SpikeDetection, SpikeRule, make_rule
 
-__all__ = ["SizeJudge", "SizeVerdict"]
+__all__ = ["SizeCheck", "SizeFinding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SizeVerdict:
-    """0-d tensors on the device, float64 where nothing else is said."""
+class SizeFinding:
+    """What the size of a step calls for: 0-d tensors on the device, float64 where nothing else is said."""
 
     limit: Tensor
     """The gradient norm to clip to; inf: none."""
@@ -40,7 +40,7 @@ class SizeVerdict:
     num_in_a_row: Tensor
 
 
-class SizeJudge:
+class SizeCheck:
     """The spike rule and, whatever the rule, the bound of what is credible.
 
     | `guard.spike` | outlier batch               | incident              | absurd norm |
@@ -59,12 +59,12 @@ class SizeJudge:
         self._credible = CredibleNorm(config.absurd_norm_ratio, max_norm=config.max_norm)
         self._rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
 
-    def memory(self) -> dict[str, Tensor]:
-        """The spike rule's memory, live; empty without a rule."""
-        return {} if self._rule is None else self._rule.memory
+    def live_state(self) -> dict[str, Tensor]:
+        """The spike rule's state, no copy; empty without a rule."""
+        return {} if self._rule is None else self._rule.live_state
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all memory, on the device."""
+        """Copies of all state, on the device."""
         rule = {} if self._rule is None else self._rule.state_dict()
         return {"spike_rule": rule, "credible_norm": self._credible.state_dict()}
 
@@ -78,49 +78,49 @@ class SizeJudge:
             self._rule.load_state_dict(state["spike_rule"])
         self._credible.load_state_dict(state.get("credible_norm", {}))  # earlier versions did not save it
 
-    def judge(self, norm: Tensor, loss: Tensor, trusted: Tensor) -> SizeVerdict:
-        """The verdict on a step. Does not synchronise.
+    def check(self, norm: Tensor, loss: Tensor, trusted: Tensor) -> SizeFinding:
+        """What the size of a step calls for. Does not synchronise.
 
         Args:
             norm: 0-d float64, of the true gradient, before clipping.
             loss: 0-d float64, the global batch's mean.
             trusted: 0-d bool, neither holds a NaN or an Inf.
         """
-        is_absurd, credible_norm = self._credible.judge(norm, trusted)
+        is_absurd, credible_norm = self._credible.check(norm, trusted)
         maximum = torch.full_like(norm, torch.inf if self._config.max_norm is None else self._config.max_norm)
         if self._rule is None:
             return _without_rule(maximum, is_absurd, credible_norm)
-        opinion = self._rule.judge(norm.log(), loss, trusted & ~is_absurd)
-        limit, skip, is_incident = self._act(opinion, maximum, is_absurd)
-        return SizeVerdict(
+        detection = self._rule.detect(norm.log(), loss, trusted & ~is_absurd)
+        limit, skip, is_incident = self._act(detection, maximum, is_absurd)
+        return SizeFinding(
             limit=limit,
             skip=skip,
             is_spike=is_incident | is_absurd,
-            is_outlier=opinion.flagged & ~is_incident,
+            is_outlier=detection.flagged & ~is_incident,
             is_absurd=is_absurd,
             clipped_by_spike=limit < maximum,
-            norm_score=opinion.scores[0],
-            loss_score=opinion.scores[1],
-            usual_norm=torch.where(is_absurd, credible_norm, opinion.usual[0]),
-            usual_loss=opinion.usual[1],
-            num_in_a_row=opinion.num_in_a_row,
+            norm_score=detection.scores[0],
+            loss_score=detection.scores[1],
+            usual_norm=torch.where(is_absurd, credible_norm, detection.usual[0]),
+            usual_loss=detection.usual[1],
+            num_in_a_row=detection.num_in_a_row,
         )
 
     def _act(
-        self, opinion: SpikeVerdict, maximum: Tensor, is_absurd: Tensor
+        self, detection: SpikeDetection, maximum: Tensor, is_absurd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Norm to clip to, whether to skip, whether the step is an incident."""
         if self._config.spike == "clip":
-            return torch.minimum(maximum, opinion.norm_limit), is_absurd, opinion.is_incident
+            return torch.minimum(maximum, detection.norm_limit), is_absurd, detection.is_incident
         if self._config.spike == "skip":
             # A batch that is left out is never a thing to pass over in silence.
-            return maximum, is_absurd | opinion.flagged, opinion.is_incident | opinion.flagged
-        return maximum, is_absurd, opinion.is_incident
+            return maximum, is_absurd | detection.flagged, detection.is_incident | detection.flagged
+        return maximum, is_absurd, detection.is_incident
 
 
-def _without_rule(maximum: Tensor, is_absurd: Tensor, credible_norm: Tensor) -> SizeVerdict:
+def _without_rule(maximum: Tensor, is_absurd: Tensor, credible_norm: Tensor) -> SizeFinding:
     zero, no = torch.zeros_like(maximum), torch.zeros_like(is_absurd)
-    return SizeVerdict(
+    return SizeFinding(
         limit=maximum,
         skip=is_absurd,
         is_spike=is_absurd,

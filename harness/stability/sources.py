@@ -16,7 +16,7 @@ from harness.dist import local_part
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, Layout
 from harness.stability.statistics import tensor_statistics
 
-__all__ = ["GradientSource", "Observations", "PlainSource", "RowTable", "gradients_of"]
+__all__ = ["GradientSource", "GradientStatistics", "PlainSource", "RowTable", "gradients_of"]
 
 
 class GradientSource(Protocol):
@@ -48,7 +48,7 @@ class GradientSource(Protocol):
     def is_reduced(self) -> bool:
         """Whether every gradient has been through the reduction since `start_step`."""
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         """Parameters of the layout that take a gradient which the reduction that was made did not cover."""
 
     def watch(self, layout: Layout) -> None:
@@ -89,7 +89,7 @@ class PlainSource:
 
     is_reduced = True
 
-    def left_out(self) -> list[nn.Parameter]:
+    def unreduced_parameters(self) -> list[nn.Parameter]:
         return []
 
     def start_step(self) -> None:
@@ -99,8 +99,8 @@ class PlainSource:
         self._rows = None
 
 
-MAX_PLACES = 256
-"""Sets of parameters whose places are kept: models that leave layers out at random have many."""
+MAX_INDICES = 256
+"""Sets of parameters whose indices are cached: models that leave layers out at random have many."""
 
 
 class RowTable:
@@ -110,7 +110,7 @@ class RowTable:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._device = layout.parameters[0].device
-        self._places_of: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
+        self._indices_of: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def empty(self) -> Tensor:
@@ -119,12 +119,12 @@ class RowTable:
 
     def put(self, rows: Tensor, parameters: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """`rows`, in place, with `statistics` `[len(parameters), 5]` in the rows of `parameters`."""
-        chosen, index = self._places(parameters)
+        chosen, index = self._index(parameters)
         return rows.index_copy_(0, index, statistics if chosen is None else statistics[chosen])
 
     def take(self, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """`[len(parameters), 5]`, their rows of `rows`; anything for those without a row."""
-        chosen, index = self._places(parameters)
+        chosen, index = self._index(parameters)
         taken = rows.index_select(0, index)
         return (
             taken
@@ -152,17 +152,17 @@ class RowTable:
             return self.empty()
         return self.spread(having, tensor_statistics(gradients, extremes=extremes))
 
-    def _places(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
+    def _index(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
         """Which of `parameters` have a row (None: all) and which row; copied to the device once."""
         key = tuple(map(id, parameters))
-        if len(self._places_of) > MAX_PLACES:
-            self._places_of.clear()
-        if key not in self._places_of:
+        if len(self._indices_of) > MAX_INDICES:
+            self._indices_of.clear()
+        if key not in self._indices_of:
             row_of = self._layout.row_of
             chosen = [number for number, one in enumerate(key) if one in row_of]
             index = self._on_device([row_of[key[number]] for number in chosen])
-            self._places_of[key] = (None if len(chosen) == len(key) else self._on_device(chosen), index)
-        return self._places_of[key]
+            self._indices_of[key] = (None if len(chosen) == len(key) else self._on_device(chosen), index)
+        return self._indices_of[key]
 
     def _on_device(self, numbers: list[int]) -> Tensor:
         host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._device.type == "cuda")
@@ -175,12 +175,12 @@ class _Note(NamedTuple):
     adds: Sequence[bool]
 
 
-class Observations:
+class GradientStatistics:
     """Statistics of one step's gradients, taken group by group (a bucket, an FSDP module) as they are
     reduced; spread into rows only when they are asked for, so that the layout may change meanwhile.
 
-    What was seen of a gradient before is replaced, or added to where the new one is a further piece of it. Of
-    each group there is one note, however often there is a backward pass and no step.
+    What was measured of a gradient before is replaced, or added to where the new one is a further piece of
+    it. Of each group there is one note, however often there is a backward pass and no step.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class Observations:
         adds = adds or [False] * len(parameters)
         if before is not None and any(adds):
             mask = torch.tensor(adds).to(statistics.device, non_blocking=True)[:, None]
-            statistics = torch.where(mask, _pieces_together(before.statistics, statistics), statistics)
+            statistics = torch.where(mask, _sum_of_pieces(before.statistics, statistics), statistics)
             adds = before.adds
         self._notes[key] = _Note(parameters, statistics, adds)
 
@@ -212,7 +212,7 @@ class Observations:
             again = [more and id(p) in seen for p, more in zip(parameters, adds, strict=True)]
             seen.update(map(id, parameters))
             if any(again):
-                sums = _pieces_together(table.take(rows, parameters), statistics)
+                sums = _sum_of_pieces(table.take(rows, parameters), statistics)
                 statistics = torch.where(table.mask(again), sums, statistics)
             table.put(rows, parameters, statistics)
         return rows
@@ -221,7 +221,7 @@ class Observations:
         self._notes.clear()
 
 
-def _pieces_together(some: Tensor, others: Tensor) -> Tensor:
+def _sum_of_pieces(some: Tensor, others: Tensor) -> Tensor:
     """Rows of a sum from the rows of its two pieces, as if these were orthogonal to one another."""
     total = some + others
     total[:, MAX_ABS] = torch.maximum(some[:, MAX_ABS], others[:, MAX_ABS])

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from harness.config import GuardConfig
 from harness.records import Verdict
-from harness.stability import lane
 from harness.stability.layout import NUM_INF, NUM_NAN
-from harness.stability.size import SizeJudge, SizeVerdict
+from harness.stability.rank_statistics import FAULTS, LOSS_SUM, REDUCED_BAD, REDUCED_SUM_SQUARES, TOKENS
+from harness.stability.size import SizeCheck, SizeFinding
 
-__all__ = ["VERDICTS", "Decision", "Judge", "Summary"]
+__all__ = ["VERDICTS", "Decider", "Decision", "Summary"]
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 APPLY, CLIP, SKIP, STOP = range(4)
@@ -50,8 +50,8 @@ class Summary:
     norms_differ: float
 
 
-SIZES = [f.name for f in fields(SizeVerdict) if f.name in {g.name for g in fields(Summary)}]
-"""What `Summary` takes over from a `SizeVerdict`."""
+SIZES = [f.name for f in fields(SizeFinding) if f.name in {g.name for g in fields(Summary)}]
+"""What `Summary` takes over from a `SizeFinding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class Decision:
     """`[n]` float64, a `Summary`."""
 
 
-class Judge:
-    """Decides on steps, one after the other; remembers only what `size` remembers.
+class Decider:
+    """Decides on steps, one after the other; has no state but that of `size`.
 
     Raises:
         ConfigError: there is no such spike rule.
@@ -80,36 +80,46 @@ class Judge:
     def __init__(self, config: GuardConfig, *, num_replicas: int) -> None:
         self._config = config
         self._num_replicas = num_replicas
-        self.size = SizeJudge(config)
+        self.size = SizeCheck(config)
 
-    def judge(
-        self, lanes: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
+    def decide(
+        self, per_rank: Tensor, *, loss_scale_t: Tensor, is_unscaled_t: Tensor, nominal_tokens_t: Tensor
     ) -> Decision:
         """The decision on a step. Does not synchronise.
 
         Args:
-            lanes: `[W, NUM_FIELDS]` as gathered; identical on all ranks, and so is what follows from it.
+            per_rank: `[W, NUM_FIELDS]` rank statistics as gathered; identical on all ranks, and so is what
+                follows from it.
             is_unscaled_t: 0-d bool, the gradients have been divided by the loss scale already.
             nominal_tokens_t: 0-d, what the loss was divided by before the backward pass; 0: its own tokens.
         """
-        tokens = lanes[:, lane.TOKENS].sum()
-        loss = lanes[:, lane.LOSS_SUM].sum() / tokens
+        tokens = per_rank[:, TOKENS].sum()
+        loss = per_rank[:, LOSS_SUM].sum() / tokens
+        # Ranks divide their summed losses by a constant, because the true number of tokens is known only now.
+        # Divided by this, the gradient is that of the mean over all tokens, without the loss scale.
         divisor = torch.where(is_unscaled_t, 1.0, loss_scale_t.double())
         is_nominal = (tokens > 0) & (nominal_tokens_t > 0)
         divisor = torch.where(is_nominal, divisor * tokens / nominal_tokens_t, divisor)
-        squares = lanes[:, lane.REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
+        # Shards add up to a replica; replicas hold the same gradient, so theirs are not added.
+        squares = per_rank[:, REDUCED_SUM_SQUARES].view(self._num_replicas, -1).sum(1)
+        # Replicas should be equal; where they are not, the largest counts, on all ranks alike.
         norm = squares.amax().sqrt() / divisor
-        gradient_bad = _num_bad(lanes) > 0
-        bad = gradient_bad | ~loss.isfinite() | (lanes[:, lane.FAULTS].sum() > 0)
-        size = self.size.judge(norm, loss, ~bad)
+        gradient_bad = _num_bad(per_rank) > 0
+        bad = gradient_bad | ~loss.isfinite() | (per_rank[:, FAULTS].sum() > 0)
+        # Taken whatever the step is like: branching on `bad` would be a read on the host.
+        size = self.size.check(norm, loss, ~bad)
         coefficient = (size.limit / norm).clamp(max=1.0)
         # The optimizer takes the scale in fp32; a norm too far beyond that cannot be clipped.
         bad = bad | ~(divisor / coefficient).float().isfinite()
+        # Under a finite loss it was the backward pass or the reduction that overflowed. A loss that is not
+        # finite was so before it was scaled, and a smaller scale would not help.
         overflowed = gradient_bad & loss.isfinite()
         # An overflow that a smaller loss scale may cure is no reason to end a run.
         fatal = bad & ~(overflowed & (loss_scale_t > 1))
         verdict = self._verdict(bad, fatal, size.skip, coefficient)
+        # STOP too leaves the step out: the run ends when the record is read, some steps later.
         skip = verdict >= SKIP
+        # In a step that is left out nothing is clipped; its norm may be NaN, which is not for `grad_scale_t`.
         coefficient = torch.where(skip, 1.0, coefficient)
         summary = {
             **{name: getattr(size, name) for name in SIZES},
@@ -140,5 +150,5 @@ class Judge:
         return squares.amax() - squares.amin() > REPLICA_TOLERANCE * squares.amax()
 
 
-def _num_bad(lanes: Tensor) -> Tensor:
-    return (lanes[:, NUM_NAN] + lanes[:, NUM_INF] + lanes[:, lane.REDUCED_BAD]).sum()
+def _num_bad(per_rank: Tensor) -> Tensor:
+    return (per_rank[:, NUM_NAN] + per_rank[:, NUM_INF] + per_rank[:, REDUCED_BAD]).sum()

@@ -24,20 +24,20 @@ class Watch:
     """The layout of what may change in a step. A parameter is in one watch: a later claim takes it over.
 
     Args:
-        on_end: A method to call when it ends.
+        on_close: A method to call when it is closed.
 
     Raises:
         ConfigError: something about the model or its optimizers that cannot be guarded.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizers, *, on_end: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Optimizers, *, on_close: Callable[[], None]) -> None:
         self._model, self._optimizers = model, optimizers
-        self._on_end = weakref.WeakMethod(on_end)  # the guard holds this watch
-        self._has_spoken = False
+        self._on_close = weakref.WeakMethod(on_close)  # the guard holds this watch
+        self._has_warned = False
         self._signature: tuple[object, ...] = ()
-        self.ended_because: str | None = None
-        """Why it ended, if it has."""
-        self._look()
+        self.closed_because: str | None = None
+        """Why it was closed, if it was."""
+        self._read_optimizers()
 
     def follow(self) -> bool:
         """Looks at the optimizers anew; whether they hold anything else than before.
@@ -47,7 +47,7 @@ class Watch:
         """
         if self._optimizers.signature == self._signature:
             return False
-        self._look()
+        self._read_optimizers()
         return True
 
     def require_reduced(self, source: GradientSource) -> None:
@@ -56,20 +56,20 @@ class Watch:
         Raises:
             ConfigError: a parameter takes a gradient that the reduction does not cover; on all ranks alike.
         """
-        left_out = source.left_out()
-        if left_out:
-            names = [self.layout.names[self.layout.row_of[id(p)]] for p in left_out]
+        unreduced = source.unreduced_parameters()
+        if unreduced:
+            names = [self.layout.names[self.layout.row_of[id(p)]] for p in unreduced]
             raise ConfigError(
                 f"the gradients of {_listed(names)} are not reduced over the ranks",
                 rule="DDP reduces what took a gradient when it was made, and each rank would go its own way",
                 remedy="thaw or add parameters first and make the DistributedDataParallel then",
             )
 
-    def say_what_nobody_holds(self) -> None:
-        """Says once, when all guards have been made, what takes a gradient for nothing."""
-        if self._has_spoken:
+    def warn_of_unused_gradients(self) -> None:
+        """Warns once, when all guards have been made, of gradients that no guarded optimizer uses."""
+        if self._has_warned:
             return
-        self._has_spoken = True
+        self._has_warned = True
         held = {row for watch in _watches for row in watch.layout.row_of}
         names = [n for n, p in named_parameters(self._model) if p.requires_grad and id(p) not in held]
         if names and not (dist.is_initialized() and dist.get_rank()):
@@ -79,31 +79,31 @@ class Watch:
                 _listed(names),
             )
 
-    def end(self, reason: str) -> None:
+    def close(self, reason: str) -> None:
         """Lets go of the parameters; the first reason counts."""
-        self.ended_because = self.ended_because or reason
+        self.closed_because = self.closed_because or reason
         _watches.discard(self)
-        on_end = self._on_end()
-        if on_end is not None:
-            on_end()
+        on_close = self._on_close()
+        if on_close is not None:
+            on_close()
 
-    def _look(self) -> None:
+    def _read_optimizers(self) -> None:
         self._optimizers.refuse_shared()
         self._signature_of_layout = self._optimizers.signature
         self.layout = layout_of(self._model, self._optimizers)
 
     def claim(self) -> None:
-        """Makes the parameters of the layout this watch's, and ends whatever watched any of them before.
+        """Makes the parameters of the layout this watch's, and closes whatever watched any of them before.
         Until then `follow` finds them changed: an error on the way must not let the next step pass."""
         self._signature = self._signature_of_layout
         for other in list(_watches):
             if other is not self and other.layout.row_of.keys() & self.layout.row_of.keys():
-                other.end("a later guard watches its parameters")
+                other.close("a later guard watches its parameters")
         _watches.add(self)
 
 
 _watches: WeakSet[Watch] = WeakSet()
-"""Those that have not ended."""
+"""Those that are open."""
 
 
 def _listed(names: Sequence[str], num: int = 3) -> str:

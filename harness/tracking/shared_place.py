@@ -68,16 +68,16 @@ class SharedPlace:
 
     def _leave(self, said: dict[str, object]) -> None:
         if "torch" in sys.modules:  # or there is no process group, and nothing to load it for
-            from harness.dist import leave_word
+            from harness.dist import set_from_main
 
-            leave_word(self._key, json.dumps(said))
+            set_from_main(self._key, json.dumps(said))
 
     def _hear(self) -> str | None:
         if "torch" not in sys.modules:
             return None
-        from harness.dist import word_of_main
+        from harness.dist import wait_for_main
 
-        return word_of_main(self._key, timeout_s=WAIT_S)
+        return wait_for_main(self._key, timeout_s=WAIT_S)
 
 
 def _explained(error: Exception) -> TrackingError:

@@ -31,30 +31,30 @@ def buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
     """
     tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     constants = set(map(id, constant_buffers(model).values()))
-    held = [one for one in _held(model) if id(one.buffer) not in constants]
-    copies = [one.bits.clone() for one in held]
+    writable = [one for one in _writable_buffers(model) if id(one.buffer) not in constants]
+    copies = [one.bits.clone() for one in writable]
     # Of a DTensor every rank holds its own part.
-    broadcast_from_main(one.bits for one in held if one.is_saved and not isinstance(one.buffer, DTensor))
+    broadcast_from_main(one.bits for one in writable if one.is_saved and not isinstance(one.buffer, DTensor))
     try:
         yield
     finally:
         for table, before in tables:
             table.clear()  # of what was registered, or put in the place of another, meanwhile
             table.update(before)
-        for one, copy in zip(held, copies, strict=True):
+        for one, copy in zip(writable, copies, strict=True):
             one.bits.copy_(copy)
 
 
 def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Those of 64 KiB and more, by name, if they have more than 1 GiB in all: too much to be copied."""
-    large = [one for one in _held(model) if one.bits.nbytes >= _LARGE_BYTES]
+    large = [one for one in _writable_buffers(model) if one.bits.nbytes >= _LARGE_BYTES]
     if sum(one.bits.nbytes for one in large) <= _MAX_COPIED_BYTES:
         return {}
     return {one.name: one.buffer for one in large}
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _Buffer:
     """A buffer that can be written through."""
 
     name: str
@@ -63,19 +63,19 @@ class _Held:
     is_saved: bool
 
 
-def _held(model: nn.Module) -> list[_Held]:
+def _writable_buffers(model: nn.Module) -> list[_Buffer]:
     """Each once."""
-    held: dict[int, _Held] = {}
+    found: dict[int, _Buffer] = {}
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             bits = None if buffer is None else _bits(buffer)
             if buffer is None or bits is None:
                 continue
             is_saved = name not in module._non_persistent_buffers_set
-            known = held.get(id(buffer))
-            if known is None or (is_saved and not known.is_saved):
-                held[id(buffer)] = _Held(f"{path}.{name}".lstrip("."), buffer, bits, is_saved)
-    return list(held.values())
+            earlier = found.get(id(buffer))
+            if earlier is None or (is_saved and not earlier.is_saved):
+                found[id(buffer)] = _Buffer(f"{path}.{name}".lstrip("."), buffer, bits, is_saved)
+    return list(found.values())
 
 
 def _bits(buffer: Tensor) -> Tensor | None:

@@ -20,10 +20,10 @@ from harness.dist import (
     World,
     distribute,
     from_main,
-    one_voice,
+    on_all_ranks,
     open_world,
     plain,
-    together,
+    report_once,
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
@@ -76,9 +76,9 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     precision = _precision(config, world)
     agree_on_settings(config)
     files = agree_on_files(config)
-    task = together(lambda: build_task(config, files=files))
+    task = on_all_ranks(lambda: build_task(config, files=files))
     fingerprints = agree_on_data(task, config)
-    faults = together(
+    faults = on_all_ranks(
         lambda: FaultInjector(
             config.faults,
             model=task.model,
@@ -158,7 +158,7 @@ def _train(
     config: TrainConfig, world: World, stop: StopRequest, tell: Callable[[HarnessError], None] | None
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
-    with one_voice(tell):
+    with report_once(tell):
         run = build_run(config, world, stop)
     first_tokens, started = run.counters.tokens, time.perf_counter()
     status = "crashed"
@@ -166,7 +166,7 @@ def _train(
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         # Before anything is closed, which may take one rank longer than another.
-        with one_voice(tell):
+        with report_once(tell):
             try:
                 status = train_loop(run)
             finally:
@@ -256,7 +256,7 @@ def _journal(
             journal.event("fault", fault.step, what=describe(fault))
         return journal
 
-    return together(open_journal)
+    return on_all_ranks(open_journal)
 
 
 def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[str, str]) -> Loader:

@@ -25,12 +25,12 @@ from harness.tracking.histograms import histograms
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
 
-__all__ = ["Journal", "MainJournal", "NodeJournal", "Sent"]
+__all__ = ["InFlight", "Journal", "MainJournal", "NodeJournal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What the host knows of a step whose record is still on its way."""
+class InFlight:
+    """What the host knows of a step in flight: its record is still on its way."""
 
     step_s: float
     """Wall time of the step."""
@@ -49,7 +49,7 @@ def _no_samples(journal: object) -> Sequence[int]:
 class Journal:
     """Says nothing; what every rank but 0 has."""
 
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
         """One finished step."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -127,8 +127,8 @@ class MainJournal(Journal):
         self._window_steps = 0
 
     @harmless(_nothing)
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, sent: Sent) -> None:
-        values = step_values(record, counters, lr=lr, step_s=sent.step_s)
+    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
+        values = step_values(record, counters, lr=lr, step_s=in_flight.step_s)
         if self._mfu_per_speed is not None:
             values["speed/mfu_frac"] = values["speed/tokens_per_s"] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
@@ -136,7 +136,7 @@ class MainJournal(Journal):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
-        samples_of = functools.partial(self._samples_of, sent.samples[0])
+        samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
             kind = "outlier batch" if incident.is_outlier else incident_kind(record)
@@ -154,7 +154,7 @@ class MainJournal(Journal):
                 },
                 step=record.step,
             )
-        self._show(record, values, sent.step_s)
+        self._show(record, values, in_flight.step_s)
 
     @harmless(_no_samples)
     def _samples_of(self, first: int, rank: int | None, micro_batch: int | None) -> Sequence[int]:

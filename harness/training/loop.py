@@ -18,7 +18,7 @@ from harness.records import StepRecord
 from harness.stability import Ladder, StepGuard
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
-from harness.training.journal import Journal, Sent
+from harness.training.journal import InFlight, Journal
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
@@ -54,12 +54,12 @@ class Run:
     schedule_steps: int
     """Length of the learning-rate schedule, whatever the length of the run."""
     on_incident: Callable[[StepRecord], None] | None = None
-    sent: dict[int, Sent] = field(default_factory=dict)
-    """The steps whose records are still on their way."""
+    in_flight: dict[int, InFlight] = field(default_factory=dict)
+    """The steps whose records are still on their way, by number."""
     saved_step: int = -1
     """Finished steps at the last save."""
-    digested_samples: int = 0
-    """Where the last digested step's samples end in the order of the data."""
+    handled_samples: int = 0
+    """Where the samples of the last step whose record was handled end in the order of the data."""
 
     def learning_rate(self, step: int) -> float:
         """The schedule's value at `step`."""
@@ -115,12 +115,12 @@ def train_step(run: Run) -> bool:
     if _is_due(run, run.config.tracking.histograms_every):
         run.journal.histograms(step, plain(run.model))
     run.optimizer.zero_grad(set_to_none=True)
-    run.sent[step] = Sent(time.perf_counter() - started, (first_sample, run.loader.position))
+    run.in_flight[step] = InFlight(time.perf_counter() - started, (first_sample, run.loader.position))
     run.counters.step = step + 1
     evaluating = _is_due(run, run.config.loop.eval_every)
     saving = _is_due(run, run.config.checkpoint.every)
     is_last = run.counters.step == run.config.loop.steps
-    stopped = _digest(run, run.guard.drain(wait=evaluating or saving or is_last))
+    stopped = _handle_records(run, run.guard.drain(wait=evaluating or saving or is_last))
     if run.counters.step == step + 1:  # and not rolled back
         if evaluating:
             _evaluate(run)
@@ -134,15 +134,15 @@ def _is_due(run: Run, every: int) -> bool:
     return every > 0 and run.counters.step % every == 0
 
 
-def _digest(run: Run, records: list[StepRecord]) -> bool:
+def _handle_records(run: Run, records: list[StepRecord]) -> bool:
     """Counts and logs finished steps and lets the ladder act, which may roll the run back; whether a rank was
     asked to stop."""
     stopped = False
     for record in records:
         run.counters.count(record)
-        sent = run.sent.pop(record.step)
-        run.digested_samples = sent.samples[1]
-        run.journal.step(record, run.counters, lr=run.learning_rate(record.step), sent=sent)
+        in_flight = run.in_flight.pop(record.step)
+        run.handled_samples = in_flight.samples[1]
+        run.journal.step(record, run.counters, lr=run.learning_rate(record.step), in_flight=in_flight)
         run.checkpointer.observe(record.step + 1, incident=record.reason is not None)
         if run.on_incident is not None and record.reason is not None:
             run.on_incident(record)
@@ -169,8 +169,8 @@ def _note_saves(run: Run) -> None:
 
 
 def _finish(run: Run, stopped: bool) -> Status:
-    """Digests what is left, evaluates a finished run, and commits the last checkpoint."""
-    _digest(run, run.guard.drain(wait=True))
+    """Handles the records that are left, evaluates a finished run, and commits the last checkpoint."""
+    _handle_records(run, run.guard.drain(wait=True))
     finished = run.counters.step >= run.config.loop.steps
     if finished and run.counters.val_step != run.counters.step:
         _evaluate(run)

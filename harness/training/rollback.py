@@ -18,7 +18,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     `guard.rollback_skip_steps` steps' worth, whichever is later. What counts skips and rollbacks is not
     rolled back.
     """
-    failed_at = run.digested_samples
+    failed_at = run.handled_samples
     before = dataclasses.replace(run.counters)
     saved = {name: part for name, part in run.saved.items() if name != "ladder"}
     try:
@@ -28,7 +28,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
         return False
     run.counters.keep_skips_of(before)
     run.counters.schedule_steps = run.schedule_steps
-    run.sent.clear()
+    run.in_flight.clear()
     run.saved_step = run.counters.step
     skipped = max(
         run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position

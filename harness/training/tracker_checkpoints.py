@@ -49,7 +49,7 @@ class TrackerCheckpoints:
             Names of the tensors that are not finite, on any rank.
         """
         step = self._calls.from_main(lambda: step)
-        state = {**self._calls.together(build), "step": step}
+        state = {**self._calls.on_all_ranks(build), "step": step}
         parts = {key: value for key, value in state.items() if key.endswith("_state_dict")}
         found = self._calls.gather(lambda: nonfinite_tensors(parts))
         names = sorted({name for some in found for name in some})

@@ -62,10 +62,10 @@ MAY_COMMUNICATE = ("harness/dist/", "harness/stability/hooks.py", "harness/stabi
 
 MAY_SYNCHRONISE = {
     "harness/stability/monitor.py",  # the guard's one drain
-    "harness/stability/actuator.py",  # optimizers that are not fused; it says so
+    "harness/stability/stepper.py",  # optimizers that are not fused; it says so
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
-    "harness/stability/reading.py",  # what the drain has brought to the host
-    "harness/stability/replicas.py",  # names the odd one among numbers that are on the host
+    "harness/stability/record_builder.py",  # what the drain has brought to the host
+    "harness/stability/replicas.py",  # names the differing one among numbers that are on the host
     "harness/stability/reference.py",  # tensors on the CPU only
     "harness/training/evaluate.py",  # the one read of an evaluation
 }

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.stability import StepGuard, lane, samples, sources
+from harness.stability import StepGuard, rank_statistics, samples, sources
 from tests.support.distributed import run_ranks
 from tests.support.guarded import OPTIMIZERS, batch, make_model
 
@@ -140,7 +140,7 @@ def _collectives(rank: int, wrap: str, width: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_a_step_costs_one_gather_whose_size_knows_nothing_of_the_model(wrap: str) -> None:
-    assert lane.NUM_FIELDS <= 17
-    plain, with_rows = (1, lane.NUM_FIELDS), (1, lane.NUM_FIELDS + 6 * 6)
+    assert rank_statistics.NUM_FIELDS <= 17
+    plain, with_rows = (1, rank_statistics.NUM_FIELDS), (1, rank_statistics.NUM_FIELDS + 6 * 6)
     expected = [with_rows, plain, plain, plain, with_rows, plain]
     assert run_ranks(_two_sizes, 2, wrap) == [[expected, expected]] * 2

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from harness.errors import ConfigError
 from harness.stability import StepGuard
 from harness.stability.layout import Layout
-from harness.stability.sources import Observations, RowTable
+from harness.stability.sources import GradientStatistics, RowTable
 from tests.support.guarded import OPTIMIZERS, batch, make_model, snapshot, worst_difference
 
 Parameters = Iterator[nn.Parameter]
@@ -419,7 +419,7 @@ def test_an_error_about_what_is_held_stays_one_until_it_is_mended() -> None:
             guard.step(loss)
     assert stranger.tolist() == [0.0, 0.0, 0.0]
     twice = StepGuard(model, [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
-    twice._optimizers.stepped[1].add_param_group({"params": list(model[0].parameters())})
+    twice._optimizers.unwrapped[1].add_param_group({"params": list(model[0].parameters())})
     with pytest.raises(ConfigError, match="held by two optimizers"):
         twice.step(_backward(model, 2))
 
@@ -461,8 +461,8 @@ def test_a_step_without_a_gradient_is_no_overflow_of_the_loss_scale() -> None:
     assert guard.loss_scale.item() == 65536.0
 
 
-def test_observations_do_not_pile_up_in_a_guard_that_is_not_stepped() -> None:
-    seen, table = Observations(), RowTable(Layout.of([("w", p := nn.Parameter(torch.ones(2)))], of=[p]))
+def test_statistics_do_not_pile_up_in_a_guard_that_is_not_stepped() -> None:
+    seen, table = GradientStatistics(), RowTable(Layout.of([("w", p := nn.Parameter(torch.ones(2)))], of=[p]))
     bad, good = torch.tensor([[1.0, 1, 1, 0, 0]]).double(), torch.tensor([[4.0, 2, 0, 0, 0]]).double()
     for statistics, adds in ((bad, False), (good, False), (good, True)):
         seen.note([p], statistics, adds=[adds])

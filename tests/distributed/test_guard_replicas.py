@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability import StepGuard
-from harness.stability.replicas import checksums, find_odd
+from harness.stability.replicas import checksums, find_differing
 from tests.support.distributed import run_ranks
 from tests.support.guarded import OPTIMIZERS, batch, make_model
 
@@ -99,12 +99,12 @@ def test_checksums_see_a_swap_between_two_states_and_any_dtype() -> None:
     assert (before != after).tolist() == [True, False]
 
 
-def test_the_majority_decides_which_replica_is_odd() -> None:
+def test_the_majority_decides_which_replica_differs() -> None:
     sums = torch.tensor([[[1, 2]], [[1, 2]], [[1, 3]]])
-    odd = find_odd(sums)
-    assert odd is not None
-    assert (odd.rank, odd.row) == (2, 1)
-    assert find_odd(sums[:2]) is None
+    differing = find_differing(sums)
+    assert differing is not None
+    assert (differing.rank, differing.row) == (2, 1)
+    assert find_differing(sums[:2]) is None
 
 
 def test_an_even_cadence_is_refused() -> None:

@@ -96,7 +96,7 @@ def test_a_graph_gives_the_bits_of_its_kernels_and_goes_on_after_a_checkpoint() 
         guard = StepGuard(model, optimizer, spike="skip", spike_warmup=20, max_norm=0.5)
         seen = []
         for step in range(90):
-            for call in (guard._lane, guard._decision):
+            for call in (guard._rank_statistics, guard._decision):
                 call._refused = not graphs
             inputs, targets = (tensor.cuda() for tensor in batch(step % 7))
             loss = nn.functional.mse_loss(model(inputs), targets) * (1000.0 if step in (40, 41, 70) else 1.0)

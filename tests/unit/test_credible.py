@@ -18,7 +18,7 @@ def absurd_steps(bound: CredibleNorm, norms: Sequence[float]) -> list[int]:
     found = []
     for step, norm in enumerate(norms):
         trusted = torch.tensor(math.isfinite(norm))
-        if bound.judge(torch.tensor(norm, dtype=torch.float64), trusted)[0]:
+        if bound.check(torch.tensor(norm, dtype=torch.float64), trusted)[0]:
             found.append(step)
     return found
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.guard import SpikeRuleName
 from harness.errors import CheckpointError, ConfigError
-from harness.stability.detectors import RULES, SpikeRule, SpikeVerdict, make_rule
+from harness.stability.detectors import RULES, SpikeDetection, SpikeRule, make_rule
 from harness.stability.rules.robust import RECENT
 
 NAN, INF = math.nan, math.inf
@@ -31,10 +31,10 @@ def noise(steps: int, *, seed: int = 0) -> list[Step]:
     return [(rng.gauss(0.0, SIGMA), rng.gauss(2.5, SIGMA)) for _ in range(steps)]
 
 
-def judge(rule: SpikeRule, step: Step) -> SpikeVerdict:
+def judge(rule: SpikeRule, step: Step) -> SpikeDetection:
     log_norm, loss = (torch.tensor(value, dtype=torch.float64) for value in step)
     trusted = torch.tensor(math.isfinite(step[0]) and not math.isnan(step[1]))
-    return rule.judge(log_norm, loss, trusted)
+    return rule.detect(log_norm, loss, trusted)
 
 
 def flagged_steps(rule: SpikeRule, steps: Sequence[Step]) -> list[int]:
@@ -161,7 +161,7 @@ def test_the_norm_alone_is_enough() -> None:
 
     def flagged(log_norm: float) -> bool:
         norm, loss = torch.tensor(log_norm), torch.tensor(NAN)
-        return bool(rule.judge(norm, loss, torch.tensor(True)).flagged)
+        return bool(rule.detect(norm, loss, torch.tensor(True)).flagged)
 
     assert not any(flagged(log_norm) for log_norm, _ in steps)
     assert flagged(1.5)
@@ -366,7 +366,7 @@ def test_judging_reads_nothing_back_and_takes_few_kernels(name: str, most: int) 
     rule = make_rule(name)
     values = torch.tensor(0.1), torch.tensor(2.0), torch.tensor(True)
     with NoHostRead() as watch:
-        rule.judge(*values)
+        rule.detect(*values)
     assert watch.num_kernels <= most
 
 

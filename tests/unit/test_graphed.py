@@ -73,10 +73,10 @@ def judged(name: str, *, graphed: bool) -> list[list[float]]:
     rule = make_rule(name)
 
     def judge(norm: Tensor, loss: Tensor, trusted: Tensor) -> tuple[Tensor, ...]:
-        verdict = rule.judge(norm, loss, trusted)
+        verdict = rule.detect(norm, loss, trusted)
         return verdict.flagged, verdict.score, verdict.norm_limit
 
-    call = Graphed(judge, memory=lambda: rule.memory) if graphed else judge
+    call = Graphed(judge, state=lambda: rule.live_state) if graphed else judge
     generator = torch.Generator().manual_seed(0)
     seen = []
     for step in range(300):
@@ -103,7 +103,7 @@ def test_a_replayed_rule_judges_as_one_that_is_called(name: str) -> None:
 def test_what_is_credible_is_replayed_as_it_is_called() -> None:
     def absurd(*, graphed: bool) -> list[bool]:
         bound = CredibleNorm(1e4)
-        call = Graphed(bound.judge) if graphed else bound.judge
+        call = Graphed(bound.check) if graphed else bound.check
         seen, state = [], bound.state_dict()
         for step in range(60):
             norm = torch.tensor(1e6 if step % 10 == 9 else 1.0, dtype=torch.float64)
@@ -134,6 +134,6 @@ def test_a_function_that_cannot_be_recorded_is_called_and_loses_nothing(
         memory["count"] = memory["count"] + step
         return (memory["count"].clone(),)
 
-    call = Graphed(count, memory=lambda: memory)
+    call = Graphed(count, state=lambda: memory)
     assert [call(torch.ones(()))[0].item() for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
     assert caplog.text.count("cannot be recorded as a CUDA graph") == 1

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from harness.stability import StepGuard
-from harness.stability.buffers import OBSERVED_STEPS
+from harness.stability.buffers import STEPS_UNTIL_CONSTANT
 from tests.support.guarded import batch
 
 STEPS, BAD = 6, 3
@@ -219,7 +219,7 @@ def test_a_large_constant_is_left_out_and_taken_in_again_once_it_changes() -> No
         guard.step(loss)
         model.zero_grad()
 
-    for number in range(OBSERVED_STEPS + 2):
+    for number in range(STEPS_UNTIL_CONSTANT + 2):
         step(batch(number)[0])
     assert not guard._buffers._blocks  # nothing is copied any more
     model.change = lambda module, inputs: module.table.add_(1.0)

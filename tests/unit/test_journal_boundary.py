@@ -14,7 +14,7 @@ from harness.tracking import open_run
 from harness.tracking.mirrors import MirrorHandle
 from harness.training import journal as journals
 from harness.training.counters import Counters
-from harness.training.journal import Journal, MainJournal, Sent
+from harness.training.journal import InFlight, Journal, MainJournal
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
         tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
     )
     record = StepRecord(step=3, verdict="skip", loss=1.0, grad_norm=1.0, reason="3 NaN", num_nan=3)
-    journal.step(record, Counters(), lr=0.1, sent=Sent(step_s=1.0, samples=(0, 4)))
+    journal.step(record, Counters(), lr=0.1, in_flight=InFlight(step_s=1.0, samples=(0, 4)))
     journal.close("finished")
     [event] = open_run(tmp_path).events("incident")
     assert event.step == 3

@@ -1,4 +1,4 @@
-"""What every spike rule is: a judge of one step at a time whose memory lives on the device."""
+"""What every spike rule is: a detector of one step at a time whose state lives on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from harness.errors import CheckpointError
 
-__all__ = ["SpikeRule", "SpikeVerdict", "no_limit", "shifted"]
+__all__ = ["SpikeDetection", "SpikeRule", "no_limit", "shifted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpikeVerdict:
-    """A rule's opinion of one step, as tensors on the device.
+class SpikeDetection:
+    """What a rule found in one step, as tensors on the device.
 
     A flagged step is out of the ordinary: an incident if there is a sign that the run suffers, else an
     outlier batch, which is odd data as a rule. A step that is not trusted is neither.
@@ -28,7 +28,7 @@ class SpikeVerdict:
     """0-d bool. Also of a step that is not flagged itself, where the loss stays high after one that is."""
     scores: Tensor
     """`[2]` float64, of gradient norm and loss: how unusual, in the rule's own unit; 0 while the rule warms
-    up and for what it does not judge."""
+    up and for what it does not look at."""
     usual: Tensor
     """`[2]` float64, gradient norm and loss that were to be expected; NaN where nothing was."""
     norm_limit: Tensor
@@ -44,18 +44,18 @@ class SpikeVerdict:
 
 
 class SpikeRule(abc.ABC):
-    """Judges the steps of a run one after the other, from values that are equal on all ranks.
+    """Looks at the steps of a run one after the other, from values that are equal on all ranks.
 
-    All memory is a few named tensors on the device of the judged values, so no call synchronises, and a rule
-    that is loaded from a checkpoint goes on bit for bit.
+    All state is a few named tensors on the device of the values that it takes, so no call synchronises, and
+    a rule that is loaded from a checkpoint goes on bit for bit.
     """
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
 
     @abc.abstractmethod
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        """Judges the next step and learns from it if it is fit to learn from. Does not synchronise.
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        """Looks at the next step and learns from it if it is fit to learn from. Does not synchronise.
 
         Args:
             log_norm_t: 0-d, natural logarithm of the reduced gradient's norm before clipping.
@@ -66,15 +66,15 @@ class SpikeRule(abc.ABC):
 
     @abc.abstractmethod
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
-        """The memory of a rule that has seen nothing."""
+        """The state of a rule that has seen nothing."""
 
     @property
-    def memory(self) -> dict[str, Tensor]:
-        """The memory itself, live; empty before the first step."""
+    def live_state(self) -> dict[str, Tensor]:
+        """The state itself, no copy; empty before the first step."""
         return self._state
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """The memory, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
+        """The state, on `device`. Moving it there, once after a checkpoint was loaded, may synchronise."""
         if not self._state:
             self._state = self._fresh_state(device)
         elif next(iter(self._state.values())).device != device:
@@ -82,7 +82,7 @@ class SpikeRule(abc.ABC):
         return self._state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the memory, on the device; empty before the first step."""
+        """A copy of the state, on the device; empty before the first step."""
         return {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

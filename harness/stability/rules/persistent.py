@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, no_limit, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["PersistentRule"]
 
@@ -42,17 +42,17 @@ class PersistentRule(SpikeRule):
             "num_in_a_row": zero.clone(),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        memory = self._on(loss_t.device)
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        state = self._on(loss_t.device)
         loss = loss_t.double()
         usable = trusted_t & (loss.abs() < torch.inf)
-        mean, full = memory["losses"].mean(), memory["num_losses"] >= self.window
+        mean, full = state["losses"].mean(), state["num_losses"] >= self.window
         outlier = usable & full & (mean > 0) & (loss >= self.factor * mean)
         risen = self._risen(outlier, usable)
         self._learn(loss, usable)
         score = torch.where(usable & full & (mean > 0), loss / mean, 0.0)
         flagged = usable & (risen | self._diverged())
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=flagged,
             scores=torch.stack([torch.zeros_like(score), score]),
@@ -62,19 +62,19 @@ class PersistentRule(SpikeRule):
         )
 
     def _risen(self, outlier: Tensor, usable: Tensor) -> Tensor:
-        memory = self._state
-        in_a_row = torch.where(outlier, memory["num_in_a_row"] + 1, memory["num_in_a_row"] * ~usable)
-        memory["num_in_a_row"] = in_a_row
+        state = self._state
+        in_a_row = torch.where(outlier, state["num_in_a_row"] + 1, state["num_in_a_row"] * ~usable)
+        state["num_in_a_row"] = in_a_row
         return in_a_row >= self.in_a_row
 
     def _diverged(self) -> Tensor:
-        memory = self._state
-        num_high = (memory["losses"] > memory["cap"].clamp(max=self.loss_cap)).sum()
-        return (memory["num_losses"] > 2 * self.window) & (2 * num_high >= self.window)
+        state = self._state
+        num_high = (state["losses"] > state["cap"].clamp(max=self.loss_cap)).sum()
+        return (state["num_losses"] > 2 * self.window) & (2 * num_high >= self.window)
 
     def _learn(self, loss: Tensor, usable: Tensor) -> None:
-        memory = self._state
-        memory["losses"] = torch.where(usable, shifted(memory["losses"], loss), memory["losses"])
-        in_first_window = usable & (memory["num_losses"] < self.window)
-        memory["cap"] = torch.where(in_first_window, torch.maximum(memory["cap"], loss), memory["cap"])
-        memory["num_losses"] = memory["num_losses"] + usable
+        state = self._state
+        state["losses"] = torch.where(usable, shifted(state["losses"], loss), state["losses"])
+        in_first_window = usable & (state["num_losses"] < self.window)
+        state["cap"] = torch.where(in_first_window, torch.maximum(state["cap"], loss), state["cap"])
+        state["num_losses"] = state["num_losses"] + usable

@@ -1,6 +1,6 @@
 """The default spike rule: robust z-scores of log gradient norm and loss against the run's recent past.
 
-Legend: the first dimension of all memory is the signal, `[log norm, loss]`; R recent samples; W residuals.
+Legend: the first dimension of all state is the signal, `[log norm, loss]`; R recent samples; W residuals.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, shifted
 
 __all__ = ["RobustRule"]
 
@@ -49,9 +49,9 @@ class RobustRule(SpikeRule):
     spreads: a steady trend, which shifts all residuals alike, is no spike. On a falling trend the median
     residual counts as 0, so that the end of a fall is no spike either.
 
-    The memory takes only trusted samples that were not flagged: neither a NaN nor a spike changes what later
-    steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged for
-    ever, 20 flagged samples in a row that agree with one another, within the threshold, become the new
+    The state takes in only trusted samples that were not flagged: neither a NaN nor a spike changes what
+    later steps are measured by. So that a lasting change of level (new data, new batch size) is not flagged
+    for ever, 20 flagged samples in a row that agree with one another, within the threshold, become the new
     recent past. Samples that do not agree, as in a divergence, go on being flagged; after `window` of them
     in a row the rule warms up afresh.
 
@@ -84,17 +84,19 @@ class RobustRule(SpikeRule):
             "peak_loss": nothing.new_zeros(()),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        memory = self._on(log_norm_t.device)
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        state = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double(), loss_t.double()])
         usable = (sample.abs() < torch.inf) & trusted_t
-        expected = _median(memory["recent"], _num(memory["recent"]))
+        expected = _median(state["recent"], _num(state["recent"]))
         residual = sample - expected
         scores, spread = self._score(residual, expected)
+        # NaN would be above no threshold, but it would stand in the record as a score.
         scores = torch.where(usable, scores, 0.0)
         stands_out = scores > self.threshold
         flagged = stands_out.any()
         num_disturbed = self._count_disturbed(flagged, scores[1])
+        # The residual of a log norm is the log of a ratio.
         is_far = stands_out[0] & (residual[0] >= math.log(INCIDENT_RATIO))
 
         accepted = usable & ~flagged
@@ -102,7 +104,7 @@ class RobustRule(SpikeRule):
         self._learn("residuals", residual, accepted)
         self._follow_level(sample, spread, flagged, trusted_t)
         usual_norm = expected[0].exp()
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=is_far | (num_disturbed >= INCIDENT_STEPS),
             scores=scores,
@@ -114,6 +116,7 @@ class RobustRule(SpikeRule):
     def _count_disturbed(self, flagged: Tensor, loss_score: Tensor) -> Tensor:
         """Steps in a row, this one included, of a disturbance, which begins with a flagged step."""
         before = self._state["num_disturbed"]
+        # A high loss alone begins nothing: it continues what a flagged step began.
         disturbed = flagged | ((loss_score > HIGH_LOSS) & (before > 0))
         self._state["num_disturbed"] = (before + 1) * disturbed
         return self._state["num_disturbed"]
@@ -125,9 +128,13 @@ class RobustRule(SpikeRule):
         usual = _median(residuals, num)
         deviations = (residuals - usual.unsqueeze(-1)).abs()
         mad = MAD_TO_SIGMA * _median(deviations, num)
+        # Capped, not dropped: without the far ones a heavy tail would look narrow, and with them as they are
+        # one outlier would widen the spread for `window` steps.
         near = torch.minimum(deviations, FAR * mad.unsqueeze(-1))
+        # 0 / 0 before the first residual: NaN, which `num >= warmup` below keeps out of the score.
         sigma = (near.square().nansum(dim=-1) / num).sqrt()
         spread = torch.maximum(sigma, self._floor(expected[1].abs()))
+        # On a falling trend the median residual is below 0; as 0 it makes no spike of the end of the fall.
         score = (residual - usual.clamp(min=0.0)) / spread
         return torch.where(num >= self.warmup, score, 0.0), spread
 
@@ -143,16 +150,18 @@ class RobustRule(SpikeRule):
 
     def _follow_level(self, sample: Tensor, spread: Tensor, flagged: Tensor, trusted: Tensor) -> None:
         """Takes flagged samples for the recent past once they have become the rule."""
-        memory = self._state
+        state = self._state
         self._learn("flagged_in_a_row", sample, flagged.expand(2))
-        samples = memory["flagged_in_a_row"]
-        num = torch.where(flagged, memory["num_in_a_row"] + 1, memory["num_in_a_row"] * ~trusted)
+        samples = state["flagged_in_a_row"]
+        # A step that is not trusted neither counts nor ends the row; a trusted one, not flagged, ends it.
+        num = torch.where(flagged, state["num_in_a_row"] + 1, state["num_in_a_row"] * ~trusted)
         disagree = (samples.amax(dim=-1) - samples.amin(dim=-1) > self.threshold * spread).any()
+        # So many flagged steps that never agreed: the old level says nothing about this run any more.
         lost = num >= self.window
         new_level = lost | ((num >= RECENT) & ~disagree)
-        memory["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, memory["recent"])
-        memory["residuals"] = torch.where(lost, torch.nan, memory["residuals"])
-        memory["num_in_a_row"] = num * ~new_level
+        state["recent"] = torch.where(new_level & (samples.abs() < torch.inf), samples, state["recent"])
+        state["residuals"] = torch.where(lost, torch.nan, state["residuals"])
+        state["num_in_a_row"] = num * ~new_level
 
 
 def _num(window: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict, no_limit, shifted
+from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["SigmaRule"]
 
@@ -20,7 +20,7 @@ class SigmaRule(SpikeRule):
 
     Args:
         threshold: Standard deviations.
-        window: Steps looked back on; the rule speaks once half of it is filled.
+        window: Steps looked back on; the rule flags nothing before half of it is filled.
     """
 
     def __init__(self, *, threshold: float = 6.0, window: int = 128) -> None:
@@ -33,17 +33,17 @@ class SigmaRule(SpikeRule):
             "num_samples": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        memory = self._on(log_norm_t.device)
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        state = self._on(log_norm_t.device)
         sample = torch.stack([log_norm_t.double().exp(), loss_t.double()])
         mean, sigma = self._mean_and_sigma()
         within = sample - mean <= self.threshold * sigma
-        active = memory["num_samples"] >= max(2, self.window // 2) - 1
+        active = state["num_samples"] >= max(2, self.window // 2) - 1
         scores = torch.where(active, (sample - mean) / sigma, 0.0)
-        memory["samples"] = shifted(memory["samples"], sample)
-        memory["num_samples"] = (memory["num_samples"] + 1).clamp(max=self.window)
+        state["samples"] = shifted(state["samples"], sample)
+        state["num_samples"] = (state["num_samples"] + 1).clamp(max=self.window)
         flagged = ~within.all() & active & trusted_t
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=flagged,
             scores=scores,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.stability.rules.base import SpikeRule, SpikeVerdict
+from harness.stability.rules.base import SpikeDetection, SpikeRule
 
 __all__ = ["ZClipRule"]
 
@@ -36,18 +36,18 @@ class ZClipRule(SpikeRule):
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return {"mean": zero, "variance": zero.clone(), "num_samples": zero.clone()}
 
-    def judge(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeVerdict:
-        memory = self._on(log_norm_t.device)
+    def detect(self, log_norm_t: Tensor, loss_t: Tensor, trusted_t: Tensor) -> SpikeDetection:
+        state = self._on(log_norm_t.device)
         norm = log_norm_t.double().exp()
         usable = trusted_t & (norm < torch.inf)
-        sigma = memory["variance"].sqrt()
-        active = usable & (memory["num_samples"] >= self.warmup) & (sigma > 0)
-        score = torch.where(active, (norm - memory["mean"]) / sigma, 0.0)
+        sigma = state["variance"].sqrt()
+        active = usable & (state["num_samples"] >= self.warmup) & (sigma > 0)
+        score = torch.where(active, (norm - state["mean"]) / sigma, 0.0)
         flagged = score > self.threshold
-        mean, nothing = memory["mean"], torch.zeros_like(score)
+        mean, nothing = state["mean"], torch.zeros_like(score)
         limit = torch.where(flagged, mean + self.threshold**2 / score * sigma, torch.inf)
         self._learn(torch.minimum(norm, limit), usable)
-        return SpikeVerdict(
+        return SpikeDetection(
             flagged=flagged,
             is_incident=torch.zeros_like(flagged),
             scores=torch.stack([score, nothing]),
@@ -58,14 +58,14 @@ class ZClipRule(SpikeRule):
 
     def _learn(self, norm: Tensor, usable: Tensor) -> None:
         """Plain mean and variance of the first `warmup` norms, moving averages from there on."""
-        memory = self._state
-        num = memory["num_samples"] + 1
+        state = self._state
+        num = state["num_samples"] + 1
         warming = num <= self.warmup
         rate = torch.where(warming, 1 / num, 1 - self.decay)
-        mean = torch.lerp(memory["mean"], norm, rate)
+        mean = torch.lerp(state["mean"], norm, rate)
         # While warming up this is Welford's update; afterwards the published one, from the new mean alone.
-        other = torch.where(warming, memory["mean"], mean)
-        variance = torch.lerp(memory["variance"], (norm - other) * (norm - mean), rate)
-        memory["mean"] = torch.where(usable, mean, memory["mean"])
-        memory["variance"] = torch.where(usable, variance, memory["variance"])
-        memory["num_samples"] = memory["num_samples"] + usable
+        other = torch.where(warming, state["mean"], mean)
+        variance = torch.lerp(state["variance"], (norm - other) * (norm - mean), rate)
+        state["mean"] = torch.where(usable, mean, state["mean"])
+        state["variance"] = torch.where(usable, variance, state["variance"])
+        state["num_samples"] = state["num_samples"] + usable

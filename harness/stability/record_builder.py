@@ -1,4 +1,4 @@
-"""Reads a step's numbers, once they are on the host, into a record with names, units and a reason.
+"""Makes of a step's numbers, once they are on the host, a record with names, units and a reason.
 
 Legend: W ranks = R replicas x S shards, P parameters.
 """
@@ -12,16 +12,27 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from harness.records import Culprit, ParameterRow, RankRow, StepRecord
-from harness.stability import lane
-from harness.stability.lane import Fault
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
-from harness.stability.replicas import OddReplica, find_odd
+from harness.stability.rank_statistics import (
+    COMPUTE_S,
+    CORRECT,
+    DATA_WAIT_S,
+    FAULTS,
+    LOSS_SUM,
+    MICRO_BATCH,
+    PARAMETER,
+    REDUCED_BAD,
+    STOP_REQUESTED,
+    TOKENS,
+    Fault,
+)
+from harness.stability.replicas import DifferingReplica, find_differing
 from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
-__all__ = ["Reader", "is_skip"]
+__all__ = ["RecordBuilder", "is_skip"]
 
 SKIP = VERDICTS.index("skip")
 
@@ -39,12 +50,12 @@ OUTSTANDING = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _StepNumbers:
     """A step's numbers as plain values."""
 
     summary: Summary
-    lanes: list[list[float]]
-    odd: OddReplica | None
+    per_rank: list[list[float]]
+    differing: DifferingReplica | None
     """What the checksums say, in the steps in which they were taken."""
 
     @property
@@ -55,28 +66,30 @@ class _Step:
     @property
     def bad(self) -> list[tuple[int, int]]:
         """Micro-batch and rank of whatever went bad by itself, in this order."""
-        return sorted((int(one[lane.MICRO_BATCH]), r) for r, one in enumerate(self.lanes) if _is_bad(one))
+        # By micro-batch first: what went bad earliest is the likeliest cause.
+        return sorted((int(one[MICRO_BATCH]), r) for r, one in enumerate(self.per_rank) if _is_bad(one))
 
     @property
     def culprits(self) -> tuple[Culprit, ...]:
         """All ranks to blame, the first first."""
         rank = self.outstanding
-        blamed = self.bad or ([] if rank is None else [(int(self.lanes[rank][lane.MICRO_BATCH]), rank)])
+        blamed = self.bad or ([] if rank is None else [(int(self.per_rank[rank][MICRO_BATCH]), rank)])
         return tuple(Culprit(rank=rank, micro_batch=micro_batch) for micro_batch, rank in blamed)
 
     @property
     def outstanding(self) -> int | None:
         """Of a spike or an outlier batch the rank whose own gradient stands out; None if it is not one rank's
         doing."""
-        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.lanes]
+        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.per_rank]
         rank = norms.index(max(norms))
         others = norms[:rank] + norms[rank + 1 :]
+        # Against the median of the others: where most norms are large it is no single rank's doing.
         stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
         unusual = self.summary.is_spike or self.summary.is_outlier
         return rank if unusual and stands_out else None
 
     def total(self, field: int) -> float:
-        return sum(one[field] for one in self.lanes)
+        return sum(one[field] for one in self.per_rank)
 
 
 def is_skip(packet: Packet) -> bool:
@@ -84,42 +97,45 @@ def is_skip(packet: Packet) -> bool:
     return int(packet["summary"][0]) >= SKIP
 
 
-class Reader:
-    """Makes records of packets: `summary` [NUM_SUMMARY], `lane` [W, NUM_FIELDS], and now and then `rows`
-    [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in host memory."""
+class RecordBuilder:
+    """Makes records of packets: `summary` [NUM_SUMMARY], `rank_statistics` [W, NUM_FIELDS], and now and then
+    `rows` [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in
+    host memory."""
 
     def __init__(self, layout: Layout, *, num_replicas: int) -> None:
         self._layout = layout
         self._num_replicas = num_replicas
 
-    def record(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
+    def build(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
         """The record of a step."""
         sums = packet.get("checksums")
-        odd = None if sums is None else find_odd(sums.view(self._num_replicas, -1, len(self._layout)))
-        seen = _Step(Summary(*packet["summary"].tolist()), packet["lane"].tolist(), odd)
-        summary = seen.summary
-        rank, parameter, micro_batch = self._blamed(seen)
+        shape = (self._num_replicas, -1, len(self._layout))
+        differing = None if sums is None else find_differing(sums.view(shape))
+        summary = Summary(*packet["summary"].tolist())
+        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), differing)
+        rank, parameter, micro_batch = self._blamed(numbers)
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],
-            reason=self._reason(step, seen),
+            reason=self._reason(step, numbers),
             note=describe_size(step, summary) if summary.is_outlier else None,
             loss=summary.loss,
             grad_norm=summary.grad_norm,
             clip_coef=summary.clip_coef,
-            num_tokens=int(seen.total(lane.TOKENS)) if counts_tokens else 0,
-            num_correct=int(seen.total(lane.CORRECT)),
-            num_nan=_count(seen.total(NUM_NAN)),
-            num_inf=_count(seen.total(NUM_INF)),
-            num_zero=_count(seen.total(NUM_ZERO)),
-            max_abs=max(one[MAX_ABS] for one in seen.lanes) / summary.divisor,
+            num_tokens=int(numbers.total(TOKENS)) if counts_tokens else 0,
+            num_correct=int(numbers.total(CORRECT)),
+            num_nan=_count(numbers.total(NUM_NAN)),
+            num_inf=_count(numbers.total(NUM_INF)),
+            num_zero=_count(numbers.total(NUM_ZERO)),
+            max_abs=max(one[MAX_ABS] for one in numbers.per_rank) / summary.divisor,
             loss_scale=summary.loss_scale,
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
-            culprits=seen.culprits,
+            culprits=numbers.culprits,
             per_rank=tuple(
-                _rank_row(rank, one, summary.divisor, counts_tokens) for rank, one in enumerate(seen.lanes)
+                _rank_row(rank, one, summary.divisor, counts_tokens)
+                for rank, one in enumerate(numbers.per_rank)
             ),
             per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
             sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
@@ -129,36 +145,39 @@ class Reader:
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
             clipped_by_spike=bool(summary.clipped_by_spike),
-            replicas_differ=bool(summary.norms_differ) or odd is not None,
+            replicas_differ=bool(summary.norms_differ) or differing is not None,
         )
 
-    def _blamed(self, seen: _Step) -> tuple[int | None, str | None, int | None]:
+    def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
-        rank = seen.culprit if seen.culprit is not None else seen.outstanding
+        rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
-            row = int(seen.lanes[rank][lane.PARAMETER])
+            row = int(numbers.per_rank[rank][PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, int(seen.lanes[rank][lane.MICRO_BATCH])
-        if seen.total(lane.REDUCED_BAD):
-            bad = next(one for one in seen.lanes if one[lane.REDUCED_BAD])
-            return None, self._layout.names[int(bad[lane.PARAMETER])], None
-        if seen.odd is not None:
-            return seen.odd.rank, self._layout.names[seen.odd.row], None
+            return rank, name, int(numbers.per_rank[rank][MICRO_BATCH])
+        # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
+        if numbers.total(REDUCED_BAD):
+            bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
+            return None, self._layout.names[int(bad[PARAMETER])], None
+        if numbers.differing is not None:
+            return numbers.differing.rank, self._layout.names[numbers.differing.row], None
         return None, None, None
 
-    def _reason(self, step: int, seen: _Step) -> str | None:
+    def _reason(self, step: int, numbers: _StepNumbers) -> str | None:
+        summary = numbers.summary
         reasons = [
-            _skip_reason(seen) if seen.summary.verdict >= SKIP and not seen.summary.is_spike else None,
-            describe_size(step, seen.summary) if seen.summary.is_spike else None,
-            self._replica_reason(seen),
+            _skip_reason(numbers) if summary.verdict >= SKIP and not summary.is_spike else None,
+            describe_size(step, summary) if summary.is_spike else None,
+            self._replica_reason(numbers),
         ]
         return "; ".join(reason for reason in reasons if reason) or None
 
-    def _replica_reason(self, seen: _Step) -> str | None:
-        if seen.odd is not None:
-            who = "replicas differ" if seen.odd.rank is None else f"rank {seen.odd.rank} differs"
-            return f"{who} in {self._layout.names[seen.odd.row]} or its optimizer state"
-        return "reduced gradients differ between replicas" if seen.summary.norms_differ else None
+    def _replica_reason(self, numbers: _StepNumbers) -> str | None:
+        differing = numbers.differing
+        if differing is not None:
+            who = "replicas differ" if differing.rank is None else f"rank {differing.rank} differs"
+            return f"{who} in {self._layout.names[differing.row]} or its optimizer state"
+        return "reduced gradients differ between replicas" if numbers.summary.norms_differ else None
 
     def _parameter_rows(self, rows: Tensor | None, divisor: float) -> dict[str, ParameterRow]:
         """Rows of all ranks, `[W, P, 6]`, as one per parameter."""
@@ -166,6 +185,7 @@ class Reader:
             return {}
         # Replicas hold the same reduced gradient; the shards of the first make up the whole.
         shards = rows.view(self._num_replicas, -1, *rows.shape[1:])[0]
+        # Behind the NUM_COLUMNS of a rank's own gradient stands the reduced gradient's sum of squares.
         norms = (shards[:, :, NUM_COLUMNS].sum(0).sqrt() / divisor).tolist()
         totals = rows.sum(0).tolist()
         largest = (rows[:, :, MAX_ABS].amax(0) / divisor).tolist()
@@ -183,45 +203,45 @@ class Reader:
 
 
 def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
-    tokens = one[lane.TOKENS]
+    tokens = one[TOKENS]
     return RankRow(
         rank=rank,
-        loss=one[lane.LOSS_SUM] / tokens if tokens else math.nan,
+        loss=one[LOSS_SUM] / tokens if tokens else math.nan,
         num_tokens=int(tokens) if counts_tokens else 0,
         grad_norm=math.sqrt(one[SUM_SQUARES]) / divisor,
         max_abs=one[MAX_ABS] / divisor,
         num_nan=_count(one[NUM_NAN]),
         num_inf=_count(one[NUM_INF]),
         num_zero=_count(one[NUM_ZERO]),
-        compute_s=one[lane.COMPUTE_S],
-        data_wait_s=one[lane.DATA_WAIT_S],
-        stop_requested=bool(one[lane.STOP_REQUESTED]),
+        compute_s=one[COMPUTE_S],
+        data_wait_s=one[DATA_WAIT_S],
+        stop_requested=bool(one[STOP_REQUESTED]),
     )
 
 
 def _is_bad(one: list[float]) -> bool:
-    gradient = one[NUM_NAN] or one[NUM_INF] or one[lane.FAULTS]
-    return bool(gradient) or not math.isfinite(one[lane.LOSS_SUM])
+    gradient = one[NUM_NAN] or one[NUM_INF] or one[FAULTS]
+    return bool(gradient) or not math.isfinite(one[LOSS_SUM])
 
 
-def _skip_reason(seen: _Step) -> str:
-    culprit = seen.culprit
+def _skip_reason(numbers: _StepNumbers) -> str:
+    culprit = numbers.culprit
     if culprit is not None:
-        return _blame(seen.lanes[culprit], culprit)
-    if not seen.total(lane.TOKENS):
+        return _blame(numbers.per_rank[culprit], culprit)
+    if not numbers.total(TOKENS):
         return "no tokens in the global batch"
-    if seen.total(lane.REDUCED_BAD):
+    if numbers.total(REDUCED_BAD):
         return "the reduced gradient is not finite though every rank's own was: overflow in the reduction"
-    return f"the gradient's norm of {seen.summary.grad_norm:.3g} is beyond fp32"
+    return f"the gradient's norm of {numbers.summary.grad_norm:.3g} is beyond fp32"
 
 
 def _blame(one: list[float], rank: int) -> str:
-    faults = Fault(int(one[lane.FAULTS]))
+    faults = Fault(int(one[FAULTS]))
     for fault, words in _WORDS.items():
         if fault in faults:
             return words.format(rank=rank)
-    if not math.isfinite(one[lane.LOSS_SUM]):
-        return f"the loss is {one[lane.LOSS_SUM]} on rank {rank}"
+    if not math.isfinite(one[LOSS_SUM]):
+        return f"the loss is {one[LOSS_SUM]} on rank {rank}"
     return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
 
 

@@ -1,4 +1,4 @@
-"""A lane: what one rank says about its share of a step, in 17 float64, before anything is decided.
+"""Rank statistics: what one rank knows of its share of a step, as `[17]` float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "TOKENS",
     "Fault",
     "bad_rows",
-    "build_lane",
+    "build_rank_statistics",
 ]
 
 # Fields 0 to 4 are the columns of a row of statistics, summed (max-abs: maximised) over the parameters.
@@ -66,17 +66,17 @@ class Fault(IntFlag):
     """An optimizer did not divide gradients in an earlier step that was to be clipped."""
 
 
-def build_lane(
-    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_values: Tensor
+def build_rank_statistics(
+    local: Tensor, reduced: Tensor, *, loss: Tensor, micro_batch: Tensor, host_fields: Tensor
 ) -> Tensor:
-    """This rank's lane, `[NUM_FIELDS]` float64.
+    """This rank's statistics, `[NUM_FIELDS]` float64.
 
     Args:
         local: `[P, 5]` statistics of this rank's own gradient, before the reduction.
         reduced: `[P, 5]` statistics of what the optimizer will use here: the reduced gradient or its shard.
         loss: `[3]` sum of the loss, number of tokens, and how many of them were predicted right.
         micro_batch: 0-d, the one to blame if the step goes wrong.
-        host_values: `[NUM_HOST_FIELDS]`, the fields from FAULTS on.
+        host_fields: `[NUM_HOST_FIELDS]`, the fields from FAULTS on.
     """
     totals = local.sum(0)
     totals[MAX_ABS] = local[:, MAX_ABS].amax()
@@ -88,7 +88,7 @@ def build_lane(
         reduced[:, SUM_SQUARES].sum(),
         reduced_bad.any().double(),
     ]
-    return torch.cat([totals, loss, torch.stack(tail), host_values])
+    return torch.cat([totals, loss, torch.stack(tail), host_fields])
 
 
 def bad_rows(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Carries a decision out on the optimizers: on the device where they can, else by one question a step."""
+"""Steps the optimizers as decided: on the device where they can, else with one synchronisation a step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.optim import SGD, Adagrad, Adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from harness.errors import ConfigError
-from harness.stability.obedience import Obedience
+from harness.stability.fused_check import FusedCheck
 from harness.stability.optimizers import Optimizers
 from harness.stability.sources import gradients_of
 from harness.stability.verdict import Decision
 
-__all__ = ["Actuator"]
+__all__ = ["OptimizerStepper"]
 
 HONOURING = {inspect.unwrap(kind.step) for kind in (Adam, SGD, Adagrad)}
 """Step functions that, fused, honour `found_inf` and `grad_scale` (torch 2.13). AdamW's is Adam's."""
@@ -31,13 +31,13 @@ HONOURING_DEVICES = {"cpu", "cuda"}
 logger = logging.getLogger(__name__)
 
 
-class Actuator:
+class OptimizerStepper:
     """Steps optimizers by decisions.
 
     Fused Adam, AdamW, SGD and Adagrad read `found_inf` and `grad_scale` on the device and leave parameters
     and state alone, or divide the gradients, in the one pass that they make anyway. Only torch's own step
-    functions are trusted with that, without hooks on the step, and they are watched until they have proven
-    it (`Obedience`). Any other optimizer is called only for steps that are applied, with gradients that are
+    functions are trusted with that, without hooks on the step, and they are checked until they have proven
+    it (`FusedCheck`). Any other optimizer is called only for steps that are applied, with gradients that are
     clipped already; that costs a synchronisation per step and, when it clips, a pass over the gradients. A
     step in which a fused optimizer creates state synchronises too: fused SGD leaves momentum uninitialised in
     a step that it skips. How an optimizer is set up is read anew in every step.
@@ -48,28 +48,28 @@ class Actuator:
 
     def __init__(self, optimizers: Optimizers, *, device: torch.device) -> None:
         self._optimizers = optimizers
-        self.obedience = Obedience(device)
-        self._told_of: set[str] = set()
-        for optimizer in optimizers.stepped:
+        self.fused_check = FusedCheck(device)
+        self._warned_of: set[str] = set()
+        for optimizer in optimizers.unwrapped:
             if not self._is_fused(optimizer):
-                self._tell_once(optimizer)
-        self.start_over()
+                self._warn_once(optimizer)
+        self.reset()
 
-    def start_over(self) -> None:
+    def reset(self) -> None:
         """Forgets which parameters have optimizer state, because the optimizers hold others now."""
-        self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.stepped}
+        self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.unwrapped}
 
-    def carry_out(self, step: int, decision: Decision) -> None:
+    def step(self, step: int, decision: Decision) -> None:
         """Steps the optimizers, or not. Synchronises only where the class says so."""
-        fused = [optimizer for optimizer in self._optimizers.stepped if self._is_fused(optimizer)]
+        fused = [optimizer for optimizer in self._optimizers.unwrapped if self._is_fused(optimizer)]
         by_device = [one for one in fused if not self._stateless[id(one)].is_to_make_state()]
         skip, divisor = False, 1.0
-        if len(by_device) < len(self._optimizers.stepped):
+        if len(by_device) < len(self._optimizers.unwrapped):
             skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
-        with self.obedience.watched(step, by_device, decision):
-            for optimizer in self._optimizers.stepped:
+        with self.fused_check.checking(step, by_device, decision):
+            for optimizer in self._optimizers.unwrapped:
                 if optimizer in by_device or (optimizer in fused and not skip):
-                    with _told(optimizer, decision):
+                    with _with_verdict(optimizer, decision):
                         optimizer.step()
                 elif not skip:
                     _scale_gradients(optimizer, divisor)
@@ -78,7 +78,7 @@ class Actuator:
     def _is_fused(self, optimizer: Any) -> bool:
         """Whether it takes the verdict on the device."""
         if not all(group.get("fused") for group in optimizer.param_groups):
-            self._tell_once(optimizer)
+            self._warn_once(optimizer)
             return False
         devices = {p.device.type for group in optimizer.param_groups for p in group["params"][:1]}
         step = inspect.unwrap(optimizer.step, stop=_is_foreign)
@@ -86,13 +86,13 @@ class Actuator:
         if honours and not _has_step_hooks(optimizer):
             _refuse_sharded(optimizer)
             return True
-        self._tell_once(optimizer)
+        self._warn_once(optimizer)
         return False
 
-    def _tell_once(self, optimizer: Any) -> None:
+    def _warn_once(self, optimizer: Any) -> None:
         name = type(optimizer).__name__
-        if name not in self._told_of:
-            self._told_of.add(name)
+        if name not in self._warned_of:
+            self._warned_of.add(name)
             logger.warning(
                 "%s reads the guard's verdict on the host, one synchronisation per step; torch's own Adam, "
                 "AdamW, SGD and Adagrad with fused=True and without step hooks avoid it",
@@ -121,7 +121,7 @@ class _Stateless:
 
 
 @contextmanager
-def _told(optimizer: Any, decision: Decision) -> Iterator[None]:
+def _with_verdict(optimizer: Any, decision: Decision) -> Iterator[None]:
     """Within it the optimizer has the two attributes that fused implementations look for."""
     optimizer.found_inf, optimizer.grad_scale = decision.found_inf_t, decision.grad_scale_t
     try:

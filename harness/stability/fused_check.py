@@ -1,4 +1,4 @@
-"""Proof that a fused optimizer does what the device tells it: not to step, and to divide the gradients.
+"""Checks that a fused optimizer does what the device tells it: not to step, and to divide the gradients.
 
 A record must not say `skip` or `clip` over weights that changed all the same. Whether it does is seen on a
 few elements of a few parameters, without a read on the host, and all ranks hear of it in the next step's
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from harness.dist import local_part
 from harness.records import StepRecord
-from harness.stability.lane import Fault
+from harness.stability.rank_statistics import Fault
 from harness.stability.verdict import Decision
 
-__all__ = ["Obedience"]
+__all__ = ["FusedCheck"]
 
 NUM_PARAMETERS = 4
 NUM_ELEMENTS = 32
@@ -29,30 +29,30 @@ NOTICEABLE = 1.05
 """Divisor from which an untouched gradient means that it was not divided."""
 
 
-class Obedience:
-    """Watches fused optimizers until each instruction was followed once.
+class FusedCheck:
+    """Checks fused optimizers until each instruction was followed once.
 
-    Some twenty small kernels in a step that is watched. Nothing here synchronises.
+    Some twenty small kernels in a step that is checked. Nothing here synchronises.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.faults_t = torch.zeros((), dtype=torch.float64, device=device)
         """`Fault.IGNORED_SKIP` and `Fault.IGNORED_CLIP` as far as they have been seen, for good."""
-        self._watched_from: int | None = None
+        self._checked_from: int | None = None
         self._unproven = {"skip", "clip"}
 
     @contextmanager
-    def watched(self, step: int, optimizers: Sequence[Any], decision: Decision) -> Iterator[None]:
+    def checking(self, step: int, optimizers: Sequence[Any], decision: Decision) -> Iterator[None]:
         """Put the step of `optimizers`, all of which take the verdict on the device, into it."""
         chosen = (
             [p for optimizer in optimizers for p in _some_parameters(optimizer)] if self._unproven else []
         )
         if not chosen:
-            self._watched_from = None
+            self._checked_from = None
             yield
             return
-        if self._watched_from is None:
-            self._watched_from = step
+        if self._checked_from is None:
+            self._checked_from = step
         gradients = [p.grad for p in chosen if p.grad is not None]
         values_before, gradients_before = _some(chosen), _some(gradients)
         yield
@@ -63,9 +63,9 @@ class Obedience:
         seen = ignored_skip * Fault.IGNORED_SKIP + ignored_clip * Fault.IGNORED_CLIP
         torch.maximum(self.faults_t, seen.double(), out=self.faults_t)
 
-    def learn(self, record: StepRecord) -> None:
-        """Takes the records of the run in order; what was watched and followed needs no more watching."""
-        if self._watched_from is None or record.step < self._watched_from:
+    def observe(self, record: StepRecord) -> None:
+        """Takes the records of the run in order; what was checked and followed is not checked again."""
+        if self._checked_from is None or record.step < self._checked_from:
             return
         if record.skipped:
             self._unproven.discard("skip")

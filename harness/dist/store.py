@@ -1,6 +1,6 @@
-"""A word of rank 0 to the others through the process group's store: rank 0 never waits for anybody.
+"""Values from rank 0 to the others through the process group's store: rank 0 never waits for anybody.
 
-So it may be left where nobody asks for it, unlike a collective, which every rank has to enter.
+So one may be set where nobody asks for it, unlike a collective, which every rank has to enter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed
 
-__all__ = ["default_store", "has_group", "leave_word", "word_of_main"]
+__all__ = ["default_store", "has_group", "set_from_main", "wait_for_main"]
 
 
 def has_group() -> bool:
@@ -18,15 +18,15 @@ def has_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def leave_word(key: str, word: str) -> None:
+def set_from_main(key: str, value: str) -> None:
     """On rank 0: what the others will find under `key`. Does nothing without a process group."""
     store = default_store()
     if store is not None:
-        store.set(key, word)
+        store.set(key, value)
 
 
-def word_of_main(key: str, *, timeout_s: float) -> str | None:
-    """On another rank: waits for what rank 0 leaves; None if it leaves nothing, or there is no group."""
+def wait_for_main(key: str, *, timeout_s: float) -> str | None:
+    """On another rank: waits for what rank 0 sets; None if it sets nothing, or there is no group."""
     store = default_store()
     if store is None:
         return None
@@ -34,8 +34,8 @@ def word_of_main(key: str, *, timeout_s: float) -> str | None:
         store.wait([key], datetime.timedelta(seconds=timeout_s))
     except RuntimeError:  # torch.distributed.DistStoreError is one; so is a store whose host is gone
         return None
-    word: bytes = store.get(key)
-    return word.decode()
+    value: bytes = store.get(key)
+    return value.decode()
 
 
 def default_store() -> Any:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from harness.dist import one_voice
+from harness.dist import report_once
 from harness.errors import DataError, HarnessError
 from tests.support.distributed import run_ranks
 
@@ -15,13 +15,13 @@ def leaving(rank: int, size: int, failing: list[int], ranks: tuple[int, ...] | N
     """When this rank had said it, 0 if it did not, and when it left."""
     said = 0.0
 
-    def tell(error: HarnessError) -> None:
+    def report(error: HarnessError) -> None:
         nonlocal said
         time.sleep(0.7)  # the terminal may be slow
         said = time.time()
 
     try:
-        with one_voice(tell):
+        with report_once(report):
             if rank in failing:
                 error = DataError("odd")
                 error.ranks = ranks
@@ -41,5 +41,5 @@ def test_no_rank_leaves_before_one_of_them_has_said_what_is_wrong(
     outcomes = run_ranks(leaving, 2, failing, ranks)
     (said,) = [said for said, _ in outcomes if said]
     assert all(left >= said for _, left in outcomes)
-    speaker = min(ranks or failing)
-    assert outcomes[speaker][0] == said
+    reporter = min(ranks or failing)
+    assert outcomes[reporter][0] == said
