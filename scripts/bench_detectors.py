@@ -188,7 +188,7 @@ def bad_batches_found(rule: str) -> str:
     return f"{len(delays)} of {len(windows)}{late}"
 
 
-def told(seen: Sequence[Seen]) -> str:
+def described(seen: Sequence[Seen]) -> str:
     """`2 + 5`: incidents and outlier batches; a rule without tiers has only one of the two."""
     return f"{sum(one.incident.sum() for one in seen)} + {sum(one.outlier.sum() for one in seen)}"
 
@@ -207,7 +207,7 @@ def rows() -> Table:
     for rule in RULES:
         seen = iter(replay(rule, [one for series in titles.values() for one in series]))
         for title, series in titles.items():
-            table[title][rule] = told([next(seen) for _ in series])
+            table[title][rule] = described([next(seen) for _ in series])
         seen = iter(replay(rule, [series for group in spiked.values() for series, _ in group]))
         for size, group in spiked.items():
             row = f"noted in their own step: {sum(len(at) for _, at in group)} spikes of {size:g} sigma"
