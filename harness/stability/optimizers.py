@@ -101,7 +101,7 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _is_accelerated(optimizer: Any) -> bool:
-    # By name: accelerate is imported in `dist` alone, and need not be there at all.
+    # By name: accelerate is not imported here, and need not be there at all.
     kinds = type(optimizer).__mro__
     return any((k.__module__, k.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer") for k in kinds)
 
