@@ -25,11 +25,11 @@ import orjson
 from harness.dashboard.records import RECORDS
 from harness.env import child_environment
 from harness.errors import TrackingError
-from harness.tracking.digest import Digest
-from harness.tracking.kept import kept_path
+from harness.runlog.digest import Digest
+from harness.runlog.digest_cache import kept_path
+from harness.runlog.preview import LONG_BYTES, open_digest
+from harness.runlog.reader import is_run, unreadable
 from harness.tracking.overview import run_name, run_paths
-from harness.tracking.reader import is_run, unreadable
-from harness.tracking.sample import LONG_BYTES, open_digest
 
 __all__ = ["Catalogue"]
 

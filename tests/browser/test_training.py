@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness.tracking.reader import open_run as open_log
+from harness.runlog.reader import open_run as open_log
 from tests.browser.actions import choose, fill, go_to, toast
 from tests.browser.conftest import Dashboard, Place, watched_page
 

@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 from harness.errors import TrackingError
+from harness.runlog.reader import open_run
 from harness.tracking import RunLog, start_mirrors, sync_run
-from harness.tracking.reader import open_run
 from tests.support.wandb_offline import history, records
 
 QUIET: dict[str, Any] = {"system_every_s": 0.0, "alerts": ()}

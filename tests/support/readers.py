@@ -21,7 +21,7 @@ from harness.dashboard import server
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.surveyor import Surveyor
 from harness.errors import HarnessError
-from harness.tracking.segments import Follower, node_folders
+from harness.runlog.segments import Follower, node_folders
 from harness.tracking.tensorboard import TensorBoardMirror
 
 __all__ = ["Answer", "Question", "Readers"]

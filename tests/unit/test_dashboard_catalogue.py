@@ -16,11 +16,11 @@ from harness.dashboard import surveyor as surveyors
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.surveyor import Surveyor
 from harness.errors import TrackingError
+from harness.runlog.digest import Digest
+from harness.runlog.paths import log_dir
+from harness.runlog.preview import LONG_BYTES
 from harness.tracking import RunLog
-from harness.tracking.digest import Digest
-from harness.tracking.log import log_dir
 from harness.tracking.overview import Glance
-from harness.tracking.sample import LONG_BYTES
 from tests.support.runs import wait_for
 
 WIDE = {f"metric/{number:03}": 1.0 / 3 for number in range(300)}

@@ -19,7 +19,7 @@ from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.forks import fork
 from harness.dashboard.tensorboards import TensorBoards
 from harness.errors import ConfigError, TrackingError
-from harness.tracking import segments
+from harness.runlog import segments
 from tests.support.damage import sound_run
 from tests.support.readers import Readers
 
