@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from harness import __version__
+from harness.parent import stop_with_launcher
+from harness.stop import StopRequest
 
 __all__ = ["COMMANDS", "main"]
 
@@ -49,9 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"harness: unknown command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if name == "train" and argv is None:
+        _train(arguments[1:])
     command = COMMANDS[name]
     function = getattr(importlib.import_module(f"harness.cli.{command.module}"), command.function)
     return int(function(arguments[1:]))
+
+
+def _train(arguments: Sequence[str]) -> NoReturn:
+    """The program `harness train`: as harness/train.py, signals are handled from its first moment on."""
+    with StopRequest() as stop:
+        stop_with_launcher()
+        from harness.cli.train import train_and_exit
+
+        train_and_exit(arguments, prog="harness train", stop=stop)
 
 
 def _usage() -> str:

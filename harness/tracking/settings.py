@@ -46,6 +46,8 @@ class MirrorSettings:
     """Seconds between samples of this node; 0: none."""
     node: str = ""
     """Stands in the names of this node's samples, `system/NODE/...`; empty on the node of rank 0."""
+    picture: bool = False
+    """Draw the run into `curves.png` when it has ended."""
     alerts: tuple[AlertConfig, ...] = TrackingConfig().alerts
     """When people are told."""
     webhook: str | None = None

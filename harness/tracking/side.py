@@ -67,6 +67,8 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
+    if settings.picture:
+        _draw_picture(path)
     _wait_for((alerts, *mirrors), run_dir)
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
 
@@ -100,6 +102,16 @@ def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
     if follower.done.wait(max(0.0, deadline - time.monotonic())):
         return None
     return follower.trouble or ("it hangs" if follower.has_turn else "another process keeps it")
+
+
+def _draw_picture(run_dir: Path) -> None:
+    """Leaves `curves.png` in the run directory: whole, or the one before."""
+    from harness.tracking.plots import plot_run
+
+    try:
+        plot_run(run_dir, run_dir / ".curves.png").replace(run_dir / "curves.png")
+    except Exception as error:  # noqa: BLE001  (the mirrors are worth more)
+        logger.warning("%s cannot be drawn: %s: %s", run_dir / "curves.png", type(error).__name__, error)
 
 
 def _hurry() -> None:
@@ -185,7 +197,7 @@ def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
 
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
     output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)

@@ -109,7 +109,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    faults.begin_at(counters.step)
+    faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     run = Run(
         config=config,
