@@ -21,6 +21,7 @@ FLOORS = {
     "wrappers": 0,
     "config": 1,
     "dist": 2,
+    "user_code": 2,
     "data": 3,
     "models": 3,
     "stability": 3,
