@@ -25,7 +25,7 @@ _SAME_KEYPRESS_S = 1.0
 """Within this a second SIGINT is the same Ctrl-C: the terminal sends one and a launcher may send another."""
 _OURS = (signal.SIGINT, signal.SIGTERM)
 _OURS_BY_DEFAULT = (signal.SIGUSR1, signal.SIGHUP)
-"""Taken where they would end the process. nohup ignores SIGHUP, and a caller's own handler is the caller's."""
+"""Taken where they would end the process: nohup ignores SIGHUP, and a caller's handler is the caller's."""
 _OUTPUTS = (1, 2)
 
 
@@ -37,8 +37,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal: str | None = None
-        """Name of the first signal that asked."""
+        self.reason: str | None = None
+        """Name of the signal that asked first; None: nobody has asked."""
         self._first_interrupt_s: float | None = None
         self._old: dict[int, Any] = {}
         self._terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
@@ -46,7 +46,12 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self.signal is not None
+        return self.reason is not None
+
+    @requested.setter
+    def requested(self, wanted: bool) -> None:
+        """For callbacks."""
+        self.reason = (self.reason or "a callback") if wanted else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -64,9 +69,9 @@ class StopRequest:
             self._count_interrupt()
         if number == signal.SIGHUP:
             self._forget_terminal()
-        if self.signal is None:
-            self.signal = signal.Signals(number).name
-            _say(f"{self.signal}: finishing the step and saving a checkpoint; Ctrl-C again ends at once")
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            _say(f"{self.reason}: finishing the step and saving a checkpoint; Ctrl-C again ends at once")
 
     def _count_interrupt(self) -> None:
         now = time.monotonic()

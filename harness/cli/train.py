@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -52,10 +53,8 @@ def train_and_exit(argv: Sequence[str], *, prog: str, stop: StopRequest) -> NoRe
         exit_code = EXIT_CRASHED
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError):  # nobody reads there any more
             stream.flush()
-        except OSError:  # nobody reads there any more
-            pass
     # All is written and closed by now. Shutting the interpreter down beside gloo's threads aborts now and
     # then, and a launcher would take that for a failure; and whatever hangs there would keep the job waiting.
     os._exit(exit_code)

@@ -19,6 +19,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -33,13 +34,13 @@ _STOP_GRACE_S = 5.0
 
 
 def fresh_store(
-    store: dist.Store,
+    store: Store,
     *,
     rank: int,
     world_size: int,
     timeout_s: float,
     stopping: Callable[[], bool],
-) -> dist.Store:
+) -> Any:
     """A store of the ranks that call this now and of nobody before; on all ranks together.
 
     Args:
@@ -52,7 +53,17 @@ def fresh_store(
     """
     meet = _lead if rank == 0 else _follow
     token = meet(store, rank, world_size, _Waiting(timeout_s, stopping))
-    return dist.PrefixStore(f"harness/{token}", store)
+    return dist.PrefixStore(f"harness/{token}", store)  # type: ignore[attr-defined, arg-type]  # there at run time
+
+
+class Store(Protocol):
+    """What is asked of torch's stores here."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
 
 
 class _Waiting:
@@ -80,7 +91,7 @@ def _never() -> bool:
     return False
 
 
-def _lead(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> str:
+def _lead(store: Store, rank: int, world_size: int, waiting: _Waiting) -> str:
     token = uuid.uuid4().hex
     store.set(_TOKEN, token)
     others = range(1, world_size)
@@ -92,7 +103,7 @@ def _lead(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> s
     return token
 
 
-def _follow(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> str:
+def _follow(store: Store, rank: int, world_size: int, waiting: _Waiting) -> str:
     token, mine = "", ""
     while not (token and store.check([_answers_key(token)]) and mine in _answers(store, token)):
         if store.check([_TOKEN]):
@@ -104,7 +115,7 @@ def _follow(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) ->
     return token
 
 
-def _answers(store: dist.Store, token: str) -> list[str]:
+def _answers(store: Store, token: str) -> list[str]:
     answers: list[str] = json.loads(store.get(_answers_key(token)))
     return answers
 

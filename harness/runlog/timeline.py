@@ -114,8 +114,9 @@ class Timeline:
     def state(self, *, now: float | None = None) -> State:
         """What has become of the run.
 
-        `finished`, `stopped`, `unstable` or `crashed` as it said itself; `crashed` too if its process is gone without a
-        word; `stale` if nothing was logged for ten minutes, or on another machine so that nobody can tell.
+        `finished`, `stopped`, `unstable` or `crashed` as it said itself; `crashed` too if its process is gone
+        without a word; `stale` if nothing was logged for ten minutes, or on another machine so that nobody
+        can tell.
         """
         if self._end is not None:
             said = self._end.get("state")

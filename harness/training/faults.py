@@ -3,7 +3,7 @@
 They strike where real ones do: a gradient inside the backward pass, before any reduction; an activation in
 the forward pass; the loss; the input. Off unless `faults` are configured, and loud when they are: what cannot
 strike is refused before the run, and what did not strike in its micro-batch after all is said. A fault
-strikes once in a run, whatever rolls back or starts again after it: what has struck is noted in its directory.
+strikes once in a run, whatever rolls back or starts again after it: what has struck is noted there.
 """
 
 from __future__ import annotations
