@@ -75,7 +75,7 @@ def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
             if error is None:
                 error = failure
             else:
-                logger.exception("%s failed too", close.__qualname__)
+                logger.error("%s failed too: %s", close.__qualname__, failure)
     return error
 
 
