@@ -1,6 +1,6 @@
-"""Stops and kills a training at random moments, and asks whether it saved what it should and is still the same.
+"""Stops and kills a training at random moments: does it save what it should, and is it still the same?
 
-    python scripts/bench_operations.py [--kills 100] [--stops 50] [--seed 0] [--launchers python torchrun accelerate]
+    python scripts/bench_operations.py [--kills 100] [--stops 50] [--seed 0] [--launchers python torchrun]
 
 *Stops*: under each launcher, runs are sent a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP, to a launcher also
 SIGKILL; one in five twice) at a random moment: while they start, in a step, an evaluation, a save, a

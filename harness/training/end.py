@@ -71,7 +71,7 @@ def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     for close in (run.guard.close, run.loader.close, run.checkpointer.close):
         try:
             close()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
