@@ -130,6 +130,7 @@ class MirrorHandle:
             with contextlib.suppress(OSError, ValueError):  # it died, or was told already
                 self._process.stdin.write(b"close\n")
                 self._process.stdin.close()
+                threading.Thread(target=self._process.wait, daemon=True).start()  # whenever it ends
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
