@@ -30,8 +30,6 @@ def run(argv: Sequence[str]) -> int:
             host=options.host,
             port=options.port,
             token=secrets.token_urlsafe(24) if options.token == "auto" else options.token,
-            user=options.user,
-            password=env.dashboard_password() if options.user is not None else None,
             may_control=options.control,
         )
         serve(options.runs, access, started=lambda address: _tell(address, access.controls, options))
@@ -50,10 +48,10 @@ def _options(argv: Sequence[str]) -> Namespace:
     )
     arguments.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
     arguments.add_argument(
-        "--token", help="asked for before anything is shown; `auto` makes one and prints it in the address"
-    )
-    arguments.add_argument(
-        "--user", help="asked for together with the password in HARNESS_DASHBOARD_PASSWORD"
+        "--token",
+        default=env.dashboard_token(),
+        help="required to open the page; `auto` makes one and prints it in the address "
+        "(default: HARNESS_DASHBOARD_TOKEN, if it is set)",
     )
     control = arguments.add_mutually_exclusive_group()
     control.add_argument(

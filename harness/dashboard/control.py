@@ -18,7 +18,7 @@ from harness.config.plain_yaml import plain_yaml
 from harness.dashboard import commands, forks, form, programs
 from harness.dashboard.access import Access
 from harness.dashboard.catalogue import Catalogue
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.tensorboard import TensorBoard
 from harness.errors import ConfigError, HarnessError, LaunchError
 
 __all__ = [
@@ -270,35 +270,33 @@ def _spelling(fields: Form, processes: gr.Number) -> None:
     spell.click(_told(spell_out), [launcher, processes, nodes, *fields.components], spelled, **QUIET)
 
 
-def tensorboard_tab(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Dropdown:
+def tensorboard_tab(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> gr.Dropdown:
     """Start TensorBoard for chosen runs, link to it, stop it. Returns the list of runs."""
-    gr.Markdown("TensorBoard listens to the dashboard's own machine alone, on a free port.")
+    gr.Markdown("TensorBoard opens behind this page's own address; it ends with the dashboard.")
     with gr.Row(elem_classes="h-orders"):
         chosen = choice_of_runs("Runs", "tensorboard-runs", multiselect=True)
-        start = _order("Start TensorBoard", "tensorboard-start", access)
-        stop = _order("Stop all", "tensorboard-stop", access)
-    running = gr.HTML(_servers_shown(servers), elem_id="tensorboards")
+        start = _order("Show in TensorBoard", "tensorboard-start", access)
+        stop = _order("Stop TensorBoard", "tensorboard-stop", access)
+    link = gr.HTML(_tensorboard_link(tensorboard), elem_id="tensorboard-link")
 
     def begin(runs: list[str]) -> str:
-        servers.start({run: catalogue.directory(run) for run in runs or []})
-        return _servers_shown(servers)
+        tensorboard.show({run: catalogue.directory(run) for run in runs or []})
+        return _tensorboard_link(tensorboard)
 
     def end() -> str:
-        servers.close()
-        return _servers_shown(servers)
+        tensorboard.stop()
+        return _tensorboard_link(tensorboard)
 
-    start.click(guarded(access, begin), chosen, running)
-    stop.click(guarded(access, end), None, running, **QUIET)
+    start.click(guarded(access, begin), chosen, link)
+    stop.click(guarded(access, end), None, link, **QUIET)
     return chosen
 
 
-def _servers_shown(servers: TensorBoards) -> str:
-    rows = [
-        f'<li><a href="{html.escape(one.url)}" target="_blank" rel="noopener">{html.escape(one.url)}</a>'
-        f" {html.escape(', '.join(one.runs))}</li>"
-        for one in servers.list()
-    ]
-    return f"<ul>{''.join(rows)}</ul>" if rows else "<p>none is running</p>"
+def _tensorboard_link(tensorboard: TensorBoard) -> str:
+    runs = html.escape(", ".join(tensorboard.runs))
+    if not runs:
+        return "<p>TensorBoard is not running.</p>"
+    return f'<p><a href="/tensorboard/" target="_blank" rel="noopener">Open TensorBoard</a>: {runs}</p>'
 
 
 def _component(field: form.Field) -> Any:

@@ -22,7 +22,7 @@ from harness.dashboard.control import (
     tensorboard_tab,
     training_tab,
 )
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.tensorboard import TensorBoard
 
 __all__ = ["mount_page"]
 
@@ -45,9 +45,9 @@ setInterval(() => !document.hidden && isChoice(document.activeElement) && trigge
 """.replace("CHOICE", CHOICE_OF_RUNS)
 
 
-def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: TensorBoards) -> FastAPI:
+def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> FastAPI:
     """Puts the page at the root of `app`."""
-    page = _page(catalogue, access, servers)
+    page = _page(catalogue, access, tensorboard)
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     gr.mount_gradio_app(
         app,
@@ -70,7 +70,7 @@ def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: Tens
     return app
 
 
-def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blocks:
+def _page(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> gr.Blocks:
     with gr.Blocks(title="Harness", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1 style='margin:0'>Harness</h1>", padding=False)
         with gr.Tabs() as tabs:
@@ -88,7 +88,7 @@ def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blo
             with gr.Tab("Training", id="training"):
                 controlled = training_tab(catalogue, access, fields)
             with gr.Tab("TensorBoard", id="tensorboard"):
-                drawn = tensorboard_tab(catalogue, access, servers)
+                drawn = tensorboard_tab(catalogue, access, tensorboard)
 
         runs.open(_open_run(catalogue), outputs=[chosen, monitor, tabs], show_progress="hidden")
         chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import orjson
 import uvicorn
@@ -21,7 +22,7 @@ from harness.dashboard import programs
 from harness.dashboard.access import Access, Gate, is_loopback
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.comparison import compare_view
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.tensorboard import TensorBoard
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view
 from harness.errors import ConfigError, HarnessError
 from harness.runlog.digest import Digest
@@ -56,7 +57,7 @@ class _Sight:
 Sight = Annotated[_Sight, Depends()]
 
 
-def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> Gate:
+def application(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> Gate:
     """The whole application behind its gate. Loads Gradio."""
     from harness.dashboard.page import mount_page  # heavy, and not needed to say what is wrong with options
 
@@ -65,8 +66,9 @@ def application(catalogue: Catalogue, access: Access, servers: TensorBoards) -> 
         app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
     app.add_exception_handler(HarnessError, _say_what_is_wrong)  # type: ignore[arg-type]
     _add_data(app, catalogue)
+    app.add_api_route("/tensorboard/{path:path}", tensorboard.forward, methods=["GET", "POST"])
     app.mount("/own", StaticFiles(directory=ASSETS), name="assets")
-    return Gate(mount_page(app, catalogue, access, servers), access)
+    return Gate(mount_page(app, catalogue, access, tensorboard), access)
 
 
 def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = print) -> None:
@@ -83,8 +85,8 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
     listener = _listen(access)
     access = dataclasses.replace(access, port=listener.getsockname()[1])
     catalogue = Catalogue(runs_dir)
-    servers = TensorBoards()
-    app = application(catalogue, access, servers)
+    tensorboard = TensorBoard()
+    app = application(catalogue, access, tensorboard)
     catalogue.start()
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     started(address(access))
@@ -92,14 +94,16 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
         with contextlib.suppress(KeyboardInterrupt):  # raised once more when everything has ended
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
-        servers.close()
+        tensorboard.close()
         catalogue.close()
 
 
 def address(access: Access) -> str:
     """What to open in a browser, the token included."""
     host = f"[{access.host}]" if ":" in access.host else access.host
-    return f"http://{host}:{access.port}/" + (f"?token={access.token}" if access.token else "")
+    return f"http://{host}:{access.port}/" + (
+        f"?{urlencode({'token': access.token})}" if access.token else ""
+    )
 
 
 def _listen(access: Access) -> socket.socket:

@@ -36,7 +36,7 @@ FLOORS = {
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
-    "tensorboard": {"harness/tracking/tensorboard.py"},
+    "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from harness.dashboard import programs
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.forks import fork
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.tensorboard import TensorBoard
 from harness.errors import ConfigError, TrackingError
 from harness.runlog import segments
 from tests.support.damage import sound_run
@@ -172,10 +172,11 @@ def test_tensorboard_is_not_started_where_it_would_read_elsewhere(
     sound_run(root / "other")
     (root / "other" / "tensorboard").mkdir()
     make(root / "mine" / "tensorboard", root.parent / "outside")
-    with TensorBoards() as servers:
-        with pytest.raises(TrackingError, match="is a link, or no regular file"):
-            servers.start({"mine": root / "mine", "other": root / "other"})
-        assert servers.list() == []
+    tensorboard = TensorBoard()
+    with pytest.raises(TrackingError, match="is a link, or no regular file"):
+        tensorboard.show({"mine": root / "mine", "other": root / "other"})
+    assert tensorboard.runs == ()
+    tensorboard.close()
 
 
 def test_runs_of_odd_names_stand_in_the_table_beside_the_others(root: Path) -> None:
