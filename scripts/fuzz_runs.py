@@ -84,7 +84,7 @@ def fuzz_folder(tally: Tally, seeds: range) -> Counter[str]:
             if seed % REPORT_EVERY == 0:
                 tally.ask("harness report", readers.report(run, out), damage)
         rows = readers.table()
-        if set(rows) != set(readers.catalogue.names()) or rows["sound"]["last_step"] != 23:
+        if set(rows) != set(readers.run_index.names()) or rows["sound"]["last_step"] != 23:
             raise AssertionError(f"the table of seeds {seeds} lacks a run")
         tally.ask("harness runs", readers.all_runs(), f"seeds {seeds}")
         return Counter(row["state"] for row in rows.values())

@@ -17,7 +17,7 @@ from harness.config import TrainConfig, flatten
 from harness.config.plain_yaml import plain_yaml
 from harness.dashboard import commands, forks, form, programs
 from harness.dashboard.access import Access
-from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.run_index import RunIndex
 from harness.dashboard.tensorboard import TensorBoard
 from harness.errors import ConfigError, HarnessError, LaunchError
 
@@ -152,28 +152,28 @@ def configuration_tab(access: Access) -> Form:
     return fields
 
 
-def training_tab(catalogue: Catalogue, access: Access, fields: Form) -> gr.Dropdown:
+def training_tab(run_index: RunIndex, access: Access, fields: Form) -> gr.Dropdown:
     """Start the form's run or the demonstration, follow what it prints, stop it, go on with it.
 
     Returns the list of runs.
     """
     gr.Markdown(
-        f"Runs are started in {_code(catalogue.root)} as programs that go on when the dashboard ends."
+        f"Runs are started in {_code(run_index.root)} as programs that go on when the dashboard ends."
         if access.controls
         else "This dashboard only shows; `--control` lets it start and stop runs."
     )
     chosen = choice_of_runs("Run", "controlled-run", allow_custom_value=True, render=False)
     output = own_element("harness-output", render=False)
-    processes = _starting(catalogue, access, fields, shown=[chosen, output])
-    _going_on(catalogue, access, chosen, output)
-    _forking(catalogue, access, chosen, output)
+    processes = _starting(run_index, access, fields, shown=[chosen, output])
+    _going_on(run_index, access, chosen, output)
+    _forking(run_index, access, chosen, output)
     output.render()
     _spelling(fields, processes)
     chosen.input(lambda run: run, chosen, output, **QUIET)
     return chosen
 
 
-def _starting(catalogue: Catalogue, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
+def _starting(run_index: RunIndex, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
     """Begins runs, which are then `shown`. Returns the number of processes."""
     with gr.Row(elem_classes="h-orders"):
         processes = gr.Number(1, label="Processes", precision=0, minimum=1, elem_id="processes")
@@ -181,9 +181,9 @@ def _starting(catalogue: Catalogue, access: Access, fields: Form, *, shown: list
         demonstrate = _order("Start the demonstration", "demonstrate", access)
 
     def begin(config: TrainConfig, count: float) -> tuple[Any, str]:
-        program = programs.start(config, runs_dir=catalogue.root, processes=int(count or 1))
+        program = programs.start(config, runs_dir=run_index.root, processes=int(count or 1))
         gr.Info(_text(f"{program.name} is started"))
-        return _chosen(catalogue, program.name), program.name
+        return _chosen(run_index, program.name), program.name
 
     def start_form(count: float, *values: Any) -> tuple[Any, str]:
         return begin(fields.read(values), count)
@@ -196,7 +196,7 @@ def _starting(catalogue: Catalogue, access: Access, fields: Form, *, shown: list
     return processes
 
 
-def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+def _going_on(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
     with gr.Row(elem_classes="h-orders"):
         chosen.render()
         steps = gr.Number(None, label="New number of steps (0: as it was)", precision=0, elem_id="new-steps")
@@ -205,19 +205,19 @@ def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output:
         kill = _order("Kill", "kill", access, variant="stop")
 
     def ask_to_stop(run: str) -> None:
-        programs.stop(_directory(catalogue, run), within=catalogue.root)
+        programs.stop(_directory(run_index, run), within=run_index.root)
         gr.Info(
             _text(f"{run} finishes its step, saves a checkpoint and leaves; while it loads, it ends at once")
         )
 
     def go_on(run: str, new_steps: float | None) -> str:
         new = None if not new_steps else int(new_steps)
-        programs.resume(_directory(catalogue, run), steps=new, within=catalogue.root)
+        programs.resume(_directory(run_index, run), steps=new, within=run_index.root)
         gr.Info(_text(f"{run} goes on"))
         return run
 
     def end_at_once(run: str) -> None:
-        programs.kill(_directory(catalogue, run), within=catalogue.root)
+        programs.kill(_directory(run_index, run), within=run_index.root)
         gr.Info(_text(f"{run} is killed"))
 
     stop.click(guarded(access, ask_to_stop), chosen, **QUIET)
@@ -225,7 +225,7 @@ def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output:
     kill.click(guarded(access, end_at_once), chosen, **QUIET)
 
 
-def _forking(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+def _forking(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
     with gr.Accordion("Fork the run with changes", open=False), gr.Row(elem_classes="h-orders"):
         name = gr.Textbox(label="Name of the new run", elem_id="fork-name")
         changes = gr.Textbox(
@@ -240,10 +240,10 @@ def _forking(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: 
         fork = _order("Fork", "fork", access)
 
     def branch(run: str, called: str, text: str, at: str) -> tuple[Any, str]:
-        where = _directory(catalogue, run)
-        program = forks.fork(where, called.strip(), _changes(text), step=_steps(at), within=catalogue.root)
+        where = _directory(run_index, run)
+        program = forks.fork(where, called.strip(), _changes(text), step=_steps(at), within=run_index.root)
         gr.Info(_text(f"{program.name} is started as a fork of {run}"))
-        return _chosen(catalogue, program.name), program.name
+        return _chosen(run_index, program.name), program.name
 
     fork.click(guarded(access, branch), [chosen, name, changes, step], [chosen, output], **QUIET)
 
@@ -270,7 +270,7 @@ def _spelling(fields: Form, processes: gr.Number) -> None:
     spell.click(_told(spell_out), [launcher, processes, nodes, *fields.components], spelled, **QUIET)
 
 
-def tensorboard_tab(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> gr.Dropdown:
+def tensorboard_tab(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.Dropdown:
     """Start TensorBoard for chosen runs, link to it, stop it. Returns the list of runs."""
     gr.Markdown("TensorBoard opens behind this page's own address; it ends with the dashboard.")
     with gr.Row(elem_classes="h-orders"):
@@ -280,7 +280,7 @@ def tensorboard_tab(catalogue: Catalogue, access: Access, tensorboard: TensorBoa
     link = gr.HTML(_tensorboard_link(tensorboard), elem_id="tensorboard-link")
 
     def begin(runs: list[str]) -> str:
-        tensorboard.show({run: catalogue.directory(run) for run in runs or []})
+        tensorboard.show({run: run_index.directory(run) for run in runs or []})
         return _tensorboard_link(tensorboard)
 
     def end() -> str:
@@ -355,17 +355,17 @@ def _one_line(error: HarnessError) -> str:
     return " ".join(str(error).replace("`", "'").split())
 
 
-def known_runs(catalogue: Catalogue) -> list[str]:
+def known_runs(run_index: RunIndex) -> list[str]:
     """What was started here, be it a run yet or not, newest first, and the runs that a search has found."""
-    started = [program.name for program in programs.programs(catalogue.root)]
-    return list(dict.fromkeys([*started, *catalogue.names()]))
+    started = [program.name for program in programs.programs(run_index.root)]
+    return list(dict.fromkeys([*started, *run_index.names()]))
 
 
-def _chosen(catalogue: Catalogue, run: str) -> Any:
-    return gr.update(choices=known_runs(catalogue), value=run)
+def _chosen(run_index: RunIndex, run: str) -> Any:
+    return gr.update(choices=known_runs(run_index), value=run)
 
 
-def _directory(catalogue: Catalogue, run: str | None) -> Any:
+def _directory(run_index: RunIndex, run: str | None) -> Any:
     if not run:
         raise LaunchError("no run is chosen", remedy="choose one in the field beside the button")
-    return programs.run_directory(catalogue.root, run)
+    return programs.run_directory(run_index.root, run)

@@ -12,7 +12,6 @@ import gradio as gr
 from fastapi import FastAPI
 
 from harness.dashboard.access import Access
-from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.control import (
     CHOICE_OF_RUNS,
     choice_of_runs,
@@ -22,6 +21,7 @@ from harness.dashboard.control import (
     tensorboard_tab,
     training_tab,
 )
+from harness.dashboard.run_index import RunIndex
 from harness.dashboard.tensorboard import TensorBoard
 
 __all__ = ["mount_page"]
@@ -45,9 +45,9 @@ setInterval(() => !document.hidden && isChoice(document.activeElement) && trigge
 """.replace("CHOICE", CHOICE_OF_RUNS)
 
 
-def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> FastAPI:
+def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> FastAPI:
     """Puts the page at the root of `app`."""
-    page = _page(catalogue, access, tensorboard)
+    page = _page(run_index, access, tensorboard)
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     gr.mount_gradio_app(
         app,
@@ -70,7 +70,7 @@ def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, tensorboard: 
     return app
 
 
-def _page(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> gr.Blocks:
+def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.Blocks:
     with gr.Blocks(title="Harness", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1 style='margin:0'>Harness</h1>", padding=False)
         with gr.Tabs() as tabs:
@@ -86,23 +86,23 @@ def _page(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> gr.
             with gr.Tab("Configuration", id="configuration"):
                 fields = configuration_tab(access)
             with gr.Tab("Training", id="training"):
-                controlled = training_tab(catalogue, access, fields)
+                controlled = training_tab(run_index, access, fields)
             with gr.Tab("TensorBoard", id="tensorboard"):
-                drawn = tensorboard_tab(catalogue, access, tensorboard)
+                drawn = tensorboard_tab(run_index, access, tensorboard)
 
-        runs.open(_open_run(catalogue), outputs=[chosen, monitor, tabs], show_progress="hidden")
+        runs.open(_open_run(run_index), outputs=[chosen, monitor, tabs], show_progress="hidden")
         chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
         told = gr.State(None)
         choices = [told, chosen, controlled, drawn]
-        runs.choose(_tell_choices(catalogue), told, choices, show_progress="hidden", trigger_mode="once")
+        runs.choose(_tell_choices(run_index), told, choices, show_progress="hidden", trigger_mode="once")
     return page
 
 
-def _tell_choices(catalogue: Catalogue) -> Any:
+def _tell_choices(run_index: RunIndex) -> Any:
     """Sends the names of runs where they are new: what is sent to an open list undoes what is typed there."""
 
     def tell_choices(told: Any) -> Any:
-        found, known = catalogue.names(), known_runs(catalogue)
+        found, known = run_index.names(), known_runs(run_index)
         if told == (found, known):
             return gr.skip()
         return (found, known), *(gr.update(choices=runs) for runs in (found, known, found))
@@ -110,10 +110,10 @@ def _tell_choices(catalogue: Catalogue) -> Any:
     return tell_choices
 
 
-def _open_run(catalogue: Catalogue) -> Any:
+def _open_run(run_index: RunIndex) -> Any:
     def open_run(event: gr.EventData) -> tuple[Any, str, Any]:
         run = str(event.run)
-        catalogue.directory(run)
-        return gr.update(choices=catalogue.names(), value=run), run, gr.update(selected="monitoring")
+        run_index.directory(run)
+        return gr.update(choices=run_index.names(), value=run), run, gr.update(selected="monitoring")
 
     return open_run

@@ -20,8 +20,8 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from harness.dashboard import programs
 from harness.dashboard.access import Access, Gate, is_loopback
-from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.comparison import compare_view
+from harness.dashboard.run_index import RunIndex
 from harness.dashboard.tensorboard import TensorBoard
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view
 from harness.errors import ConfigError, HarnessError
@@ -57,7 +57,7 @@ class _Sight:
 Sight = Annotated[_Sight, Depends()]
 
 
-def application(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) -> Gate:
+def application(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> Gate:
     """The whole application behind its gate. Loads Gradio."""
     from harness.dashboard.page import mount_page  # heavy, and not needed to say what is wrong with options
 
@@ -65,10 +65,10 @@ def application(catalogue: Catalogue, access: Access, tensorboard: TensorBoard) 
     if not is_loopback(access.host):  # on this machine it would only cost time
         app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
     app.add_exception_handler(HarnessError, _say_what_is_wrong)  # type: ignore[arg-type]
-    _add_data(app, catalogue)
+    _add_data(app, run_index)
     app.add_api_route("/tensorboard/{path:path}", tensorboard.forward, methods=["GET", "POST"])
     app.mount("/own", StaticFiles(directory=ASSETS), name="assets")
-    return Gate(mount_page(app, catalogue, access, tensorboard), access)
+    return Gate(mount_page(app, run_index, access, tensorboard), access)
 
 
 def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = print) -> None:
@@ -84,10 +84,10 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
     """
     listener = _listen(access)
     access = dataclasses.replace(access, port=listener.getsockname()[1])
-    catalogue = Catalogue(runs_dir)
+    run_index = RunIndex(runs_dir)
     tensorboard = TensorBoard()
-    app = application(catalogue, access, tensorboard)
-    catalogue.start()
+    app = application(run_index, access, tensorboard)
+    run_index.start()
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     started(address(access))
     try:
@@ -95,7 +95,7 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
         tensorboard.close()
-        catalogue.close()
+        run_index.close()
 
 
 def address(access: Access) -> str:
@@ -123,24 +123,24 @@ def _listen(access: Access) -> socket.socket:
     return listener
 
 
-def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
+def _add_data(app: FastAPI, run_index: RunIndex) -> None:
     """The addresses under /api. Each answers from the log alone and changes nothing."""
 
     @app.get("/api/runs")
     def runs() -> Response:
         return _json(
             {
-                "runs": catalogue.rows(),
+                "runs": run_index.rows(),
                 "now": time.time(),
-                "folder": str(catalogue.root),
-                "reading": catalogue.num_unread(),
+                "folder": str(run_index.root),
+                "reading": run_index.num_unread(),
             }
         )
 
     @app.get("/api/run")
     def run(run: str, sight: Sight, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run in one answer; next to nothing if it has been `seen`."""
-        with catalogue.reading(run) as digest:
+        with run_index.reading(run) as digest:
             version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
             if version == seen:
                 return _json({"version": version, "unchanged": True})
@@ -151,16 +151,16 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
     @app.get("/api/curves")
     def curves(run: str, sight: Sight) -> Response:
         """Curves alone, where runs are compared."""
-        with catalogue.reading(run) as digest:
+        with run_index.reading(run) as digest:
             return _json(sight.curves(digest))
 
     @app.get("/api/compare")
     def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:
-        return _json(compare_view(catalogue, run))
+        return _json(compare_view(run_index, run))
 
     @app.get("/api/output")
     def output(run: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
-        text, end = programs.output(catalogue.root, run, offset)
+        text, end = programs.output(run_index.root, run, offset)
         return _json({"text": text, "offset": end})
 
 

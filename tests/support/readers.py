@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from harness.cli.main import main
 from harness.dashboard import server
-from harness.dashboard.catalogue import Catalogue
-from harness.dashboard.surveyor import Surveyor
+from harness.dashboard.indexer import Indexer
+from harness.dashboard.run_index import RunIndex
 from harness.errors import HarnessError
 from harness.runlog.segments import Follower, node_folders
 from harness.tracking.tensorboard import TensorBoardMirror
@@ -59,8 +59,8 @@ class Readers:
         self.root = root
         app = FastAPI()
         app.add_exception_handler(HarnessError, server._say_what_is_wrong)  # type: ignore[arg-type]
-        self.catalogue = Catalogue(root)
-        server._add_data(app, self.catalogue)
+        self.run_index = RunIndex(root)
+        server._add_data(app, self.run_index)
         self._client = TestClient(app)
 
     def table(self) -> dict[str, dict[str, Any]]:
@@ -69,13 +69,13 @@ class Readers:
 
         def tell(answer: dict[str, Any]) -> None:
             answer = json.loads(json.dumps(answer, default=str).encode())  # as it goes through the pipe
-            if "glance" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
-                rows[answer["run"]] = answer["glance"]
+            if "row" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
+                rows[answer["run"]] = answer["row"]
 
-        surveyor = Surveyor(self.root, self.root / ".dashboard" / "digests", tell)
-        surveyor.look()
-        while surveyor.has_unread:
-            surveyor.read_on(1.0)
+        indexer = Indexer(self.root, self.root / ".dashboard" / "digests", tell)
+        indexer.refresh()
+        while indexer.has_unread:
+            indexer.read_on(1.0)
         return rows
 
     def questions(self, run: str, other: str, out: Path) -> list[Question]:

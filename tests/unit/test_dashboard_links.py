@@ -15,8 +15,8 @@ pytest.importorskip("fastapi", reason="the dashboard needs `pip install 'stabili
 from starlette.testclient import TestClient
 
 from harness.dashboard import programs
-from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.forks import fork
+from harness.dashboard.run_index import RunIndex
 from harness.dashboard.tensorboard import TensorBoard
 from harness.errors import ConfigError, TrackingError
 from harness.runlog import segments
@@ -199,7 +199,7 @@ def test_runs_of_odd_names_stand_in_the_table_beside_the_others(root: Path) -> N
     rows = readers.table()
     assert len(rows) == len(names) + 1
     assert {row["state"] for row in rows.values()} == {"finished"}
-    assert set(rows) == set(readers.catalogue.names())
+    assert set(rows) == set(readers.run_index.names())
     for run in rows:
         assert readers._client.get("/api/run", params={"run": run}).json()["last_step"] == 23
     listed = readers.all_runs().ask().text
@@ -264,9 +264,9 @@ def test_the_dashboard_makes_nothing_behind_a_link(root: Path) -> None:
     (root.parent / "elsewhere").mkdir()
     (root / ".dashboard").rename(root.parent / "before")
     (root / ".dashboard").symlink_to(root.parent / "elsewhere")
-    catalogue = Catalogue(root)
-    catalogue.start()
-    catalogue.close()
+    run_index = RunIndex(root)
+    run_index.start()
+    run_index.close()
     assert list((root.parent / "elsewhere").iterdir()) == []
 
 
