@@ -65,7 +65,7 @@ class Access:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
-            raise ConfigError(f"--port is {self.port}", rule="it lies in 0 to 65535; 0 takes a free one")
+            raise ConfigError(f"--port is {self.port}", rule="it has to be in 0 to 65535; 0 picks a free one")
         if self.token is not None and len(self.token) < 8:
             raise ConfigError("the token is shorter than 8 characters", remedy="choose a longer one")
         if self.token is None and not is_loopback(self.host):

@@ -145,21 +145,23 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
     path = _path(name, folder)
     if name == DEFAULTS:
         raise ConfigError(
-            f"the name is {name!r}", rule="that is the schema's own", remedy="choose another name"
+            f"the name is {name!r}",
+            rule="that name stands for the default values",
+            remedy="choose another name",
         )
     try:
         _write(path, yaml_of(config, only_changes=True), overwrite=overwrite)
     except FileExistsError as error:
         raise ConfigError(
-            f"{path} is there already",
-            rule="a configuration is overwritten only on request",
-            remedy="choose another name, or ask for it to be overwritten",
+            f"{path} already exists",
+            rule="a configuration is overwritten only if that is asked for",
+            remedy="choose another name, or tick `overwrite`",
         ) from error
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}",
-            rule="configurations are kept in that folder",
-            remedy="start the dashboard where there is a folder `configs` that can be written",
+            rule="configurations are saved in that folder",
+            remedy="start the dashboard in a folder where `configs` can be written",
         ) from error
     return path
 
@@ -294,7 +296,7 @@ def _path(name: str, folder: Path) -> Path:
     if not stem or stem.startswith(".") or set(stem) & set("/\\") or not stem.isprintable():
         raise ConfigError(
             f"the configuration's name is {name!r}",
-            rule="it is one file's name, without slashes, control characters or a leading dot",
+            rule="it is a file name, without slashes, control characters or a leading dot",
             remedy="choose another name",
         )
     return folder / f"{stem}.yaml"

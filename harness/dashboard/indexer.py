@@ -20,13 +20,13 @@ import queue
 import sys
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from harness.dashboard.records import has_fields_of
 from harness.files import read_file
 from harness.priority import yield_to_others
 from harness.runlog.digest import Digest, log_signature
@@ -222,28 +222,13 @@ def _cached_rows(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """The rows that were saved, each with the signature of its log."""
     try:
         saved = orjson.loads(read_file(path, most_bytes=MAX_ROWS_BYTES, within=path.parent))
-        return {str(run): (str(signature), row) for run, (signature, row) in saved.items() if _is_row(row)}
+        return {
+            str(run): (str(signature), row)
+            for run, (signature, row) in saved.items()
+            if has_fields_of(RunRow, row, without="path")
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _is_row(row: Any) -> bool:
-    """Whether it is a `RunRow` without its path, as JSON gives it back."""
-    hints = typing.get_type_hints(RunRow)
-    return (
-        isinstance(row, dict)
-        and row.keys() == hints.keys() - {"path"}
-        and all(_is_cell(value, hints[name]) for name, value in row.items())
-    )
-
-
-def _is_cell(value: Any, hint: Any) -> bool:
-    if hint == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    kinds = {float: (int, float), int: (int,), str: (str,), type(None): (type(None),)}
-    return isinstance(
-        value, tuple(kind for part in typing.get_args(hint) or (hint,) for kind in kinds.get(part, (str,)))
-    )
 
 
 def _last_written(path: Path) -> float:

@@ -13,11 +13,11 @@ from fastapi import FastAPI
 
 from harness.dashboard.access import Access
 from harness.dashboard.control import (
-    CHOICE_OF_RUNS,
-    choice_of_runs,
+    RUN_LIST,
+    all_runs,
     configuration_tab,
-    known_runs,
-    own_element,
+    custom_element,
+    run_list,
     tensorboard_tab,
     training_tab,
 )
@@ -34,15 +34,15 @@ HEAD = """
 """
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
-PRESSED_EVERY_S, PROGRESS_EVERY_S = 0.1, 5.0
-# Lists of runs are read when one is opened, and again while it stays open: a run that has just begun has to
-# turn up under the eyes of the one who looks for it.
+POLL_EVENTS_EVERY_S, POLL_PROGRESS_EVERY_S = 0.1, 5.0
+# Lists of runs are updated when one is opened, and again while it stays open, so that a run that has just
+# begun appears in it.
 RUNS_SCRIPT = """
 element.addEventListener('harness-open', (event) => trigger('open', { run: event.detail }));
-const isChoice = (node) => Boolean(node?.closest?.('.CHOICE'));
-document.addEventListener('focusin', (event) => isChoice(event.target) && trigger('choose'));
-setInterval(() => !document.hidden && isChoice(document.activeElement) && trigger('choose'), 1500);
-""".replace("CHOICE", CHOICE_OF_RUNS)
+const isRunList = (node) => Boolean(node?.closest?.('.RUN_LIST'));
+document.addEventListener('focusin', (event) => isRunList(event.target) && trigger('choose'));
+setInterval(() => !document.hidden && isRunList(document.activeElement) && trigger('choose'), 1500);
+""".replace("RUN_LIST", RUN_LIST)
 
 
 def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> FastAPI:
@@ -63,10 +63,10 @@ def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: T
         mcp_server=False,
         show_error=True,
     )
-    # Gradio looks 1,000 times a second whether a button was pressed, which costs a tenth of a core, and how
-    # far its progress bars are, of which there are none.
-    page._queue.sleep_when_free = PRESSED_EVERY_S
-    page._queue.progress_update_sleep_when_free = PROGRESS_EVERY_S
+    # By default Gradio polls its queue 1,000 times a second for events, which costs a tenth of a core, and
+    # for progress bars, of which there are none.
+    page._queue.sleep_when_free = POLL_EVENTS_EVERY_S
+    page._queue.progress_update_sleep_when_free = POLL_PROGRESS_EVERY_S
     return app
 
 
@@ -81,8 +81,8 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
                     apply_default_css=False,
                 )
             with gr.Tab("Monitoring", id="monitoring"):
-                chosen = choice_of_runs("Run", "chosen-run", value=None)
-                monitor = own_element("harness-monitor")
+                chosen = run_list("Run", "chosen-run", value=None)
+                monitor = custom_element("harness-monitor")
             with gr.Tab("Configuration", id="configuration"):
                 fields = configuration_tab(access)
             with gr.Tab("Training", id="training"):
@@ -92,22 +92,22 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
 
         runs.open(_open_run(run_index), outputs=[chosen, monitor, tabs], show_progress="hidden")
         chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
-        told = gr.State(None)
-        choices = [told, chosen, controlled, drawn]
-        runs.choose(_tell_choices(run_index), told, choices, show_progress="hidden", trigger_mode="once")
+        sent = gr.State(None)
+        choices = [sent, chosen, controlled, drawn]
+        runs.choose(_update_run_lists(run_index), sent, choices, show_progress="hidden", trigger_mode="once")
     return page
 
 
-def _tell_choices(run_index: RunIndex) -> Any:
-    """Sends the names of runs where they are new: what is sent to an open list undoes what is typed there."""
+def _update_run_lists(run_index: RunIndex) -> Any:
+    """Sends the names of runs if they are new: an update of an open list would undo what is typed there."""
 
-    def tell_choices(told: Any) -> Any:
-        found, known = run_index.names(), known_runs(run_index)
-        if told == (found, known):
+    def update(sent: Any) -> Any:
+        found, with_started = run_index.names(), all_runs(run_index)
+        if sent == (found, with_started):
             return gr.skip()
-        return (found, known), *(gr.update(choices=runs) for runs in (found, known, found))
+        return (found, with_started), *(gr.update(choices=runs) for runs in (found, with_started, found))
 
-    return tell_choices
+    return update
 
 
 def _open_run(run_index: RunIndex) -> Any:

@@ -111,7 +111,7 @@ class RunIndex:
             raise TrackingError(
                 f"there is no run {run[:200]!r} in {self.root}",
                 rule="only runs below that folder are shown",
-                remedy="choose one of the table",
+                remedy="choose one from the table",
             )
         return path
 

@@ -1,4 +1,4 @@
-"""The dashboard's server: data for the page's pictures, the page itself, and the gate before both."""
+"""The dashboard's server: data for the page's charts, the page itself, and the access check before both."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ MAX_NAMES = 2000
 MAX_COMPARED = 12
 
 
-class _Sight:
-    """Which curves are asked for, in the words of an address."""
+class _CurveQuery:
+    """The query parameters that say which curves are wanted."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class _Sight:
         return curves_view(digest, self._names, axis=self._axis, within=self.within, max_points=self._points)
 
 
-Sight = Annotated[_Sight, Depends()]
+CurveQuery = Annotated[_CurveQuery, Depends()]
 
 
 def application(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> Gate:
-    """The whole application behind its gate. Loads Gradio."""
+    """The whole application behind its access check. Loads Gradio."""
     from harness.dashboard.page import mount_page  # heavy, and not needed to say what is wrong with options
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     if not is_loopback(access.host):  # on this machine it would only cost time
         app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=1)
-    app.add_exception_handler(HarnessError, _say_what_is_wrong)  # type: ignore[arg-type]
+    app.add_exception_handler(HarnessError, _error_response)  # type: ignore[arg-type]
     _add_data(app, run_index)
     app.add_api_route("/tensorboard/{path:path}", tensorboard.forward, methods=["GET", "POST"])
     app.mount("/own", StaticFiles(directory=ASSETS), name="assets")
@@ -77,7 +77,7 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
     Args:
         runs_dir: Folder of runs.
         access: Where to listen, and for whom.
-        started: Told the address when it is open.
+        started: Called with the address once it can be opened.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -112,13 +112,13 @@ def _listen(access: Access) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((access.host, access.port))
-        listener.listen(128)  # whoever is told the address may come at once
+        listener.listen(128)  # the address may be opened at once
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"cannot listen on {access.host}:{access.port}: {error.strerror}",
-            rule="the address is this machine's and the port is free",
-            remedy="take another --port; 0 finds a free one",
+            rule="the address has to be this machine's and the port free",
+            remedy="choose another --port; 0 picks a free one",
         ) from error
     return listener
 
@@ -138,21 +138,21 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
         )
 
     @app.get("/api/run")
-    def run(run: str, sight: Sight, statistic: str | None = None, seen: str = "") -> Response:
-        """All that the page shows of a run in one answer; next to nothing if it has been `seen`."""
+    def run(run: str, query: CurveQuery, statistic: str | None = None, seen: str = "") -> Response:
+        """All that the page shows of a run; next to nothing if the page has `seen` this version of it."""
         with run_index.reading(run) as digest:
             version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
             if version == seen:
                 return _json({"version": version, "unchanged": True})
-            layers = layers_view(digest, statistic, within=sight.within) if statistic else None
-            view = {**run_view(digest), "curves": sight.curves(digest), "layers": layers}
+            layers = layers_view(digest, statistic, within=query.within) if statistic else None
+            view = {**run_view(digest), "curves": query.curves(digest), "layers": layers}
             return _json({"version": version, **view})
 
     @app.get("/api/curves")
-    def curves(run: str, sight: Sight) -> Response:
+    def curves(run: str, query: CurveQuery) -> Response:
         """Curves alone, where runs are compared."""
         with run_index.reading(run) as digest:
-            return _json(sight.curves(digest))
+            return _json(query.curves(digest))
 
     @app.get("/api/compare")
     def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:
@@ -169,5 +169,5 @@ def _json(answer: Any) -> Response:
     return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
 
 
-def _say_what_is_wrong(request: Request, error: HarnessError) -> Response:
+def _error_response(request: Request, error: HarnessError) -> Response:
     return Response(orjson.dumps({"error": str(error)}), status_code=404, media_type="application/json")

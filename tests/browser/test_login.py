@@ -57,4 +57,4 @@ def test_whoever_comes_from_elsewhere_with_the_token_only_looks(
     # The page is not what holds it back: the order is refused as well.
     page.evaluate("document.querySelector('#demonstrate').disabled = false")
     page.locator("#demonstrate").click()
-    expect(toast(page)).to_contain_text("this dashboard only shows")
+    expect(toast(page)).to_contain_text("this dashboard is read-only")

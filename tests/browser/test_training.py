@@ -67,7 +67,7 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     fill(page, "name", NAME)
     fill(page, "loop.steps", "100000")
     fill(page, "faults", "[{step: 5, kind: nan, target: gradient}]")
-    expect(page.locator("#verdict")).to_have_text("This can be run.")
+    expect(page.locator("#verdict")).to_have_text("This configuration is valid.")
     go_to(page, "Training")
     page.locator("#start").click()
     expect(toast(page)).to_contain_text(f"{NAME} is started")
@@ -93,7 +93,7 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
         choose(other, "#controlled-run", NAME)
         expect(printed(other)).to_contain_text("step ")
         other.locator("#stop").click()
-        expect(toast(other)).to_contain_text(f"{NAME} finishes its step")
+        expect(toast(other)).to_contain_text(f"{NAME} will finish its step")
     go_to(page, "Training")
     expect(printed(page)).to_contain_text("stopped:", timeout=30_000)
     reached = int(re.findall(r"stopped: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", ""))
@@ -141,7 +141,7 @@ def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
     expect(toast(page)).to_contain_text("there is no program")
     choose(page, "#controlled-run", trained[0])
     page.locator("#fork").click()
-    expect(toast(page)).to_contain_text("is there already")
+    expect(toast(page)).to_contain_text("already exists")
 
 
 def test_tensorboard_is_started_for_a_run_and_stopped(

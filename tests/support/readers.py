@@ -58,7 +58,7 @@ class Readers:
     def __init__(self, root: Path) -> None:
         self.root = root
         app = FastAPI()
-        app.add_exception_handler(HarnessError, server._say_what_is_wrong)  # type: ignore[arg-type]
+        app.add_exception_handler(HarnessError, server._error_response)  # type: ignore[arg-type]
         self.run_index = RunIndex(root)
         server._add_data(app, self.run_index)
         self._client = TestClient(app)
