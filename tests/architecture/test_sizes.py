@@ -17,7 +17,7 @@ MAX_FILE_LINES = 500
 
 
 def body_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """Each function with the lines of its body: without its signature, docstring, blank lines and comments."""
+    """Each function with the lines of its body, without docstring, blank lines and comments."""
     text = (ROOT / path).read_text()
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
