@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 
 from harness.config import ModelConfig, TrainConfig
 from harness.models import build_model
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -58,8 +58,8 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _metrics(directory: Path, options: argparse.Namespace) -> list[Path]:
+    from harness.runlog.reader import is_run
     from harness.tracking.export import export_run
-    from harness.tracking.reader import is_run
 
     output = options.output or _default(directory, f"metrics.{options.format}")
     if options.output is None and is_run(directory):

@@ -28,7 +28,8 @@ from harness.dashboard.programs import (
 )
 from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
-from harness.tracking.attempts import newest_attempt, schedule_steps
+from harness.runlog.attempts import newest_attempt, schedule_steps
+from harness.runlog.paths import checkpoints_dir
 
 __all__ = ["fork"]
 
@@ -140,7 +141,7 @@ def _begun_at(checkpoint: Checkpoint, config: TrainConfig, directory: Path) -> I
         with tempfile.TemporaryDirectory(dir=directory.parent / RECORDS, prefix=".fork-") as temporary:
             begun = Path(temporary) / "run"
             # A checkpoint's files are never written again, so both runs can have the same ones.
-            target = begun / "checkpoints" / checkpoint.path.name
+            target = checkpoints_dir(begun) / checkpoint.path.name
             shutil.copytree(checkpoint.path, target, copy_function=_link, symlinks=True)
             (begun / CONFIG_FILE).write_text(yaml_of(config), encoding="utf-8")
             begun.rename(directory)

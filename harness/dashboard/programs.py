@@ -37,9 +37,9 @@ from harness.dashboard.records import (
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.files import list_folder
-from harness.tracking.process import identity, is_alive
-from harness.tracking.reader import is_run
-from harness.tracking.sample import open_digest
+from harness.runlog.preview import open_digest
+from harness.runlog.process import identity, is_alive
+from harness.runlog.reader import is_run
 
 __all__ = [
     "CONFIG_FILE",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness.errors import ConfigError
 from harness.files import read_file
-from harness.tracking.process import is_alive
+from harness.runlog.process import is_alive
 
 __all__ = ["OUTPUT_FILE", "RECORDS", "Program", "hold_records", "note", "noted", "records_of", "write"]
 

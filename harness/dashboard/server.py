@@ -24,7 +24,7 @@ from harness.dashboard.comparison import compare_view
 from harness.dashboard.tensorboards import TensorBoards
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view
 from harness.errors import ConfigError, HarnessError
-from harness.tracking.digest import Digest
+from harness.runlog.digest import Digest
 
 __all__ = ["ASSETS", "application", "serve"]
 

@@ -29,10 +29,10 @@ import orjson
 
 from harness.files import read_file
 from harness.priority import yield_to_others
-from harness.tracking.digest import Digest, log_signature
-from harness.tracking.kept import keep, kept_path, restored
+from harness.runlog.digest import Digest, log_signature
+from harness.runlog.digest_cache import keep, kept_path, restored
+from harness.runlog.preview import LONG_BYTES, sample
 from harness.tracking.overview import Glance, glance, no_glance, run_name, run_paths
-from harness.tracking.sample import LONG_BYTES, sample
 from harness.tracking.text import printable
 
 __all__ = ["Surveyor", "main"]

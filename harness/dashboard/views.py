@@ -14,8 +14,8 @@ import numpy.typing as npt
 import orjson
 
 from harness.dashboard.checkpoints import checkpoints
-from harness.tracking.digest import Bands, Digest
-from harness.tracking.reader import Event
+from harness.runlog.digest import Bands, Digest
+from harness.runlog.reader import Event
 
 __all__ = ["Axis", "curves_view", "events_view", "layers_view", "run_view"]
 

@@ -20,9 +20,9 @@ from queue import Full, Queue
 from typing import Any
 
 from harness.config import AlertConfig
-from harness.tracking.codec import Record
-from harness.tracking.mirror import scalars_of
-from harness.tracking.nodes import NodeLog
+from harness.runlog.codec import Record
+from harness.runlog.nodes import NodeLog
+from harness.runlog.scalars import scalars_of
 
 __all__ = ["AlertMirror", "Rule", "Webhook"]
 

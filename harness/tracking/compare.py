@@ -12,8 +12,8 @@ import numpy as np
 
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
-from harness.tracking.digest import Digest
-from harness.tracking.reader import Run, open_run
+from harness.runlog.digest import Digest
+from harness.runlog.reader import Run, open_run
 from harness.tracking.text import damage, number, printable, table
 
 __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]

@@ -13,9 +13,9 @@ import numpy as np
 import orjson
 
 from harness.errors import TrackingError
-from harness.tracking.codec import to_plain
+from harness.runlog.codec import to_plain
+from harness.runlog.reader import Run, open_run
 from harness.tracking.compare import settings_of
-from harness.tracking.reader import Run, open_run
 
 __all__ = ["FORMATS", "export_run"]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from harness.errors import TrackingError
-from harness.tracking.log import MEDIA_BYTES, log_dir
+from harness.runlog.paths import MEDIA_BYTES, log_dir
 
 __all__ = ["save_image", "save_media", "to_picture"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import re
 import threading
@@ -21,11 +20,11 @@ from typing import Any, Protocol
 import orjson
 
 from harness.files import read_file
-from harness.tracking.codec import Record
-from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, Position, node_folders
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import Follower, Position, node_folders
 
-__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of", "shown_name"]
+__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "shown_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -219,26 +218,6 @@ class MirrorFollower:
         self.trouble = None
 
 
-def scalars_of(record: Record) -> dict[str, float]:
-    """The numbers that a mirror shows as curves; those of layers and ranks under names of their own."""
-    if record.kind in ("step", "eval", "epoch", "system"):
-        return {name: value for name, value in record.values.items() if isinstance(value, (int, float))}
-    if record.kind == "layers":
-        return {
-            f"layers/{statistic}/{name}": value
-            for statistic, row in record.values.items()
-            for name, value in row.items()
-            if isinstance(value, (int, float))
-        }
-    if record.kind == "ranks":
-        return {
-            f"ranks/{name}/{part}": value
-            for name, row in record.values.items()
-            for part, value in _spread(row).items()
-        }
-    return {}
-
-
 def shown_name(name: str, reserved: re.Pattern[str]) -> str:
     """The name under which a mirror shows what people have logged: `user/NAME` if it needs NAME itself.
 
@@ -246,15 +225,6 @@ def shown_name(name: str, reserved: re.Pattern[str]) -> str:
     """
     bare = re.sub(r"\A(user/)+", "", name)
     return f"user/{name}" if reserved.fullmatch(bare) else name
-
-
-def _spread(row: list[float]) -> dict[str, float]:
-    """Minimum, mean and maximum over ranks, and which rank holds the maximum; all NaN if one rank is."""
-    for rank, value in enumerate(row):
-        if math.isnan(value):
-            return {"min": value, "mean": value, "max": value, "max_rank": rank}
-    largest = max(row)
-    return {"min": min(row), "mean": sum(row) / len(row), "max": largest, "max_rank": row.index(largest)}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import psutil
 
 from harness.env import child_environment
 from harness.errors import TrackingError
-from harness.tracking.log import log_dir
+from harness.runlog.paths import log_dir
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.errors import TrackingError
+from harness.runlog.reader import Run
+from harness.runlog.writer import RunLog
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.lenient import text_of
-from harness.tracking.log import RunLog
 from harness.tracking.mirrors import MirrorHandle, start_mirrors
 from harness.tracking.numbers import LAST_STEP, Refused, whole_step
 from harness.tracking.places import RunPlace
-from harness.tracking.reader import Run
 from harness.tracking.settings import MirrorSettings
 from harness.tracking.shared_place import SharedPlace
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.files import list_folder
-from harness.tracking.digest import Digest
-from harness.tracking.reader import Run, State, is_run, open_run
-from harness.tracking.sample import open_digest
+from harness.runlog.digest import Digest
+from harness.runlog.preview import open_digest
+from harness.runlog.reader import Run, State, is_run, open_run
 from harness.tracking.text import age, damage, number, printable, table
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from harness.runlog.reader import Run
 from harness.tracking.plots import COLOURS, FAINT, INK, dress, thinned
-from harness.tracking.reader import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from harness.tracking.reader import Run, open_run
+from harness.runlog.reader import Run, open_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import TrackingError
+from harness.runlog.reader import Event, Run, open_run
 from harness.tracking.compare import settings_of
 from harness.tracking.overview import summarise
 from harness.tracking.panels import draw_layers, draw_metrics, draw_ranks
 from harness.tracking.plots import draw_run
-from harness.tracking.reader import Event, Run, open_run
 from harness.tracking.text import age, damage, number, printable
 
 if TYPE_CHECKING:

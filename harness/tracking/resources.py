@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from harness.tracking.nodes import NodeLog
+from harness.runlog.nodes import NodeLog
 
 __all__ = ["Sampler", "sample_forever"]
 

@@ -26,13 +26,13 @@ import orjson
 import psutil
 
 from harness.priority import pass_on_to, stop_yielding
+from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import log_dir
+from harness.runlog.process import lives
+from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
-from harness.tracking.log import log_dir
 from harness.tracking.mirror import Mirror, MirrorFollower
-from harness.tracking.nodes import NodeLog
-from harness.tracking.process import lives
 from harness.tracking.resources import Sampler, sample_forever
-from harness.tracking.segments import segments
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
 __all__ = ["complete", "main"]

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 
 from harness.errors import TrackingError
-from harness.tracking.log import log_dir
+from harness.runlog.paths import log_dir
+from harness.runlog.reader import open_run
 from harness.tracking.mirrors import complete_mirrors
-from harness.tracking.reader import open_run
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["sync_run"]

@@ -22,10 +22,11 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-from harness.tracking.codec import Record
-from harness.tracking.log import log_dir, media_bytes
-from harness.tracking.mirror import StartAgain, scalars_of, shown_name
-from harness.tracking.segments import Follower
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir, media_bytes
+from harness.runlog.scalars import scalars_of
+from harness.runlog.segments import Follower
+from harness.tracking.mirror import StartAgain, shown_name
 
 __all__ = ["TensorBoardMirror", "trace_graph"]
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.env import launched
 from harness.errors import ConfigError
+from harness.runlog.reader import Run
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
 from harness.tracking.checkpointing import Checkpoints, CheckpointStore, Training
@@ -32,7 +33,6 @@ from harness.tracking.lenient import plain_values, text_of
 from harness.tracking.metrics_queue import MetricsQueue
 from harness.tracking.numbers import LAST_STEP, numbers_of, step_numbers, whole_step
 from harness.tracking.output import Output
-from harness.tracking.reader import Run
 
 if TYPE_CHECKING:
     from torch import nn

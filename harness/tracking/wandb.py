@@ -26,9 +26,10 @@ from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.priority import pass_on_to
-from harness.tracking.codec import Record
-from harness.tracking.log import media_bytes
-from harness.tracking.mirror import StartAgain, scalars_of, shown_name
+from harness.runlog.codec import Record
+from harness.runlog.paths import media_bytes
+from harness.runlog.scalars import scalars_of
+from harness.tracking.mirror import StartAgain, shown_name
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
 __all__ = ["WandbMirror"]

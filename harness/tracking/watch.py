@@ -10,7 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
-from harness.tracking.reader import Run, open_run
+from harness.runlog.reader import Run, open_run
 from harness.tracking.text import age, number, printable, sparkline
 
 __all__ = ["frame", "watch_run"]

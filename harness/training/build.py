@@ -27,6 +27,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
+from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
@@ -107,7 +108,7 @@ def build_run(
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*named_callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(directory / "checkpoints", config.checkpoint)
+    checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
     saved = {
         "model": plain(model),
         "optimizer": optimizer,

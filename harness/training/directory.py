@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.config import LoopConfig, TrainConfig, check_same_run, dump_yaml, flatten, read_yaml
 from harness.errors import ConfigError
-from harness.tracking.attempts import newest_attempt, schedule_steps
+from harness.runlog.attempts import newest_attempt, schedule_steps
 
 __all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
 

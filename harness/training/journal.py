@@ -17,8 +17,9 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
+from harness.runlog.writer import RunLog
 from harness.stability import Incident
-from harness.tracking import MirrorSettings, RunLog, start_mirrors, start_sampler
+from harness.tracking import MirrorSettings, start_mirrors, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
 from harness.training.callbacks import Callback, Rollback, Training

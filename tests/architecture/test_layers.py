@@ -20,6 +20,7 @@ FLOORS = {
     "records": 0,
     "wrappers": 0,
     "config": 1,
+    "runlog": 1,
     "dist": 2,
     "user_code": 2,
     "data": 3,
@@ -151,17 +152,12 @@ def test_device_values_are_read_in_named_places_only() -> None:
 
 
 # A page that shows runs cannot change them: it reads the log, and starts programs like anybody else.
-DASHBOARD_MAY_USE = {
-    "attempts",
-    "compare",
-    "digest",
-    "kept",
-    "overview",
-    "process",
-    "reader",
-    "sample",
-    "text",
-}
+DASHBOARD_MAY_USE = {"compare", "overview", "text"}
+
+
+def test_what_a_run_leaves_behind_is_read_without_torch() -> None:
+    for path in (path for path in MODULES if room_of(path) == "runlog"):
+        assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_the_dashboard_reads_logs_and_nothing_else() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.errors import InstabilityError
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 from tests.support.runs import program, tiny, tiny_config
 

@@ -8,7 +8,7 @@ import pytest
 
 from harness.checkpoint.store import Store
 from harness.config import TrainConfig
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import TrainResult, train
 from tests.support.runs import tiny_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from tests.support.runs import program, tiny
 
 TWO = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]

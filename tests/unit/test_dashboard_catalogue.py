@@ -16,11 +16,11 @@ from harness.dashboard import surveyor as surveyors
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.surveyor import Surveyor
 from harness.errors import TrackingError
+from harness.runlog.digest import Digest
+from harness.runlog.paths import log_dir
+from harness.runlog.preview import LONG_BYTES
 from harness.tracking import RunLog
-from harness.tracking.digest import Digest
-from harness.tracking.log import log_dir
 from harness.tracking.overview import Glance
-from harness.tracking.sample import LONG_BYTES
 from tests.support.runs import wait_for
 
 WIDE = {f"metric/{number:03}": 1.0 / 3 for number in range(300)}
@@ -92,7 +92,7 @@ def test_the_table_follows_the_runs(catalogue: Catalogue) -> None:
 def test_a_run_is_found_at_once_when_somebody_asks(catalogue: Catalogue) -> None:
     for number in range(3):
         write_run(catalogue.root / f"run {number}")
-        wait_for(lambda number=number: f"run {number}" in catalogue.names(), timeout_s=1.0, what="the run")
+        wait_for(lambda number=number: f"run {number}" in catalogue.names(), what="the run")
     with catalogue.reading("run 2") as digest:
         assert digest.last_step == 4
     for stranger in ("../runs/run 1", "run 1/log", "", "x"):

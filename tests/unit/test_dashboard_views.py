@@ -10,9 +10,9 @@ from typing import Any, get_args
 import pytest
 
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view
+from harness.runlog import digest as digests
+from harness.runlog.digest import Digest
 from harness.tracking import RunLog
-from harness.tracking import digest as digests
-from harness.tracking.digest import Digest
 
 server = pytest.importorskip("harness.dashboard.server", reason="pip install 'stability-harness[dashboard]'")
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.tracking import digest as digests
-from harness.tracking.digest import Bands, Digest
-from harness.tracking.kept import keep, kept_path, restored
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
-from harness.tracking.sample import sample
-from harness.tracking.segments import segments
-from harness.tracking.series import Series
+from harness.runlog import digest as digests
+from harness.runlog.digest import Bands, Digest
+from harness.runlog.digest_cache import keep, kept_path, restored
+from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import log_dir
+from harness.runlog.preview import sample
+from harness.runlog.reader import open_run
+from harness.runlog.segments import segments
+from harness.runlog.series import Series
+from harness.runlog.writer import RunLog
 
 
 def read(run_dir: Path) -> Digest:

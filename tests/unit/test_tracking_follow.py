@@ -12,9 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from harness.runlog.codec import Record
+from harness.runlog.writer import RunLog
 from harness.tracking import mirror as mirror_module
-from harness.tracking.codec import Record
-from harness.tracking.log import RunLog
 from harness.tracking.mirror import MirrorFollower, StartAgain
 from harness.tracking.tensorboard import TensorBoardMirror
 

@@ -10,11 +10,12 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from harness.tracking.codec import encode
-from harness.tracking.digest import Digest
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.reader import open_run
-from harness.tracking.segments import Follower, SegmentWriter
+from harness.runlog.codec import encode
+from harness.runlog.digest import Digest
+from harness.runlog.paths import log_dir
+from harness.runlog.reader import open_run
+from harness.runlog.segments import Follower, SegmentWriter
+from harness.runlog.writer import RunLog
 from harness.tracking.tensorboard import TensorBoardMirror
 from tests.support.events import shown_scalars
 

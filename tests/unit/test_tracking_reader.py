@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from harness.errors import TrackingError
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.process import identity
-from harness.tracking.reader import open_run
-from harness.tracking.segments import segments
-from harness.tracking.timeline import STALE_AFTER_S
+from harness.runlog.paths import log_dir
+from harness.runlog.process import identity
+from harness.runlog.reader import open_run
+from harness.runlog.segments import segments
+from harness.runlog.timeline import STALE_AFTER_S
+from harness.runlog.writer import RunLog
 
 
 def steps_of(log: RunLog, steps: range, value: float) -> None:

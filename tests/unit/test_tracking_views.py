@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from harness.errors import TrackingError
+from harness.runlog.reader import open_run
 from harness.tracking import RunLog, plot_run
 from harness.tracking.compare import compare_runs, compare_text
 from harness.tracking.export import export_run
 from harness.tracking.overview import glances, runs_table, show_run, summarise
 from harness.tracking.plots import draw_run, thinned
-from harness.tracking.reader import open_run
 from harness.tracking.report import write_report
 from harness.tracking.text import age, number, sparkline
 from harness.tracking.watch import frame, watch_run

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.codec import encode
-from harness.tracking.log import log_dir
-from harness.tracking.segments import SegmentWriter
+from harness.runlog.codec import encode
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import SegmentWriter
 
 __all__ = ["NodeLog"]
 

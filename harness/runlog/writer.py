@@ -17,35 +17,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import TrackingError
-from harness.files import read_file
-from harness.tracking.codec import KINDS, decode, encode
-from harness.tracking.process import identity
-from harness.tracking.segments import SEGMENT_BYTES, SegmentWriter, segments
+from harness.runlog.codec import KINDS, decode, encode
+from harness.runlog.paths import log_dir
+from harness.runlog.process import identity
+from harness.runlog.segments import SEGMENT_BYTES, SegmentWriter, segments
 
-__all__ = ["RunLog", "log_dir", "media_bytes"]
+__all__ = ["RunLog"]
 
 logger = logging.getLogger(__name__)
-
-MEDIA_BYTES = 64 << 20
-"""Longest image or graph beside the log; mirrors hold it in memory."""
-
-
-def log_dir(run_dir: str | Path) -> Path:
-    """Where a run directory keeps its log."""
-    return Path(run_dir) / "log"
-
-
-def media_bytes(run_dir: Path, record: Mapping[str, Any]) -> bytes | None:
-    """What the file beside the log holds that an image or a graph lies in; None if there is none in the run's
-    directory, or if it is longer than `MEDIA_BYTES`.
-
-    The record may be anybody's: no file from elsewhere becomes a part of a mirror.
-    """
-    try:
-        return read_file(run_dir / record["file"], most_bytes=MEDIA_BYTES, within=run_dir)
-    except (OSError, ValueError) as error:
-        logger.warning("%s names a file that is not there, not in it, or too long: %s", run_dir, error)
-        return None
 
 
 class RunLog:

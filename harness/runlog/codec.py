@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 from harness.errors import TrackingError
-from harness.tracking.soundness import MAX_DEPTH, MAX_ELEMENTS, is_sound
+from harness.runlog.soundness import MAX_DEPTH, MAX_ELEMENTS, is_sound
 
 __all__ = ["KINDS", "Record", "decode", "encode", "to_plain", "with_nonfinite"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.files import open_file
-from harness.tracking.codec import decode
-from harness.tracking.log import log_dir
-from harness.tracking.reader import unreadable
-from harness.tracking.segments import LONGEST_LINE_BYTES, segments
+from harness.runlog.codec import decode
+from harness.runlog.paths import log_dir
+from harness.runlog.reader import unreadable
+from harness.runlog.segments import LONGEST_LINE_BYTES, segments
 
 __all__ = ["newest_attempt", "schedule_steps"]
 

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.files import file_status, open_file
-from harness.tracking.blocks import CLOCK, SYSTEM, Block, Blocks, measured
-from harness.tracking.codec import Record, decode
-from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, Position, node_folders, segment_name, segments
-from harness.tracking.series import Layers, last_of_each_step
-from harness.tracking.timeline import Timeline, line_of, newest_steps
-from harness.tracking.traces import (
+from harness.runlog.blocks import CLOCK, SYSTEM, Block, Blocks, measured
+from harness.runlog.codec import Record, decode
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import Follower, Position, node_folders, segment_name, segments
+from harness.runlog.series import Layers, last_of_each_step
+from harness.runlog.timeline import Timeline, line_of, newest_steps
+from harness.runlog.traces import (
     ENTRY,
     Entries,
     Trace,

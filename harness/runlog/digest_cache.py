@@ -20,8 +20,8 @@ import orjson
 
 from harness.errors import TrackingError
 from harness.files import read_file
-from harness.tracking.digest import Digest
-from harness.tracking.traces import ENTRY
+from harness.runlog.digest import Digest
+from harness.runlog.traces import ENTRY
 
 __all__ = ["keep", "kept_path", "restored"]
 

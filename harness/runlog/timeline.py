@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from harness.tracking.codec import Record, decode, encode
-from harness.tracking.process import is_alive
-from harness.tracking.soundness import SCALAR_KINDS
+from harness.runlog.codec import Record, decode, encode
+from harness.runlog.process import is_alive
+from harness.runlog.soundness import SCALAR_KINDS
 
 __all__ = ["SCALAR_KINDS", "Event", "State", "Timeline", "line_of", "newest_steps"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.tracking.series import Series
+from harness.runlog.series import Series
 
 __all__ = ["ENTRY", "Entries", "Trace", "entries_of", "merged", "one_after_another", "reduced", "visible"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.files import open_file
-from harness.tracking.codec import Record, decode
-from harness.tracking.mirror import scalars_of
-from harness.tracking.segments import Position, segment_name
-from harness.tracking.series import Row, Series, joined, series_of
-from harness.tracking.timeline import SCALAR_KINDS
+from harness.runlog.codec import Record, decode
+from harness.runlog.scalars import scalars_of
+from harness.runlog.segments import Position, segment_name
+from harness.runlog.series import Row, Series, joined, series_of
+from harness.runlog.timeline import SCALAR_KINDS
 
 __all__ = ["CLOCK", "SYSTEM", "Block", "Blocks", "measured"]
 

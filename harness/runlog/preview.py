@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.files import open_file
-from harness.tracking.codec import Record, decode
-from harness.tracking.digest import Digest
-from harness.tracking.kept import restored
-from harness.tracking.segments import LONGEST_LINE_BYTES
-from harness.tracking.traces import Entries
+from harness.runlog.codec import Record, decode
+from harness.runlog.digest import Digest
+from harness.runlog.digest_cache import restored
+from harness.runlog.segments import LONGEST_LINE_BYTES
+from harness.runlog.traces import Entries
 
 __all__ = ["LONG_BYTES", "open_digest", "sample"]
 

@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 
 from harness.files import list_folder, open_file
-from harness.tracking.codec import Record, decode
+from harness.runlog.codec import Record, decode
 
 __all__ = [
     "LONGEST_LINE_BYTES",

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import TrackingError
-from harness.tracking.codec import Record
-from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, node_folders, segments
-from harness.tracking.series import Layers, Series, joined, last_of_each_step
-from harness.tracking.timeline import SCALAR_KINDS, Event, State, Timeline, newest_steps
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import Follower, node_folders, segments
+from harness.runlog.series import Layers, Series, joined, last_of_each_step
+from harness.runlog.timeline import SCALAR_KINDS, Event, State, Timeline, newest_steps
 
 if TYPE_CHECKING:
     import pandas
