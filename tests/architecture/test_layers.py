@@ -26,6 +26,7 @@ FLOORS = {
     "runlog": 1,
     "config": 2,
     "dist": 3,
+    "user_code": 3,
     "data": 4,
     "models": 4,
     "stability": 4,
@@ -196,8 +197,9 @@ def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() 
 
 # What a run's directory holds, as `harness.runlog.paths` alone spells it.
 FILES = {
-    "config.yaml", "log", "tensorboard", "wandb", "nodes", "media", "mirrors", "settings.json", "wandb-run-id",
-    "side.log", "checkpoints", "summary.json", "curves.png", "report.html", "manifest.json", "healthy",
+    "config.yaml", "log", "tensorboard", "wandb", "nodes", "media", "mirrors", "settings.json",
+    "wandb-run-id", "side.log", "checkpoints", "summary.json", "curves.png", "report.html",
+    "manifest.json", "healthy",
 }  # fmt: skip
 
 
