@@ -13,6 +13,7 @@ that have ended are cached in files; from there the dashboard gets the digests. 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import logging
@@ -20,17 +21,18 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.dashboard.records import has_fields_of
 from harness.files import read_file
-from harness.priority import yield_to_others
 from harness.runlog.digest import Digest, log_signature
 from harness.runlog.digest_cache import keep, kept_path, restored
+from harness.runlog.paths import log_dir
 from harness.runlog.preview import LONG_BYTES, sample
 from harness.tracking.overview import RunRow, run_name, run_paths, run_row, unreadable_row
 from harness.tracking.text import printable
@@ -51,12 +53,15 @@ MAX_ROWS_BYTES = 256 << 20
 Request = dict[str, Any]
 
 
-def main(root: str, cache: str) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Serves until standard input ends."""
-    yield_to_others()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for digests of long logs and rows")
+    options = parser.parse_args(arguments)
     requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-    indexer = Indexer(Path(root), Path(cache), _send)
+    indexer = Indexer(options.runs, options.cache, _send)
     indexer.refresh()
     while True:
         for request in _pending(requests, wait=not indexer.has_unread):
@@ -212,10 +217,8 @@ class Indexer:
 
     def _save_rows(self) -> None:
         self._rows_saved = time.monotonic()
-        path = self._cache / ROWS_FILE
         with contextlib.suppress(OSError):
-            path.with_suffix(".new").write_bytes(_json(self._rows))
-            path.with_suffix(".new").replace(path)
+            write_atomically(self._cache / ROWS_FILE, _json(self._rows))
 
 
 def _cached_rows(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -233,7 +236,7 @@ def _cached_rows(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def _last_written(path: Path) -> float:
     with contextlib.suppress(OSError):
-        return (path / "log").stat().st_mtime
+        return log_dir(path).stat().st_mtime
     return 0.0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, check_same_run, flatten, read_yaml
 from harness.dashboard.form import read, yaml_of
 from harness.dashboard.output import read_output
@@ -34,17 +35,16 @@ from harness.dashboard.records import (
     read_program,
     records_dir,
     write_program,
-    write_text,
 )
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.files import list_folder
+from harness.runlog.paths import CONFIG_FILE, config_file
 from harness.runlog.preview import open_digest
 from harness.runlog.process import identity, is_alive
 from harness.runlog.reader import is_run
 
 __all__ = [
-    "CONFIG_FILE",
     "PROGRAM",
     "check_processes",
     "configuration",
@@ -60,7 +60,6 @@ __all__ = [
 ]
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
-CONFIG_FILE = "config.yaml"
 
 
 def start(
@@ -83,8 +82,8 @@ def start(
     check_processes(config, processes)
     with lock_records(directory) as records:
         _check_not_running(directory, records, within)
-        if (directory / CONFIG_FILE).exists():
-            check_same_run(config, directory / CONFIG_FILE, within=within)
+        if config_file(directory).exists():
+            check_same_run(config, config_file(directory), within=within)
         return _launch(records, directory, config, processes)
 
 
@@ -185,7 +184,7 @@ def configuration(run_dir: Path | str, *, within: Path | None = None) -> TrainCo
         ConfigError: there is none, or it cannot be read.
     """
     directory = Path(run_dir)
-    return read(flatten(read_yaml(directory / CONFIG_FILE, within=within or directory.parent)))
+    return read(flatten(read_yaml(config_file(directory), within=within or directory.parent)))
 
 
 def run_directory(runs_dir: Path | str, run: str) -> Path:
@@ -228,7 +227,7 @@ def last_processes(run_dir: Path | str, *, within: Path | None = None) -> int:
 
 def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
     file = records / CONFIG_FILE
-    write_text(file, yaml_of(config))
+    write_atomically(file, yaml_of(config))
     command = [*_launcher(processes), str(PROGRAM), "--config", str(file)]
     try:
         with open(records / OUTPUT_FILE, "ab") as printed:

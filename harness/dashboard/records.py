@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import types
 import typing
@@ -19,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.atomic import write_atomically
 from harness.errors import ConfigError
 from harness.files import read_file
+from harness.locks import locked
 from harness.runlog.process import is_alive
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "read_program",
     "records_dir",
     "write_program",
-    "write_text",
 ]
 
 RECORDS = ".dashboard"
@@ -86,7 +86,8 @@ def lock_records(directory: Path) -> Iterator[Path]:
     records = records_dir(directory)
     try:
         records.mkdir(parents=True, exist_ok=True)
-        lock = open(records / "lock", "ab")  # noqa: SIM115  (closed below)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(records / "lock"))
     except OSError as error:
         raise ConfigError(
             f"cannot write to {records}: {error.strerror}",
@@ -94,7 +95,6 @@ def lock_records(directory: Path) -> Iterator[Path]:
             remedy="make the folder writable, or choose another folder for runs",
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield records
 
 
@@ -120,14 +120,7 @@ def write_program(records: Path, program: Program) -> None:
     """Writes it down for `read_program`."""
     fields = dataclasses.asdict(program)
     del fields["directory"]  # where the file lies says that
-    write_text(records / _PROCESS_FILE, json.dumps(fields))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(records / _PROCESS_FILE, json.dumps(fields))
 
 
 def has_fields_of(schema: type, values: Any, *, without: str) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,8 +23,8 @@ from typing import IO, Any
 import orjson
 
 from harness.dashboard.records import RECORDS
-from harness.env import child_environment
 from harness.errors import TrackingError
+from harness.helper import start_helper
 from harness.runlog.digest import Digest
 from harness.runlog.digest_cache import kept_path
 from harness.runlog.preview import LONG_BYTES, open_digest
@@ -41,9 +41,6 @@ SEARCH_EVERY_S = 0.5
 REFRESH_EVERY_S = 1.0
 SAMPLE_EVERY_S = 10.0
 STOP_S = 5.0
-# Not `-m`: the package need not be installed, and the working folder's modules must not shadow others.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.dashboard.indexer import main; "
-_PROGRAM += "main(sys.argv[2], sys.argv[3])"
 
 
 class RunIndex:
@@ -51,13 +48,15 @@ class RunIndex:
 
     Args:
         runs_dir: The folder; it need not exist yet.
+        search_every_s: A search of the folder is not repeated before.
     """
 
-    def __init__(self, runs_dir: str | Path) -> None:
+    def __init__(self, runs_dir: str | Path, *, search_every_s: float = SEARCH_EVERY_S) -> None:
         self.root = Path(runs_dir).resolve()
+        self._search_every_s = search_every_s
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
-        self._searched = -SEARCH_EVERY_S
+        self._searched = -math.inf
         self._rows: dict[str, dict[str, Any]] | None = None
         """None until the indexer has answered; a run's row is empty until its log has been looked at."""
         self._refreshed = 0.0
@@ -178,7 +177,7 @@ class RunIndex:
         return shared.digest
 
     def _search(self) -> None:
-        if time.monotonic() - self._searched < SEARCH_EVERY_S:
+        if time.monotonic() - self._searched < self._search_every_s:
             return
         found = {run_name(path, self.root): path for path in run_paths(self.root, within=self.root)}
         with self._lock:
@@ -204,13 +203,12 @@ class RunIndex:
                     self._start_indexer()
 
     def _start_indexer(self) -> None:
-        package = str(Path(__file__).resolve().parents[2])
-        self._indexer = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, package, str(self.root), str(self._cache)],
+        self._indexer = start_helper(
+            "harness.dashboard.indexer",
+            ["--runs", self.root, "--cache", self._cache],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,
-            env=child_environment(),
+            yields=True,
         )
         threading.Thread(target=self._receive, args=(self._indexer,), name="indexer", daemon=True).start()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,14 +20,13 @@ from starlette.responses import PlainTextResponse, Response
 
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
+from harness.helper import start_helper
+from harness.runlog.paths import tensorboard_dir
 
 __all__ = ["TensorBoard"]
 
-_ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0
 STOP_S = 5.0
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.dashboard.tensorboard_server import main; "
-_PROGRAM += "main(sys.argv[2], sys.argv[3])"
 _PASSED_ON = ("content-type", "cache-control", "expires", "location", "content-security-policy")
 """Headers of an answer that reach the browser."""
 
@@ -69,7 +67,7 @@ class TensorBoard:
             for name in runs.keys() - set(self._runs):
                 link = self._logdir / name
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(runs[name] / "tensorboard")
+                link.symlink_to(tensorboard_dir(runs[name]))
                 self._runs.append(name)
             if not self._is_running():
                 self._start()
@@ -101,16 +99,15 @@ class TensorBoard:
         return self._process is not None and self._process.poll() is None
 
     def _start(self) -> None:
-        command = [sys.executable, "-P", "-c", _PROGRAM, str(_ROOT), str(self._logdir), str(self._socket)]
         try:
             with self._output.open("wb") as output:
-                self._process = subprocess.Popen(
-                    command,
+                self._process = start_helper(
+                    "harness.dashboard.tensorboard_server",
+                    ["--logdir", self._logdir, "--socket", self._socket],
                     stdin=subprocess.PIPE,
-                    stdout=output,
+                    stdout=output.fileno(),
                     stderr=output,
-                    start_new_session=True,
-                    env=program_environment(),
+                    environment=program_environment(),
                 )
         except OSError as error:
             raise LaunchError(f"TensorBoard cannot be started: {error.strerror or error}") from error
@@ -144,8 +141,8 @@ def _check(runs: Mapping[str, Path]) -> None:
     if not runs:
         raise ConfigError("no run is chosen for TensorBoard", rule="it shows one or more")
     for name, directory in runs.items():
-        _check_files(name, directory / "tensorboard")
-    if not any((directory / "tensorboard").is_dir() for directory in runs.values()):
+        _check_files(name, tensorboard_dir(directory))
+    if not any(tensorboard_dir(directory).is_dir() for directory in runs.values()):
         raise TrackingError(
             f"{', '.join(runs)[:200]}: no folder `tensorboard` in any of them",
             rule="TensorBoard shows the runs' mirrors",

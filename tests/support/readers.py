@@ -59,7 +59,7 @@ class Readers:
         self.root = root
         app = FastAPI()
         app.add_exception_handler(HarnessError, server._error_response)  # type: ignore[arg-type]
-        self.run_index = RunIndex(root)
+        self.run_index = RunIndex(root, search_every_s=0.0)  # runs are asked for as soon as they are made
         server._add_data(app, self.run_index)
         self._client = TestClient(app)
 
