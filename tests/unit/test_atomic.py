@@ -85,7 +85,7 @@ def test_a_helper_runs_the_package_of_its_starter_whatever_else_is_called_so(tmp
     (tmp_path / "runs").mkdir()
     process = start_helper(
         "harness.dashboard.indexer",
-        ["--runs", tmp_path / "runs", "--digests", tmp_path],
+        ["--runs", tmp_path / "runs", "--cache", tmp_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         yields=True,
