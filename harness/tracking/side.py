@@ -7,6 +7,7 @@ thread per mirror: a mirror that hangs holds up no other. It imports no torch.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
 import functools
@@ -27,15 +28,15 @@ import psutil
 
 from harness.priority import pass_on_to, stop_yielding
 from harness.runlog.nodes import NodeLog
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import log_dir, side_output_file, wandb_id_file
 from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
 from harness.tracking.mirror import Mirror, MirrorFollower
 from harness.tracking.resources import Sampler, sample_forever
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.tracking.settings import MirrorSettings, event_dir
 
-__all__ = ["complete", "main"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,32 @@ SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 
 
-def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """The side process; see `mirrors` for what it is told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["follow", "complete"])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--settings", type=MirrorSettings.from_json, required=True)
+    parser.add_argument("--messages", type=int, required=True, help="descriptor of a pipe to the trainer")
+    parser.add_argument("--trainer", type=int, help="its process, with `follow`")
+    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the epoch")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="with `complete`; and seconds for each mirror:"
+    )
+    parser.add_argument("--timeout", type=float)
+    options = parser.parse_args(arguments)
+    outcome_fd = os.dup(1)
+    _settle_in(options.run, options.messages)
+    if options.what == "follow":
+        _follow(options.run, options.settings, options.trainer, options.trainer_start)
+    else:
+        troubles = _complete(options.run, options.settings, options.rebuild, options.timeout)
+        os.write(outcome_fd, orjson.dumps(troubles))
+    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+
+
+def _follow(path: Path, settings: MirrorSettings, trainer_pid: int, trainer_start: float) -> None:
     """Runs until the trainer is gone or said `close`, and all mirrors are complete or stuck."""
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    _settle_in(path, messages_fd)
     ended, alerts_done = threading.Event(), threading.Event()
     node_log = NodeLog(path)
     alerts = _alerts_follower(path, settings, node_log, ended=ended)
@@ -67,18 +90,15 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
-    _wait_for((alerts, *mirrors), run_dir)
-    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+    _wait_for((alerts, *mirrors), path)
 
 
-def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
-    """Brings the mirrors up to the end of a log that has ended, and ends.
+def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: float) -> dict[str, str | None]:
+    """Brings the mirrors up to the end of a log that has ended.
 
-    Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
+    Returns:
+        For each mirror None, or what keeps it from being complete after `timeout_s`.
     """
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    outcome_fd = os.dup(1)
-    _settle_in(path, messages_fd)
     ended = threading.Event()
     ended.set()
     followers = _followers_for(path, settings, ended=ended)
@@ -92,8 +112,7 @@ def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, 
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
-    os.write(outcome_fd, orjson.dumps(troubles))
-    os._exit(0)
+    return troubles
 
 
 def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
@@ -109,7 +128,7 @@ def _hurry() -> None:
         pass_on_to(child.pid)
 
 
-def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
+def _wait_for(followers: Sequence[MirrorFollower], run_dir: Path) -> None:
     ended_at = time.monotonic()
     for follower in followers:
         while not follower.done.wait(WATCH_S):
@@ -164,7 +183,7 @@ def _sync_forever(folder: Path, ended: threading.Event) -> None:
 def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
     from harness.tracking.tensorboard import TensorBoardMirror
 
-    return TensorBoardMirror(tensorboard_dir(run_dir, settings), run_dir=run_dir, state=state)
+    return TensorBoardMirror(event_dir(run_dir, settings), run_dir=run_dir, state=state)
 
 
 def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
@@ -175,7 +194,7 @@ def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any
 
 def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
     """The same for every attempt and every later `harness sync`."""
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
+    kept = wandb_id_file(run_dir)
     if settings.run_id is not None:
         return settings.run_id
     if not kept.exists():
@@ -187,7 +206,7 @@ def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
-    output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    output = os.open(side_output_file(run_dir), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     harness = logging.getLogger("harness")

@@ -12,6 +12,7 @@ import orjson
 import torch
 
 from harness import __version__, env, logs
+from harness.atomic import write_atomically
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
@@ -28,14 +29,14 @@ from harness.dist import (
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
 from harness.runlog.names import EventName
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, picture_file, summary_file
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
-from harness.training.directory import prepare_directory, write_atomically
+from harness.training.directory import prepare_directory
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -225,8 +226,8 @@ def _train(
 
 def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
     text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
-    write_atomically(result.directory / "summary.json", text)
-    plot_run(result.directory, result.directory / "curves.png")
+    write_atomically(summary_file(result.directory), text, sync=True)
+    plot_run(result.directory, picture_file(result.directory))
     logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
 
 
