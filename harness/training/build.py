@@ -31,6 +31,7 @@ from harness.errors import ConfigError, HarnessError, InstabilityError
 from harness.runlog.names import EventName
 from harness.runlog.paths import checkpoints_dir, picture_file, summary_file
 from harness.stability import Ladder, StepGuard
+from harness.stability.detectors import configured_rule
 from harness.tracking import plot_run
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
@@ -90,6 +91,7 @@ def build_run(
     agree_on_settings(config)
     files = agree_on_files(config)
     task = on_all_ranks(lambda: build_task(config, files=files))
+    on_all_ranks(lambda: configured_rule(config.guard))
     named_callbacks = on_all_ranks(lambda: load_callbacks(config))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
