@@ -6,9 +6,11 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from harness import __version__
+from harness.parent import stop_with_launcher
+from harness.stop import StopRequest
 
 __all__ = ["COMMANDS", "ENTRY_POINTS", "main"]
 
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"harness: unknown command {name!r}; there are: {', '.join([*COMMANDS, *added])}", file=sys.stderr
         )
         return 2
+    if name == "train" and argv is None:
+        _train(arguments[1:])
     command = COMMANDS[name]
     function = getattr(importlib.import_module(f"harness.cli.{command.module}"), command.function)
     return int(function(arguments[1:]))
@@ -75,6 +79,15 @@ def _run_added(point: EntryPoint, arguments: Sequence[str]) -> int:
         function: Callable[[Sequence[str]], int] = point.load()
         outcome.exit_code = int(function(arguments))
     return outcome.exit_code
+
+
+def _train(arguments: Sequence[str]) -> NoReturn:
+    """The program `harness train`: as harness/train.py, signals are handled from its first moment on."""
+    with StopRequest() as stop:
+        stop_with_launcher()
+        from harness.cli.train import train_and_exit
+
+        train_and_exit(arguments, prog="harness train", stop=stop)
 
 
 def _usage() -> str:

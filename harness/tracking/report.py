@@ -52,7 +52,7 @@ h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.6rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 .state { display: inline-block; padding: .1rem .6rem; border-radius: 1rem; color: white; font-size: .85rem;
   background: var(--accent); vertical-align: middle; margin-left: .6rem; }
-.crashed, .stale { background: var(--bad); }
+.crashed, .stale, .unstable { background: var(--bad); }
 .finished { background: #2c9a68; }
 .about { color: var(--faint); overflow-wrap: anywhere; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem;
