@@ -223,7 +223,7 @@ export class Chart {
     const near = (x) => left >= 0 && Math.abs(u.valToPos(x, "x") - left) < 5;
     const texts = [
       ...this.marks.filter((mark) => near(mark.x)).map((mark) => `${mark.name} at step ${mark.step}: ${mark.text}`),
-      ...this.odd.filter((odd) => near(odd.x)).map((odd) => `${odd.label}: ${odd.nan} NaN, ${odd.inf} infinite`),
+      ...this.odd.filter((odd) => near(odd.x)).map((odd) => `${odd.label}: ${odd.nan == null ? "not finite" : `${odd.nan} NaN, ${odd.inf} infinite`}`),
     ];
     u.over.title = texts.slice(0, 6).join("\n");
   }

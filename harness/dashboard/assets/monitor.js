@@ -1,9 +1,10 @@
 // One run, live: its state, its curves, its layers, its incidents and its checkpoints.
 
-import { ask, opened, repeat } from "./api.js";
+import { ask } from "./api.js";
 import { Chart } from "./chart.js";
 import { badge, bytes, clock, duration, element, number, table } from "./format.js";
 import { HeatMap } from "./heatmap.js";
+import { opened, repeat } from "./page.js";
 
 const SAMPLES_SHOWN = 8;
 
@@ -66,6 +67,8 @@ class Monitor extends HTMLElement {
     this.checkpoints = element("div", {});
     this.events = element("div", {});
     this.ranks = element("div", {});
+    this.lastValues = element("div", {});
+    this.configuration = element("div", {});
     this.layerChart = element("div", { class: "h-grid" });
     this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
     this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.lookAgain() });
@@ -83,6 +86,8 @@ class Monitor extends HTMLElement {
       section("Host and devices", false, this.system),
       section("More metrics", false, this.search, this.more),
       section("Events", false, this.events),
+      section("Last values", false, this.lastValues),
+      section("Configuration", false, this.configuration),
     );
     this.addEventListener("harness-trouble", (event) => (this.note.textContent = event.detail));
     this.poll = repeat(this, 1200, () => this.refresh());
@@ -105,7 +110,7 @@ class Monitor extends HTMLElement {
     this.settings.within = null;
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
-    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.layerChart, this.statistic]) node.replaceChildren();
+    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
     this.dataset.run = id || "";
     this.lookAgain();
   }
@@ -170,6 +175,7 @@ class Monitor extends HTMLElement {
     this.makeCharts();
     this.drawCharts();
     this.drawLayers();
+    await this.tellSettings(run);
     this.dataset.lastStep = answer.last_step;
     this.dataset.ready = "true";
     if (this.lacks()) this.lookAgain();
@@ -187,7 +193,8 @@ class Monitor extends HTMLElement {
   lacks() {
     if (!this.data) return false;
     const { name, statistic } = this.sights();
-    return name.some((one) => !this.asked.name.includes(one)) || (statistic !== null && statistic !== this.asked.statistic && this.data.statistics.includes(statistic));
+    const hasSettings = this.configuration.childElementCount || !this.configuration.closest("details").open;
+    return !hasSettings || name.some((one) => !this.asked.name.includes(one)) || (statistic !== null && statistic !== this.asked.statistic && this.data.statistics.includes(statistic));
   }
 
   tell() {
@@ -212,8 +219,10 @@ class Monitor extends HTMLElement {
         fact("rollbacks", number(data.event_counts.rollback || 0)),
         fact("attempts", number(data.attempts)),
         fact("running for", duration(data.updated - data.started)),
+        fact("started", clock(data.started)),
         fact("host", data.host || "–"),
       ),
+      element("div", { class: "h-note" }, data.command.join(" ")),
       share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide" }),
     );
     const words = [];
@@ -225,9 +234,18 @@ class Monitor extends HTMLElement {
     this.events.replaceChildren(
       table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
     );
+    this.lastValues.replaceChildren(table(["metric", "value"], Object.entries(data.last).map(([name, value]) => [name, number(value)])));
     const ranks = Object.entries(data.ranks || {});
     const world = Math.max(0, ...ranks.map(([, row]) => row.length));
     this.ranks.replaceChildren(table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
+  }
+
+  // What was set never changes while a run is open: it is asked for once, when somebody looks.
+  async tellSettings(run) {
+    const { configuration } = this;
+    if (configuration.childElementCount || !configuration.closest("details").open) return;
+    const settings = await ask("settings", { run });
+    if (run === this.wanted) configuration.replaceChildren(table(["setting", "value"], settings));
   }
 
   tellIncidents() {
