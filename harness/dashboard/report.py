@@ -18,6 +18,7 @@ from harness.dashboard.bundle import ASSETS, bundled
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
+from harness.runlog.names import Prefix
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
 
@@ -79,10 +80,10 @@ def report_html(digest: Digest) -> str:
 
 def report_data(digest: Digest) -> dict[str, Any]:
     """All that the page may ask of the run, as `assets/embedded.js` answers it, in bounded size."""
-    names = [name for name in digest.names() if not name.startswith("layers/")][:MAX_CURVES]
+    names = [name for name in digest.names() if not name.startswith(Prefix.LAYERS)][:MAX_CURVES]
     view = run_view(digest)
     curves = embedded_curves(digest, names, max_points=_share(TOTAL_POINTS, len(names), MAX_POINTS))
-    rows = sum(name.startswith("layers/") for name in digest.names())
+    rows = sum(name.startswith(Prefix.LAYERS) for name in digest.names())
     columns = _share(TOTAL_CELLS, rows, MAX_COLUMNS)
     layers = {}
     for statistic in view["statistics"][:MAX_STATISTICS]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking import RunLog
 from harness.dashboard.report import write_report
+from harness.tracking import RunLog
 
 ASSETS = Path(__file__).parents[2] / "harness" / "dashboard" / "assets"
 PAYLOAD = "\"'></td></script></style><script>alert(1)</script><img src=x onerror=alert(1)>"
