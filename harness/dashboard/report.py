@@ -18,7 +18,7 @@ from harness.dashboard.bundle import ASSETS, bundled
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
-from harness.runlog.names import Prefix
+from harness.runlog.names import Prefix, page_names
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
 
@@ -91,6 +91,7 @@ def report_data(digest: Digest) -> dict[str, Any]:
         curves["xs"].append(layers[statistic].pop("x"))
         layers[statistic]["x"] = len(curves["xs"]) - 1
     return {
+        "names": page_names(),
         "version": str(digest.updated),
         "view": view,
         "curves": curves,

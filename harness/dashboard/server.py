@@ -26,6 +26,7 @@ from harness.dashboard.tensorboards import TensorBoards
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view, settings_view
 from harness.errors import ConfigError, HarnessError
 from harness.runlog.digest import Digest
+from harness.runlog.names import page_names
 
 __all__ = ["application", "serve"]
 
@@ -133,6 +134,11 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
                 "reading": catalogue.num_unread(),
             }
         )
+
+    @app.get("/api/names")
+    def names() -> Response:
+        """What metrics and events are called, for the page's scripts."""
+        return _json(page_names())
 
     @app.get("/api/run")
     def run(run: str, sight: Sight, statistic: str | None = None, seen: str = "") -> Response:

@@ -8,7 +8,7 @@ export const { run } = report;
 const own = (values, name) => (Object.hasOwn(values, name) ? values[name] : null);
 
 const ANSWERS = {
-  charts: () => report.charts,
+  names: () => report.names,
   settings: () => report.settings,
   run: ({ seen, name, statistic, axis, first, last }) => {
     const { version } = report;
@@ -53,10 +53,11 @@ function curvesOf(names, axis, range) {
 
 // One row of a heat map as a curve; how many values of a point were not finite is not kept.
 function layerCurve(name) {
-  const [, statistic, ...parameter] = name.split("/");
-  const layers = name.startsWith("layers/") ? own(report.layers, statistic) : null;
-  const row = layers ? layers.names.indexOf(parameter.join("/")) : -1;
-  return row < 0 ? null : { x: layers.x, mean: layers.values[row], low: null, high: null, odd: layers.nonfinite[row].map((at) => [at, null, null]) };
+  for (const [statistic, layers] of Object.entries(report.layers)) {
+    const row = layers.names.findIndex((layer) => name === `${report.names.prefix.LAYERS}${statistic}/${layer}`);
+    if (row >= 0) return { x: layers.x, mean: layers.values[row], low: null, high: null, odd: layers.nonfinite[row].map((at) => [at, null, null]) };
+  }
+  return null;
 }
 
 function layersOf(statistic, range) {
