@@ -113,15 +113,8 @@ def test_text_of_the_run_is_no_html(monitor: Locator) -> None:
 
 def test_its_pictures_are_those_of_the_dashboard(monitor: Locator) -> None:
     page = monitor.page
-    assert {
-        figure
-        for figure in monitor.locator("figure:visible").evaluate_all(
-            "all => all.map(one => one.dataset.plot)"
-        )
-    } >= {
-        "loss",
-        "ranks: loss",
-    }
+    shown_plots = monitor.locator("figure:visible").evaluate_all("all => all.map(one => one.dataset.plot)")
+    assert set(shown_plots) >= {"loss", "ranks: loss"}
     for title, metric in (("Host and devices", "cpu_frac"), ("More metrics", HOSTILE)):
         section(monitor, title)
         expect(monitor.locator("figure", has_text=metric).locator("canvas").first).to_be_visible()
