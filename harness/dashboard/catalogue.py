@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -51,13 +52,15 @@ class Catalogue:
 
     Args:
         runs_dir: The folder; it need not exist yet.
+        search_again_s: A search of the folder answers for so long.
     """
 
-    def __init__(self, runs_dir: str | Path) -> None:
+    def __init__(self, runs_dir: str | Path, *, search_again_s: float = SEARCH_AGAIN_S) -> None:
         self.root = Path(runs_dir).resolve()
+        self._search_again_s = search_again_s
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
-        self._searched = -SEARCH_AGAIN_S
+        self._searched = -math.inf
         self._rows: dict[str, dict[str, Any]] | None = None
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._kept = self.root / RECORDS / "digests"
@@ -176,7 +179,7 @@ class Catalogue:
             held.digest.read_frac = min(0.999, row.get("read_frac", 0.0))
 
     def _search(self) -> None:
-        if time.monotonic() - self._searched < SEARCH_AGAIN_S:
+        if time.monotonic() - self._searched < self._search_again_s:
             return
         found = {run_name(path, self.root): path for path in run_paths(self.root, within=self.root)}
         with self._lock:

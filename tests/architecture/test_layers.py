@@ -22,6 +22,7 @@ FLOORS = {
     "runlog": 1,
     "config": 2,
     "dist": 3,
+    "user_code": 3,
     "data": 4,
     "models": 4,
     "stability": 4,
