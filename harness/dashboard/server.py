@@ -20,18 +20,20 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from harness.dashboard import programs
 from harness.dashboard.access import Access, Gate, is_loopback
+from harness.dashboard.bundle import ASSETS
 from harness.dashboard.comparison import compare_view
 from harness.dashboard.run_index import RunIndex
 from harness.dashboard.tensorboard import TensorBoard
-from harness.dashboard.views import Axis, curves_view, layers_view, run_view
+from harness.dashboard.views import Axis, curves_view, layers_view, run_view, settings_view
 from harness.errors import ConfigError, HarnessError
 from harness.runlog.digest import Digest
+from harness.runlog.names import page_names
 
-__all__ = ["ASSETS", "application", "serve"]
+__all__ = ["application", "serve"]
 
 logger = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parent / "assets"
+
 MAX_NAMES = 2000
 MAX_COMPARED = 12
 
@@ -137,6 +139,11 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
             }
         )
 
+    @app.get("/api/names")
+    def names() -> Response:
+        """What metrics and events are called, for the page's scripts."""
+        return _json(page_names())
+
     @app.get("/api/run")
     def run(run: str, query: CurveQuery, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run; next to nothing if the page has `seen` this version of it."""
@@ -147,6 +154,11 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
             layers = layers_view(digest, statistic, within=query.within) if statistic else None
             view = {**run_view(digest), "curves": query.curves(digest), "layers": layers}
             return _json({"version": version, **view})
+
+    @app.get("/api/settings")
+    def settings(run: str) -> Response:
+        with run_index.reading(run) as digest:
+            return _json(settings_view(digest))
 
     @app.get("/api/curves")
     def curves(run: str, query: CurveQuery) -> Response:

@@ -60,7 +60,9 @@ def start_mirrors(
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
     node = socket.gethostname()
-    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+    return start_mirrors(
+        run_dir, settings, tensorboard=False, wandb="off", picture=False, alerts=(), node=node
+    )
 
 
 def complete_mirrors(
@@ -124,6 +126,13 @@ class MirrorHandle:
         """Whether the side process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def leave(self) -> None:
+        """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
 
@@ -131,10 +140,7 @@ class MirrorHandle:
         """
         if self._process is None:
             return False
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
-                self._process.stdin.write(b"close\n")
-                self._process.stdin.close()
+        self.leave()
         try:
             return self._process.wait(timeout=timeout_s) == 0
         except subprocess.TimeoutExpired:

@@ -46,6 +46,8 @@ class MirrorSettings:
     """Seconds between samples of this node; 0: none."""
     node: str = ""
     """Stands in the names of this node's samples, `system/NODE/...`; empty on the node of rank 0."""
+    picture: bool = False
+    """Draw the run into `curves.png` when it has ended."""
     alerts: tuple[AlertConfig, ...] = TrackingConfig().alerts
     """When people are told."""
     webhook: str | None = None
@@ -58,7 +60,9 @@ class MirrorSettings:
             field.name: getattr(config.tracking, field.name) for field in dataclasses.fields(config.tracking)
         }
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(name=config.name, **{name: value for name, value in asked.items() if name in known})
+        return cls(
+            name=config.name, picture=True, **{name: value for name, value in asked.items() if name in known}
+        )
 
     def to_json(self) -> str:
         """For the side process's command line."""

@@ -118,13 +118,14 @@ class WandbMirror:
         _tear_down()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
+        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed or
+        gave up."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
         if self._settings.wandb_tensorboard and self._settings.tensorboard:
             folder = event_dir(self._run_dir, self._settings)
             self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
-        self._run.finish(exit_code=1 if state == "crashed" else 0)
+        self._run.finish(exit_code=1 if state in ("crashed", "unstable") else 0)
         while (written := self.commit()) is None:
             time.sleep(0.05)
         return written
