@@ -73,11 +73,11 @@ def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     for close in (run.guard.close, run.loader.close, run.checkpointer.close):
         try:
             close()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
-                logger.exception("%s failed too", close.__qualname__)
+                logger.error("%s failed too: %s", close.__qualname__, failure)
     return error
 
 
