@@ -1,13 +1,16 @@
 """The picture of a run: one page that shows whether it was healthy, in bounded memory however long the run.
 
-    python -m harness.tracking.plots runs/quickstart    # draws runs/quickstart/curves.png
+    plot_run("runs/quickstart", "runs/quickstart/curves.png")
 
 Drawn on a `Figure` with its own canvas: no display, no global state of pyplot, safe in any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from harness.env import child_environment
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_whole
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CURVES", "draw_run", "plot_run"]
+__all__ = ["CURVES", "draw_aside", "draw_run", "plot_run"]
 
 CURVES = "curves.png"
 """The picture's file in the run's directory."""
@@ -47,6 +51,9 @@ MAX_POINTS = 2000
 """More points than pixels are reduced to bands, extremes kept."""
 RAW_POINTS = 400
 """A curve of more points is drawn faintly, with its running median over it."""
+# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.tracking.plots import CURVES, plot_run; "
+_PROGRAM += "plot_run(sys.argv[2], f'{sys.argv[2]}/{CURVES}')"
 
 
 def plot_run(run_dir: str | Path, path: str | Path) -> Path:
@@ -56,8 +63,23 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
         TrackingError: there is no run in `run_dir`.
     """
     figure = draw_run(open_whole(run_dir))
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    target = Path(path)
+    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
+    figure.savefig(unfinished, dpi=150)
+    unfinished.replace(target)
+    return target
+
+
+def draw_aside(run_dir: Path, *, wait_s: float = 10.0) -> None:
+    """Draws the run's `curves.png` in a process of its own, which goes on alone where that takes longer.
+
+    A log of 600 MB takes 20 s of a processor and 120 MB of memory. What goes wrong is said on the error
+    output, which is this process's.
+    """
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(root), str(run_dir)]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, env=child_environment()).wait(wait_s)
 
 
 def draw_run(run: Digest) -> Figure:
@@ -201,8 +223,9 @@ def _limit_to_bulk(axis: Axes, curves: Sequence[Bands]) -> None:
     if not np.isfinite(means).any():
         return
     low, usual = np.nanmin(lows), np.nanquantile(means, 0.99)
-    if np.nanmax(highs) > usual + 3 * (usual - low):
-        axis.set_ylim(low - 0.05 * (usual - low), usual + 0.5 * (usual - low))
+    height = (usual - low) or 0.1 * abs(low) or 1.0  # a curve that is flat but for one value has none
+    if np.nanmax(highs) > usual + 3 * height:
+        axis.set_ylim(low - 0.05 * height, usual + 0.5 * height)
 
 
 def _mark_events(axes: npt.NDArray[np.object_], run: Digest) -> list[str]:
@@ -261,7 +284,3 @@ def _headline(run: Digest) -> str:
 
 def _plural(name: str, count: int) -> str:
     return f"{count} {name}" + ("s" if count != 1 else "")
-
-
-if __name__ == "__main__":
-    plot_run(sys.argv[1], Path(sys.argv[1]) / CURVES)

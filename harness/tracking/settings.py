@@ -50,6 +50,8 @@ class MirrorSettings:
     """When people are told."""
     webhook: str | None = None
     """Address that each alert is sent to as JSON by HTTP POST."""
+    picture: bool = False
+    """Draw `curves.png` when the run has ended."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> MirrorSettings:
@@ -58,7 +60,9 @@ class MirrorSettings:
             field.name: getattr(config.tracking, field.name) for field in dataclasses.fields(config.tracking)
         }
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(name=config.name, **{name: value for name, value in asked.items() if name in known})
+        return cls(
+            name=config.name, picture=True, **{name: value for name, value in asked.items() if name in known}
+        )
 
     def to_json(self) -> str:
         """For the side process's command line."""

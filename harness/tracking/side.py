@@ -32,6 +32,7 @@ from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
 from harness.tracking.mirror import Mirror, MirrorFollower
+from harness.tracking.plots import draw_aside
 from harness.tracking.resources import Sampler, sample_forever
 from harness.tracking.settings import MirrorSettings, tensorboard_dir
 
@@ -67,6 +68,8 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
+    if settings.picture:
+        draw_aside(path)
     _wait_for((alerts, *mirrors), run_dir)
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
 
