@@ -65,13 +65,18 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "num_names": len(names),
         "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
         "ranks": digest.ranks(),
+        "best_val_loss": _smallest(digest.bands(Metric.VAL_LOSS)),
+        "nonfinite_steps": _nonfinite_steps(digest),
         "checkpoints": _checkpoints(digest),
         **events_view(digest.events()),
     }
 
 
 def events_view(events: Sequence[Event]) -> dict[str, Any]:
-    """The newest events, the incidents among them, and how many there are of each kind."""
+    """The newest events, the incidents among them, and how many there are of each kind.
+
+    Checkpoints are counted but not listed: they are many, and have a table of their own.
+    """
     kinds: dict[str, int] = {}
     for event in events:
         kinds[event.name] = kinds.get(event.name, 0) + 1
@@ -85,7 +90,7 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
                 "abandoned": e.abandoned,
                 "text": e.text[:MAX_TEXT],
             }
-            for e in events[-MAX_EVENTS:]
+            for e in [e for e in events if e.name != EventName.CHECKPOINT][-MAX_EVENTS:]
         ],
         "incidents": [
             {
@@ -197,6 +202,21 @@ class _Ruler:
         if self._tokens is not None and len(self._tokens.steps):
             return np.interp(steps, self._tokens.steps, self._tokens.high)
         return steps
+
+
+def _smallest(bands: Bands) -> float | None:
+    return float(np.nanmin(bands.low)) if np.isfinite(bands.low).any() else None
+
+
+def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
+    """In how many steps the loss or a gradient element was not finite; in a long run, at least."""
+    loss = digest.bands(Metric.TRAIN_LOSS)
+    odd = loss.num_nan + loss.num_inf
+    found = dict(zip(loss.steps[odd > 0].tolist(), odd[odd > 0].tolist(), strict=True))
+    for name in (Metric.NUM_NAN, Metric.NUM_INF):
+        counts = digest.bands(name)
+        found = dict.fromkeys(counts.steps[counts.high > 0].tolist(), 1) | found
+    return {"num": sum(found.values()), "is_exact": bool((loss.num_points <= 1).all())}
 
 
 def _curve(bands: Bands) -> dict[str, Any]:

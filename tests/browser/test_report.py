@@ -85,6 +85,8 @@ def test_it_tells_what_became_of_the_run(monitor: Locator, report: Path) -> None
         "steps": "5,000",
         "loss": "1",
         "held out": "2.5",
+        "best held out": "2.5",
+        "steps with NaN or Inf": "1",
         "incidents": "1",
         "rollbacks": "1",
         "attempts": "1",

@@ -202,6 +202,7 @@ class Monitor extends HTMLElement {
   tell() {
     const { data } = this;
     const { event, metric } = this.names;
+    const nonfinite = data.nonfinite_steps;
     const steps = data.last_step == null ? 0 : data.last_step + 1;
     const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
     const last = (name) => number(data.last[name]);
@@ -214,9 +215,11 @@ class Monitor extends HTMLElement {
         fact("steps", number(steps) + (data.total_steps ? ` / ${number(data.total_steps)}` : "")),
         fact("loss", last(metric.TRAIN_LOSS)),
         fact("held out", last(metric.VAL_LOSS)),
+        fact("best held out", number(data.best_val_loss)),
         fact("gradient norm", last(metric.GRAD_NORM)),
         fact("tokens/s", last(metric.TOKENS_PER_S)),
         fact("skips", last(metric.SKIPS)),
+        fact("steps with NaN or Inf", (nonfinite.is_exact ? "" : "≥ ") + number(nonfinite.num)),
         fact("incidents", number(data.event_counts[event.INCIDENT] || 0)),
         fact("outlier batches", number(data.event_counts[event.OUTLIER] || 0)),
         fact("rollbacks", number(data.event_counts[event.ROLLBACK] || 0)),
