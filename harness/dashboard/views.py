@@ -196,9 +196,9 @@ class _Ruler:
 
     def measure(self, steps: npt.NDArray[np.int64], times: Floats) -> npt.NDArray[Any]:
         if self._axis == "hours":
-            return (times - self._started) / 3600
+            return np.round((times - self._started) / 3600, 6)
         if self._axis == "clock":
-            return times
+            return np.round(times, 2)
         if self._tokens is not None and len(self._tokens.steps):
             return np.interp(steps, self._tokens.steps, self._tokens.high)
         return steps
@@ -211,22 +211,22 @@ def _smallest(bands: Bands) -> float | None:
 def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
     """In how many steps the loss or a gradient element was not finite; in a long run, at least."""
     loss = digest.bands(Metric.TRAIN_LOSS)
-    odd = loss.num_nan + loss.num_inf
-    found = dict(zip(loss.steps[odd > 0].tolist(), odd[odd > 0].tolist(), strict=True))
+    counts = loss.num_nan + loss.num_inf
+    found = dict(zip(loss.steps[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
     for name in (Metric.NUM_NAN, Metric.NUM_INF):
-        counts = digest.bands(name)
-        found = dict.fromkeys(counts.steps[counts.high > 0].tolist(), 1) | found
+        elements = digest.bands(name)
+        found = dict.fromkeys(elements.steps[elements.high > 0].tolist(), 1) | found
     return {"num": sum(found.values()), "is_exact": bool((loss.num_points <= 1).all())}
 
 
 def _curve(bands: Bands) -> dict[str, Any]:
     reduced = bool((bands.num_points > 1).any())
-    odd = np.flatnonzero(bands.num_nan + bands.num_inf)
+    places = np.flatnonzero(bands.num_nan + bands.num_inf)
     return {
         "mean": _compact(bands.mean),
         "low": _compact(bands.low) if reduced else None,
         "high": _compact(bands.high) if reduced else None,
-        "odd": np.stack([odd, bands.num_nan[odd], bands.num_inf[odd]], axis=1),
+        "nonfinite": np.stack([places, bands.num_nan[places], bands.num_inf[places]], axis=1),
     }
 
 

@@ -54,7 +54,7 @@ def test_curves_are_numbers_on_every_axis(axis: Axis, within: tuple[int, int] | 
         assert len(place["x"]) == len(place["steps"]) == len(curve["mean"]) <= 10
         assert all(isinstance(x, (int, float)) for x in place["x"] + place["steps"])
         assert place["x"] == sorted(place["x"])
-        assert sum(count for _, *counts in curve["odd"] for count in counts) == 2
+        assert sum(count for _, *counts in curve["nonfinite"] for count in counts) == 2
     expected = {"step": (within or (0, 39))[0], "tokens": 100 * ((within or (0, 39))[0] + 1)}
     assert view["xs"][0]["x"][0] == pytest.approx(expected.get(axis, view["xs"][0]["x"][0]), rel=0.2, abs=2)
     assert view["curves"]["nothing"]["mean"] == []
