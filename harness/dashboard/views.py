@@ -213,10 +213,13 @@ def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
     loss = digest.bands(Metric.TRAIN_LOSS)
     counts = loss.num_nan + loss.num_inf
     found = dict(zip(loss.steps[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
+    is_exact = True
     for name in (Metric.NUM_NAN, Metric.NUM_INF):
         elements = digest.bands(name)
-        found = dict.fromkeys(elements.steps[elements.high > 0].tolist(), 1) | found
-    return {"num": sum(found.values()), "is_exact": bool((loss.num_points <= 1).all())}
+        struck = elements.high > 0
+        found = dict.fromkeys(elements.steps[struck].tolist(), 1) | found
+        is_exact = is_exact and bool((elements.num_points[struck] == 1).all())
+    return {"num": sum(found.values()), "is_exact": is_exact}
 
 
 def _curve(bands: Bands) -> dict[str, Any]:
