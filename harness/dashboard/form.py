@@ -3,18 +3,15 @@
 All of it comes from the schema, so that a new key appears by itself. What a person has filled in goes the way
 of the command line, and is refused in the same words.
 
-Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory, which is the
-repository's own where the dashboard is started there.
+Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory; the presets of the
+package are there to start from too, unless a file of that name is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,8 +21,10 @@ from typing import Any, Literal
 import docstring_parser
 import yaml
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
+from harness.config.presets import preset_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = [
@@ -122,8 +121,10 @@ def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
 
 
 def presets(folder: Path = CONFIGS) -> list[str]:
-    """The names of the configurations to start from: the defaults first, then the folder's."""
+    """The names of the configurations to start from: the defaults first, then the folder's and the
+    package's."""
     names = {path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+    names.update(preset_names())
     return [DEFAULTS, *sorted(names - {DEFAULTS})]
 
 
@@ -133,7 +134,10 @@ def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
     Raises:
         ConfigError: there is none, or its file is wrong.
     """
-    return TrainConfig() if name == DEFAULTS else TrainConfig.from_file(_path(name, folder))
+    if name == DEFAULTS:
+        return TrainConfig()
+    path = _path(name, folder)
+    return TrainConfig.from_file(preset_file(name) if name in preset_names() and not path.exists() else path)
 
 
 def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path = CONFIGS) -> Path:
@@ -148,7 +152,8 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
             f"the name is {name!r}", rule="that is the schema's own", remedy="choose another name"
         )
     try:
-        _write(path, yaml_of(config, only_changes=True), overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml_of(config, only_changes=True), overwrite=overwrite, sync=True)
     except FileExistsError as error:
         raise ConfigError(
             f"{path} is there already",
@@ -298,22 +303,3 @@ def _path(name: str, folder: Path) -> Path:
             remedy="choose another name",
         )
     return folder / f"{stem}.yaml"
-
-
-def _write(path: Path, text: str, *, overwrite: bool) -> None:
-    """All of the file or nothing of it. Raises FileExistsError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # which fails where something is
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

@@ -19,6 +19,7 @@ from harness.dashboard.views import embedded_curves, embedded_layers, run_view, 
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
 from harness.runlog.names import Prefix, page_names
+from harness.runlog.paths import report_file
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
 
@@ -52,7 +53,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     Raises:
         TrackingError: there is no such run, or the file cannot be written.
     """
-    target = Path(path) if path is not None else Path(run_dir) / "report.html"
+    target = Path(path) if path is not None else report_file(run_dir)
     page = report_html(open_whole(run_dir))
     try:
         target.write_text(page, encoding="utf-8")

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import psutil
 
 from harness.env import child_environment
 from harness.errors import TrackingError
-from harness.runlog.paths import log_dir
+from harness.helper import start_helper
+from harness.runlog.paths import side_output_file
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
@@ -30,15 +31,7 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 # Where nothing else is set. wandb measures each call for its maker, up to a fifth of what the call costs, and
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); "
-_FOLLOW = "from harness.priority import yield_to_others; yield_to_others(); "
-_FOLLOW += "from harness.tracking.side import main; "
-_FOLLOW += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
-_COMPLETE = "from harness.tracking.side import complete; "
-_COMPLETE += (
-    "complete(sys.argv[2], sys.argv[3], sys.argv[4] == 'rebuild', float(sys.argv[5]), int(sys.argv[6]))"
-)
+_SIDE = "harness.tracking.side"
 _GRACE_S = 60.0
 """What starting and ending a process may take on a busy machine."""
 
@@ -67,7 +60,9 @@ def start_mirrors(
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
     node = socket.gethostname()
-    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+    return start_mirrors(
+        run_dir, settings, tensorboard=False, wandb="off", picture=False, alerts=(), node=node
+    )
 
 
 def complete_mirrors(
@@ -84,8 +79,17 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
-    arguments = (run_dir, settings.to_json(), "rebuild" if rebuild else "go on", timeout_s)
-    process, messages = _start(_COMPLETE, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    arguments: list[object] = [
+        "complete",
+        "--run",
+        run_dir,
+        "--settings",
+        settings.to_json(),
+        "--timeout",
+        timeout_s,
+    ]
+    arguments += ["--rebuild"] if rebuild else []
+    process, messages = _start(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
     try:
@@ -98,7 +102,7 @@ def complete_mirrors(
     if not said:
         raise TrackingError(
             f"the mirrors of {run_dir} are not complete: their process ended with {process.returncode}",
-            rule=f"what it said is in {log_dir(run_dir) / 'side.log'}",
+            rule=f"what it said is in {side_output_file(run_dir)}",
             remedy="try again later; nothing is lost",
         )
     outcome: dict[str, str | None] = orjson.loads(said)
@@ -122,6 +126,13 @@ class MirrorHandle:
         """Whether the side process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def leave(self) -> None:
+        """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
 
@@ -129,10 +140,7 @@ class MirrorHandle:
         """
         if self._process is None:
             return False
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
-                self._process.stdin.write(b"close\n")
-                self._process.stdin.close()
+        self.leave()
         try:
             return self._process.wait(timeout=timeout_s) == 0
         except subprocess.TimeoutExpired:
@@ -144,25 +152,28 @@ class MirrorHandle:
 
 def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
     trainer = psutil.Process()
-    arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time())
-    process, messages = _start(_FOLLOW, *arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    arguments: list[object] = ["follow", "--run", run_dir, "--settings", settings.to_json()]
+    arguments += ["--trainer", trainer.pid, "--trainer-start", trainer.create_time()]
+    process, messages = _start(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, yields=True)
     _STARTED.append(process)
     return process, messages
 
 
-def _start(program: str, *arguments: object, stdin: int, stdout: int) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, and where to read what it has to say to people. It is told that as its last argument."""
-    root = Path(__file__).resolve().parents[2]
+def _start(
+    arguments: Sequence[object], *, stdin: int, stdout: int, yields: bool = False
+) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and where to read what it has to say to people."""
     messages, messages_out = os.pipe()
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM + program, *map(str, (root, *arguments, messages_out))],
+        process = start_helper(
+            _SIDE,
+            [*arguments, "--messages", messages_out],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
             pass_fds=[messages_out],
-            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
-            env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+            yields=yields,
+            environment=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
     except OSError:
         os.close(messages)

@@ -7,11 +7,7 @@ Drawn on a `Figure` with its own canvas: no display, no global state of pyplot, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from harness.env import child_environment
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_whole
@@ -28,10 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CURVES", "draw_aside", "draw_run", "plot_run"]
-
-CURVES = "curves.png"
-"""The picture's file in the run's directory."""
+__all__ = ["draw_run", "plot_run"]
 
 INK = "#1f2430"
 FAINT = "#8a91a0"
@@ -51,9 +43,6 @@ MAX_POINTS = 2000
 """More points than pixels are reduced to bands, extremes kept."""
 RAW_POINTS = 400
 """A curve of more points is drawn faintly, with its running median over it."""
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.tracking.plots import CURVES, plot_run; "
-_PROGRAM += "plot_run(sys.argv[2], f'{sys.argv[2]}/{CURVES}')"
 
 
 def plot_run(run_dir: str | Path, path: str | Path) -> Path:
@@ -63,23 +52,8 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
         TrackingError: there is no run in `run_dir`.
     """
     figure = draw_run(open_whole(run_dir))
-    target = Path(path)
-    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
-    figure.savefig(unfinished, dpi=150)
-    unfinished.replace(target)
-    return target
-
-
-def draw_aside(run_dir: Path, *, wait_s: float = 10.0) -> None:
-    """Draws the run's `curves.png` in a process of its own, which goes on alone where that takes longer.
-
-    A log of 600 MB takes 20 s of a processor and 120 MB of memory. What goes wrong is said on the error
-    output, which is this process's.
-    """
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(root), str(run_dir)]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, env=child_environment()).wait(wait_s)
+    figure.savefig(path, dpi=150)
+    return Path(path)
 
 
 def draw_run(run: Digest) -> Figure:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.config import AlertConfig, TrackingConfig, TrainConfig
+from harness.runlog.paths import mirror_settings_file, tensorboard_dir
 
-__all__ = ["MirrorSettings", "tensorboard_dir"]
-
-_KEPT = Path("log", "mirrors", "settings.json")
+__all__ = ["MirrorSettings", "event_dir"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,12 @@ class MirrorSettings:
     """Seconds between samples of this node; 0: none."""
     node: str = ""
     """Stands in the names of this node's samples, `system/NODE/...`; empty on the node of rank 0."""
+    picture: bool = False
+    """Draw the run into `curves.png` when it has ended."""
     alerts: tuple[AlertConfig, ...] = TrackingConfig().alerts
     """When people are told."""
     webhook: str | None = None
     """Address that each alert is sent to as JSON by HTTP POST."""
-    picture: bool = False
-    """Draw `curves.png` when the run has ended."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> MirrorSettings:
@@ -70,15 +70,15 @@ class MirrorSettings:
 
     def keep(self, run_dir: Path) -> None:
         """Notes them in the run directory, for a later `harness sync`."""
-        path = run_dir / _KEPT
+        path = mirror_settings_file(run_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        write_atomically(path, self.to_json())
 
     @classmethod
     def kept(cls, run_dir: Path) -> MirrorSettings:
         """What the run's side process was last told; the defaults if it never had one."""
         try:
-            return cls.from_json((run_dir / _KEPT).read_text())
+            return cls.from_json(mirror_settings_file(run_dir).read_text())
         except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
@@ -90,6 +90,6 @@ class MirrorSettings:
         return cls(**{**fields, "tags": tuple(fields["tags"]), "alerts": alerts})
 
 
-def tensorboard_dir(run_dir: Path, settings: MirrorSettings) -> Path:
+def event_dir(run_dir: Path, settings: MirrorSettings) -> Path:
     """Where the run's event file lies."""
-    return Path(settings.tensorboard_dir) if settings.tensorboard_dir else run_dir / "tensorboard"
+    return Path(settings.tensorboard_dir) if settings.tensorboard_dir else tensorboard_dir(run_dir)

@@ -7,6 +7,7 @@ thread per mirror: a mirror that hangs holds up no other. It imports no torch.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
 import functools
@@ -25,18 +26,18 @@ from typing import Any
 import orjson
 import psutil
 
+from harness.atomic import replacing
 from harness.priority import pass_on_to, stop_yielding
 from harness.runlog.nodes import NodeLog
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import log_dir, picture_file, side_output_file, wandb_id_file
 from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
 from harness.tracking.mirror import Mirror, MirrorFollower
-from harness.tracking.plots import draw_aside
 from harness.tracking.resources import Sampler, sample_forever
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.tracking.settings import MirrorSettings, event_dir
 
-__all__ = ["complete", "main"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,32 @@ SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 
 
-def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """The side process; see `mirrors` for what it is told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["follow", "complete"])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--settings", type=MirrorSettings.from_json, required=True)
+    parser.add_argument("--messages", type=int, required=True, help="descriptor of a pipe to the trainer")
+    parser.add_argument("--trainer", type=int, help="its process, with `follow`")
+    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the epoch")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="with `complete`; and seconds for each mirror:"
+    )
+    parser.add_argument("--timeout", type=float)
+    options = parser.parse_args(arguments)
+    outcome_fd = os.dup(1)
+    _settle_in(options.run, options.messages)
+    if options.what == "follow":
+        _follow(options.run, options.settings, options.trainer, options.trainer_start)
+    else:
+        troubles = _complete(options.run, options.settings, options.rebuild, options.timeout)
+        os.write(outcome_fd, orjson.dumps(troubles))
+    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+
+
+def _follow(path: Path, settings: MirrorSettings, trainer_pid: int, trainer_start: float) -> None:
     """Runs until the trainer is gone or said `close`, and all mirrors are complete or stuck."""
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    _settle_in(path, messages_fd)
     ended, alerts_done = threading.Event(), threading.Event()
     node_log = NodeLog(path)
     alerts = _alerts_follower(path, settings, node_log, ended=ended)
@@ -69,19 +92,16 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
     if settings.picture:
-        draw_aside(path)
-    _wait_for((alerts, *mirrors), run_dir)
-    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+        _draw_picture(path)
+    _wait_for((alerts, *mirrors), path)
 
 
-def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
-    """Brings the mirrors up to the end of a log that has ended, and ends.
+def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: float) -> dict[str, str | None]:
+    """Brings the mirrors up to the end of a log that has ended.
 
-    Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
+    Returns:
+        For each mirror None, or what keeps it from being complete after `timeout_s`.
     """
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    outcome_fd = os.dup(1)
-    _settle_in(path, messages_fd)
     ended = threading.Event()
     ended.set()
     followers = _followers_for(path, settings, ended=ended)
@@ -95,14 +115,24 @@ def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, 
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
-    os.write(outcome_fd, orjson.dumps(troubles))
-    os._exit(0)
+    return troubles
 
 
 def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
     if follower.done.wait(max(0.0, deadline - time.monotonic())):
         return None
     return follower.trouble or ("it hangs" if follower.has_turn else "another process keeps it")
+
+
+def _draw_picture(run_dir: Path) -> None:
+    """Leaves `curves.png` in the run directory: whole, or the one before."""
+    from harness.tracking.plots import plot_run
+
+    try:
+        with replacing(picture_file(run_dir)) as unfinished:
+            plot_run(run_dir, unfinished)
+    except Exception as error:  # noqa: BLE001  (the mirrors are worth more)
+        logger.warning("%s cannot be drawn: %s: %s", picture_file(run_dir), type(error).__name__, error)
 
 
 def _hurry() -> None:
@@ -112,7 +142,7 @@ def _hurry() -> None:
         pass_on_to(child.pid)
 
 
-def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
+def _wait_for(followers: Sequence[MirrorFollower], run_dir: Path) -> None:
     ended_at = time.monotonic()
     for follower in followers:
         while not follower.done.wait(WATCH_S):
@@ -167,7 +197,7 @@ def _sync_forever(folder: Path, ended: threading.Event) -> None:
 def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
     from harness.tracking.tensorboard import TensorBoardMirror
 
-    return TensorBoardMirror(tensorboard_dir(run_dir, settings), run_dir=run_dir, state=state)
+    return TensorBoardMirror(event_dir(run_dir, settings), run_dir=run_dir, state=state)
 
 
 def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
@@ -178,7 +208,7 @@ def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any
 
 def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
     """The same for every attempt and every later `harness sync`."""
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
+    kept = wandb_id_file(run_dir)
     if settings.run_id is not None:
         return settings.run_id
     if not kept.exists():
@@ -188,9 +218,9 @@ def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
 
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
-    output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    output = os.open(side_output_file(run_dir), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     harness = logging.getLogger("harness")

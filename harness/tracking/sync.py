@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from harness.errors import TrackingError
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import mirror_state_file
 from harness.runlog.reader import open_run
 from harness.tracking.mirrors import complete_mirrors
 from harness.tracking.settings import MirrorSettings
@@ -67,5 +67,5 @@ def sync_run(
 
 
 def _is_kept_offline(run_dir: Path) -> bool:
-    state = orjson.loads((log_dir(run_dir) / "mirrors" / "wandb.json").read_bytes())
+    state = orjson.loads(mirror_state_file(run_dir, "wandb").read_bytes())
     return bool(state["mirror"].get("mode") == "offline")

@@ -28,10 +28,10 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 from harness.priority import pass_on_to
 from harness.runlog.codec import Record
 from harness.runlog.names import EventName
-from harness.runlog.paths import media_bytes
+from harness.runlog.paths import media_bytes, wandb_dir
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import StartAgain, shown_name
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.tracking.settings import MirrorSettings, event_dir
 
 __all__ = ["WandbMirror"]
 
@@ -118,13 +118,14 @@ class WandbMirror:
         _tear_down()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
+        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed or
+        gave up."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
         if self._settings.wandb_tensorboard and self._settings.tensorboard:
-            folder = tensorboard_dir(self._run_dir, self._settings)
+            folder = event_dir(self._run_dir, self._settings)
             self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
-        self._run.finish(exit_code=1 if state == "crashed" else 0)
+        self._run.finish(exit_code=1 if state in ("crashed", "unstable") else 0)
         while (written := self.commit()) is None:
             time.sleep(0.05)
         return written
@@ -218,7 +219,7 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
                 "Weights & Biases is not reachable (%s): the run is kept offline in %s; "
                 "`wandb login`, then `harness sync` uploads it",
                 reason,
-                run_dir / "wandb",
+                wandb_dir(run_dir),
             )
     return _init(settings, run_dir, run_id, "offline"), "offline"
 
