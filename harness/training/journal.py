@@ -114,7 +114,7 @@ class MainJournal(Journal):
     def on_step(self, run: Training, record: StepRecord) -> None:
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
-        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
         if self._mfu_per_speed is not None:
             values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
