@@ -21,10 +21,11 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.runlog.codec import Record
+from harness.runlog.events import Event
 from harness.runlog.paths import log_dir
 from harness.runlog.segments import Follower, node_folders, segments
 from harness.runlog.series import Layers, Series, joined, last_of_each_step
-from harness.runlog.timeline import SCALAR_KINDS, Event, State, Timeline, newest_steps
+from harness.runlog.timeline import SCALAR_KINDS, State, Timeline, newest_steps
 
 if TYPE_CHECKING:
     import pandas

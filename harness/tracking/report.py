@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import TrackingError
+from harness.runlog.events import Event
 from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.paths import report_file
-from harness.runlog.reader import Event, Run, open_run
+from harness.runlog.reader import Run, open_run
 from harness.tracking.compare import settings_of
 from harness.tracking.overview import summarise
 from harness.tracking.panels import draw_layers, draw_metrics, draw_ranks

@@ -28,7 +28,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, picture_file, summary_file
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
@@ -195,7 +195,7 @@ def _train(
                 run.journal.leave_terminal()
     except InstabilityError as error:
         status = "stopped"
-        run.journal.event(EventName.STOP, run.counters.step, reason=str(error))
+        run.journal.event(events.Stop(reason=str(error)), run.counters.step)
         raise
     finally:
         run.callbacks.end_after_error(run, status)
@@ -271,12 +271,12 @@ def _journal(
             step_indices=loader.step_indices,
         )
         if resumed_from is not None:
-            journal.event(EventName.RESUME, counters.step, checkpoint=resumed_from)
+            journal.event(events.Resume(checkpoint=resumed_from), counters.step)
             journal.say(f"going on at step {counters.step} of {config.loop.steps}")
         if counters.step < config.loop.steps:
             journal.say(schedule)
         for fault in config.faults:
-            journal.event(EventName.FAULT, fault.step, what=describe(fault))
+            journal.event(events.Fault(what=describe(fault)), fault.step)
         return journal
 
     return on_all_ranks(open_journal)
