@@ -28,7 +28,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
@@ -247,12 +247,12 @@ def _open_journal(
         step_indices=attempt.loader.step_indices,
     )
     if attempt.resumed_from is not None:
-        journal.event(EventName.RESUME, step, checkpoint=attempt.resumed_from)
+        journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
     if step < config.loop.steps:
         journal.say(attempt.schedule)
     for fault in config.faults:
-        journal.event(EventName.FAULT, fault.step, what=describe(fault))
+        journal.event(events.Fault(what=describe(fault)), fault.step)
     return journal
 
 

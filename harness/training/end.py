@@ -21,7 +21,7 @@ import orjson
 
 from harness.atomic import write_atomically
 from harness.errors import DataError, TaskError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
@@ -57,7 +57,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         ending = Ending.of_error(error)
         _judge_restart(error, run.counters.step > start.step)
     if ending.status == "unstable":
-        run.journal.event(EventName.STOP, run.counters.step, reason=ending.reason)
+        run.journal.event(events.Stop(reason=ending.reason), run.counters.step)
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
     result = _result(run, ending, start)
