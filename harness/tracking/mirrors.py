@@ -1,4 +1,4 @@
-"""Starts and ends the side process. Nothing that happens to it reaches the process that started it."""
+"""Starts the side process, watches it, and ends it. Nothing that happens to it reaches who started it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,30 @@ __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
+_ROOT = Path(__file__).resolve().parents[2]
 # A side process may outlive its handle; kept here it is reaped without a complaint about that.
 _STARTED: list[subprocess.Popen[bytes]] = []
 # Where nothing else is set. wandb measures each call for its maker, up to a fifth of what the call costs, and
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); "
-_FOLLOW = "from harness.priority import yield_to_others; yield_to_others(); "
-_FOLLOW += "from harness.tracking.side import main; "
-_FOLLOW += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
-_COMPLETE = "from harness.tracking.side import complete; "
-_COMPLETE += (
-    "complete(sys.argv[2], sys.argv[3], sys.argv[4] == 'rebuild', float(sys.argv[5]), int(sys.argv[6]))"
-)
+# Not `-m`: the package need not be installed, and the working folder's modules are none of its business. What
+# follows a run gives way before it imports anything.
+_PROGRAM = """
+import sys
+root, task, arguments, *own = sys.argv[1:]
+sys.path += [root, *own]
+from harness.priority import yield_to_others
+if task != "complete":
+    yield_to_others()
+from harness.tracking.side import main
+main(task, arguments)
+"""
 _GRACE_S = 60.0
 """What starting and ending a process may take on a busy machine."""
+LAST_WORDS_S = 5.0
+MOST_ENDS = 3
+MOST_ENDS_IN_S = 600.0
+"""A side process that has ended so often in that time is not started again."""
 
 
 def start_mirrors(
@@ -55,19 +65,15 @@ def start_mirrors(
             `wandb="offline"`.
     """
     settings = dataclasses.replace(settings or MirrorSettings(), **changes)
-    try:
-        if not settings.node:
-            settings.keep(Path(run_dir))
-        return MirrorHandle(*_spawn(Path(run_dir).resolve(), settings))
-    except OSError as error:
-        logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
-        return MirrorHandle(None, None)
+    with contextlib.suppress(OSError):  # the disk is full: then its own words are better than ours
+        settings.keep(Path(run_dir))
+    return MirrorHandle(_following(Path(run_dir), "follow", settings))
 
 
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
-    node = socket.gethostname()
-    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+    settings = settings or MirrorSettings()
+    return MirrorHandle(_following(Path(run_dir), "sample", settings, node=socket.gethostname()))
 
 
 def complete_mirrors(
@@ -84,8 +90,15 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
-    arguments = (run_dir, settings.to_json(), "rebuild" if rebuild else "go on", timeout_s)
-    process, messages = _start(_COMPLETE, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process, messages = _start(
+        "complete",
+        run_dir,
+        settings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        rebuild=rebuild,
+        timeout_s=timeout_s,
+    )
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
     try:
@@ -106,12 +119,27 @@ def complete_mirrors(
 
 
 class MirrorHandle:
-    """The trainer's end of the side process."""
+    """The trainer's end of the side process.
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, messages: int | None) -> None:
-        self._process = process
-        if messages is not None:
-            threading.Thread(target=_repeat_messages, args=(messages,), daemon=True).start()
+    A thread waits for the process to end. One that was killed is started again and goes on where it was: its
+    mirrors lack nothing. The training thread has no part in that.
+
+    Args:
+        start: Starts the process; None if there is none.
+    """
+
+    def __init__(self, start: Callable[[], _Started] | None) -> None:
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_told = self._is_left = False
+        self._over = threading.Event()
+        """Set when nothing will be started again."""
+        messages = self._begin()
+        if messages is None:
+            self._over.set()
+        else:
+            threading.Thread(target=self._watch, args=(messages,), daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -127,36 +155,91 @@ class MirrorHandle:
 
         After `timeout_s` the side process is left to finish by itself.
         """
-        if self._process is None:
-            return False
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
-                self._process.stdin.write(b"close\n")
-                self._process.stdin.close()
-        try:
-            return self._process.wait(timeout=timeout_s) == 0
-        except subprocess.TimeoutExpired:
+        with self._lock:
+            self._is_told = True
+            self._tell()
+        if not self._over.wait(timeout_s):
+            with self._lock:
+                self._is_left = True
             logger.warning(
                 "the mirrors are still being completed after %.0f s; this goes on without us", timeout_s
             )
             return False
+        return self._process is not None and self._process.poll() == 0
+
+    def _begin(self) -> threading.Thread | None:
+        """Starts the process; gives the thread that repeats what it says, None if there is no process."""
+        if self._start is None:
+            return None
+        try:
+            self._process, messages = self._start()
+        except OSError as error:
+            logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
+            return None
+        _STARTED.append(self._process)
+        repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
+        repeating.start()
+        return repeating
+
+    def _tell(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+
+    def _watch(self, messages: threading.Thread | None) -> None:
+        ends: list[float] = []
+        while messages is not None and self._process is not None:
+            exit_code = self._process.wait()
+            messages.join(LAST_WORDS_S)
+            if exit_code == 0:
+                break
+            now = time.monotonic()
+            ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
+            messages = self._begin_again(exit_code, is_hopeless=len(ends) >= MOST_ENDS)
+        self._over.set()
+
+    def _begin_again(self, exit_code: int, *, is_hopeless: bool) -> threading.Thread | None:
+        with self._lock:
+            if self._is_left:
+                return None
+            if is_hopeless:
+                logger.warning(
+                    "no mirrors any more: their process ended %d times, at last with %d; "
+                    "the log is kept, and `harness sync` makes them from it",
+                    MOST_ENDS,
+                    exit_code,
+                )
+                return None
+            messages = self._begin()
+            if self._is_told:
+                self._tell()
+        return messages
 
 
-def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
+_Started = tuple["subprocess.Popen[bytes]", int]
+
+
+def _following(
+    run_dir: Path, task: str, settings: MirrorSettings, **arguments: Any
+) -> Callable[[], _Started]:
     trainer = psutil.Process()
-    arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time())
-    process, messages = _start(_FOLLOW, *arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    _STARTED.append(process)
-    return process, messages
+    arguments["trainer"] = (trainer.pid, trainer.create_time())
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    return lambda: _start(task, run_dir.resolve(), settings, **streams, **arguments)
 
 
-def _start(program: str, *arguments: object, stdin: int, stdout: int) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, and where to read what it has to say to people. It is told that as its last argument."""
-    root = Path(__file__).resolve().parents[2]
+def _start(
+    task: str, run_dir: Path, settings: MirrorSettings, *, stdin: int, stdout: int, **arguments: Any
+) -> _Started:
+    """The process, and where to read what it has to say to people."""
+    own = sys.path if settings.mirrors else []  # that is where mirrors of their own are found
     messages, messages_out = os.pipe()
+    arguments |= {"run_dir": str(run_dir), "settings": settings.to_json(), "messages_fd": messages_out}
+    command = [str(_ROOT), task, orjson.dumps(arguments).decode(), *own]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM + program, *map(str, (root, *arguments, messages_out))],
+            [sys.executable, "-P", "-c", _PROGRAM, *command],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,

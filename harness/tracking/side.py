@@ -1,15 +1,15 @@
 """The side process: follows a run's log into its mirrors, outlives the trainer, and then ends by itself.
 
 It is started by `mirrors.start_mirrors`, reads `close` from its standard input, and otherwise looks every
-second whether the trainer still lives. `mirrors.complete_mirrors` starts it for a run that has ended. One
-thread per mirror: a mirror that hangs holds up no other. It imports no torch.
+second whether the trainer still lives. `mirrors.complete_mirrors` starts it for a run that has ended,
+`mirrors.start_sampler` on other nodes, where there are no mirrors. One thread per mirror: a mirror that hangs
+holds up no other. It imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import logging
 import os
 import signal
@@ -17,8 +17,7 @@ import sys
 import threading
 import time
 import traceback
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from harness.runlog.paths import log_dir
 from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
-from harness.tracking.mirror import Mirror, MirrorFollower
+from harness.tracking.mirror import Mirror, MirroredRun, MirrorFollower
+from harness.tracking.registry import load, mirrors_of
 from harness.tracking.resources import Sampler, sample_forever
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.tracking.settings import MirrorSettings
 
-__all__ = ["complete", "main"]
+__all__ = ["complete", "follow", "main", "sample"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +49,25 @@ SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 
 
-def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
-    """Runs until the trainer is gone or said `close`, and all mirrors are complete or stuck."""
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
+def main(task: str, arguments: str) -> None:
+    """Does what `mirrors` asks for: the name of a function here, and its arguments as JSON."""
+    tasks: dict[str, Callable[..., None]] = {"follow": follow, "sample": sample, "complete": complete}
+    tasks[task](**orjson.loads(arguments))
+
+
+def follow(*, run_dir: str, settings: str, trainer: tuple[int, float], messages_fd: int) -> None:
+    """Keeps the mirrors until the trainer is gone or said `close`, and all are complete or stuck."""
+    path, chosen = Path(run_dir), MirrorSettings.from_json(settings)
     _settle_in(path, messages_fd)
     ended, alerts_done = threading.Event(), threading.Event()
     node_log = NodeLog(path)
-    alerts = _alerts_follower(path, settings, node_log, ended=ended)
-    mirrors = _followers_for(path, settings, ended=alerts_done)
+    alerts = _alerts_follower(path, chosen, node_log, ended=ended)
+    mirrors = _followers_for(path, chosen, ended=alerts_done)
     for follower in (alerts, *mirrors):
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
-    _watch_node(path, settings, node_log, trainer_pid, ended)
-    threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
-    while not ended.wait(WATCH_S):
-        if not lives(trainer_pid, trainer_start):
-            ended.set()
+    _watch_node(path, chosen, node_log, node="", trainer_pid=trainer[0], ended=ended)
+    threading.Thread(target=_sync_forever, args=(log_dir(path), ended), daemon=True).start()
+    _wait_for_trainer(trainer, ended)
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
@@ -71,24 +75,33 @@ def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: floa
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
 
 
-def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
+def sample(*, run_dir: str, settings: str, node: str, trainer: tuple[int, float], messages_fd: int) -> None:
+    """Samples a node on which rank 0 is not, until its process there is gone or said `close`."""
+    path, ended = Path(run_dir), threading.Event()
+    _settle_in(path, messages_fd)
+    chosen = MirrorSettings.from_json(settings)
+    _watch_node(path, chosen, NodeLog(path), node=node, trainer_pid=trainer[0], ended=ended)
+    _wait_for_trainer(trainer, ended)
+    os._exit(0)  # a thread still reads the standard input
+
+
+def complete(*, run_dir: str, settings: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
     """Brings the mirrors up to the end of a log that has ended, and ends.
 
     Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
     """
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    outcome_fd = os.dup(1)
+    path, outcome_fd = Path(run_dir), os.dup(1)
     _settle_in(path, messages_fd)
     ended = threading.Event()
     ended.set()
-    followers = _followers_for(path, settings, ended=ended)
+    followers = _followers_for(path, MirrorSettings.from_json(settings), ended=ended)
     for follower in followers:
         if rebuild:
             follower.forget()
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
     deadline = time.monotonic() + timeout_s
-    troubles = {follower.name: _trouble(follower, deadline) for follower in followers}
-    if any(troubles.values()):
+    troubles = {follower.name: _trouble(follower, deadline, timeout_s) for follower in followers}
+    if not all(follower.done.is_set() for follower in followers):
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
@@ -96,10 +109,18 @@ def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, 
     os._exit(0)
 
 
-def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
-    if follower.done.wait(max(0.0, deadline - time.monotonic())):
-        return None
-    return follower.trouble or ("it hangs" if follower.has_turn else "another process keeps it")
+def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str | None:
+    follower.done.wait(max(0.0, deadline - time.monotonic()))
+    if follower.done.is_set() or follower.trouble is not None:
+        return follower.trouble
+    return f"after {timeout_s:.0f} s " + ("it hangs" if follower.has_turn else "another process keeps it")
+
+
+def _wait_for_trainer(trainer: tuple[int, float], ended: threading.Event) -> None:
+    threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
+    while not ended.wait(WATCH_S):
+        if not lives(*trainer):
+            ended.set()
 
 
 def _hurry() -> None:
@@ -122,14 +143,13 @@ def _followers_for(
     run_dir: Path, settings: MirrorSettings, *, ended: threading.Event
 ) -> list[MirrorFollower]:
     """One follower for each mirror that the settings ask for."""
-    followers = []
-    if settings.tensorboard:
-        open_tensorboard = functools.partial(_open_tensorboard, run_dir, settings)
-        followers.append(MirrorFollower(run_dir, "tensorboard", open_tensorboard, ended=ended))
-    if settings.wandb != "off":
-        open_wandb = functools.partial(_open_wandb, run_dir, settings)
-        followers.append(MirrorFollower(run_dir, "wandb", open_wandb, ended=ended))
-    return followers
+    run = MirroredRun(run_dir, settings)
+
+    def follower(name: str) -> MirrorFollower:
+        # Loaded in the mirror's own thread: a library that cannot be imported is tried again too.
+        return MirrorFollower(run_dir, name, lambda state: load(name)(run, state), ended=ended)
+
+    return [follower(name) for name in mirrors_of(settings)]
 
 
 def _alerts_follower(
@@ -142,45 +162,29 @@ def _alerts_follower(
 
 
 def _watch_node(
-    run_dir: Path, settings: MirrorSettings, node_log: NodeLog, trainer_pid: int, ended: threading.Event
+    run_dir: Path,
+    settings: MirrorSettings,
+    node_log: NodeLog,
+    *,
+    node: str,
+    trainer_pid: int,
+    ended: threading.Event,
 ) -> None:
-    """Samples the node, and forces the log onto the disk now and then on the trainer's behalf."""
+    """Samples this node; `node` stands in the names of its samples, empty on that of rank 0."""
     if settings.system_every_s > 0:
         sampler = Sampler(run_dir, pid=trainer_pid)
-        keywords = {"node": settings.node, "every_s": settings.system_every_s, "ended": ended}
+        keywords = {"node": node, "every_s": settings.system_every_s, "ended": ended}
         threading.Thread(
             target=sample_forever, args=(sampler, node_log), kwargs=keywords, daemon=True
         ).start()
-    threading.Thread(target=_sync_forever, args=(log_dir(run_dir), ended), daemon=True).start()
 
 
 def _sync_forever(folder: Path, ended: threading.Event) -> None:
+    """Forces the log onto the disk now and then, on the trainer's behalf."""
     while not ended.wait(SYNC_EVERY_S):
         for path in segments(folder)[-1:]:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
-    from harness.tracking.tensorboard import TensorBoardMirror
-
-    return TensorBoardMirror(tensorboard_dir(run_dir, settings), run_dir=run_dir, state=state)
-
-
-def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
-    from harness.tracking.wandb import WandbMirror
-
-    return WandbMirror(settings, run_dir=run_dir, run_id=_run_id(run_dir, settings), state=state)
-
-
-def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
-    """The same for every attempt and every later `harness sync`."""
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
-    if settings.run_id is not None:
-        return settings.run_id
-    if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:12])
-    return kept.read_text()
 
 
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
@@ -196,6 +200,7 @@ def _settle_in(run_dir: Path, messages_fd: int) -> None:
     local.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s %(message)s"))
     harness.addHandler(local)
     os.set_blocking(messages_fd, False)
+    os.set_inheritable(messages_fd, False)
     harness.addHandler(_Messenger(messages_fd))
     threading.excepthook = lambda arguments: traceback.print_exception(arguments.exc_value)
 

@@ -38,6 +38,7 @@ SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
     "tensorboard": {"harness/tracking/tensorboard.py"},
     "wandb": {"harness/tracking/wandb.py"},
+    "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
