@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.config.checks import require_not_negative, require_positive
+from harness.runlog.names import EventName, Metric, Prefix
 
 __all__ = ["DEFAULT_ALERTS", "AlertConfig"]
 
@@ -19,7 +20,7 @@ class AlertConfig:
     or less than `value` times, the median of the last `window` points; plateau: the smallest value has not
     fallen by the fraction `value` in `window` points; stall: nothing logged for `value` seconds; event: it
     happened."""
-    metric: str = "train/loss"
+    metric: str = Metric.TRAIN_LOSS
     """Metric, or name of the event; `*` matches anything (`val/*`)."""
     value: float = 0.0
     """What the kind compares with."""
@@ -38,7 +39,7 @@ class AlertConfig:
 
 DEFAULT_ALERTS = (
     AlertConfig(kind="nonfinite", metric="*"),
-    AlertConfig(kind="event", metric="incident"),
+    AlertConfig(kind="event", metric=EventName.INCIDENT),
     AlertConfig(kind="stall", value=600.0),
-    AlertConfig(kind="below", metric="system/*disk_free_gb", value=1.0),
+    AlertConfig(kind="below", metric=f"{Prefix.SYSTEM}*disk_free_gb", value=1.0),
 )

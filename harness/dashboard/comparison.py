@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.dashboard.catalogue import Catalogue
 from harness.errors import TrackingError
+from harness.runlog.names import Prefix
 from harness.tracking.compare import compare_runs, settings_of
 
 __all__ = ["compare_view"]
@@ -41,7 +42,11 @@ def _column(catalogue: Catalogue, run: str) -> tuple[dict[str, Any], dict[str, A
     """A run's settings and last values."""
     try:
         with catalogue.reading(run) as digest:
-            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
+            names = [
+                name
+                for name in digest.names()
+                if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
+            ]
             return settings_of(digest), {name: digest.last(name) for name in names}
     except TrackingError:
         return {}, {}

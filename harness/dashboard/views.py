@@ -15,6 +15,7 @@ import orjson
 
 from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
+from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.reader import Event
 
 __all__ = ["Axis", "curves_view", "events_view", "layers_view", "run_view"]
@@ -25,7 +26,6 @@ MAX_NAMES = 5000
 """Names of metrics sent at once; beyond them the page asks for what it searches."""
 MAX_DETAILS = 40
 MAX_TEXT = 500
-TOKENS = "train/tokens"
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,10 +48,10 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "host": _cut(digest.info.get("host")),
         "command": [_words(part) for part in digest.info.get("command", [])[:MAX_DETAILS]],
         "end": _brief(digest.end) if digest.end is not None else None,
-        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith("layers/")},
-        "names": [name for name in names if not name.startswith(("layers/", "ranks/"))][:MAX_NAMES],
+        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith(Prefix.LAYERS)},
+        "names": [name for name in names if not name.startswith((Prefix.LAYERS, Prefix.RANKS))][:MAX_NAMES],
         "num_names": len(names),
-        "statistics": sorted({name.split("/")[1] for name in names if name.startswith("layers/")}),
+        "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
         "ranks": digest.ranks(),
         "checkpoints": _checkpoints(digest),
         **events_view(digest.events()),
@@ -84,7 +84,7 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
                 **_brief(e.details),
             }
             for e in events
-            if e.name == "incident"
+            if e.name == EventName.INCIDENT
         ][-MAX_EVENTS:],
     }
 
@@ -140,7 +140,7 @@ class _Ruler:
     def __init__(self, digest: Digest, axis: Axis) -> None:
         self._axis = axis
         self._started = digest.started or 0.0
-        self._tokens = digest.bands(TOKENS) if axis == "tokens" else None
+        self._tokens = digest.bands(Metric.TOKENS) if axis == "tokens" else None
 
     def measure(self, bands: Bands) -> npt.NDArray[Any]:
         if self._axis == "hours":
@@ -175,7 +175,7 @@ def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
     there = checkpoints(digest.path, within=digest.within)[-MAX_EVENTS:]
     saved = [
         {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
-        for e in digest.events("checkpoint")
+        for e in digest.events(EventName.CHECKPOINT)
         if type(e.details.get("num_steps")) is int
     ]
     by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}

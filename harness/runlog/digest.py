@@ -24,6 +24,7 @@ import numpy.typing as npt
 from harness.files import file_status, open_file
 from harness.runlog.blocks import CLOCK, SYSTEM, Block, Blocks, measured
 from harness.runlog.codec import Record, decode
+from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
 from harness.runlog.segments import Follower, Position, node_folders, segment_name, segments
 from harness.runlog.series import Layers, last_of_each_step
@@ -179,7 +180,7 @@ class Digest(Timeline):
 
         A column in which a parameter was not finite is infinite there.
         """
-        prefix = f"layers/{statistic}/"
+        prefix = f"{Prefix.LAYERS}{statistic}/"
         all_bands = {
             name.removeprefix(prefix): self.bands(name, within=within, max_points=max_columns)
             for name in self._traces
@@ -385,7 +386,7 @@ def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, in
 
 
 def _most(name: str) -> int:
-    return MOST_OF_LAYERS if name.startswith("layers/") else MOST
+    return MOST_OF_LAYERS if name.startswith(Prefix.LAYERS) else MOST
 
 
 def _as_one(entries: Entries) -> Entries:

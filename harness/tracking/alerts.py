@@ -21,6 +21,7 @@ from typing import Any
 
 from harness.config import AlertConfig
 from harness.runlog.codec import Record
+from harness.runlog.names import EventName
 from harness.runlog.nodes import NodeLog
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import Mirror
@@ -167,7 +168,7 @@ class AlertMirror(Mirror):
         self._last_step: int | None = None
 
     def take(self, record: Record) -> None:
-        if record.kind == "event" and record.values.get("name") == "alert":
+        if record.kind == "event" and record.values.get("name") == EventName.ALERT:
             return
         if record.kind != "system":  # the node's samples go on when training stalls
             self._last_record = max(self._last_record, record.time)
@@ -199,7 +200,7 @@ class AlertMirror(Mirror):
 
     def _speak(self, rule: str, metric: str, message: str, level: str) -> None:
         logger.warning("alert: %s", message)
-        alert = {"name": "alert", "rule": rule, "metric": metric, "message": message, "level": level}
+        alert = {"name": EventName.ALERT, "rule": rule, "metric": metric, "message": message, "level": level}
         self._node_log.write("event", alert, step=self._last_step)
         if self._webhook:
             self._webhook.post({**alert, "run": self._run, "step": self._last_step, "time": time.time()})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import TrackingError
+from harness.runlog.names import EventName
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.checkpoint_names import Wanted, wanted_checkpoint
 from harness.tracking.lenient import saved_values
@@ -171,7 +172,11 @@ class Checkpoints:
             self._write_event(step, self._under_way.pop(0), error)
 
     def _write_event(self, step: int, details: dict[str, Any], error: str | None) -> None:
-        about = {"name": "checkpoint"} if error is None else {"name": "checkpoint_failed", "error": error}
+        about = (
+            {"name": EventName.CHECKPOINT}
+            if error is None
+            else {"name": EventName.CHECKPOINT_FAILED, "error": error}
+        )
         self._output.write("event", {**about, **details}, step=step)
 
     def _has_part(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
 from harness.runlog.digest import Digest
+from harness.runlog.names import Metric, Prefix
 from harness.runlog.reader import Run, open_run
 from harness.tracking.text import damage, number, printable, table
 
@@ -20,8 +21,8 @@ __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
 logger = logging.getLogger(__name__)
 
-PARTING_METRIC = "train/loss"
-_OF_THE_MACHINE = ("time/", "speed/", "system/")
+PARTING_METRIC = Metric.TRAIN_LOSS
+_OF_THE_MACHINE = (Prefix.TIME, Prefix.SPEED, Prefix.SYSTEM)
 """What these say of the same training is another number every time."""
 
 

@@ -16,6 +16,7 @@ import yaml
 from harness.config.checks import require
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError, TrackingError
+from harness.runlog.names import Metric
 
 __all__ = ["METRIC_NAMES", "ExperimentConfig", "TrainingMetrics"]
 
@@ -172,17 +173,17 @@ class TrainingMetrics:
 
 
 METRIC_NAMES = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "learning_rate": "train/lr",
-    "gradient_norm": "train/grad_norm",
-    "clipping_applied": "train/clipped",
-    "clipping_threshold": "train/clip_threshold",
-    "nan_count": "guard/num_nan",
-    "inf_count": "guard/num_inf",
-    "training_time": "time/step_s",
-    "memory_usage": "system/memory_usage",
-    "gpu_utilization": "system/gpu_utilization",
+    "loss": Metric.TRAIN_LOSS,
+    "accuracy": Metric.TRAIN_ACCURACY,
+    "learning_rate": Metric.LR,
+    "gradient_norm": Metric.GRAD_NORM,
+    "clipping_applied": Metric.CLIPPED,
+    "clipping_threshold": Metric.CLIP_THRESHOLD,
+    "nan_count": Metric.NUM_NAN,
+    "inf_count": Metric.NUM_INF,
+    "training_time": Metric.STEP_S,
+    "memory_usage": Metric.MEMORY_USAGE,
+    "gpu_utilization": Metric.GPU_UTILIZATION,
 }
 """The fields of `TrainingMetrics`, and what they are called in log, mirrors and pictures."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from harness.errors import TrackingError
 from harness.files import list_folder
 from harness.runlog.digest import Digest
+from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
 from harness.tracking.text import age, damage, number, printable, table
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TAGS = 50
 _LOOKS_SPELLED = re.compile(r"\\x[89a-f][0-9a-f]")
-LOSSES = ("train/loss", "val/loss")
+LOSSES = (Metric.TRAIN_LOSS, Metric.VAL_LOSS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +79,11 @@ def glance(digest: Digest) -> Glance:
         attempts=len(digest.attempts),
         last_step=digest.last_step,
         total_steps=total_steps if type(total_steps) is int and 0 <= total_steps < 2**63 else None,
-        loss=digest.last("train/loss"),
-        val_loss=digest.last("val/loss"),
-        tokens_per_s=digest.last("speed/tokens_per_s"),
-        skips=digest.last("guard/skips"),
-        num_incidents=len(digest.events("incident")),
+        loss=digest.last(Metric.TRAIN_LOSS),
+        val_loss=digest.last(Metric.VAL_LOSS),
+        tokens_per_s=digest.last(Metric.TOKENS_PER_S),
+        skips=digest.last(Metric.SKIPS),
+        num_incidents=len(digest.events(EventName.INCIDENT)),
         group=_word(group) if group is not None else None,
         tags=tuple(_word(tag) for tag in tags[:MAX_TAGS]) if isinstance(tags, list) else (),
         host=_word(host) if host is not None else None,
@@ -123,7 +124,9 @@ def summarise(run: Run) -> dict[str, Any]:
         "duration_s": (run.updated or 0.0) - (run.started or 0.0),
         "events": dict(Counter(event.name for event in run.events())),
         "num_nonfinite_steps": _num_nonfinite_steps(run),
-        "last": {name: run.last(name) for name in run.names() if not name.startswith(("layers/", "ranks/"))},
+        "last": {
+            name: run.last(name) for name in run.names() if not name.startswith((Prefix.LAYERS, Prefix.RANKS))
+        },
     }
     for name in LOSSES:
         values = run.scalars(name).values
@@ -257,7 +260,7 @@ def _metrics(run: Run) -> str:
 
 
 def _events(run: Run, longest: int = 20) -> str:
-    events = [event for event in run.events() if event.name != "checkpoint"]
+    events = [event for event in run.events() if event.name != EventName.CHECKPOINT]
     rows = [
         [
             event.name,
@@ -278,9 +281,9 @@ def _hparams(run: Run) -> str:
 
 def _num_nonfinite_steps(run: Run) -> int:
     """Steps at which the loss or a gradient element was not finite."""
-    loss = run.scalars("train/loss")
+    loss = run.scalars(Metric.TRAIN_LOSS)
     steps = set(loss.steps[~np.isfinite(loss.values)].tolist())
-    for name in ("guard/num_nan", "guard/num_inf"):
+    for name in (Metric.NUM_NAN, Metric.NUM_INF):
         counts = run.scalars(name)
         steps |= set(counts.steps[counts.values > 0].tolist())
     return len(steps)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from harness.runlog.names import EventName, Metric
 from harness.runlog.reader import Run, open_run
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ GRID = "#e6e8ee"
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3566d6", "#e07b29", "#2c9a68", "#cf3a3a", "#7b52c4"
 COLOURS = (BLUE, ORANGE, GREEN, RED, VIOLET)
 EVENT_COLOURS = {
-    "incident": RED,
-    "fault": ORANGE,
-    "rollback": VIOLET,
-    "resume": GREEN,
-    "stop": INK,
-    "alert": ORANGE,
-    "outlier": FAINT,
+    EventName.INCIDENT: RED,
+    EventName.FAULT: ORANGE,
+    EventName.ROLLBACK: VIOLET,
+    EventName.RESUME: GREEN,
+    EventName.STOP: INK,
+    EventName.ALERT: ORANGE,
+    EventName.OUTLIER: FAINT,
 }
 """Events that are marked in the picture; checkpoints are too many to be."""
 MAX_POINTS = 4000
@@ -80,8 +81,8 @@ def draw_run(run: Run) -> Figure:
 
 
 def _draw_loss(axis: Axes, run: Run) -> None:
-    train = _curve(axis, run, "train/loss", "training", BLUE)
-    val = run.scalars("val/loss")
+    train = _curve(axis, run, Metric.TRAIN_LOSS, "training", BLUE)
+    val = run.scalars(Metric.VAL_LOSS)
     if len(val.steps):
         axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
     _limit_to_bulk(axis, train, val.values)
@@ -90,8 +91,8 @@ def _draw_loss(axis: Axes, run: Run) -> None:
 def _draw_grad_norm(axis: Axes, run: Run) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    before = _curve(axis, run, "train/grad_norm", "before clipping", VIOLET)
-    after = _curve(axis, run, "train/grad_norm_clipped", "after clipping", GREEN)
+    before = _curve(axis, run, Metric.GRAD_NORM, "before clipping", VIOLET)
+    after = _curve(axis, run, Metric.GRAD_NORM_CLIPPED, "after clipping", GREEN)
     shown = np.concatenate([before, after])
     if np.any(shown[np.isfinite(shown)] > 0):
         axis.set_yscale("log", nonpositive="mask")  # the norm over no finite element is 0
@@ -101,7 +102,7 @@ def _draw_grad_norm(axis: Axes, run: Run) -> None:
 
 
 def _draw_lr(axis: Axes, run: Run) -> None:
-    lr = run.scalars("train/lr")
+    lr = run.scalars(Metric.LR)
     axis.plot(lr.steps, lr.values, color=BLUE, linewidth=1.6)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
 
@@ -109,8 +110,8 @@ def _draw_lr(axis: Axes, run: Run) -> None:
 def _draw_nonfinite(axis: Axes, run: Run) -> None:
     worst = 0.0
     for name, label, colour, marker in (
-        ("guard/num_nan", "NaN", RED, "o"),
-        ("guard/num_inf", "Inf", ORANGE, "D"),
+        (Metric.NUM_NAN, "NaN", RED, "o"),
+        (Metric.NUM_INF, "Inf", ORANGE, "D"),
     ):
         counts = run.scalars(name)
         struck = counts.values > 0
@@ -129,8 +130,8 @@ def _draw_nonfinite(axis: Axes, run: Run) -> None:
 
 
 def _draw_accuracy(axis: Axes, run: Run) -> None:
-    _curve(axis, run, "train/accuracy", "training", BLUE)
-    val = run.scalars("val/accuracy")
+    _curve(axis, run, Metric.TRAIN_ACCURACY, "training", BLUE)
+    val = run.scalars(Metric.VAL_ACCURACY)
     if len(val.steps):
         axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
 
@@ -145,11 +146,11 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("loss", "train/loss", _draw_loss, 3.0),
-    _Panel("accuracy", "train/accuracy", _draw_accuracy, 1.8, always=False),
-    _Panel("gradient norm", "train/grad_norm", _draw_grad_norm, 2.2),
-    _Panel("learning rate", "train/lr", _draw_lr, 1.2, always=False),
-    _Panel("non-finite", "guard/num_nan", _draw_nonfinite, 1.2),
+    _Panel("loss", Metric.TRAIN_LOSS, _draw_loss, 3.0),
+    _Panel("accuracy", Metric.TRAIN_ACCURACY, _draw_accuracy, 1.8, always=False),
+    _Panel("gradient norm", Metric.GRAD_NORM, _draw_grad_norm, 2.2),
+    _Panel("learning rate", Metric.LR, _draw_lr, 1.2, always=False),
+    _Panel("non-finite", Metric.NUM_NAN, _draw_nonfinite, 1.2),
 )
 
 
@@ -254,7 +255,7 @@ def _headline(run: Run) -> str:
     parts = [name if len(name) <= 40 else name[:39] + "…", run.state()]
     if run.last_step is not None:
         parts.append(f"{run.last_step + 1} steps")
-    for metric, label in (("train/loss", "loss"), ("val/loss", "held out")):
+    for metric, label in ((Metric.TRAIN_LOSS, "loss"), (Metric.VAL_LOSS, "held out")):
         value = run.last(metric)
         if value is not None:
             parts.append(f"{label} {value:.4f}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import TrackingError
+from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.reader import Event, Run, open_run
 from harness.tracking.compare import settings_of
 from harness.tracking.overview import summarise
@@ -29,17 +30,17 @@ __all__ = ["report_html", "write_report"]
 MAX_EVENTS = 500
 
 SPEED = (
-    ("tokens/s", ["speed/tokens_per_s"]),
-    ("seconds", ["time/step_s", "time/compute_s", "time/data_wait_s", "time/checkpoint_blocked_s"]),
-    ("MFU", ["speed/mfu_frac"]),
+    ("tokens/s", [Metric.TOKENS_PER_S]),
+    ("seconds", [Metric.STEP_S, Metric.COMPUTE_S, Metric.DATA_WAIT_S, Metric.CHECKPOINT_BLOCKED_S]),
+    ("MFU", [Metric.MFU_FRAC]),
 )
 MACHINE = (
-    ("processor", ["system/cpu_frac", "system/process_cpu_cores"]),
-    ("memory (GB)", ["system/ram_used_gb", "system/process_ram_gb"]),
-    ("GPU use", [f"system/gpu{i}/util_frac" for i in range(16)]),
-    ("GPU memory (GB)", [f"system/gpu{i}/memory_used_gb" for i in range(16)]),
-    ("GPU temperature (°C)", [f"system/gpu{i}/temperature_c" for i in range(16)]),
-    ("GPU power (W)", [f"system/gpu{i}/power_w" for i in range(16)]),
+    ("processor", [Metric.CPU_FRAC, Metric.PROCESS_CPU_CORES]),
+    ("memory (GB)", [Metric.RAM_USED_GB, Metric.PROCESS_RAM_GB]),
+    ("GPU use", [f"{Prefix.SYSTEM}gpu{i}/util_frac" for i in range(16)]),
+    ("GPU memory (GB)", [f"{Prefix.SYSTEM}gpu{i}/memory_used_gb" for i in range(16)]),
+    ("GPU temperature (°C)", [f"{Prefix.SYSTEM}gpu{i}/temperature_c" for i in range(16)]),
+    ("GPU power (W)", [f"{Prefix.SYSTEM}gpu{i}/power_w" for i in range(16)]),
 )
 
 STYLE = """
@@ -118,14 +119,14 @@ def _headline(run: Run, name: str) -> str:
     events = summary["events"]
     shown = {
         "steps": number(summary["num_steps"]),
-        "last training loss": number(run.last("train/loss")),
+        "last training loss": number(run.last(Metric.TRAIN_LOSS)),
         "best held-out loss": number(summary["best_val/loss"]),
-        "tokens/s": number(run.last("speed/tokens_per_s")),
+        "tokens/s": number(run.last(Metric.TOKENS_PER_S)),
         "steps with non-finite values": number(summary["num_nonfinite_steps"]),
-        "steps skipped": number(run.last("guard/skips")),
-        "incidents": str(events.get("incident", 0)),
-        "outlier batches": str(events.get("outlier", 0)),
-        "rollbacks": str(events.get("rollback", 0)),
+        "steps skipped": number(run.last(Metric.SKIPS)),
+        "incidents": str(events.get(EventName.INCIDENT, 0)),
+        "outlier batches": str(events.get(EventName.OUTLIER, 0)),
+        "rollbacks": str(events.get(EventName.ROLLBACK, 0)),
         "attempts": str(summary["attempts"]),
         "duration": age(summary["duration_s"]),
     }
@@ -174,7 +175,7 @@ def _picture(draw: Callable[[], Figure | None], description: str) -> str:
 
 
 def _events(events: Sequence[Event]) -> str:
-    shown = [event for event in events if event.name != "checkpoint"][-MAX_EVENTS:]
+    shown = [event for event in events if event.name != EventName.CHECKPOINT][-MAX_EVENTS:]
     rows = [
         (
             _cell(event.name),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.env import launched
 from harness.errors import ConfigError
+from harness.runlog.names import Prefix
 from harness.runlog.reader import Run
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
@@ -139,7 +140,9 @@ class ExperimentTracker:
         """Logs metrics of a whole epoch, at the step that was logged last."""
         if self._output.takes(self.config.log_metrics):
             numbers, refused = numbers_of(metrics)
-            named = {name if "/" in name else f"epoch/{name}": value for name, value in numbers.items()}
+            named = {
+                name if "/" in name else f"{Prefix.EPOCH}{name}": value for name, value in numbers.items()
+            }
             number, refused_epoch = numbers_of({"epoch": epoch})
             self._output.leave_out("log_epoch", {**refused, **refused_epoch})
             self._output.write("epoch", {**number, **named}, step=self._last_step)

@@ -27,6 +27,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
+from harness.runlog.names import EventName
 from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
@@ -174,7 +175,7 @@ def _train(
                 run.journal.leave_terminal()
     except InstabilityError as error:
         status = "stopped"
-        run.journal.event("stop", run.counters.step, reason=str(error))
+        run.journal.event(EventName.STOP, run.counters.step, reason=str(error))
         raise
     finally:
         run.guard.close()
@@ -249,12 +250,12 @@ def _journal(
             step_indices=loader.step_indices,
         )
         if resumed_from is not None:
-            journal.event("resume", counters.step, checkpoint=resumed_from)
+            journal.event(EventName.RESUME, counters.step, checkpoint=resumed_from)
             journal.say(f"going on at step {counters.step} of {config.loop.steps}")
         if counters.step < config.loop.steps:
             journal.say(schedule)
         for fault in config.faults:
-            journal.event("fault", fault.step, what=describe(fault))
+            journal.event(EventName.FAULT, fault.step, what=describe(fault))
         return journal
 
     return on_all_ranks(open_journal)

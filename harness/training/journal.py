@@ -18,6 +18,7 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
+from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.writer import RunLog
 from harness.stability import Incident
 from harness.tracking import MirrorSettings, start_mirrors, start_sampler
@@ -131,7 +132,7 @@ class MainJournal(Journal):
     def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
         values = step_values(record, counters, lr=lr, step_s=in_flight.step_s)
         if self._mfu_per_speed is not None:
-            values["speed/mfu_frac"] = values["speed/tokens_per_s"] * self._mfu_per_speed
+            values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)
@@ -147,7 +148,7 @@ class MainJournal(Journal):
             self._log.write(
                 "event",
                 {
-                    "name": "outlier" if incident.is_outlier else "incident",
+                    "name": EventName.OUTLIER if incident.is_outlier else EventName.INCIDENT,
                     "summary": incident.summary(),
                     **details,
                     **dataclasses.asdict(incident),
@@ -176,7 +177,7 @@ class MainJournal(Journal):
     @harmless(_nothing)
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
-        shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name.removeprefix(Prefix.VAL)} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
 
     @harmless(_nothing)
@@ -189,12 +190,12 @@ class MainJournal(Journal):
     @harmless(_nothing)
     def saved(self, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
-        self._log.write("step", {"time/checkpoint_blocked_s": outcome.blocked_s}, step=last_step)
+        self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
         details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
         if outcome.error is None:
-            self.event("checkpoint", last_step, size_bytes=outcome.size_bytes, **details)
+            self.event(EventName.CHECKPOINT, last_step, size_bytes=outcome.size_bytes, **details)
         else:
-            self.event("checkpoint_failed", last_step, error=str(outcome.error), **details)
+            self.event(EventName.CHECKPOINT_FAILED, last_step, error=str(outcome.error), **details)
 
     @harmless(_nothing)
     def event(self, /, name: str, step: int, **details: Any) -> None:
@@ -230,26 +231,26 @@ class MainJournal(Journal):
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
     """A step's scalars under the names that log and mirrors show."""
     return {
-        "train/loss": record.loss,
-        "train/perplexity": math.exp(min(record.loss, 700.0)),
-        "train/accuracy": record.num_correct / record.num_tokens if record.num_tokens else 0.0,
-        "train/grad_norm": record.grad_norm,
-        "train/grad_norm_clipped": record.grad_norm * record.clip_coef,
-        "train/clip_coef": record.clip_coef,
-        "train/lr": lr,
-        "train/tokens": counters.tokens,
-        "guard/num_nan": record.num_nan,
-        "guard/num_inf": record.num_inf,
-        "guard/num_zero": record.num_zero,
-        "guard/max_abs": record.max_abs,
-        "guard/skips": counters.num_skips,
-        "guard/clip_frac": counters.num_clips / (record.step + 1),
-        "guard/loss_scale": record.loss_scale,
-        "guard/spike_score": record.spike_score,
-        "time/step_s": step_s,
-        "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
-        "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),
-        "speed/tokens_per_s": record.num_tokens / step_s if step_s else 0.0,
+        Metric.TRAIN_LOSS: record.loss,
+        Metric.TRAIN_PERPLEXITY: math.exp(min(record.loss, 700.0)),
+        Metric.TRAIN_ACCURACY: record.num_correct / record.num_tokens if record.num_tokens else 0.0,
+        Metric.GRAD_NORM: record.grad_norm,
+        Metric.GRAD_NORM_CLIPPED: record.grad_norm * record.clip_coef,
+        Metric.CLIP_COEF: record.clip_coef,
+        Metric.LR: lr,
+        Metric.TOKENS: counters.tokens,
+        Metric.NUM_NAN: record.num_nan,
+        Metric.NUM_INF: record.num_inf,
+        Metric.NUM_ZERO: record.num_zero,
+        Metric.MAX_ABS: record.max_abs,
+        Metric.SKIPS: counters.num_skips,
+        Metric.CLIP_FRAC: counters.num_clips / (record.step + 1),
+        Metric.LOSS_SCALE: record.loss_scale,
+        Metric.SPIKE_SCORE: record.spike_score,
+        Metric.STEP_S: step_s,
+        Metric.DATA_WAIT_S: max((row.data_wait_s for row in record.per_rank), default=0.0),
+        Metric.COMPUTE_S: max((row.compute_s for row in record.per_rank), default=0.0),
+        Metric.TOKENS_PER_S: record.num_tokens / step_s if step_s else 0.0,
     }
 
 

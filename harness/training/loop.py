@@ -15,6 +15,7 @@ from harness.config import TrainConfig
 from harness.data import Loader, Task
 from harness.dist import World, plain
 from harness.records import StepRecord
+from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
@@ -154,7 +155,7 @@ def _handle_records(run: Run, records: list[StepRecord]) -> bool:
 
 def _evaluate(run: Run) -> None:
     metrics = evaluate(run.model, run.task, run.config, run.world, precision=run.precision)
-    run.counters.count_evaluation(metrics["val/loss"])
+    run.counters.count_evaluation(metrics[Metric.VAL_LOSS])
     run.journal.evaluation(run.counters.step - 1, metrics)
 
 

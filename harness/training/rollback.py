@@ -6,6 +6,7 @@ import dataclasses
 
 from harness.errors import CheckpointError
 from harness.records import StepRecord
+from harness.runlog.names import EventName
 from harness.training.loop import Run
 
 __all__ = ["roll_back"]
@@ -36,6 +37,6 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     run.loader.skip(skipped)
     run.journal.rewind(step)
     run.journal.event(
-        "rollback", step, failed_step=record.step, reason=record.reason, skipped_samples=skipped
+        EventName.ROLLBACK, step, failed_step=record.step, reason=record.reason, skipped_samples=skipped
     )
     return True
