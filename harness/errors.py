@@ -65,9 +65,9 @@ class DataError(HarnessError):
 
 
 class TaskError(HarnessError):
-    """The code of a task, its data set or its loss raised something.
+    """Code of the user's own raised something: a task, its data set, its loss, a callback, a spike rule.
 
-    `frames` are the lines of the traceback that are the task's own; the original error is the `__cause__`
+    `frames` are the lines of the traceback that are the user's own; the original error is the `__cause__`
     where it was raised in this process.
     """
 

@@ -65,6 +65,8 @@ class RankRow:
     """Seconds in forward and backward, without waiting for other ranks where that can be told apart."""
     data_wait_s: float = 0.0
     stop_requested: bool = False
+    num_saves: int = 0
+    """Saves of checkpoints that the rank knew to have ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

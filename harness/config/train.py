@@ -45,6 +45,9 @@ class TrainConfig:
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     task: str = "text"
     """text, images, or `package.module:function` for a task of your own."""
+    callbacks: tuple[str, ...] = ()
+    """`package.module:function` each, called with the configuration: they return a `harness.Callback`, whose
+    hooks are called at set points of the loop; docs/extending.md."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,8 +23,8 @@ from typing import IO, Any
 import orjson
 
 from harness.dashboard.records import RECORDS
-from harness.env import child_environment
 from harness.errors import TrackingError
+from harness.helper import start_helper
 from harness.runlog.digest import Digest
 from harness.runlog.digest_cache import kept_path
 from harness.runlog.preview import LONG_BYTES, open_digest
@@ -41,9 +41,6 @@ SEARCH_AGAIN_S = 0.5
 LOOK_EVERY_S = 1.0
 SAMPLE_EVERY_S = 10.0
 CLOSE_S = 5.0
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from harness.dashboard.surveyor import main; "
-_PROGRAM += "main(sys.argv[2], sys.argv[3])"
 
 
 class Catalogue:
@@ -51,13 +48,15 @@ class Catalogue:
 
     Args:
         runs_dir: The folder; it need not exist yet.
+        search_again_s: A search of the folder answers for so long.
     """
 
-    def __init__(self, runs_dir: str | Path) -> None:
+    def __init__(self, runs_dir: str | Path, *, search_again_s: float = SEARCH_AGAIN_S) -> None:
         self.root = Path(runs_dir).resolve()
+        self._search_again_s = search_again_s
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
-        self._searched = -SEARCH_AGAIN_S
+        self._searched = -math.inf
         self._rows: dict[str, dict[str, Any]] | None = None
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._kept = self.root / RECORDS / "digests"
@@ -176,7 +175,7 @@ class Catalogue:
             held.digest.read_frac = min(0.999, row.get("read_frac", 0.0))
 
     def _search(self) -> None:
-        if time.monotonic() - self._searched < SEARCH_AGAIN_S:
+        if time.monotonic() - self._searched < self._search_again_s:
             return
         found = {run_name(path, self.root): path for path in run_paths(self.root, within=self.root)}
         with self._lock:
@@ -205,13 +204,12 @@ class Catalogue:
             self._start_surveyor()
 
     def _start_surveyor(self) -> None:
-        package = str(Path(__file__).resolve().parents[2])
-        self._surveyor = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, package, str(self.root), str(self._kept)],
+        self._surveyor = start_helper(
+            "harness.dashboard.surveyor",
+            ["--runs", self.root, "--digests", self._kept],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,
-            env=child_environment(),
+            yields=True,
         )
         threading.Thread(target=self._hear, args=(self._surveyor,), name="table", daemon=True).start()
 

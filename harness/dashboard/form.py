@@ -9,12 +9,9 @@ repository's own where the dashboard is started there.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,6 +21,7 @@ from typing import Any, Literal
 import docstring_parser
 import yaml
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
 from harness.errors import ConfigError
@@ -148,7 +146,8 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
             f"the name is {name!r}", rule="that is the schema's own", remedy="choose another name"
         )
     try:
-        _write(path, yaml_of(config, only_changes=True), overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml_of(config, only_changes=True), overwrite=overwrite, sync=True)
     except FileExistsError as error:
         raise ConfigError(
             f"{path} is there already",
@@ -298,22 +297,3 @@ def _path(name: str, folder: Path) -> Path:
             remedy="choose another name",
         )
     return folder / f"{stem}.yaml"
-
-
-def _write(path: Path, text: str, *, overwrite: bool) -> None:
-    """All of the file or nothing of it. Raises FileExistsError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # which fails where something is
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

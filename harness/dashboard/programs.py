@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, check_same_run, flatten, read_yaml
 from harness.dashboard.form import read, yaml_of
 from harness.dashboard.printed import read_printed
@@ -32,17 +33,16 @@ from harness.dashboard.records import (
     note,
     noted,
     records_of,
-    write,
 )
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.files import list_folder
+from harness.runlog.paths import CONFIG_FILE, config_file
 from harness.runlog.preview import open_digest
 from harness.runlog.process import identity, is_alive
 from harness.runlog.reader import is_run
 
 __all__ = [
-    "CONFIG_FILE",
     "PROGRAM",
     "check_processes",
     "configuration",
@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
-CONFIG_FILE = "config.yaml"
 
 
 def start(
@@ -82,8 +81,8 @@ def start(
     check_processes(config, processes)
     with hold_records(directory) as records:
         _check_not_running(directory, records, within)
-        if (directory / CONFIG_FILE).exists():
-            check_same_run(config, directory / CONFIG_FILE, within=within)
+        if config_file(directory).exists():
+            check_same_run(config, config_file(directory), within=within)
         return _launch(records, directory, config, processes)
 
 
@@ -198,7 +197,7 @@ def configuration(run_dir: Path | str, *, within: Path | None = None) -> TrainCo
         ConfigError: there is none, or it cannot be read.
     """
     directory = Path(run_dir)
-    return read(flatten(read_yaml(directory / CONFIG_FILE, within=within or directory.parent)))
+    return read(flatten(read_yaml(config_file(directory), within=within or directory.parent)))
 
 
 def run_directory(runs_dir: Path | str, run: str) -> Path:
@@ -245,7 +244,7 @@ def last_processes(run_dir: Path | str, *, within: Path | None = None) -> int:
 
 def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
     file = records / CONFIG_FILE
-    write(file, yaml_of(config))
+    write_atomically(file, yaml_of(config))
     command = [*_launcher(processes), str(PROGRAM), "--config", str(file)]
     try:
         with open(records / OUTPUT_FILE, "ab") as printed:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.atomic import write_atomically
 from harness.errors import ConfigError
 from harness.files import read_file
+from harness.locks import locked
 from harness.runlog.process import is_alive
 
-__all__ = ["OUTPUT_FILE", "RECORDS", "Program", "hold_records", "note", "noted", "records_of", "write"]
+__all__ = ["OUTPUT_FILE", "RECORDS", "Program", "hold_records", "note", "noted", "records_of"]
 
 RECORDS = ".dashboard"
 """Folder, beside the runs, of what is known of their programs."""
@@ -85,7 +86,8 @@ def hold_records(directory: Path) -> Iterator[Path]:
     records = records_of(directory)
     try:
         records.mkdir(parents=True, exist_ok=True)
-        lock = open(records / "lock", "ab")  # noqa: SIM115  (closed below)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(records / "lock"))
     except OSError as error:
         raise ConfigError(
             f"cannot write to {records}: {error.strerror}",
@@ -93,7 +95,6 @@ def hold_records(directory: Path) -> Iterator[Path]:
             remedy="look after the disk, or choose another folder for runs",
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield records
 
 
@@ -116,11 +117,4 @@ def note(records: Path, started: Program) -> None:
     """Keeps it for `noted`."""
     fields = dataclasses.asdict(started)
     del fields["directory"]  # where it lies says that
-    write(records / _PROCESS_FILE, json.dumps(fields))
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(records / _PROCESS_FILE, json.dumps(fields))

@@ -13,6 +13,7 @@ how the dashboard itself gets them, and so are the rows of runs that have ended.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import logging
@@ -21,16 +22,17 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.files import read_file
-from harness.priority import yield_to_others
 from harness.runlog.digest import Digest, log_signature
 from harness.runlog.digest_cache import keep, kept_path, restored
+from harness.runlog.paths import log_dir
 from harness.runlog.preview import LONG_BYTES, sample
 from harness.tracking.overview import Glance, glance, no_glance, run_name, run_paths
 from harness.tracking.text import printable
@@ -51,12 +53,15 @@ TABLE_BYTES = 256 << 20
 Tell = Callable[[dict[str, Any]], None]
 
 
-def main(root: str, kept: str) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Serves until standard input ends."""
-    yield_to_others()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--digests", type=Path, required=True, help="folder of those of long logs")
+    options = parser.parse_args(arguments)
     orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    surveyor = Surveyor(Path(root), Path(kept), _say)
+    surveyor = Surveyor(options.runs, options.digests, _say)
     surveyor.look()
     while True:
         for order in _orders(orders, wait=not surveyor.has_unread):
@@ -212,10 +217,8 @@ class Surveyor:
 
     def _keep_table(self) -> None:
         self._table_kept = time.monotonic()
-        path = self._kept / TABLE
         with contextlib.suppress(OSError):
-            path.with_suffix(".new").write_bytes(_json(self._table))
-            path.with_suffix(".new").replace(path)
+            write_atomically(self._kept / TABLE, _json(self._table))
 
 
 def _read_table(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -248,7 +251,7 @@ def _is_cell(value: Any, hint: Any) -> bool:
 
 def _last_written(path: Path) -> float:
     with contextlib.suppress(OSError):
-        return (path / "log").stat().st_mtime
+        return log_dir(path).stat().st_mtime
     return 0.0
 
 

@@ -26,6 +26,7 @@ import psutil
 
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
+from harness.runlog.paths import tensorboard_dir
 
 __all__ = ["TensorBoard", "TensorBoards"]
 
@@ -152,8 +153,8 @@ def _check(runs: Mapping[str, Path]) -> None:
                 rule="it is a path below a folder of runs, and no other run lies in it",
             )
     for name, directory in runs.items():
-        _check_files(name, directory / "tensorboard")
-    if not any((directory / "tensorboard").is_dir() for directory in runs.values()):
+        _check_files(name, tensorboard_dir(directory))
+    if not any(tensorboard_dir(directory).is_dir() for directory in runs.values()):
         raise TrackingError(
             f"{', '.join(runs)[:200]}: no folder `tensorboard` in any of them",
             rule="TensorBoard shows the runs' mirrors",
@@ -179,7 +180,7 @@ def _start(runs: dict[str, Path]) -> _Server:
         for name, directory in runs.items():
             link = folder / "runs" / name
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((directory / "tensorboard").resolve())
+            link.symlink_to(tensorboard_dir(directory).resolve())
         with open(folder / "output.log", "wb") as printed:
             process = subprocess.Popen(
                 [*command, "--logdir", str(folder / "runs"), "--host", _HOST, "--port", "0"],

@@ -208,6 +208,7 @@ class StepGuard:
         compute_s: float = 0.0,
         data_wait_s: float = 0.0,
         stop_requested: bool = False,
+        num_saves: int = 0,
     ) -> None:
         """Judges the gradients that lie in the model, clips them, and applies them or leaves them out.
 
@@ -220,7 +221,7 @@ class StepGuard:
                 in use and not handed over is an error; None says that it scales another loss.
             nominal_tokens: The constant that summed losses were divided by before the backward pass; the
                 gradient becomes that of the mean over the tokens that were really there.
-            compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
+            compute_s, data_wait_s, stop_requested, num_saves: Passed on to the records of all ranks.
 
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
@@ -246,6 +247,7 @@ class StepGuard:
             compute_s,
             data_wait_s,
             float(stop_requested),
+            float(num_saves),
             self._monitor.num_drained,
             *self._micro_batches.host_values(),
             float(is_unscaled),

@@ -21,6 +21,7 @@ from harness.stability.rank_statistics import (
     FAULTS,
     LOSS_SUM,
     MICRO_BATCH,
+    NUM_SAVES,
     PARAMETER,
     REDUCED_BAD,
     STOP_REQUESTED,
@@ -216,6 +217,7 @@ def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) 
         compute_s=one[COMPUTE_S],
         data_wait_s=one[DATA_WAIT_S],
         stop_requested=bool(one[STOP_REQUESTED]),
+        num_saves=int(one[NUM_SAVES]),
     )
 
 

@@ -6,25 +6,24 @@ a crash it opens again at the last commit, so nothing is missing and nothing is 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
 import re
 import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.files import read_file
+from harness.locks import locked
 from harness.runlog.codec import Record
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import log_dir, mirror_lock, mirror_state_file, tensorboard_dir, wandb_id_file
 from harness.runlog.segments import Follower, Position, node_folders
 from harness.tracking.settings import MirrorSettings
 
@@ -38,7 +37,6 @@ COMMIT_EVERY_S = 2.0
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 STATE_BYTES = 16 << 20
-_RUN_ID = "wandb-run-id"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class MirroredRun:
         """The same for every attempt and every later `harness sync`, and no other run's."""
         if self.settings.run_id is not None:
             return self.settings.run_id
-        kept = log_dir(self.directory) / "mirrors" / _RUN_ID
+        kept = wandb_id_file(self.directory)
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(uuid.uuid4().hex[:12])
@@ -68,7 +66,7 @@ class MirroredRun:
     def tensorboard_dir(self) -> Path:
         """Where its event file lies."""
         folder = self.settings.tensorboard_dir
-        return Path(folder) if folder else self.directory / "tensorboard"
+        return Path(folder) if folder else tensorboard_dir(self.directory)
 
 
 class Mirror(ABC):
@@ -142,7 +140,8 @@ class MirrorFollower:
     ) -> None:
         self.name = name
         self._log_dir = log_dir(run_dir)
-        self._state_path = self._log_dir / "mirrors" / f"{name}.json"
+        self._state_path = mirror_state_file(run_dir, name)
+        self._lock_path = mirror_lock(run_dir, name)
         self._open_mirror = open_mirror
         self._ended = ended
         self._poll_s = poll_s
@@ -157,7 +156,8 @@ class MirrorFollower:
         delay_s = FIRST_RETRY_S
         while not self.done.is_set():
             try:
-                with _only_one(self._state_path.with_suffix(".lock")):
+                self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+                with locked(self._lock_path):  # the side process of an earlier attempt may still drain
                     self.has_turn = True
                     self._follow()
                 self.done.set()
@@ -248,9 +248,7 @@ class MirrorFollower:
             for folder, follower in followers.items()
         }
         state = {"positions": positions, "mirror": mirror, "end": self._last_end}
-        unfinished = self._state_path.with_suffix(".new")
-        unfinished.write_bytes(orjson.dumps(state))
-        unfinished.replace(self._state_path)
+        write_atomically(self._state_path, orjson.dumps(state))
 
     def _say(self, error: BaseException) -> None:
         trouble = f"{type(error).__name__}: {error}"
@@ -274,16 +272,3 @@ def shown_name(name: str, reserved: re.Pattern[str]) -> str:
     """
     bare = re.sub(r"\A(user/)+", "", name)
     return f"user/{name}" if reserved.fullmatch(bare) else name
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Waits until no other process keeps this mirror: the one of an earlier attempt may still drain."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

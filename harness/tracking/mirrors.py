@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,20 @@ import psutil
 
 from harness.env import child_environment
 from harness.errors import TrackingError
-from harness.runlog.paths import log_dir
+from harness.helper import start_helper
+from harness.runlog.paths import side_output_file
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parents[2]
 # A side process may outlive its handle; kept here it is reaped without a complaint about that.
 _STARTED: list[subprocess.Popen[bytes]] = []
 # Where nothing else is set. wandb measures each call for its maker, up to a fifth of what the call costs, and
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business. What
-# follows a run gives way before it imports anything.
-_PROGRAM = """
-import sys
-root, task, arguments, *own = sys.argv[1:]
-sys.path += [root, *own]
-from harness.priority import yield_to_others
-if task != "complete":
-    yield_to_others()
-from harness.tracking.side import main
-main(task, arguments)
-"""
+_SIDE = "harness.tracking.side"
 _GRACE_S = 60.0
 """What starting and ending a process may take on a busy machine."""
 LAST_WORDS_S = 5.0
@@ -67,13 +56,13 @@ def start_mirrors(
     settings = dataclasses.replace(settings or MirrorSettings(), **changes)
     with contextlib.suppress(OSError):  # the disk is full: then its own words are better than ours
         settings.keep(Path(run_dir))
-    return MirrorHandle(_following(Path(run_dir), "follow", settings))
+    return MirrorHandle(_following("follow", Path(run_dir), settings))
 
 
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
-    settings = settings or MirrorSettings()
-    return MirrorHandle(_following(Path(run_dir), "sample", settings, node=socket.gethostname()))
+    node = ["--node", socket.gethostname()]
+    return MirrorHandle(_following("sample", Path(run_dir), settings or MirrorSettings(), *node))
 
 
 def complete_mirrors(
@@ -90,14 +79,9 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
+    arguments = ["--timeout", timeout_s, *(["--rebuild"] if rebuild else [])]
     process, messages = _start(
-        "complete",
-        run_dir,
-        settings,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        rebuild=rebuild,
-        timeout_s=timeout_s,
+        "complete", run_dir, settings, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
@@ -111,7 +95,7 @@ def complete_mirrors(
     if not said:
         raise TrackingError(
             f"the mirrors of {run_dir} are not complete: their process ended with {process.returncode}",
-            rule=f"what it said is in {log_dir(run_dir) / 'side.log'}",
+            rule=f"what it said is in {side_output_file(run_dir)}",
             remedy="try again later; nothing is lost",
         )
     outcome: dict[str, str | None] = orjson.loads(said)
@@ -221,31 +205,39 @@ _Started = tuple["subprocess.Popen[bytes]", int]
 
 
 def _following(
-    run_dir: Path, task: str, settings: MirrorSettings, **arguments: Any
+    task: str, run_dir: Path, settings: MirrorSettings, *arguments: object
 ) -> Callable[[], _Started]:
     trainer = psutil.Process()
-    arguments["trainer"] = (trainer.pid, trainer.create_time())
+    given = ["--trainer", trainer.pid, "--trainer-start", trainer.create_time(), *arguments]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    return lambda: _start(task, run_dir.resolve(), settings, **streams, **arguments)
+    return lambda: _start(task, run_dir.resolve(), settings, given, **streams, yields=True)
 
 
 def _start(
-    task: str, run_dir: Path, settings: MirrorSettings, *, stdin: int, stdout: int, **arguments: Any
+    task: str,
+    run_dir: Path,
+    settings: MirrorSettings,
+    arguments: Sequence[object],
+    *,
+    stdin: int,
+    stdout: int,
+    yields: bool = False,
 ) -> _Started:
     """The process, and where to read what it has to say to people."""
-    own = sys.path if settings.mirrors else []  # that is where mirrors of their own are found
     messages, messages_out = os.pipe()
-    arguments |= {"run_dir": str(run_dir), "settings": settings.to_json(), "messages_fd": messages_out}
-    command = [str(_ROOT), task, orjson.dumps(arguments).decode(), *own]
+    given = ["--run", run_dir, "--settings", settings.to_json(), "--messages", messages_out, *arguments]
+    if settings.mirrors:  # mirrors of their own are found where this process finds modules
+        given += ["--path", os.pathsep.join(sys.path)]
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, *command],
+        process = start_helper(
+            _SIDE,
+            [task, *given],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
             pass_fds=[messages_out],
-            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
-            env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+            yields=yields,
+            environment=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
     except OSError:
         os.close(messages)

@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.runlog.names import EventName, Metric, Prefix
+from harness.runlog.paths import report_file
 from harness.runlog.reader import Event, Run, open_run
 from harness.tracking.compare import settings_of
 from harness.tracking.overview import summarise
@@ -77,7 +78,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         TrackingError: there is no such run, or the file cannot be written.
     """
     run = open_run(run_dir)
-    target = Path(path) if path is not None else run.path / "report.html"
+    target = Path(path) if path is not None else report_file(run.path)
     try:
         target.write_text(report_html(run), encoding="utf-8")
     except OSError as error:

@@ -8,12 +8,12 @@ from typing import Any
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.config import AlertConfig, TrackingConfig, TrainConfig
 from harness.errors import ConfigError
+from harness.runlog.paths import mirror_settings_file
 
 __all__ = ["MirrorSettings"]
-
-_KEPT = Path("log", "mirrors", "settings.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,15 @@ class MirrorSettings(TrackingConfig):
 
     def keep(self, run_dir: Path) -> None:
         """Notes them in the run directory, for a later `harness sync`."""
-        path = run_dir / _KEPT
+        path = mirror_settings_file(run_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        write_atomically(path, self.to_json())
 
     @classmethod
     def kept(cls, run_dir: Path) -> MirrorSettings:
         """What the run's side process was last told; the defaults if it never had one."""
         try:
-            return cls.from_json((run_dir / _KEPT).read_text())
+            return cls.from_json(mirror_settings_file(run_dir).read_text())
         except (OSError, ValueError, TypeError, KeyError, ConfigError):
             return cls()
 

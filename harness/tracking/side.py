@@ -8,6 +8,7 @@ holds up no other. It imports no torch.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
 import logging
@@ -17,16 +18,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import psutil
 
 from harness.priority import pass_on_to, stop_yielding
 from harness.runlog.nodes import NodeLog
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import log_dir, side_output_file
 from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
@@ -35,7 +36,7 @@ from harness.tracking.registry import load, mirrors_of
 from harness.tracking.resources import Sampler, sample_forever
 from harness.tracking.settings import MirrorSettings
 
-__all__ = ["complete", "follow", "main", "sample"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,52 +50,79 @@ SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 
 
-def main(task: str, arguments: str) -> None:
-    """Does what `mirrors` asks for: the name of a function here, and its arguments as JSON."""
-    tasks: dict[str, Callable[..., None]] = {"follow": follow, "sample": sample, "complete": complete}
-    tasks[task](**orjson.loads(arguments))
-
-
-def follow(*, run_dir: str, settings: str, trainer: tuple[int, float], messages_fd: int) -> None:
-    """Keeps the mirrors until the trainer is gone or said `close`, and all are complete or stuck."""
-    path, chosen = Path(run_dir), MirrorSettings.from_json(settings)
-    _settle_in(path, messages_fd)
-    ended, alerts_done = threading.Event(), threading.Event()
-    node_log = NodeLog(path)
-    alerts = _alerts_follower(path, chosen, node_log, ended=ended)
-    mirrors = _followers_for(path, chosen, ended=alerts_done)
-    for follower in (alerts, *mirrors):
-        threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
-    _watch_node(path, chosen, node_log, node="", trainer_pid=trainer[0], ended=ended)
-    threading.Thread(target=_sync_forever, args=(log_dir(path), ended), daemon=True).start()
-    _wait_for_trainer(trainer, ended)
-    _hurry()
-    alerts.done.wait(ALERTS_S)
-    alerts_done.set()  # now the mirrors can see the last alert too
-    _wait_for((alerts, *mirrors), run_dir)
+def main(arguments: Sequence[str]) -> None:
+    """The side process; see `mirrors` for what it is told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=["follow", "sample", "complete"])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--settings", type=MirrorSettings.from_json, required=True)
+    parser.add_argument("--messages", type=int, required=True, help="descriptor of a pipe to the trainer")
+    parser.add_argument("--path", default="", help="where else a user's mirrors are found")
+    parser.add_argument("--trainer", type=int, help="its process")
+    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the epoch")
+    parser.add_argument("--node", default="", help="with `sample`: stands in the names of the samples")
+    parser.add_argument("--rebuild", action="store_true", help="with `complete`")
+    parser.add_argument("--timeout", type=float, help="with `complete`: seconds for each mirror")
+    options = parser.parse_args(arguments)
+    sys.path += options.path.split(os.pathsep) if options.path else []
+    outcome_fd = os.dup(1)
+    _settle_in(options.run, options.messages)
+    if options.task == "complete":
+        troubles = _complete(options.run, options.settings, options.rebuild, options.timeout)
+        os.write(outcome_fd, orjson.dumps(troubles))
+    else:
+        task = _follow if options.task == "follow" else _sample
+        task(options.run, options.settings, _Trainer(options.trainer, options.trainer_start), options.node)
     os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
 
 
-def sample(*, run_dir: str, settings: str, node: str, trainer: tuple[int, float], messages_fd: int) -> None:
-    """Samples a node on which rank 0 is not, until its process there is gone or said `close`."""
-    path, ended = Path(run_dir), threading.Event()
-    _settle_in(path, messages_fd)
-    chosen = MirrorSettings.from_json(settings)
-    _watch_node(path, chosen, NodeLog(path), node=node, trainer_pid=trainer[0], ended=ended)
-    _wait_for_trainer(trainer, ended)
-    os._exit(0)  # a thread still reads the standard input
+class _Trainer(NamedTuple):
+    """The process that this one was started for."""
+
+    pid: int
+    start: float
+
+    def wait(self, ended: threading.Event) -> None:
+        """Waits until it is gone or said `close`; sets `ended` then."""
+        threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
+        while not ended.wait(WATCH_S):
+            if not lives(self.pid, self.start):
+                ended.set()
 
 
-def complete(*, run_dir: str, settings: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
-    """Brings the mirrors up to the end of a log that has ended, and ends.
+def _follow(path: Path, settings: MirrorSettings, trainer: _Trainer, node: str) -> None:
+    """Keeps the mirrors until the trainer has ended and all are complete or stuck."""
+    ended, alerts_done = threading.Event(), threading.Event()
+    node_log = NodeLog(path)
+    alerts = _alerts_follower(path, settings, node_log, ended=ended)
+    mirrors = _followers_for(path, settings, ended=alerts_done)
+    for follower in (alerts, *mirrors):
+        threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
+    _watch_node(path, settings, node_log, node, trainer.pid, ended)
+    threading.Thread(target=_sync_forever, args=(log_dir(path), ended), daemon=True).start()
+    trainer.wait(ended)
+    _hurry()
+    alerts.done.wait(ALERTS_S)
+    alerts_done.set()  # now the mirrors can see the last alert too
+    _wait_for((alerts, *mirrors), path)
 
-    Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
+
+def _sample(path: Path, settings: MirrorSettings, trainer: _Trainer, node: str) -> None:
+    """Samples a node on which rank 0 is not, until its process there has ended."""
+    ended = threading.Event()
+    _watch_node(path, settings, NodeLog(path), node, trainer.pid, ended)
+    trainer.wait(ended)
+
+
+def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: float) -> dict[str, str | None]:
+    """Brings the mirrors up to the end of a log that has ended.
+
+    Returns:
+        For each mirror None, or what keeps it from being complete after `timeout_s`.
     """
-    path, outcome_fd = Path(run_dir), os.dup(1)
-    _settle_in(path, messages_fd)
     ended = threading.Event()
     ended.set()
-    followers = _followers_for(path, MirrorSettings.from_json(settings), ended=ended)
+    followers = _followers_for(path, settings, ended=ended)
     for follower in followers:
         if rebuild:
             follower.forget()
@@ -105,8 +133,7 @@ def complete(*, run_dir: str, settings: str, rebuild: bool, timeout_s: float, me
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
-    os.write(outcome_fd, orjson.dumps(troubles))
-    os._exit(0)
+    return troubles
 
 
 def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str | None:
@@ -116,13 +143,6 @@ def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str
     return f"after {timeout_s:.0f} s " + ("it hangs" if follower.has_turn else "another process keeps it")
 
 
-def _wait_for_trainer(trainer: tuple[int, float], ended: threading.Event) -> None:
-    threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
-    while not ended.wait(WATCH_S):
-        if not lives(*trainer):
-            ended.set()
-
-
 def _hurry() -> None:
     """There is no trainer any more to give way to, and somebody may be waiting for the mirrors."""
     stop_yielding()
@@ -130,7 +150,7 @@ def _hurry() -> None:
         pass_on_to(child.pid)
 
 
-def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
+def _wait_for(followers: Sequence[MirrorFollower], run_dir: Path) -> None:
     ended_at = time.monotonic()
     for follower in followers:
         while not follower.done.wait(WATCH_S):
@@ -165,7 +185,6 @@ def _watch_node(
     run_dir: Path,
     settings: MirrorSettings,
     node_log: NodeLog,
-    *,
     node: str,
     trainer_pid: int,
     ended: threading.Event,
@@ -191,7 +210,7 @@ def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
-    output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    output = os.open(side_output_file(run_dir), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     harness = logging.getLogger("harness")

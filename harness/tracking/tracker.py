@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from harness.env import launched
 from harness.errors import ConfigError
 from harness.runlog.names import Prefix
+from harness.runlog.paths import picture_file
 from harness.runlog.reader import Run
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
@@ -359,7 +360,7 @@ class ExperimentTracker:
         try:
             self._checkpoints.close()
             if self._output.writes and self.config.log_images and self._step > 0:
-                self.create_visualization(self.run_dir / "curves.png")
+                self.create_visualization(picture_file(self.run_dir))
         finally:
             self._output.close(state)
 

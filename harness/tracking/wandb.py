@@ -28,7 +28,7 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 from harness.priority import pass_on_to
 from harness.runlog.codec import Record
 from harness.runlog.names import EventName
-from harness.runlog.paths import media_bytes
+from harness.runlog.paths import media_bytes, wandb_dir
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
 
@@ -212,7 +212,7 @@ def _start(mirrored: MirroredRun) -> tuple[wandb.Run, str]:
                 "Weights & Biases is not reachable (%s): the run is kept offline in %s; "
                 "`wandb login`, then `harness sync` uploads it",
                 reason,
-                mirrored.directory / "wandb",
+                wandb_dir(mirrored.directory),
             )
     return _init(mirrored, "offline"), "offline"
 

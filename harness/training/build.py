@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import orjson
 import torch
 
 from harness import __version__, env, logs
+from harness.atomic import write_atomically
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
@@ -28,13 +29,14 @@ from harness.dist import (
 )
 from harness.errors import ConfigError, HarnessError, InstabilityError
 from harness.runlog.names import EventName
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, picture_file, summary_file
 from harness.stability import Ladder, StepGuard
 from harness.tracking import plot_run
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
-from harness.training.debug import debugger_on, debugging, with_every_check
-from harness.training.directory import prepare_directory, write_atomically
+from harness.training.debug import Debugger, debugging, with_every_check
+from harness.training.directory import prepare_directory
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -52,10 +54,17 @@ __all__ = ["build_run", "train"]
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, tell: Callable[[HarnessError], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[HarnessError], None] | None = None,
+) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
     Args:
+        callbacks: Called at set points of the loop, after those that `config.callbacks` names; the same on
+            all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
 
     Raises:
@@ -70,15 +79,18 @@ def train(config: TrainConfig, *, tell: Callable[[HarnessError], None] | None = 
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
         _set_determinism(config)
-        return _train(config, world, stop, tell)
+        return _train(config, world, stop, callbacks, tell)
 
 
-def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
+def build_run(
+    config: TrainConfig, world: World, stop: StopRequest, callbacks: Sequence[Callback] = ()
+) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
     agree_on_settings(config)
     files = agree_on_files(config)
     task = on_all_ranks(lambda: build_task(config, files=files))
+    named_callbacks = on_all_ranks(lambda: load_callbacks(config))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
         lambda: FaultInjector(
@@ -97,6 +109,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     loader = _loader(config, world, task, fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
+    called = Callbacks([*named_callbacks, *callbacks])
     checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
     saved = {
         "model": plain(model),
@@ -105,6 +118,7 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         "guard": guard,
         "ladder": ladder,
         "counters": counters,
+        "callbacks": called,
         "rng": Rng(),
     }
     # Each rank draws its own dropout; initialisation, above, was the same on all.
@@ -112,6 +126,18 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
     resumed_from = checkpointer.load(saved)
     faults.begin_at(counters.step)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
+    journal = _journal(
+        config,
+        world,
+        directory,
+        counters=counters,
+        resumed_from=resumed_from,
+        flops_per_token=task.flops_per_token,
+        fingerprints=fingerprints,
+        schedule=schedule,
+        loader=loader,
+    )
+    called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
         world=world,
@@ -137,31 +163,25 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
         saved=saved,
         counters=counters,
         saved_step=-1 if resumed_from is None else counters.step,
-        journal=_journal(
-            config,
-            world,
-            directory,
-            counters=counters,
-            resumed_from=resumed_from,
-            flops_per_token=task.flops_per_token,
-            fingerprints=fingerprints,
-            schedule=schedule,
-            loader=loader,
-        ),
+        journal=journal,
         stop=stop,
         precision=precision,
         schedule_steps=counters.schedule_steps,
-        on_incident=debugger_on if config.debug else None,
+        callbacks=called,
     )
     return run
 
 
 def _train(
-    config: TrainConfig, world: World, stop: StopRequest, tell: Callable[[HarnessError], None] | None
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    callbacks: Sequence[Callback],
+    tell: Callable[[HarnessError], None] | None,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
     with report_once(tell):
-        run = build_run(config, world, stop)
+        run = build_run(config, world, stop, callbacks)
     first_tokens, started = run.counters.tokens, time.perf_counter()
     status = "crashed"
     try:
@@ -178,6 +198,7 @@ def _train(
         run.journal.event(EventName.STOP, run.counters.step, reason=str(error))
         raise
     finally:
+        run.callbacks.end_after_error(run, status)
         run.guard.close()
         run.loader.close()
         run.checkpointer.close()
@@ -205,8 +226,8 @@ def _train(
 
 def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
     text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
-    write_atomically(result.directory / "summary.json", text)
-    plot_run(result.directory, result.directory / "curves.png")
+    write_atomically(summary_file(result.directory), text, sync=True)
+    plot_run(result.directory, picture_file(result.directory))
     logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,11 @@ from harness.stability import Incident
 from harness.tracking import MirrorSettings, start_mirrors, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
+from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
 
-__all__ = ["InFlight", "Journal", "MainJournal", "NodeJournal"]
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """What the host knows of a step in flight: its record is still on its way."""
-
-    step_s: float
-    """Wall time of the step."""
-    samples: tuple[int, int]
-    """First and one past the last position of its samples in the order of the data."""
+__all__ = ["Journal", "MainJournal", "NodeJournal"]
 
 
 def _nothing(journal: object) -> None:
@@ -48,29 +38,20 @@ def _no_samples(journal: object) -> Sequence[int]:
     return ()
 
 
-class Journal:
+class Journal(Callback):
     """Says nothing; what every rank but 0 has."""
 
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
-        """One finished step."""
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics after the step numbered `step`."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Further numbers of a step, by the names that log and mirrors show."""
 
     def histograms(self, step: int, model: nn.Module) -> None:
         """How gradients and parameters are distributed; synchronises rank 0 with its device."""
-
-    def saved(self, outcome: SaveOutcome) -> None:
-        """A checkpoint that is committed, or that failed."""
 
     def event(self, /, name: str, step: int, **details: Any) -> None:
         """Something that happened."""
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-
-    def rewind(self, step: int) -> None:
-        """The run goes back to before `step`: what was logged of it and later ones is an abandoned branch."""
 
     def leave_terminal(self) -> None:
         """Ends the line of progress: what comes next is somebody else's."""
@@ -129,8 +110,10 @@ class MainJournal(Journal):
         self._window_steps = 0
 
     @harmless(_nothing)
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
-        values = step_values(record, counters, lr=lr, step_s=in_flight.step_s)
+    def on_step(self, run: Training, record: StepRecord) -> None:
+        in_flight = run.in_flight[record.step]
+        lr = run.learning_rate(record.step)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s)
         if self._mfu_per_speed is not None:
             values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
@@ -175,10 +158,14 @@ class MainJournal(Journal):
         self._window_s, self._window_tokens, self._window_steps = 0.0, 0, 0
 
     @harmless(_nothing)
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_eval(self, run: Training, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
         shown = "  ".join(f"{name.removeprefix(Prefix.VAL)} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
+
+    @harmless(_nothing)
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._log.write("step", values, step=step)
 
     @harmless(_nothing)
     def histograms(self, step: int, model: nn.Module) -> None:
@@ -188,7 +175,7 @@ class MainJournal(Journal):
         self._log.write("histogram", histograms(tensors), step=step)
 
     @harmless(_nothing)
-    def saved(self, outcome: SaveOutcome) -> None:
+    def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
         self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
         details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
@@ -206,8 +193,11 @@ class MainJournal(Journal):
         self._console.say(text)
 
     @harmless(_nothing)
-    def rewind(self, step: int) -> None:
-        self._log.rewind(step)
+    def on_rollback(self, run: Training, rollback: Rollback) -> None:
+        self._log.rewind(rollback.step)
+        record = rollback.record
+        details = {"failed_step": record.step, "reason": record.reason}
+        self.event(EventName.ROLLBACK, rollback.step, **details, skipped_samples=rollback.skipped_samples)
 
     @harmless(_nothing)
     def leave_terminal(self) -> None:

@@ -82,7 +82,7 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     expect(incident.nth(3)).to_have_text("token_embedding.weight")
     last_step = "Number(document.querySelector('harness-monitor').dataset.lastStep)"
     before = page.evaluate(last_step)
-    page.wait_for_function(f"before => {last_step} > before", arg=before, timeout=2000)
+    page.wait_for_function(f"before => {last_step} > before", arg=before)
 
     # Somebody else stops it, from a page that was opened later.
     with watched_page(page.context) as other:

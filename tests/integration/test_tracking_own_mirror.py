@@ -26,8 +26,12 @@ QUIET: dict[str, Any] = {"system_every_s": 0.0, "alerts": (), "tensorboard": Fal
 @pytest.fixture(autouse=True)
 def takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tests keep every core busy, a process that gives way would take a minute to start."""
-    program = mirrors_module._PROGRAM
-    monkeypatch.setattr(mirrors_module, "_PROGRAM", program.replace("    yield_to_others()", "    pass"))
+    started = mirrors_module.start_helper
+
+    def start(*arguments: Any, **keywords: Any) -> Any:
+        return started(*arguments, **{**keywords, "yields": False})
+
+    monkeypatch.setattr(mirrors_module, "start_helper", start)
 
 
 class LossFile(Mirror):
@@ -99,14 +103,14 @@ def test_a_process_killed_while_it_is_waited_for_is_started_again(tmp_path: Path
 def test_a_process_that_cannot_be_kept_alive_is_given_up_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirrors_module, "_PROGRAM", "import sys; sys.exit(7)")
+    monkeypatch.setattr(mirrors_module, "_SIDE", "no.such.module")
     with RunLog(tmp_path) as log:
         handle = start_mirrors(tmp_path, **QUIET)
         write(log, range(3))
         wait_until(lambda: bool(caplog.messages))
     assert not handle.close(30)
     [said] = caplog.messages
-    assert "ended 3 times, at last with 7" in said
+    assert "ended 3 times, at last with 1" in said
     assert "harness sync" in said
 
 

@@ -61,7 +61,7 @@ class Readers:
         self.root = root
         app = FastAPI()
         app.add_exception_handler(HarnessError, server._say_what_is_wrong)  # type: ignore[arg-type]
-        self.catalogue = Catalogue(root)
+        self.catalogue = Catalogue(root, search_again_s=0.0)  # runs are asked for as soon as they are made
         server._add_data(app, self.catalogue)
         self._client = TestClient(app)
 

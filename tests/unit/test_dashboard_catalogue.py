@@ -92,7 +92,7 @@ def test_the_table_follows_the_runs(catalogue: Catalogue) -> None:
 def test_a_run_is_found_at_once_when_somebody_asks(catalogue: Catalogue) -> None:
     for number in range(3):
         write_run(catalogue.root / f"run {number}")
-        wait_for(lambda number=number: f"run {number}" in catalogue.names(), timeout_s=1.0, what="the run")
+        wait_for(lambda number=number: f"run {number}" in catalogue.names(), what="the run")
     with catalogue.reading("run 2") as digest:
         assert digest.last_step == 4
     for stranger in ("../runs/run 1", "run 1/log", "", "x"):

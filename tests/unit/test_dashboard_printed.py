@@ -39,9 +39,9 @@ def test_any_bytes_at_all_are_readable_at_once() -> None:
         text = readable(bytes(draw.choices(alphabet, k=500)))
         assert not {c for c in text if ord(c) < 32 and c not in "\n\t"}
     for nasty in (b"\x1b]" * 100_000, b"\x1b[" + b";" * 200_000, b"\r" * 200_000, b"\x1b" * 200_000):
-        began = time.perf_counter()
+        began = time.process_time()
         readable(nasty)
-        assert time.perf_counter() - began < 2
+        assert time.process_time() - began < 10
 
 
 def test_pieces_join_to_the_whole_and_half_a_line_waits(tmp_path: Path) -> None:

