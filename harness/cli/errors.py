@@ -19,6 +19,8 @@ class Outcome:
 
     exit_code: int = 0
     told: HarnessError | None = None
+    is_final: bool = False
+    """It failed, and would fail again."""
 
     def tell(self, error: HarnessError) -> None:
         """Prints `error`, once, if it is this process that does."""
@@ -31,16 +33,17 @@ class Outcome:
 
 
 @contextmanager
-def reporting() -> Iterator[Outcome]:
-    """Turns a `HarnessError` into a line on standard error and an exit code.
+def reporting(outcome: Outcome | None = None) -> Iterator[Outcome]:
+    """Turns a `HarnessError` into a line on standard error and an exit code, noted in `outcome`.
 
     The lowest of the ranks on which it arose prints it; the first of each machine, if they had not met yet.
     HARNESS_TRACEBACK=1 shows where it came from.
     """
-    outcome = Outcome()
+    outcome = outcome or Outcome()
     try:
         yield outcome
     except HarnessError as error:
+        outcome.is_final = not error.restart_may_help
         if env.wants_traceback():
             raise
         outcome.tell(error)

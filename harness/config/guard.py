@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from harness.config.checks import require, require_not_negative, require_positive
 
-__all__ = ["GuardConfig", "SpikeRuleName"]
+__all__ = ["SPIKE_RULES", "GuardConfig"]
 
+SPIKE_RULES = ("robust", "zclip", "persistent", "sigma")
+"""The bundled rules: each is the file of its name in `harness/stability/rules`."""
 
-SpikeRuleName = Literal["robust", "zclip", "persistent", "sigma"]
-"""The rules of `harness.stability.detectors`."""
+_ROBUST_SETTINGS = ("threshold", "window", "warmup")
+"""The robust rule's, which are keys of their own: guard.spike_threshold and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +26,17 @@ class GuardConfig:
     """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
     spike: Literal["off", "warn", "clip", "skip"] = "warn"
     """On a finite but extraordinary loss or gradient norm: say so, clip to the usual norm, leave it out."""
-    spike_rule: SpikeRuleName = "robust"
-    """What counts as extraordinary; docs/stability.md has the rules. The three settings that follow are the
-    robust rule's; the others keep the values of their papers."""
+    spike_rule: str = "robust"
+    """What counts as extraordinary: robust, zclip, persistent, sigma (docs/stability.md), or
+    `package.module:Class` for a rule of your own (docs/extending.md)."""
     spike_threshold: float = 7.0
-    """Robust z-score from which a step counts as a spike."""
+    """Of the robust rule: score from which a step counts as a spike."""
     spike_window: int = 128
-    """Unflagged steps that the spike rule looks back on."""
+    """Of the robust rule: unflagged steps that it looks back on."""
     spike_warmup: int = 64
-    """Steps before the spike rule speaks."""
+    """Of the robust rule: steps before it speaks."""
+    spike_args: tuple[str, ...] = ()
+    """Settings of another rule as `name=value`, such as `[threshold=3, decay=0.99]`; its class lists them."""
     absurd_norm_ratio: float | None = 1e4
     """A finite gradient of more than this many times the usual norm is left out, whatever `spike` says; null
     or 0: never."""
@@ -88,11 +92,19 @@ class GuardConfig:
 
     def _check_spikes(self) -> None:
         require(
-            self.spike_rule in get_args(SpikeRuleName),
+            self.spike_rule in SPIKE_RULES or ":" in self.spike_rule,
             "guard.spike_rule",
             self.spike_rule,
-            f"the rules are {', '.join(get_args(SpikeRuleName))}",
+            f"the rules are {', '.join(SPIKE_RULES)}, and package.module:Class for one of your own",
         )
+        for given in self.spike_args:
+            require(
+                given.partition("=")[0].strip().isidentifier() and "=" in given,
+                "guard.spike_args",
+                given,
+                "each of them is name=value",
+            )
+        self._check_whose_settings()
         require_positive("guard", self, ["spike_threshold", "spike_window"])
         require(
             0 <= self.spike_warmup <= self.spike_window,
@@ -107,3 +119,21 @@ class GuardConfig:
             "it has to be greater than 1",
             "set it to null or 0 to apply every finite gradient",
         )
+
+    def _check_whose_settings(self) -> None:
+        """A setting that the rule would not see is refused."""
+        if self.spike_rule == "robust":
+            names = ", ".join(f"guard.spike_{name}" for name in _ROBUST_SETTINGS)
+            require(
+                not self.spike_args, "guard.spike_args", self.spike_args, f"the robust rule's are {names}"
+            )
+            return
+        for name in _ROBUST_SETTINGS:
+            value = getattr(self, f"spike_{name}")
+            require(
+                value == getattr(type(self), f"spike_{name}"),
+                f"guard.spike_{name}",
+                value,
+                f"it is a setting of the robust rule, and the rule is {self.spike_rule}",
+                f"try --guard.spike_args '[{name}={value}]'",
+            )

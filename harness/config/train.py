@@ -145,7 +145,8 @@ class TrainConfig:
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads a YAML file; `overrides` are `section.key=value`, as on the command line.
+        """Reads a YAML file, or the preset of that name; `overrides` are `section.key=value`, as on the
+        command line.
 
         Raises:
             ConfigError: the file cannot be read, or a key or value is wrong.

@@ -3,8 +3,8 @@
 All of it comes from the schema, so that a new key appears by itself. What a person has filled in goes the way
 of the command line, and is refused in the same words.
 
-Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory, which is the
-repository's own where the dashboard is started there.
+Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory; the presets of the
+package are there to start from too, unless a file of that name is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import yaml
 from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
+from harness.config.presets import preset_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = [
@@ -120,8 +121,10 @@ def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
 
 
 def presets(folder: Path = CONFIGS) -> list[str]:
-    """The names of the configurations to start from: the defaults first, then the folder's."""
+    """The names of the configurations to start from: the defaults first, then the folder's and the
+    package's."""
     names = {path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+    names.update(preset_names())
     return [DEFAULTS, *sorted(names - {DEFAULTS})]
 
 
@@ -131,7 +134,10 @@ def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
     Raises:
         ConfigError: there is none, or its file is wrong.
     """
-    return TrainConfig() if name == DEFAULTS else TrainConfig.from_file(_path(name, folder))
+    if name == DEFAULTS:
+        return TrainConfig()
+    path = _path(name, folder)
+    return TrainConfig.from_file(preset_file(name) if name in preset_names() and not path.exists() else path)
 
 
 def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path = CONFIGS) -> Path:

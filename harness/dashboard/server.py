@@ -19,18 +19,20 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from harness.dashboard import programs
 from harness.dashboard.access import Access, Gate, is_loopback
+from harness.dashboard.bundle import ASSETS
 from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.comparison import compare_view
 from harness.dashboard.tensorboards import TensorBoards
-from harness.dashboard.views import Axis, curves_view, layers_view, run_view
+from harness.dashboard.views import Axis, curves_view, layers_view, run_view, settings_view
 from harness.errors import ConfigError, HarnessError
 from harness.runlog.digest import Digest
+from harness.runlog.names import page_names
 
-__all__ = ["ASSETS", "application", "serve"]
+__all__ = ["application", "serve"]
 
 logger = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parent / "assets"
+
 MAX_NAMES = 2000
 MAX_COMPARED = 12
 
@@ -133,6 +135,11 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
             }
         )
 
+    @app.get("/api/names")
+    def names() -> Response:
+        """What metrics and events are called, for the page's scripts."""
+        return _json(page_names())
+
     @app.get("/api/run")
     def run(run: str, sight: Sight, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run in one answer; next to nothing if it has been `seen`."""
@@ -143,6 +150,11 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
             layers = layers_view(digest, statistic, within=sight.within) if statistic else None
             view = {**run_view(digest), "curves": sight.curves(digest), "layers": layers}
             return _json({"version": version, **view})
+
+    @app.get("/api/settings")
+    def settings(run: str) -> Response:
+        with catalogue.reading(run) as digest:
+            return _json(settings_view(digest))
 
     @app.get("/api/curves")
     def curves(run: str, sight: Sight) -> Response:

@@ -7,7 +7,7 @@ and says how many of them were not finite, so that nothing that happened is hidd
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,22 @@ from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.names import EventName, Metric, Prefix
 from harness.runlog.reader import Event
+from harness.tracking.compare import settings_of
+from harness.tracking.text import printable
 
-__all__ = ["Axis", "curves_view", "events_view", "layers_view", "run_view"]
+__all__ = [
+    "Axis",
+    "curves_view",
+    "embedded_curves",
+    "embedded_layers",
+    "events_view",
+    "layers_view",
+    "run_view",
+    "settings_view",
+]
 
 Axis = Literal["step", "tokens", "hours", "clock"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 MAX_EVENTS = 500
 MAX_NAMES = 5000
 """Names of metrics sent at once; beyond them the page asks for what it searches."""
@@ -106,18 +118,34 @@ def curves_view(
         within: First and last step to show; None for all.
         max_points: Points per curve at most.
     """
-    ruler = _Ruler(digest, axis)
+    view = embedded_curves(digest, names, axes=(axis,), within=within, max_points=max_points)
+    xs = [{"x": place[axis], "steps": place["steps"]} for place in view["xs"]]
+    return {"xs": xs, "curves": view["curves"], "axis": axis}
+
+
+def embedded_curves(
+    digest: Digest,
+    names: Iterable[str],
+    *,
+    axes: Sequence[Axis] = AXES,
+    within: tuple[int, int] | None = None,
+    max_points: int = 800,
+) -> dict[str, Any]:
+    """The same with every x on several axes, for a page that has no server to ask for another."""
+    rulers = {axis: _Ruler(digest, axis) for axis in axes}
+    is_timed = not {"hours", "clock"}.isdisjoint(axes)
     xs: list[dict[str, Any]] = []
     known: dict[bytes, int] = {}
     curves = {}
     for name in names:
         bands = digest.bands(name, within=within, max_points=max_points)
-        key = bands.steps.tobytes() + (bands.times.tobytes() if axis in ("hours", "clock") else b"")
+        key = bands.steps.tobytes() + (bands.times.tobytes() if is_timed else b"")
         if key not in known:
             known[key] = len(xs)
-            xs.append({"x": ruler.measure(bands), "steps": bands.steps})
+            xs.append({axis: ruler.measure(bands.steps, bands.times) for axis, ruler in rulers.items()})
+            xs[-1]["steps"] = bands.steps
         curves[name] = {"x": known[key], **_curve(bands)}
-    return {"xs": xs, "curves": curves, "axis": axis}
+    return {"xs": xs, "curves": curves}
 
 
 def layers_view(
@@ -134,6 +162,25 @@ def layers_view(
     }
 
 
+def embedded_layers(
+    digest: Digest, statistic: str, *, axes: Sequence[Axis] = AXES, max_columns: int
+) -> dict[str, Any]:
+    """The heat map with its x on several axes, as in `embedded_curves`."""
+    view = layers_view(digest, statistic, max_columns=max_columns)
+    steps = view["steps"]
+    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{view['names'][0]}", max_points=max_columns)
+    times = np.interp(steps, clock.steps, clock.times)
+    view["x"] = {axis: _Ruler(digest, axis).measure(steps, times) for axis in axes}
+    view["x"]["steps"] = steps
+    return view
+
+
+def settings_view(digest: Digest) -> list[tuple[str, str]]:
+    """The run's settings under dotted names, as words."""
+    settings = list(settings_of(digest).items())[:MAX_NAMES]
+    return [(printable(name, MAX_TEXT), printable(str(value), MAX_TEXT)) for name, value in settings]
+
+
 class _Ruler:
     """Turns steps and times into what the x axis counts."""
 
@@ -142,14 +189,14 @@ class _Ruler:
         self._started = digest.started or 0.0
         self._tokens = digest.bands(Metric.TOKENS) if axis == "tokens" else None
 
-    def measure(self, bands: Bands) -> npt.NDArray[Any]:
+    def measure(self, steps: npt.NDArray[np.int64], times: Floats) -> npt.NDArray[Any]:
         if self._axis == "hours":
-            return (bands.times - self._started) / 3600
+            return (times - self._started) / 3600
         if self._axis == "clock":
-            return bands.times
+            return times
         if self._tokens is not None and len(self._tokens.steps):
-            return np.interp(bands.steps, self._tokens.steps, self._tokens.high)
-        return bands.steps
+            return np.interp(steps, self._tokens.steps, self._tokens.high)
+        return steps
 
 
 def _curve(bands: Bands) -> dict[str, Any]:

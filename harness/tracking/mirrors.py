@@ -134,14 +134,18 @@ class MirrorHandle:
         """Whether the side process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def leave(self) -> None:
+        """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
+        with self._lock:
+            self._is_told = True
+            self._tell()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
 
         After `timeout_s` the side process is left to finish by itself.
         """
-        with self._lock:
-            self._is_told = True
-            self._tell()
+        self.leave()
         if not self._over.wait(timeout_s):
             with self._lock:
                 self._is_left = True

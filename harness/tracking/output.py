@@ -139,7 +139,7 @@ class Output:
 
     @harmless(lambda self: None)
     def _close_log(self, log: RunLog, state: str) -> None:
-        log.close(state if state in ("finished", "stopped", "crashed") else "finished")
+        log.close(state if state in ("finished", "stopped", "unstable", "crashed") else "finished")
 
     @harmless(lambda self: None)
     def _close_mirrors(self) -> None:

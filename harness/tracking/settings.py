@@ -31,13 +31,15 @@ class MirrorSettings(TrackingConfig):
     """The run's display name; default: the run directory's name."""
     run_id: str | None = None
     """Identifies the run at W&B and in trackio; default: made when the run starts, and kept."""
+    picture: bool = False
+    """Draw the run into `curves.png` when it has ended."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> MirrorSettings:
         """What a training run's configuration asks for."""
         section = config.tracking
         asked = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-        return cls(name=config.name, **asked)
+        return cls(name=config.name, picture=True, **asked)
 
     def to_json(self) -> str:
         """For the side process's command line."""

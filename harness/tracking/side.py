@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import orjson
 import psutil
 
+from harness.atomic import replacing
 from harness.priority import pass_on_to, stop_yielding
 from harness.runlog.nodes import NodeLog
-from harness.runlog.paths import log_dir, side_output_file
+from harness.runlog.paths import log_dir, picture_file, side_output_file
 from harness.runlog.process import lives
 from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
@@ -104,6 +105,8 @@ def _follow(path: Path, settings: MirrorSettings, trainer: _Trainer, node: str) 
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
+    if settings.picture:
+        _draw_picture(path)
     _wait_for((alerts, *mirrors), path)
 
 
@@ -141,6 +144,17 @@ def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str
     if follower.done.is_set() or follower.trouble is not None:
         return follower.trouble
     return f"after {timeout_s:.0f} s " + ("it hangs" if follower.has_turn else "another process keeps it")
+
+
+def _draw_picture(run_dir: Path) -> None:
+    """Leaves `curves.png` in the run directory: whole, or the one before."""
+    from harness.tracking.plots import plot_run
+
+    try:
+        with replacing(picture_file(run_dir)) as unfinished:
+            plot_run(run_dir, unfinished)
+    except Exception as error:  # noqa: BLE001  (the mirrors are worth more)
+        logger.warning("%s cannot be drawn: %s: %s", picture_file(run_dir), type(error).__name__, error)
 
 
 def _hurry() -> None:
@@ -208,7 +222,7 @@ def _sync_forever(folder: Path, ended: threading.Event) -> None:
 
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
     output = os.open(side_output_file(run_dir), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)

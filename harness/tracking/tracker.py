@@ -241,9 +241,10 @@ class ExperimentTracker:
             `figure` (matplotlib), `metrics_summary` (as `get_experiment_summary`), `path` of the file or
             None; rank 0 writes it.
         """
+        from harness.runlog.preview import open_whole
         from harness.tracking.plots import draw_run
 
-        figure = draw_run(Run(self.run_dir))
+        figure = draw_run(open_whole(self.run_dir))
         path = None
         if save_path is not None and self.is_main and self._output.is_own_process:
             path = self._save_figure(figure, save_path)

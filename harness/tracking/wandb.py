@@ -107,14 +107,15 @@ class WandbMirror(Mirror):
         _tear_down()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
+        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed or
+        gave up."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
         settings = self._mirrored.settings
         if settings.wandb_tensorboard and settings.tensorboard:
             folder = self._mirrored.tensorboard_dir
             self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
-        self._run.finish(exit_code=1 if state == "crashed" else 0)
+        self._run.finish(exit_code=1 if state in ("crashed", "unstable") else 0)
         while (written := self.commit()) is None:
             time.sleep(0.05)
         if settings.wandb == "online" and self._mode == "offline":

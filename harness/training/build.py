@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-import orjson
 import torch
 
 from harness import __version__, env, logs
-from harness.atomic import write_atomically
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
@@ -27,16 +25,18 @@ from harness.dist import (
     report_once,
     use_threads,
 )
-from harness.errors import ConfigError, HarnessError, InstabilityError
+from harness.errors import ConfigError, HarnessError
 from harness.runlog.names import EventName
-from harness.runlog.paths import checkpoints_dir, picture_file, summary_file
+from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
-from harness.tracking import plot_run
+from harness.stability.detectors import configured_rule
+from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
+from harness.training.end import Start, end_run
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -44,8 +44,7 @@ from harness.training.optim import build_optimizer
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import StepRunner
-from harness.training.stop import StopRequest
-from harness.training.summary import TrainResult, render_summary
+from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
 
@@ -59,6 +58,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[HarnessError], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
@@ -66,6 +66,7 @@ def train(
         callbacks: Called at set points of the loop, after those that `config.callbacks` names; the same on
             all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
+        stop: Where the caller handles signals; default: they are handled here, in the main thread.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
@@ -74,12 +75,16 @@ def train(
     config.check_world(env.launched().world_size)
     if config.debug:
         config = with_every_check(config)
-    with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
+    with (
+        StopRequest() if stop is None else nullcontext(stop) as stopping,
+        open_world(config.parallel, stopping=lambda: stopping.requested) as world,
+        debugging(config.debug),
+    ):
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
         _set_determinism(config)
-        return _train(config, world, stop, callbacks, tell)
+        return _train(config, world, stopping, callbacks, tell)
 
 
 def build_run(
@@ -90,6 +95,7 @@ def build_run(
     agree_on_settings(config)
     files = agree_on_files(config)
     task = on_all_ranks(lambda: build_task(config, files=files))
+    on_all_ranks(lambda: configured_rule(config.guard))
     named_callbacks = on_all_ranks(lambda: load_callbacks(config))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
@@ -124,7 +130,7 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    faults.begin_at(counters.step)
+    faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     journal = _journal(
         config,
@@ -182,53 +188,19 @@ def _train(
     """The run, and an end that is written down however it comes."""
     with report_once(tell):
         run = build_run(config, world, stop, callbacks)
-    first_tokens, started = run.counters.tokens, time.perf_counter()
-    status = "crashed"
+    start, ending, error = Start.of(run), Ending(status="finished"), None
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         # Before anything is closed, which may take one rank longer than another.
         with report_once(tell):
             try:
-                status = train_loop(run)
+                ending = train_loop(run)
             finally:
                 run.journal.leave_terminal()
-    except InstabilityError as error:
-        status = "stopped"
-        run.journal.event(EventName.STOP, run.counters.step, reason=str(error))
-        raise
-    finally:
-        run.callbacks.end_after_error(run, status)
-        run.guard.close()
-        run.loader.close()
-        run.checkpointer.close()
-        run.journal.close(status)
-    seconds = time.perf_counter() - started
-    counters = run.counters
-    result = TrainResult(
-        status=status,
-        steps=counters.step,
-        tokens=counters.tokens,
-        tokens_per_s=(counters.tokens - first_tokens) / seconds,
-        seconds=seconds,
-        last_val_loss=counters.last_val_loss,
-        best_val_loss=counters.best_val_loss,
-        num_skips=counters.num_skips,
-        num_clips=counters.num_clips,
-        incidents=counters.incidents,
-        num_outliers=counters.num_outliers,
-        directory=run.directory,
-    )
-    if run.world.is_main:
-        _leave_summary(result, run.config)
-    return result
-
-
-def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
-    text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
-    write_atomically(summary_file(result.directory), text, sync=True)
-    plot_run(result.directory, picture_file(result.directory))
-    logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
+    except BaseException as failure:  # noqa: BLE001  (raised again, once the run has been ended)
+        error = failure
+    return end_run(run, ending, error, start)
 
 
 def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: int) -> str:

@@ -26,6 +26,7 @@ from harness.tracking.histograms import histograms
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
+from harness.training.summary import Ending
 
 __all__ = ["Journal", "MainJournal", "NodeJournal"]
 
@@ -56,8 +57,8 @@ class Journal(Callback):
     def leave_terminal(self) -> None:
         """Ends the line of progress: what comes next is somebody else's."""
 
-    def close(self, status: str) -> None:
-        """The end of this attempt; mirrors are drained."""
+    def close(self, ending: Ending) -> None:
+        """The end of this attempt. The side process is told, and not waited for."""
 
 
 class NodeJournal(Journal):
@@ -66,8 +67,8 @@ class NodeJournal(Journal):
     def __init__(self, directory: Path, config: TrainConfig) -> None:
         self._sampler = start_sampler(directory, MirrorSettings.from_config(config))
 
-    def close(self, status: str) -> None:
-        self._sampler.close(timeout_s=5.0)
+    def close(self, ending: Ending) -> None:
+        self._sampler.leave()
 
 
 class MainJournal(Journal):
@@ -203,19 +204,16 @@ class MainJournal(Journal):
     def leave_terminal(self) -> None:
         self._console.close()
 
-    def close(self, status: str) -> None:
+    def close(self, ending: Ending) -> None:
         self.leave_terminal()
-        self._close_log(status)
-        self._close_mirrors(status)
+        self._close_log(ending)
+        self._mirrors.leave()
 
     @harmless(_nothing)
-    def _close_log(self, status: str) -> None:
-        self._log.close(status)
-
-    @harmless(_nothing)
-    def _close_mirrors(self, status: str) -> None:
-        # Who waits for the words of an error is not kept; the mirrors are completed without us.
-        self._mirrors.close(timeout_s=5.0 if status == "crashed" else 30.0)
+    def _close_log(self, ending: Ending) -> None:
+        about = {"reason": ending.reason, "rank": ending.rank}
+        self._log.end(ending.status, {name: value for name, value in about.items() if value is not None})
+        self._log.close()
 
 
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ FLOORS = {
     "logs": 0,
     "priority": 0,
     "records": 0,
+    "stop": 0,
     "wrappers": 0,
     "helper": 1,
     "helper_main": 1,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from harness.config import TrainConfig, parse_arguments
 from harness.data import LossSum, Task
 from harness.dist import World
+from harness.stop import StopRequest
 from harness.tracking.mirrors import MirrorHandle
 from harness.training import Callback
 from harness.training.build import build_run
 from harness.training.loop import Run, train_loop
-from harness.training.stop import StopRequest
 
 __all__ = ["ALONE", "Drawing", "Points", "own_config", "points_task", "run_loop", "squared_error"]
 

@@ -81,7 +81,7 @@ class Readers:
         return rows
 
     def questions(self, run: str, other: str, out: Path) -> list[Question]:
-        """All there is to ask of a run but its report; `other` is compared with it, `out` takes exports."""
+        """All there is to ask of a run; `other` is compared with it, `out` takes exports."""
         addresses = [
             Question(f"/api/{path} {parameters}", functools.partial(self._asked, path, parameters))
             for path, parameters in self._addresses(run, other)
@@ -89,10 +89,6 @@ class Readers:
         commands = [self._question(command) for command in self._commands(run, other, out)]
         mirror = Question(f"TensorBoard's mirror of {run}", functools.partial(self._mirrored, run, out))
         return [*addresses, *commands, mirror]
-
-    def report(self, run: str, out: Path) -> Question:
-        """The report, which takes as long as matplotlib takes."""
-        return self._question(["report", run, "-o", str(out / "report.html")])
 
     def all_runs(self) -> Question:
         """The table of the command line."""
@@ -110,6 +106,7 @@ class Readers:
             *(("run", {"run": run, **sight, "axis": axis}) for axis in ("tokens", "hours", "clock")),
             ("run", {"run": run, **sight, "first": 3, "last": 9}),
             ("curves", {"run": run, "name": names, "first": -(10**30), "last": 10**30}),
+            ("settings", {"run": run}),
             ("compare", {"run": [other, run]}),
             ("output", {"run": run}),
             ("output", {"run": run, "offset": 10**18}),
@@ -122,6 +119,7 @@ class Readers:
             ["compare", run, other],
             ["export", run, "--format", "csv", "-o", str(out / "metrics.csv")],
             ["export", run, "--format", "json", "-o", str(out / "metrics.json")],
+            ["report", run, "-o", str(out / "report.html")],
             ["verify", run],
         ]
 

@@ -9,9 +9,10 @@ import yaml
 from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
 from harness.config.keys import key_types, switches
 from harness.config.parser import argument_parser, parse
+from harness.config.presets import preset_file, preset_names
 from harness.errors import ConfigError
 
-PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PRESETS = [preset_file(name) for name in preset_names()]
 
 
 def test_overrides_win_over_the_file_in_the_order_given(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_the_presets_that_users_are_promised_exist() -> None:
 
 
 def test_the_quickstart_preset_is_the_default_run() -> None:
-    assert TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml") == TrainConfig()
+    assert TrainConfig.from_file("quickstart") == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_the_quickstart_preset_is_the_default_run() -> None:
         (["--guard.spike_warmup", "-1"], ["guard.spike_warmup", "-1"]),
         (["--guard.absurd_norm_ratio", "1"], ["guard.absurd_norm_ratio", "greater than 1", "null or 0"]),
         (["--guard.absurd_norm_ratio", "inf"], ["guard.absurd_norm_ratio", "inf"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "presets basic, ddp_cpu, debug"]),
         (["stray"], ["stray"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -103,7 +104,7 @@ def test_a_wrong_file_is_named(content: str, words: list[str], tmp_path: Path) -
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can() -> None:
-    config = TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml", ["loop.micro_batch=3"])
+    config = TrainConfig.from_file("quickstart", ["loop.micro_batch=3"])
     with pytest.raises(ConfigError, match=r"world size x loop.micro_batch = 2 x 3.*--loop.global_batch 18"):
         config.check_world(2)
 

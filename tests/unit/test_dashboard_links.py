@@ -142,7 +142,7 @@ NAMES = [
 def test_a_name_that_is_none_of_a_run_is_refused_in_words(name: str, root: Path) -> None:
     client: TestClient = Readers(root)._client
     spelled = name.encode(errors="surrogatepass")
-    for path in ("run", "curves", "output", "compare"):
+    for path in ("run", "settings", "curves", "output", "compare"):
         more = b"&run=mine" if path == "compare" else b""
         quoted = "".join(f"%{byte:02x}" for byte in spelled).encode()
         answer = client.get(f"/api/{path}?run=" + (quoted + more).decode())
