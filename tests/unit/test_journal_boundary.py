@@ -22,7 +22,7 @@ from harness.training.summary import Ending
 
 @pytest.fixture
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     return MainJournal(
         tmp_path,
         TrainConfig(),
@@ -75,7 +75,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
     def step_indices(*_: Any) -> list[int]:
         raise OSError("the order of the data cannot be read")
 
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     journal = MainJournal(
         tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
     )
