@@ -11,6 +11,7 @@ import torch
 
 from harness.config import TrainConfig
 from harness.records import StepRecord
+from harness.runlog.events import Checkpoint
 from harness.tracking import open_run
 from harness.tracking.mirrors import MirrorHandle
 from harness.training import journal as journals
@@ -42,7 +43,7 @@ def test_no_method_of_the_journal_raises(
         getattr(journal, name)(odd, odd)
     journal.on_eval(None, 0, {"val/loss": odd})
     journal.histograms(0, torch.nn.LazyLinear(2))
-    journal.event("checkpoint", 1, size=odd)
+    journal.event(Checkpoint(size_bytes=odd), 1)
     journal.on_eval(None, 1, {"val/loss": 2.0})
     assert caplog.text.count("on_eval failed") == 2  # once for each kind of error
     journal.close(Ending(status="finished"))
