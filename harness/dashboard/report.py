@@ -19,6 +19,7 @@ from harness.dashboard.views import embedded_curves, embedded_layers, run_view, 
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
 from harness.runlog.names import Prefix, page_names
+from harness.runlog.paths import report_file
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
 
@@ -29,7 +30,7 @@ MAX_POINTS, MAX_COLUMNS = 2000, 300
 """Of a curve, and of a heat map, where there are few of them."""
 TOTAL_POINTS, TOTAL_CELLS = 150_000, 200_000
 """Of all curves together, and of all heat maps; a point is 10 to 35 bytes, a cell 10."""
-FEWEST = 20
+FEWEST = 4
 """Points or columns, however many curves there are."""
 
 PAGE = """<!DOCTYPE html>
@@ -52,7 +53,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     Raises:
         TrackingError: there is no such run, or the file cannot be written.
     """
-    target = Path(path) if path is not None else Path(run_dir) / "report.html"
+    target = Path(path) if path is not None else report_file(run_dir)
     page = report_html(open_whole(run_dir))
     try:
         target.write_text(page, encoding="utf-8")

@@ -42,8 +42,9 @@ FLOORS = {
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
-    "tensorboard": {"harness/tracking/tensorboard.py"},
+    "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
+    "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
@@ -193,9 +194,7 @@ def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() 
     assert {str(path) for path in MODULES if {".new", ".tmp", ".unfinished"} & strings_of(path)} <= {
         "harness/atomic.py"
     }
-    assert {str(path) for path in MODULES if "-c" in strings_of(path)} <= {
-        "harness/dashboard/tensorboards.py"
-    }
+    assert not {str(path) for path in MODULES if "-c" in strings_of(path)}
 
 
 # What a run's directory holds, as `harness.runlog.paths` alone spells it.
