@@ -15,8 +15,8 @@ import orjson
 
 from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
+from harness.runlog.events import Checkpoint, Event
 from harness.runlog.names import EventName, Metric, Prefix
-from harness.runlog.reader import Event
 from harness.tracking.compare import settings_of
 from harness.tracking.text import printable
 
@@ -244,9 +244,9 @@ def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
     """What the log says was saved, and what is there of it now."""
     there = checkpoints(digest.path, within=digest.within)[-MAX_EVENTS:]
     saved = [
-        {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
+        {**_brief(e.details), "num_steps": e.what.num_steps, "time": e.time, "health": "deleted"}
         for e in digest.events(EventName.CHECKPOINT)
-        if type(e.details.get("num_steps")) is int
+        if isinstance(e.what, Checkpoint) and e.what.num_steps is not None
     ]
     by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}
     for one in there:
