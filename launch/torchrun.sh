@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPUs of this machine, or NPROC processes:  launch/torchrun.sh --config configs/gpt2_124m.yaml
+# All GPUs of this machine, or NPROC processes:  launch/torchrun.sh --config gpt2_124m
 # Several machines: start it on each, with the same RDZV (host:port of one of them) and NNODES.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -18,8 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.atomic import sync_folder
 from harness.checkpoint.manifest import Damaged, Manifest
-from harness.checkpoint.shards import sync_folder, write_file
+from harness.checkpoint.shards import write_file
 from harness.errors import CheckpointError
 from harness.files import read_file
 from harness.runlog.paths import HEALTHY, MANIFEST, CheckpointName, checkpoint_of

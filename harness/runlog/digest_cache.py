@@ -6,10 +6,8 @@ entries of all traces. It is only a shortcut: one that is missing, damaged or of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from harness.atomic import replacing
 from harness.errors import TrackingError
 from harness.files import read_file
 from harness.runlog.digest import Digest
@@ -27,7 +26,7 @@ __all__ = ["keep", "kept_path", "restored"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"harness digest 2\n"
+_FORMAT = b"harness digest 3\n"
 _HEAD = struct.Struct("<IQ")
 """CRC-32 of what follows it, and the length of the JSON."""
 LONGEST_BYTES = 2 << 30
@@ -40,23 +39,16 @@ def kept_path(folder: Path, run: str) -> Path:
 
 def keep(digest: Digest, path: Path) -> bool:
     """Writes the digest down, in one piece or not at all; False, with a word in the log, if it cannot be."""
-    unfinished = path.with_suffix(f".{os.getpid()}.new")
     try:
         about, arrays = digest.dump()
         header = orjson.dumps(about)
+        parts = [memoryview(header), *(np.ascontiguousarray(entries).data.cast("B") for entries in arrays)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            parts = [
-                memoryview(header),
-                *(np.ascontiguousarray(entries).data.cast("B") for entries in arrays),
-            ]
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             file.write(_FORMAT + _HEAD.pack(_checksum(parts), len(header)))
             file.writelines(parts)
-        unfinished.replace(path)
     except (OSError, TrackingError) as error:
         logger.info("no digest of %s is kept: %s", digest.path, error)
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         return False
     return True
 

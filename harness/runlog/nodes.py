@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.runlog.codec import encode
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import nodes_dir
 from harness.runlog.segments import SegmentWriter
 
 __all__ = ["NodeLog"]
@@ -26,7 +26,7 @@ class NodeLog:
 
     def __init__(self, run_dir: Path) -> None:
         name = f"{socket.gethostname()[:60]}-{uuid.uuid4().hex[:8]}"
-        self._segments = SegmentWriter(log_dir(run_dir) / "nodes" / name)
+        self._segments = SegmentWriter(nodes_dir(run_dir) / name)
         self._mutex = threading.Lock()
 
     def write(self, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from harness.runlog.codec import Record
+from harness.runlog.names import Prefix
 
 __all__ = ["scalars_of"]
 
@@ -15,14 +16,14 @@ def scalars_of(record: Record) -> dict[str, float]:
         return {name: value for name, value in record.values.items() if isinstance(value, (int, float))}
     if record.kind == "layers":
         return {
-            f"layers/{statistic}/{name}": value
+            f"{Prefix.LAYERS}{statistic}/{name}": value
             for statistic, row in record.values.items()
             for name, value in row.items()
             if isinstance(value, (int, float))
         }
     if record.kind == "ranks":
         return {
-            f"ranks/{name}/{part}": value
+            f"{Prefix.RANKS}{name}/{part}": value
             for name, row in record.values.items()
             for part, value in _spread(row).items()
         }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from harness.files import list_folder, open_file
 from harness.runlog.codec import Record, decode
+from harness.runlog.paths import NODES
 
 __all__ = [
     "LONGEST_LINE_BYTES",
@@ -58,8 +59,8 @@ def segments(folder: Path, *, within: Path | None = None) -> list[Path]:
 
 def node_folders(log: Path, *, within: Path | None = None) -> list[str]:
     """The folders of a log: its own, and those of side processes, which have logs of their own."""
-    nodes = list_folder(log / "nodes", within=within).folders
-    return [".", *(f"nodes/{name}" for name in nodes if name.isprintable())]
+    nodes = list_folder(log / NODES, within=within).folders
+    return [".", *(f"{NODES}/{name}" for name in nodes if name.isprintable())]
 
 
 class SegmentWriter:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import logging
 import operator
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,14 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import TrackingError
+from harness.locks import LockHeldError, ProcessLock
 from harness.runlog.codec import KINDS, decode, encode
-from harness.runlog.paths import log_dir
+from harness.runlog.paths import log_dir, writer_lock
 from harness.runlog.process import identity
 from harness.runlog.segments import SEGMENT_BYTES, SegmentWriter, segments
 
 __all__ = ["RunLog"]
-
-logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -57,7 +51,7 @@ class RunLog:
         self._has_steps = False
         with _explained(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _WriterLock(self._folder / "lock")
+            self._lock = _writer_lock(self.run_dir)
             try:
                 self.attempt = _last_attempt(self._folder) + 1
                 self._segments = SegmentWriter(self._folder, segment_bytes=segment_bytes)
@@ -171,47 +165,12 @@ def _last_attempt(folder: Path) -> int:
     return -1
 
 
-class _WriterLock:
-    """Held by one process at a time, gone with it.
-
-    A POSIX record lock: unlike `flock` it is not inherited by forked loader workers, so none of them can
-    keep it after the trainer's death, and it works across the machines of a network file system. It knows
-    processes only, hence the set of what this process holds.
-    """
-
-    _held: set[tuple[int, int]] = set()  # noqa: RUF012  (shared by all instances on purpose)
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        known = self._key() if path.exists() else None
-        # Closing any descriptor of the file would drop a lock that this process holds: look first.
-        if known in self._held:
-            raise self._refused(f"process {os.getpid()} itself")
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(self._fd, 200).decode(errors="replace") or "another process"
-                os.close(self._fd)
-                raise self._refused(holder) from None
-            logger.warning("%s cannot be locked (%s): make sure that one process writes it", path, error)
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._held.add(self._key())
-
-    def release(self) -> None:
-        self._held.discard(self._key())
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
-
-    def _key(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_dev, status.st_ino
-
-    def _refused(self, holder: str) -> TrackingError:
-        return TrackingError(
-            f"the log {self._path.parent} is being written by {holder}",
+def _writer_lock(run_dir: Path) -> ProcessLock:
+    try:
+        return ProcessLock(writer_lock(run_dir))
+    except LockHeldError as held:
+        raise TrackingError(
+            f"the log {log_dir(run_dir)} is being written by {held}",
             rule="a run has one writer",
             remedy="stop the other one, or give this run another name",
-        )
+        ) from None

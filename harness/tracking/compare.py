@@ -13,6 +13,8 @@ import numpy as np
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
 from harness.runlog.digest import Digest
+from harness.runlog.names import Metric, Prefix
+from harness.runlog.paths import config_file
 from harness.runlog.reader import Run, open_run
 from harness.tracking.text import damage, number, printable, table
 
@@ -20,8 +22,8 @@ __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
 logger = logging.getLogger(__name__)
 
-PARTING_METRIC = "train/loss"
-_OF_THE_MACHINE = ("time/", "speed/", "system/")
+PARTING_METRIC = Metric.TRAIN_LOSS
+_OF_THE_MACHINE = (Prefix.TIME, Prefix.SPEED, Prefix.SYSTEM)
 """What these say of the same training is another number every time."""
 
 
@@ -103,7 +105,7 @@ def settings_of(run: Run | Digest) -> dict[str, Any]:
     Where its file `config.yaml` is missing or is no configuration, the log's copy is taken.
     """
     try:
-        config = plain_yaml_file(run.path / "config.yaml", within=run.within)
+        config = plain_yaml_file(config_file(run.path), within=run.within)
     except (OSError, ConfigError) as error:
         if not isinstance(error, FileNotFoundError):
             logger.info("%s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator
@@ -12,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
+from harness.atomic import replacing
 from harness.errors import TrackingError
 from harness.runlog.codec import to_plain
+from harness.runlog.paths import export_file
 from harness.runlog.reader import Run, open_run
 from harness.tracking.compare import settings_of
 
@@ -41,16 +42,13 @@ def export_run(
     if format not in FORMATS:
         raise TrackingError(f"the format is {format!r}", rule=f"it is one of {', '.join(FORMATS)}")
     run = open_run(run_dir)
-    target = Path(path) if path is not None else run.path / f"export.{format}"
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    target = Path(path) if path is not None else export_file(run.path, format)
+    write = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
     try:
-        {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](run, unfinished)
-        unfinished.replace(target)
+        with replacing(target) as unfinished:
+            write(run, unfinished)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
     return target
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import TrackingError
 from harness.files import read_file
-from harness.runlog.paths import checkpoints_dir, log_dir
+from harness.runlog.paths import checkpoints_dir, wandb_id_file
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import is_run
 from harness.tracking.boundary import words_of
@@ -123,7 +123,7 @@ def _logged_last(run_dir: Path, experiment: str) -> float | None:
 
 
 def _wandb_id(run_dir: Path) -> str | None:
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
+    kept = wandb_id_file(run_dir)
     try:
         return read_file(kept, most_bytes=LONGEST_ID_BYTES).decode(errors="replace")
     except OSError:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.env import launched
 from harness.errors import ConfigError
+from harness.runlog.names import Prefix
+from harness.runlog.paths import picture_file
 from harness.runlog.reader import Run
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
@@ -139,7 +141,9 @@ class ExperimentTracker:
         """Logs metrics of a whole epoch, at the step that was logged last."""
         if self._output.takes(self.config.log_metrics):
             numbers, refused = numbers_of(metrics)
-            named = {name if "/" in name else f"epoch/{name}": value for name, value in numbers.items()}
+            named = {
+                name if "/" in name else f"{Prefix.EPOCH}{name}": value for name, value in numbers.items()
+            }
             number, refused_epoch = numbers_of({"epoch": epoch})
             self._output.leave_out("log_epoch", {**refused, **refused_epoch})
             self._output.write("epoch", {**number, **named}, step=self._last_step)
@@ -237,9 +241,10 @@ class ExperimentTracker:
             `figure` (matplotlib), `metrics_summary` (as `get_experiment_summary`), `path` of the file or
             None; rank 0 writes it.
         """
+        from harness.runlog.preview import open_whole
         from harness.tracking.plots import draw_run
 
-        figure = draw_run(Run(self.run_dir))
+        figure = draw_run(open_whole(self.run_dir))
         path = None
         if save_path is not None and self.is_main and self._output.is_own_process:
             path = self._save_figure(figure, save_path)
@@ -356,7 +361,7 @@ class ExperimentTracker:
         try:
             self._checkpoints.close()
             if self._output.writes and self.config.log_images and self._step > 0:
-                self.create_visualization(self.run_dir / "curves.png")
+                self.create_visualization(picture_file(self.run_dir))
         finally:
             self._output.close(state)
 

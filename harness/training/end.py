@@ -19,8 +19,10 @@ from typing import Self
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.errors import DataError, TaskError
-from harness.training.directory import write_atomically
+from harness.runlog import events
+from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
 
@@ -55,7 +57,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         ending = Ending.of_error(error)
         _judge_restart(error, run.counters.step > start.step)
     if ending.status == "unstable":
-        run.journal.event("stop", run.counters.step, reason=ending.reason)
+        run.journal.event(events.Stop(reason=ending.reason), run.counters.step)
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
     result = _result(run, ending, start)
@@ -108,7 +110,7 @@ def _result(run: Run, ending: Ending, start: Start) -> TrainResult:
 def _leave_summary(result: TrainResult, run: Run) -> None:
     text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
     try:
-        write_atomically(result.directory / "summary.json", text)
+        write_atomically(summary_file(result.directory), text, sync=True)
     except OSError as error:
         logger.error("summary.json cannot be written: %s", error)
     if result.status in ("finished", "stopped"):

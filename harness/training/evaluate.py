@@ -14,6 +14,7 @@ from harness.config import TrainConfig
 from harness.data import LossSum, Task, evaluation_batches, run_loss, seed_everything, to_device
 from harness.dist import World, all_reduce_sum, plain
 from harness.errors import ConfigError
+from harness.runlog.names import Metric
 from harness.training.buffers import buffers_of_rank_0, constant_buffers
 from harness.training.step import autocast
 
@@ -88,9 +89,9 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _metrics(loss: float, accuracy: float, bytes_per_token: float | None) -> dict[str, float]:
-    metrics = {"val/loss": loss, "val/perplexity": _exp(loss), "val/accuracy": accuracy}
+    metrics = {Metric.VAL_LOSS: loss, Metric.VAL_PERPLEXITY: _exp(loss), Metric.VAL_ACCURACY: accuracy}
     if bytes_per_token is not None:
-        metrics["val/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        metrics[Metric.VAL_BITS_PER_BYTE] = loss / math.log(2) / bytes_per_token
     return metrics
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
+from harness.runlog import events
+from harness.runlog.names import Metric, Prefix
 from harness.runlog.writer import RunLog
 from harness.stability import Incident
 from harness.tracking import MirrorSettings, start_mirrors, start_sampler
@@ -47,7 +49,7 @@ class Journal(Callback):
     def histograms(self, step: int, model: nn.Module) -> None:
         """How gradients and parameters are distributed; synchronises rank 0 with its device."""
 
-    def event(self, /, name: str, step: int, **details: Any) -> None:
+    def event(self, what: events.LoggedEvent, step: int) -> None:
         """Something that happened."""
 
     def say(self, text: str) -> None:
@@ -113,9 +115,9 @@ class MainJournal(Journal):
     def on_step(self, run: Training, record: StepRecord) -> None:
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
-        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
         if self._mfu_per_speed is not None:
-            values["speed/mfu_frac"] = values["speed/tokens_per_s"] * self._mfu_per_speed
+            values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)
@@ -124,21 +126,9 @@ class MainJournal(Journal):
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
-            kind = "outlier batch" if incident.is_outlier else incident_kind(record)
-            details = {"kind": kind, "loss": record.loss, "grad_norm": record.grad_norm}
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
-            self._log.write(
-                "event",
-                {
-                    "name": "outlier" if incident.is_outlier else "incident",
-                    "summary": incident.summary(),
-                    **details,
-                    **dataclasses.asdict(incident),
-                    "module": incident.module,
-                },
-                step=record.step,
-            )
+            self._log.write("event", incident_event(incident, record).to_values(), step=record.step)
         self._show(record, values, in_flight.step_s)
 
     @harmless(_no_samples)
@@ -160,7 +150,7 @@ class MainJournal(Journal):
     @harmless(_nothing)
     def on_eval(self, run: Training, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
-        shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name.removeprefix(Prefix.VAL)} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
 
     @harmless(_nothing)
@@ -177,16 +167,20 @@ class MainJournal(Journal):
     @harmless(_nothing)
     def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
-        self._log.write("step", {"time/checkpoint_blocked_s": outcome.blocked_s}, step=last_step)
-        details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
+        self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
+        about: dict[str, Any] = {
+            "num_steps": outcome.step,
+            "blocked_s": outcome.blocked_s,
+            "seconds": outcome.seconds,
+        }
         if outcome.error is None:
-            self.event("checkpoint", last_step, size_bytes=outcome.size_bytes, **details)
+            self.event(events.Checkpoint(size_bytes=outcome.size_bytes, **about), last_step)
         else:
-            self.event("checkpoint_failed", last_step, error=str(outcome.error), **details)
+            self.event(events.CheckpointFailed(error=str(outcome.error), **about), last_step)
 
     @harmless(_nothing)
-    def event(self, /, name: str, step: int, **details: Any) -> None:
-        self._log.write("event", {"name": name, **details}, step=step)
+    def event(self, what: events.LoggedEvent, step: int) -> None:
+        self._log.write("event", what.to_values(), step=step)
 
     @harmless(_nothing)
     def say(self, text: str) -> None:
@@ -196,8 +190,10 @@ class MainJournal(Journal):
     def on_rollback(self, run: Training, rollback: Rollback) -> None:
         self._log.rewind(rollback.step)
         record = rollback.record
-        details = {"failed_step": record.step, "reason": record.reason}
-        self.event("rollback", rollback.step, **details, skipped_samples=rollback.skipped_samples)
+        what = events.Rollback(
+            failed_step=record.step, reason=record.reason, skipped_samples=rollback.skipped_samples
+        )
+        self.event(what, rollback.step)
 
     @harmless(_nothing)
     def leave_terminal(self) -> None:
@@ -218,26 +214,26 @@ class MainJournal(Journal):
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
     """A step's scalars under the names that log and mirrors show."""
     return {
-        "train/loss": record.loss,
-        "train/perplexity": math.exp(min(record.loss, 700.0)),
-        "train/accuracy": record.num_correct / record.num_tokens if record.num_tokens else 0.0,
-        "train/grad_norm": record.grad_norm,
-        "train/grad_norm_clipped": record.grad_norm * record.clip_coef,
-        "train/clip_coef": record.clip_coef,
-        "train/lr": lr,
-        "train/tokens": counters.tokens,
-        "guard/num_nan": record.num_nan,
-        "guard/num_inf": record.num_inf,
-        "guard/num_zero": record.num_zero,
-        "guard/max_abs": record.max_abs,
-        "guard/skips": counters.num_skips,
-        "guard/clip_frac": counters.num_clips / (record.step + 1),
-        "guard/loss_scale": record.loss_scale,
-        "guard/spike_score": record.spike_score,
-        "time/step_s": step_s,
-        "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
-        "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),
-        "speed/tokens_per_s": record.num_tokens / step_s if step_s else 0.0,
+        Metric.TRAIN_LOSS: record.loss,
+        Metric.TRAIN_PERPLEXITY: math.exp(min(record.loss, 700.0)),
+        Metric.TRAIN_ACCURACY: record.num_correct / record.num_tokens if record.num_tokens else 0.0,
+        Metric.GRAD_NORM: record.grad_norm,
+        Metric.GRAD_NORM_CLIPPED: record.grad_norm * record.clip_coef,
+        Metric.CLIP_COEF: record.clip_coef,
+        Metric.LR: lr,
+        Metric.TOKENS: counters.tokens,
+        Metric.NUM_NAN: record.num_nan,
+        Metric.NUM_INF: record.num_inf,
+        Metric.NUM_ZERO: record.num_zero,
+        Metric.MAX_ABS: record.max_abs,
+        Metric.SKIPS: counters.num_skips,
+        Metric.CLIP_FRAC: counters.num_clips / (record.step + 1),
+        Metric.LOSS_SCALE: record.loss_scale,
+        Metric.SPIKE_SCORE: record.spike_score,
+        Metric.STEP_S: step_s,
+        Metric.DATA_WAIT_S: max((row.data_wait_s for row in record.per_rank), default=0.0),
+        Metric.COMPUTE_S: max((row.compute_s for row in record.per_rank), default=0.0),
+        Metric.TOKENS_PER_S: record.num_tokens / step_s if step_s else 0.0,
     }
 
 
@@ -265,3 +261,15 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def incident_event(incident: Incident, record: StepRecord) -> events.Incident:
+    """An incident, or an outlier batch, as the log keeps it."""
+    about = {field.name: getattr(incident, field.name) for field in dataclasses.fields(incident)}
+    del about["step"]  # its record has that
+    about["culprits"] = tuple(dataclasses.asdict(culprit) for culprit in incident.culprits)
+    about |= {"summary": incident.summary(), "module": incident.module}
+    about |= {"loss": record.loss, "grad_norm": record.grad_norm}
+    if incident.is_outlier:
+        return events.Outlier(kind="outlier batch", **about)
+    return events.Incident(kind=incident_kind(record), **about)

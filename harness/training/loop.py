@@ -17,6 +17,7 @@ from harness.config import TrainConfig
 from harness.data import Loader, Task
 from harness.dist import World, any_rank, barrier, gather, plain
 from harness.records import StepRecord
+from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
 from harness.stop import StopRequest
 from harness.training.callbacks import Callbacks, InFlight
@@ -186,7 +187,7 @@ def _evaluate(run: Run) -> bool:
     )
     if metrics is None:
         return False
-    run.counters.count_evaluation(metrics["val/loss"])
+    run.counters.count_evaluation(metrics[Metric.VAL_LOSS])
     run.callbacks.on_eval(run, run.counters.step - 1, metrics)
     return True
 

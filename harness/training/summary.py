@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from harness.errors import HarnessError, InstabilityError
+from harness.runlog.paths import checkpoints_dir, log_dir, picture_file, tensorboard_dir
 
 __all__ = ["Ending", "Status", "TrainResult", "render_summary"]
 
@@ -88,13 +89,13 @@ def render_summary(result: TrainResult, *, tensorboard: bool) -> str:
         f"  held-out loss  last {result.last_val_loss:.4f}, best {result.best_val_loss:.4f}",
         f"  skipped steps  {result.num_skips}    clipped steps  {result.num_clips}",
         f"  incidents      {incidents}    outlier batches  {result.num_outliers}",
-        f"  log            {result.directory / 'log'}",
-        f"  checkpoints    {result.directory / 'checkpoints'}",
-        f"  picture        {result.directory / 'curves.png'}",
+        f"  log            {log_dir(result.directory)}",
+        f"  checkpoints    {checkpoints_dir(result.directory)}",
+        f"  picture        {picture_file(result.directory)}",
     ]
     lines.append(f"  look at it     harness show {result.directory}")
     if tensorboard:
-        lines.append(f"  TensorBoard    tensorboard --logdir {result.directory / 'tensorboard'}")
+        lines.append(f"  TensorBoard    tensorboard --logdir {tensorboard_dir(result.directory)}")
     return "\n".join(lines)
 
 

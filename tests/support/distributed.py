@@ -22,9 +22,18 @@ import torch.distributed
 __all__ = ["RanksFailed", "run_ranks"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports torch once and forks each rank from there: a rank starts in milliseconds.
+# The server imports once what ranks import, and forks each of them from there: a rank starts in milliseconds.
+# Nothing of this may start a thread. (torch.optim imports torch._dynamo when a first optimizer is made, which
+# takes longer than most of what ranks do here.)
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.support.distributed"]
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "harness.training",
+        "pytest",
+        "tests.support.distributed",
+    ]
 )
 
 
