@@ -56,7 +56,7 @@ def test_ranks_meet_their_own_attempt_in_whatever_order_they_come(seed: int) -> 
 
 def test_a_rank_that_is_missing_is_named_after_the_time_that_was_set() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(LostRankError, match="rank 1 did not come.*timeout_s"):
+    with pytest.raises(LostRankError, match=r"rank 1 did not come.*timeout_s"):
         fresh_store(server, rank=0, world_size=2, timeout_s=0.1, stopping=lambda: False)
 
 

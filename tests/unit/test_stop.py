@@ -132,7 +132,7 @@ def test_a_stop_at_any_point_is_committed_and_the_run_goes_on_as_if_it_had_not_b
 def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ["--loop.steps=6", "--loop.eval_every=3", "--loop.micro_batch=1", "--loop.eval_samples=200"]
+    common = ["--loop.steps=6", "--loop.eval_every=3", "--loop.micro_batch=1", "--loop.eval_samples=40"]
     whole = [f"--runs_dir={tmp_path / 'whole'}", *common]
     train(tiny_config(tmp_path, *whole))
     from harness.training import evaluate as module
@@ -143,13 +143,13 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
     def counted(*args: Any) -> Any:
         nonlocal evaluated
         evaluated += 1
-        stop.requested = stop.requested or evaluated > 20
+        stop.requested = stop.requested or evaluated > 5
         return run_loss(*args)
 
     monkeypatch.setattr(module, "run_loss", counted)
     parts = [f"--runs_dir={tmp_path / 'parts'}", *common]
     stopped = train(tiny_config(tmp_path, *parts), stop=stop)
     monkeypatch.undo()
-    assert (stopped.status, stopped.steps, evaluated) == ("stopped", 3, 21)
+    assert (stopped.status, stopped.steps, evaluated) == ("stopped", 3, 6)
     assert train(tiny_config(tmp_path, *parts)).status == "finished"
     assert _outcome(tmp_path / "parts") == _outcome(tmp_path / "whole")
