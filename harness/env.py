@@ -13,7 +13,7 @@ __all__ = [
     "accelerate_precision",
     "cache_dir",
     "child_environment",
-    "dashboard_password",
+    "dashboard_token",
     "has_launcher",
     "is_direct_child",
     "is_terminal",
@@ -148,9 +148,9 @@ def wants_traceback() -> bool:
     return _flag("HARNESS_TRACEBACK")
 
 
-def dashboard_password() -> str | None:
-    """`HARNESS_DASHBOARD_PASSWORD`: not an argument, which every user of the machine could read."""
-    return os.environ.get("HARNESS_DASHBOARD_PASSWORD")
+def dashboard_token() -> str | None:
+    """`HARNESS_DASHBOARD_TOKEN`: unlike an argument, no other user of the machine can read it."""
+    return os.environ.get("HARNESS_DASHBOARD_TOKEN")
 
 
 def set_default(name: str, value: str) -> None:

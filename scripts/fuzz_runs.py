@@ -80,7 +80,7 @@ def fuzz_folder(tally: Tally, seeds: range) -> Counter[str]:
             for question in readers.questions(run, "sound", out):
                 tally.ask(_kind(question.name, run), question, damage)
         rows = readers.table()
-        if set(rows) != set(readers.catalogue.names()) or rows["sound"]["last_step"] != 23:
+        if set(rows) != set(readers.run_index.names()) or rows["sound"]["last_step"] != 23:
             raise AssertionError(f"the table of seeds {seeds} lacks a run")
         tally.ask("harness runs", readers.all_runs(), f"seeds {seeds}")
         return Counter(row["state"] for row in rows.values())

@@ -312,8 +312,9 @@ class Checkpointer:
         why = last.problem if last else "the save under way does not end"
         return CheckpointError(
             f"nothing could be saved for {self._give_up_after_s:g} s: {why}",
-            rule="a run that cannot be resumed is not worth going on with",
-            remedy=f"look after {self._store.directory} and start again; it resumes from the last checkpoint",
+            rule="a run that can save nothing for so long is stopped (checkpoint.give_up_after_s)",
+            remedy=f"check the free space and the permissions of {self._store.directory}, then start again: "
+            "the run resumes from the last checkpoint",
         )
 
     def _raise_failure(self) -> None:

@@ -16,6 +16,8 @@ __all__ = ["TrackingConfig"]
 class TrackingConfig:
     """What is written down and where it is mirrored."""
 
+    SECTION = "tracking"
+
     log_every: int = 10
     """Steps between printed lines. The log has every step."""
     tensorboard: bool = True
@@ -46,18 +48,19 @@ class TrackingConfig:
     """Address that each alert is sent to as JSON by HTTP POST."""
 
     def __post_init__(self) -> None:
-        require_positive("tracking", self, ["log_every"])
-        require_not_negative("tracking", self, ["system_every_s", "histograms_every"])
+        require_positive(self, "log_every")
+        require_not_negative(self, "system_every_s", "histograms_every")
         for name in self.mirrors:
             require(
+                self,
+                "mirrors",
                 re.fullmatch(r"\w+(\.\w+)*:\w+", name) is not None,
-                "tracking.mirrors",
-                name,
                 "each has to be package.module:Class",
+                value=name,
             )
         require(
+            self,
+            "webhook",
             self.webhook is None or self.webhook.startswith(("http://", "https://")),
-            "tracking.webhook",
-            self.webhook,
             "it has to begin with http:// or https://",
         )

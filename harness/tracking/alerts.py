@@ -21,6 +21,7 @@ from typing import Any
 
 from harness.config import AlertConfig
 from harness.runlog.codec import Record
+from harness.runlog.events import Alert, event_text
 from harness.runlog.names import EventName
 from harness.runlog.nodes import NodeLog
 from harness.runlog.scalars import scalars_of
@@ -81,10 +82,9 @@ class Rule:
     def _event(self, record: Record) -> str | None:
         if record.kind != "event" or not fnmatchcase(str(record.values.get("name")), self.config.metric):
             return None
-        if "summary" in record.values:
-            return f"{record.values['name']}: {record.values['summary']}"
-        details = ", ".join(f"{k} {v}" for k, v in record.values.items() if k != "name" and v is not None)
-        return f"{record.values['name']} at step {record.step}" + (f": {details}" if details else "")
+        at = "" if "summary" in record.values else f" at step {record.step}"
+        details = event_text(record.values)
+        return f"{record.values['name']}{at}" + (f": {details}" if details else "")
 
     def _metrics(self, record: Record) -> str | None:
         if self.config.kind == "stall":
@@ -200,7 +200,7 @@ class AlertMirror(Mirror):
 
     def _speak(self, rule: str, metric: str, message: str, level: str) -> None:
         logger.warning("alert: %s", message)
-        alert = {"name": EventName.ALERT, "rule": rule, "metric": metric, "message": message, "level": level}
+        alert = Alert(rule=rule, metric=metric, message=message, level=level).to_values()
         self._node_log.write("event", alert, step=self._last_step)
         if self._webhook:
             self._webhook.post({**alert, "run": self._run, "step": self._last_step, "time": time.time()})

@@ -27,7 +27,7 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.priority import pass_on_to
 from harness.runlog.codec import Record
-from harness.runlog.names import EventName
+from harness.runlog.events import Alert, read_event
 from harness.runlog.paths import media_bytes, wandb_dir
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
@@ -144,10 +144,9 @@ class WandbMirror(Mirror):
         if record.kind == "system":
             samples = {shown_name(name, _IS_RESERVED): x for name, x in scalars_of(record).items()}
             self._run.log(samples, step=self._ordinal + 1, commit=False)
-        elif record.values.get("name") == EventName.ALERT:
-            level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
-            title = f"alert: {record.values.get('rule')}"
-            self._run.alert(title=title, text=str(record.values.get("message")), level=level)
+        elif isinstance(alert := read_event(record.values), Alert):
+            level = {"info": "INFO", "error": "ERROR"}.get(str(alert.level), "WARN")
+            self._run.alert(title=f"alert: {alert.rule}", text=str(alert.message), level=level)
 
 
 class _RunFile:

@@ -6,13 +6,15 @@ import logging
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
-from harness.config import TrainConfig
+from harness.config import GuardConfig, TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
@@ -26,9 +28,10 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
+from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
@@ -92,30 +95,18 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
-    agree_on_settings(config)
-    files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files))
-    on_all_ranks(lambda: configured_rule(config.guard))
-    named_callbacks = on_all_ranks(lambda: load_callbacks(config))
-    fingerprints = agree_on_data(task, config)
-    faults = on_all_ranks(
-        lambda: FaultInjector(
-            config.faults,
-            model=task.model,
-            rank=world.rank,
-            sample=lambda: fetch(task.train_data, [0]),
-        )
-    )
+    inputs = _agreed_inputs(config, world)
+    task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = _loader(config, world, task, fingerprints)
+    loader = _loader(config, world, inputs)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
-    called = Callbacks([*named_callbacks, *callbacks])
+    called = Callbacks([*inputs.callbacks, *callbacks])
     checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
     saved = {
         "model": plain(model),
@@ -130,19 +121,10 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    faults.begin_at(counters.step, directory / "faults")
+    inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    journal = _journal(
-        config,
-        world,
-        directory,
-        counters=counters,
-        resumed_from=resumed_from,
-        flops_per_token=task.flops_per_token,
-        fingerprints=fingerprints,
-        schedule=schedule,
-        loader=loader,
-    )
+    attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
+    journal = on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -152,17 +134,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        runner=StepRunner(
-            model=model,
-            task=task,
-            guard=guard,
-            faults=faults,
-            unused=UnusedParameters(model),
-            device=world.device,
-            precision=precision,
-            world_size=world.world_size,
-            nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
-        ),
+        runner=_step_runner(config, world, inputs, model, guard, precision),
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -176,6 +148,37 @@ def build_run(
         callbacks=called,
     )
     return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What a run is made of besides its settings, found equal on all ranks before anything is written."""
+
+    task: Task
+    callbacks: Sequence[Callback]
+    """Those that the configuration names."""
+    fingerprints: dict[str, str]
+    """Of the data sets."""
+    faults: FaultInjector
+
+
+def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
+    """Makes them; whatever is wrong with one is raised on every rank."""
+    agree_on_settings(config)
+    files = agree_on_files(config)
+    task = on_all_ranks(lambda: build_task(config, files=files))
+    on_all_ranks(lambda: _check_names(config.guard))
+    callbacks = on_all_ranks(lambda: load_callbacks(config))
+    fingerprints = agree_on_data(task, config)
+    faults = on_all_ranks(
+        lambda: FaultInjector(
+            config.faults,
+            model=task.model,
+            rank=world.rank,
+            sample=lambda: fetch(task.train_data, [0]),
+        )
+    )
+    return _Inputs(task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults)
 
 
 def _train(
@@ -214,50 +217,65 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-def _journal(
-    config: TrainConfig,
-    world: World,
-    directory: Path,
-    *,
-    counters: Counters,
-    resumed_from: int | None,
-    flops_per_token: float | None,
-    fingerprints: dict[str, str],
-    schedule: str,
-    loader: Loader,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """How this attempt begins."""
+
+    counters: Counters
+    resumed_from: int | None
+    schedule: str
+    """What the learning-rate schedule means for it, in words."""
+    loader: Loader
+
+
+def _open_journal(
+    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
 ) -> Journal:
-    def open_journal() -> Journal:
-        if not world.is_main:
-            return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
-        peak = peak_flops(world.device)
-        mfu_per_speed = flops_per_token / (peak * world.world_size) if flops_per_token and peak else None
-        about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
-        about["schedule_steps"] = counters.schedule_steps
-        versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        journal = MainJournal(
-            directory,
-            config,
-            first_step=counters.step,
-            about={**about, "versions": versions, "data": fingerprints},
-            mfu_per_speed=mfu_per_speed,
-            step_indices=loader.step_indices,
-        )
-        if resumed_from is not None:
-            journal.event(EventName.RESUME, counters.step, checkpoint=resumed_from)
-            journal.say(f"going on at step {counters.step} of {config.loop.steps}")
-        if counters.step < config.loop.steps:
-            journal.say(schedule)
-        for fault in config.faults:
-            journal.event(EventName.FAULT, fault.step, what=describe(fault))
-        return journal
-
-    return on_all_ranks(open_journal)
+    """This rank's journal; the main one says how the attempt begins."""
+    if not world.is_main:
+        return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
+    step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
+    about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
+    about["schedule_steps"] = attempt.counters.schedule_steps
+    versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    journal = MainJournal(
+        directory,
+        config,
+        first_step=step,
+        about={**about, "versions": versions, "data": inputs.fingerprints},
+        mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
+        step_indices=attempt.loader.step_indices,
+    )
+    if attempt.resumed_from is not None:
+        journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
+        journal.say(f"going on at step {step} of {config.loop.steps}")
+    if step < config.loop.steps:
+        journal.say(attempt.schedule)
+    for fault in config.faults:
+        journal.event(events.Fault(what=describe(fault)), fault.step)
+    return journal
 
 
-def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[str, str]) -> Loader:
+def _step_runner(
+    config: TrainConfig, world: World, inputs: _Inputs, model: nn.Module, guard: StepGuard, precision: str
+) -> StepRunner:
+    return StepRunner(
+        model=model,
+        task=inputs.task,
+        guard=guard,
+        faults=inputs.faults,
+        unused=UnusedParameters(model),
+        device=world.device,
+        precision=precision,
+        world_size=world.world_size,
+        nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
+    )
+
+
+def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
     share = config.loop.global_batch // world.world_size
     return Loader(
-        task.train_data,
+        inputs.task.train_data,
         global_batch=config.loop.global_batch,
         micro_batch=config.loop.micro_batch or share,
         rank=world.rank,
@@ -265,7 +283,7 @@ def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[st
         seed=config.seed,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
-        fingerprints=fingerprints,
+        fingerprints=inputs.fingerprints,
         allow_change=config.data.allow_change,
     )
 
@@ -282,6 +300,13 @@ def _precision(config: TrainConfig, world: World) -> str:
             )
         return known[by_accelerate]
     return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _check_names(guard: GuardConfig) -> None:
+    """Makes what the guard will be made of once, so that a wrong name or value is said before anything is
+    written."""
+    configured_rule(guard)
+    Checks(guard, load_checks(guard))
 
 
 def _set_determinism(config: TrainConfig) -> None:

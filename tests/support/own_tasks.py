@@ -20,6 +20,7 @@ from harness.tracking.mirrors import MirrorHandle
 from harness.training import Callback
 from harness.training.build import build_run
 from harness.training.loop import Run, train_loop
+from harness.training.summary import Ending
 
 __all__ = ["ALONE", "Drawing", "Points", "own_config", "points_task", "run_loop", "squared_error"]
 
@@ -97,5 +98,5 @@ def run_loop(config: TrainConfig, world: World = ALONE, callbacks: Sequence[Call
             run.guard.close()
             run.loader.close()
             run.checkpointer.close()
-            run.journal.close("test")
+            run.journal.close(Ending(status="finished"))
         return run

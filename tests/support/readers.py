@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from harness.cli.main import main
 from harness.dashboard import server
-from harness.dashboard.catalogue import Catalogue
-from harness.dashboard.surveyor import Surveyor
+from harness.dashboard.indexer import Indexer
+from harness.dashboard.run_index import RunIndex
 from harness.errors import HarnessError
 from harness.runlog.segments import Follower, node_folders
 from harness.tracking.mirror import MirroredRun
@@ -60,9 +60,9 @@ class Readers:
     def __init__(self, root: Path) -> None:
         self.root = root
         app = FastAPI()
-        app.add_exception_handler(HarnessError, server._say_what_is_wrong)  # type: ignore[arg-type]
-        self.catalogue = Catalogue(root, search_again_s=0.0)  # runs are asked for as soon as they are made
-        server._add_data(app, self.catalogue)
+        app.add_exception_handler(HarnessError, server._error_response)  # type: ignore[arg-type]
+        self.run_index = RunIndex(root, search_every_s=0.0)  # runs are asked for as soon as they are made
+        server._add_data(app, self.run_index)
         self._client = TestClient(app)
 
     def table(self) -> dict[str, dict[str, Any]]:
@@ -71,13 +71,13 @@ class Readers:
 
         def tell(answer: dict[str, Any]) -> None:
             answer = json.loads(json.dumps(answer, default=str).encode())  # as it goes through the pipe
-            if "glance" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
-                rows[answer["run"]] = answer["glance"]
+            if "row" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
+                rows[answer["run"]] = answer["row"]
 
-        surveyor = Surveyor(self.root, self.root / ".dashboard" / "digests", tell)
-        surveyor.look()
-        while surveyor.has_unread:
-            surveyor.read_on(1.0)
+        indexer = Indexer(self.root, self.root / ".dashboard" / "digests", tell)
+        indexer.refresh()
+        while indexer.has_unread:
+            indexer.read_on(1.0)
         return rows
 
     def questions(self, run: str, other: str, out: Path) -> list[Question]:

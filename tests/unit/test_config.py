@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
+from harness.config import (
+    AlertConfig,
+    FaultConfig,
+    TrackingConfig,
+    TrainConfig,
+    check_same_run,
+    dump_yaml,
+    flatten,
+    parse_arguments,
+    to_dict,
+)
 from harness.config.keys import key_types, switches
 from harness.config.parser import argument_parser, parse
 from harness.config.presets import preset_file, preset_names
@@ -27,6 +37,19 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config))
     assert TrainConfig.from_file(file) == config
+
+
+def test_a_section_knows_the_name_under_which_its_keys_stand() -> None:
+    config = TrainConfig(
+        faults=(FaultConfig(step=0),), tracking=TrackingConfig(alerts=(AlertConfig(kind="above"),))
+    )
+    holders = {"": config, "faults": config.faults[0], "tracking.alerts": config.tracking.alerts[0]}
+    named = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sections = {name: value for name, value in named.items() if dataclasses.is_dataclass(value)}
+    assert len(sections) == 9
+    assert {name: section.SECTION for name, section in {**sections, **holders}.items()} == {
+        name: name for name in {**sections, **holders}
+    }
 
 
 def test_from_file_takes_overrides(tmp_path: Path) -> None:

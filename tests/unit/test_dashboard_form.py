@@ -28,7 +28,6 @@ def test_every_key_of_the_schema_has_a_field_with_a_help() -> None:
     assert set(fields()) == set(key_types(TrainConfig)) - sections
     assert [key for key, field in fields().items() if not field.help] == []
     assert [section.title for section in form.sections()][:3] == ["Run", "Data", "Model"]
-    assert all(section.help for section in form.sections())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_a_configuration_is_kept_whole_and_never_over_another(tmp_path: Path) ->
     assert form.presets(folder) == ["defaults", *preset_names()]
     path = form.save(one, "mine", folder=folder)
     assert path.read_text() == "seed: 1\n"
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         form.save(other, "mine", folder=folder)
     assert form.preset("mine", folder) == one
     form.save(other, "mine.yaml", overwrite=True, folder=folder)
@@ -139,7 +138,7 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_the_name_of_the_defaults_is_taken(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="schema's own"):
+    with pytest.raises(ConfigError, match="default values"):
         form.save(TrainConfig(), "defaults", folder=tmp_path)
 
 

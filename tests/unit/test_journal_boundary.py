@@ -11,11 +11,13 @@ import torch
 
 from harness.config import TrainConfig
 from harness.records import StepRecord
+from harness.runlog.events import Checkpoint
 from harness.tracking import open_run, recorder
 from harness.tracking.mirrors import MirrorHandle
 from harness.training.callbacks import InFlight
 from harness.training.counters import Counters
 from harness.training.journal import MainJournal
+from harness.training.summary import Ending
 
 
 @pytest.fixture
@@ -40,10 +42,10 @@ def test_no_method_of_the_journal_raises(
         getattr(journal, name)(odd, odd)
     journal.on_eval(None, 0, {"val/loss": odd})
     journal.histograms(0, torch.nn.LazyLinear(2))
-    journal.event("checkpoint", 1, size=odd)
+    journal.event(Checkpoint(size_bytes=odd), 1)
     journal.on_eval(None, 1, {"val/loss": 2.0})
     assert caplog.text.count("on_eval failed") == 2  # once for each kind of error
-    journal.close("finished")
+    journal.close(Ending(status="finished"))
     run = open_run(tmp_path)
     assert (run.scalars("val/loss").values.tolist(), run.state()) == ([2.0], "finished")
 
@@ -53,7 +55,7 @@ def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
 ) -> None:
     for step in range(5):
         journal.on_eval(None, step, {"val/loss": 1.0})
-    journal.close("crashed")
+    journal.close(Ending(status="crashed"))
     again = MainJournal(
         tmp_path,
         TrainConfig(),
@@ -84,7 +86,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
         learning_rate=lambda step: 0.1,
     )
     journal.on_step(run, record)
-    journal.close("finished")
+    journal.close(Ending(status="finished"))
     [event] = open_run(tmp_path).events("incident")
     assert event.step == 3
     assert "cannot be read" in caplog.text

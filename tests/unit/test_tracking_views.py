@@ -20,7 +20,7 @@ from harness.runlog.reader import open_run
 from harness.tracking import RunLog, plot_run
 from harness.tracking.compare import compare_runs, compare_text
 from harness.tracking.export import export_run
-from harness.tracking.overview import glances, runs_table, show_run, summarise
+from harness.tracking.overview import run_rows, runs_table, show_run, summarise
 from harness.tracking.plots import draw_run
 from harness.tracking.text import age, number, sparkline
 from harness.tracking.watch import frame, watch_run
@@ -58,7 +58,7 @@ def test_the_table_has_a_line_per_run_the_newest_first(tmp_path: Path) -> None:
     for name in ("first", "second"):
         make_run(tmp_path / "group" / name)
     (tmp_path / "no run").mkdir()
-    assert [one.path.name for one in glances(tmp_path)] == ["second", "first"]
+    assert [one.path.name for one in run_rows(tmp_path)] == ["second", "first"]
     heads, _, *rows = runs_table(tmp_path).split("\n")
     assert heads.split()[:4] == ["run", "state", "step", "loss"]
     assert [row.split()[:4] for row in rows] == [[n, "finished", "29", "2.1"] for n in ("second", "first")]

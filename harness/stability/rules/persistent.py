@@ -33,7 +33,7 @@ class PersistentRule(SpikeRule):
     ) -> None:
         super().__init__()
         self.factor, self.in_a_row, self.window, self.loss_cap = factor, in_a_row, window, loss_cap
-        require_positive("guard.spike_args", self, ["factor", "in_a_row", "window", "loss_cap"])
+        require_positive(self, "factor", "in_a_row", "window", "loss_cap")
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.int64, device=device)

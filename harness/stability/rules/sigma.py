@@ -27,8 +27,8 @@ class SigmaRule(SpikeRule):
     def __init__(self, *, threshold: float = 6.0, window: int = 128) -> None:
         super().__init__()
         self.threshold, self.window = threshold, window
-        require_positive("guard.spike_args", self, ["threshold"])
-        require(window >= 2, "guard.spike_args.window", window, "it has to be 2 or more")
+        require_positive(self, "threshold")
+        require(self, "window", window >= 2, "it has to be 2 or more")
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         return {

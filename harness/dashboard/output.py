@@ -1,4 +1,4 @@
-"""What a program has printed, piece by piece and fit to be read: no bars over bars, no escape sequences."""
+"""What a program has printed, in chunks of plain text: no overwritten progress bars, no escape sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.files import open_file
 
-__all__ = ["LONGEST_BYTES", "read_printed", "readable"]
+__all__ = ["LONGEST_BYTES", "plain_text", "read_output"]
 
 LONGEST_BYTES = 200_000
 """Read at once. Of more than that the beginning is left out."""
@@ -24,7 +24,7 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def read_printed(path: Path, offset: int, *, within: Path | None = None) -> tuple[str, int]:
+def read_output(path: Path, offset: int, *, within: Path | None = None) -> tuple[str, int]:
     """The text in a growing file from byte `offset` on, and the offset of what comes next.
 
     Lines are given when they are complete, or have been silent for a second. Bytes that are no UTF-8 are
@@ -43,7 +43,7 @@ def read_printed(path: Path, offset: int, *, within: Path | None = None) -> tupl
         return "", 0
     is_quiet = time.time() - status.st_mtime > QUIET_S
     length = len(data) if is_quiet else _length_of_lines(data)
-    text = readable(data[:length])
+    text = plain_text(data[:length])
     if left_out:
         text = f"[{left_out} bytes are left out]\n{text.partition(chr(10))[2]}"
     elif data[:1] == b"\r" and before not in b"\r\n":
@@ -51,7 +51,7 @@ def read_printed(path: Path, offset: int, *, within: Path | None = None) -> tupl
     return text, start + left_out + length
 
 
-def readable(data: bytes) -> str:
+def plain_text(data: bytes) -> str:
     """Printed bytes as plain text. Of what was drawn over and over on one line the last state stays."""
     text = _ESCAPES.sub("", data.decode("utf-8", errors="replace")).replace("\r\n", "\n")
     lines = [_last_state(line) for line in text.split("\n")]

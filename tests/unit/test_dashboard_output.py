@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.dashboard.printed import LONGEST_BYTES, read_printed, readable
+from harness.dashboard.output import LONGEST_BYTES, plain_text, read_output
 
 
 def age(path: Path, seconds: float = 10.0) -> None:
@@ -29,18 +29,18 @@ def age(path: Path, seconds: float = 10.0) -> None:
     ],
 )
 def test_what_a_terminal_would_have_acted_on_is_gone(printed: bytes, text: str) -> None:
-    assert readable(printed) == text
+    assert plain_text(printed) == text
 
 
 def test_any_bytes_at_all_are_readable_at_once() -> None:
     draw = random.Random(0)
     alphabet = [*range(256), *([0x1B, 0x5B, 0x5D, 0x0D, 0x0A, 0x3B] * 40)]
     for _ in range(200):
-        text = readable(bytes(draw.choices(alphabet, k=500)))
+        text = plain_text(bytes(draw.choices(alphabet, k=500)))
         assert not {c for c in text if ord(c) < 32 and c not in "\n\t"}
     for nasty in (b"\x1b]" * 100_000, b"\x1b[" + b";" * 200_000, b"\r" * 200_000, b"\x1b" * 200_000):
         began = time.process_time()
-        readable(nasty)
+        plain_text(nasty)
         assert time.process_time() - began < 10
 
 
@@ -49,19 +49,19 @@ def test_pieces_join_to_the_whole_and_half_a_line_waits(tmp_path: Path) -> None:
     text, offset = "", 0
     for end in range(0, len(whole) + 7, 7):
         path.write_bytes(whole[:end])
-        more, offset = read_printed(path, offset)
+        more, offset = read_output(path, offset)
         text += more
         assert text.endswith("\n") or not text
     assert (text, offset) == (whole.decode(), len(whole))
-    assert read_printed(path, offset) == ("", offset)
+    assert read_output(path, offset) == ("", offset)
 
 
 def test_a_last_line_without_an_end_is_shown_when_it_stays_one(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"one\nKilled")
-    assert read_printed(path, 0) == ("one\n", 4)
+    assert read_output(path, 0) == ("one\n", 4)
     age(path)
-    assert read_printed(path, 4) == ("Killed", 10)
+    assert read_output(path, 4) == ("Killed", 10)
 
 
 def test_a_bar_that_is_drawn_on_stands_on_its_own_line(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_bar_that_is_drawn_on_stands_on_its_own_line(tmp_path: Path) -> None:
         printed += f"\r{percent}%".encode()
         path.write_bytes(printed)
         age(path)
-        more, offset = read_printed(path, offset)
+        more, offset = read_output(path, offset)
         text += more
     assert text.split() == ["1%", "2%", "3%"]
 
@@ -78,7 +78,7 @@ def test_a_bar_that_is_drawn_on_stands_on_its_own_line(tmp_path: Path) -> None:
 def test_of_very_much_the_end_is_read_and_the_rest_is_owned_up_to(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"".join(b"%09d\n" % n for n in range(1_000_000)))
-    text, offset = read_printed(path, 0)
+    text, offset = read_output(path, 0)
     assert offset == 10_000_000
     assert text.startswith(f"[{10_000_000 - LONGEST_BYTES} bytes are left out]\n")
     assert text.endswith("000999999\n")
@@ -88,11 +88,11 @@ def test_of_very_much_the_end_is_read_and_the_rest_is_owned_up_to(tmp_path: Path
 def test_a_line_longer_than_a_piece_does_not_hold_it_up(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"x" * LONGEST_BYTES)
-    assert read_printed(path, 0)[1] == LONGEST_BYTES
+    assert read_output(path, 0)[1] == LONGEST_BYTES
 
 
 @pytest.mark.parametrize("offset", [-1, 10**30])
 def test_an_offset_of_another_file_begins_anew(offset: int, tmp_path: Path) -> None:
-    assert read_printed(tmp_path / "none", offset) == ("", 0)
+    assert read_output(tmp_path / "none", offset) == ("", 0)
     (tmp_path / "out").write_bytes(b"new\n")
-    assert read_printed(tmp_path / "out", offset) == ("new\n", 4)
+    assert read_output(tmp_path / "out", offset) == ("new\n", 4)
