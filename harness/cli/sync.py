@@ -12,18 +12,21 @@ __all__ = ["run"]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Completes or rebuilds the mirrors and says what was done."""
-    arguments = parser("sync", "Bring a run's mirrors up to its log; idempotent.")
+    """Completes or rebuilds the mirrors and prints what was done."""
+    arguments = parser("sync", "Bring a run's mirrors (TensorBoard, W&B) up to date with its log.")
     run_argument(arguments)
-    kept = "(default: as the run had it)"
-    arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {kept}")
-    arguments.add_argument("--project", help=f"W&B project {kept}")
-    arguments.add_argument("--rebuild", action="store_true", help="begin again from the log's first record")
+    default = "(default: as in the run's own settings)"
+    arguments.add_argument(
+        "--tensorboard", action="store_true", default=None, help=f"mirror to TensorBoard {default}"
+    )
+    arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {default}")
+    arguments.add_argument("--project", help=f"W&B project {default}")
+    arguments.add_argument("--rebuild", action="store_true", help="rebuild them from the log's first record")
     options = arguments.parse_args(argv)
     with reporting() as outcome:
         from harness.tracking.sync import sync_run
 
-        asked = {"wandb": options.wandb, "project": options.project}
+        asked = {name: getattr(options, name) for name in ("tensorboard", "wandb", "project")}
         changes = {name: value for name, value in asked.items() if value is not None}
         directory = run_directory(options.run, options.runs)
         mirrors = sync_run(directory, rebuild=options.rebuild, **changes)
