@@ -39,6 +39,7 @@ _IS_RESERVED = re.compile(r"step|attempt|time|_.*|", re.DOTALL)
 """What every row carries, what W&B keeps for itself (`_step`, `_timestamp`, `_runtime`), and no name."""
 
 INIT_TIMEOUT_S = 30.0
+"""How long a server may be out of reach; half of `wandb_start_s` where that is less."""
 WRITE_TIMEOUT_S = 60.0
 """How long wandb may write nothing. It writes every 15 s, or when 32 KiB are full: some forty rows, which it
 manages in this time with a thousandth of a core."""
@@ -246,7 +247,7 @@ def _begun(
         settings=wandb.Settings(
             console="off",
             silent=True,
-            init_timeout=INIT_TIMEOUT_S,
+            init_timeout=min(INIT_TIMEOUT_S, settings.wandb_start_s / 2),
             save_code=False,
             disable_git=True,
             x_disable_stats=True,  # it would watch the side process; `resources` watches the node
