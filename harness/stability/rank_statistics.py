@@ -1,4 +1,4 @@
-"""Rank statistics: what one rank knows of its share of a step, as `[17]` float64, before anything is decided.
+"""Rank statistics: what one rank knows of its share of a step, as `[18]` float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -22,6 +22,7 @@ __all__ = [
     "MICRO_BATCH",
     "NUM_FIELDS",
     "NUM_HOST_FIELDS",
+    "NUM_SAVES",
     "PARAMETER",
     "REDUCED_BAD",
     "REDUCED_SUM_SQUARES",
@@ -45,9 +46,10 @@ __all__ = [
     COMPUTE_S,
     DATA_WAIT_S,
     STOP_REQUESTED,
+    NUM_SAVES,
     DRAINED,
-) = range(NUM_COLUMNS, NUM_COLUMNS + 12)
-NUM_FIELDS = NUM_COLUMNS + 12
+) = range(NUM_COLUMNS, NUM_COLUMNS + 13)
+NUM_FIELDS = NUM_COLUMNS + 13
 
 NUM_HOST_FIELDS = NUM_FIELDS - FAULTS
 """The fields from FAULTS on are known on the host."""

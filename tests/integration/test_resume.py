@@ -11,7 +11,7 @@ import torch
 from harness.checkpoint import Checkpointer
 from harness.cli.train import EXIT_STOPPED
 from harness.models import build_model
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 from tests.support.launch import launch
 from tests.support.runs import PROGRAM, program, start, tiny, tiny_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness.errors import InstabilityError
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 from tests.support.launch import launch
 from tests.support.runs import tiny, tiny_config
@@ -41,7 +41,7 @@ def test_a_run_that_does_not_recover_is_stopped_with_a_report(tmp_path: Path) ->
         train(tiny_config(tmp_path, *arguments))
     assert caught.value.exit_code == 3
     run = open_run(tmp_path / "runs/tiny")
-    assert run.state() == "stopped"
+    assert run.state() == "unstable"
     assert "in a row were skipped" in run.events("stop")[0].details["reason"]
 
 

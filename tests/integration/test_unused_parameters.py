@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from tests.support.launch import launch
 from tests.support.runs import tiny
 

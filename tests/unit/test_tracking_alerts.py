@@ -15,11 +15,11 @@ import pytest
 
 from harness.config import AlertConfig
 from harness.errors import ConfigError
+from harness.runlog.codec import Record
+from harness.runlog.nodes import NodeLog
+from harness.runlog.reader import open_run
+from harness.runlog.writer import RunLog
 from harness.tracking.alerts import AlertMirror, Rule, Webhook
-from harness.tracking.codec import Record
-from harness.tracking.log import RunLog
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
 
 
 def step(number: int, value: float, name: str = "train/loss", time: float | None = None) -> Record:

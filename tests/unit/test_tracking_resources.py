@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from harness.runlog.nodes import NodeLog
+from harness.runlog.reader import open_run
+from harness.runlog.writer import RunLog
 from harness.tracking import resources
-from harness.tracking.log import RunLog
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
 from harness.tracking.resources import Sampler, sample_forever, sample_gpu
 from tests.support.runs import wait_for
 
