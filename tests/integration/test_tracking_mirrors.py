@@ -318,7 +318,7 @@ def test_an_account_whose_server_is_out_of_reach_falls_back_to_offline(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with RunLog(tmp_path) as log:
-        handle = start_mirrors(tmp_path, wandb="online", **QUIET)
+        handle = start_mirrors(tmp_path, wandb="online", wandb_start_s=40.0, **QUIET)
         write_steps(log, range(100))
     assert handle.close(90)
     assert "is kept offline in" in caplog.text
