@@ -30,14 +30,20 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def end_launcher() -> None:
+def end_launcher(*, speaks: bool) -> None:
     """Ends torchrun's agent, which would start a program again whatever its exit code says.
 
-    It has no other way of being told (https://github.com/pytorch/pytorch/issues/133877). One process of each
-    machine calls this, last thing; without an agent it does nothing.
+    It has no other way of being told (https://github.com/pytorch/pytorch/issues/133877). Every process calls
+    this last thing, and does nothing without an agent that would try again.
+
+    Args:
+        speaks: Whether it is this process, one of each machine, that tells the agent.
     """
     parent = os.getppid()
-    if env.restarts_left() and _is_launcher(parent):
+    if not env.restarts_left() or not _is_launcher(parent):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the agent will send to its children
+    if speaks:
         with contextlib.suppress(OSError):
             os.kill(parent, signal.SIGTERM)
 

@@ -37,8 +37,8 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
             result = train(config, tell=outcome.report, stop=stop)
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     finally:
-        if outcome.is_final and env.launched().local_rank == 0:
-            end_launcher()
+        if outcome.is_final:
+            end_launcher(speaks=env.launched().local_rank == 0)
     return outcome.exit_code
 
 

@@ -68,6 +68,9 @@ class GuardConfig:
     sample_every: int = 100
     """Steps between samples of weights and updates (norms, update / weight, Adam's second moments, gradient
     underflow); 0: never."""
+    checks: tuple[str, ...] = ()
+    """`package.module:function` each, called with this section: they return a `harness.stability.Check`,
+    which is measured every so many steps; docs/extending.md."""
     init_loss_scale: float = 65536.0
     """Loss scale at the start of an fp16 run."""
     loss_scale_growth_steps: int = 2000

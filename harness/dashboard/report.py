@@ -30,7 +30,7 @@ MAX_POINTS, MAX_COLUMNS = 2000, 300
 """Of a curve, and of a heat map, where there are few of them."""
 TOTAL_POINTS, TOTAL_CELLS = 150_000, 200_000
 """Of all curves together, and of all heat maps; a point is 10 to 35 bytes, a cell 10."""
-FEWEST = 20
+FEWEST = 4
 """Points or columns, however many curves there are."""
 
 PAGE = """<!DOCTYPE html>

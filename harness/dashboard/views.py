@@ -15,8 +15,8 @@ import orjson
 
 from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
+from harness.runlog.events import Checkpoint, Event
 from harness.runlog.names import EventName, Metric, Prefix
-from harness.runlog.reader import Event
 from harness.tracking.compare import settings_of
 from harness.tracking.text import printable
 
@@ -65,13 +65,18 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "num_names": len(names),
         "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
         "ranks": digest.ranks(),
+        "best_val_loss": _smallest(digest.bands(Metric.VAL_LOSS)),
+        "nonfinite_steps": _nonfinite_steps(digest),
         "checkpoints": _checkpoints(digest),
         **events_view(digest.events()),
     }
 
 
 def events_view(events: Sequence[Event]) -> dict[str, Any]:
-    """The newest events, the incidents among them, and how many there are of each kind."""
+    """The newest events, the incidents among them, and how many there are of each kind.
+
+    Checkpoints are counted but not listed: they are many, and have a table of their own.
+    """
     kinds: dict[str, int] = {}
     for event in events:
         kinds[event.name] = kinds.get(event.name, 0) + 1
@@ -85,7 +90,7 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
                 "abandoned": e.abandoned,
                 "text": e.text[:MAX_TEXT],
             }
-            for e in events[-MAX_EVENTS:]
+            for e in [e for e in events if e.name != EventName.CHECKPOINT][-MAX_EVENTS:]
         ],
         "incidents": [
             {
@@ -191,22 +196,40 @@ class _Ruler:
 
     def measure(self, steps: npt.NDArray[np.int64], times: Floats) -> npt.NDArray[Any]:
         if self._axis == "hours":
-            return (times - self._started) / 3600
+            return np.round((times - self._started) / 3600, 6)
         if self._axis == "clock":
-            return times
+            return np.round(times, 2)
         if self._tokens is not None and len(self._tokens.steps):
             return np.interp(steps, self._tokens.steps, self._tokens.high)
         return steps
 
 
+def _smallest(bands: Bands) -> float | None:
+    return float(np.nanmin(bands.low)) if np.isfinite(bands.low).any() else None
+
+
+def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
+    """In how many steps the loss or a gradient element was not finite; in a long run, at least."""
+    loss = digest.bands(Metric.TRAIN_LOSS)
+    counts = loss.num_nan + loss.num_inf
+    found = dict(zip(loss.steps[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
+    is_exact = True
+    for name in (Metric.NUM_NAN, Metric.NUM_INF):
+        elements = digest.bands(name)
+        struck = elements.high > 0
+        found = dict.fromkeys(elements.steps[struck].tolist(), 1) | found
+        is_exact = is_exact and bool((elements.num_points[struck] == 1).all())
+    return {"num": sum(found.values()), "is_exact": is_exact}
+
+
 def _curve(bands: Bands) -> dict[str, Any]:
     reduced = bool((bands.num_points > 1).any())
-    odd = np.flatnonzero(bands.num_nan + bands.num_inf)
+    places = np.flatnonzero(bands.num_nan + bands.num_inf)
     return {
         "mean": _compact(bands.mean),
         "low": _compact(bands.low) if reduced else None,
         "high": _compact(bands.high) if reduced else None,
-        "odd": np.stack([odd, bands.num_nan[odd], bands.num_inf[odd]], axis=1),
+        "nonfinite": np.stack([places, bands.num_nan[places], bands.num_inf[places]], axis=1),
     }
 
 
@@ -221,9 +244,9 @@ def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
     """What the log says was saved, and what is there of it now."""
     there = checkpoints(digest.path, within=digest.within)[-MAX_EVENTS:]
     saved = [
-        {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
+        {**_brief(e.details), "num_steps": e.what.num_steps, "time": e.time, "health": "deleted"}
         for e in digest.events(EventName.CHECKPOINT)
-        if type(e.details.get("num_steps")) is int
+        if isinstance(e.what, Checkpoint) and e.what.num_steps is not None
     ]
     by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}
     for one in there:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,14 @@ class Block(NamedTuple):
     segment: int
     offset: int
     end: int
+    attempt: int
+    """The newest one at the block's beginning, and its newest step: where records without a step belong."""
+    last_step: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.offset
 
 
 class Blocks:
@@ -55,15 +63,20 @@ class Blocks:
         self.blocks: list[Block] = []
         self._held: OrderedDict[Block, dict[tuple[int, str], Series]] = OrderedDict()
 
-    def note(self, folder: str, began: Position, end: Position) -> int:
-        """The number of the block that what was read from `began` to `end` belongs to."""
+    def note(self, folder: str, began: Position, end: Position, last_steps: Mapping[int, int]) -> int:
+        """The number of the block that what was read from `began` to `end` belongs to.
+
+        Args:
+            last_steps: The newest step of each attempt before it.
+        """
         if folder not in self.folders:
             self.folders.append(folder)
-        block = Block(self.folders.index(folder), began.segment, began.offset, end.offset)
+        newest = max(last_steps.items(), default=(0, 0))
+        block = Block(self.folders.index(folder), began.segment, began.offset, end.offset, *newest)
         if self.blocks:
             last = self.blocks[-1]
             follows = (last.folder, last.segment, last.end) == (block.folder, block.segment, block.offset)
-            if follows and last.end - last.offset < GROW_BYTES:
+            if follows and last.size < GROW_BYTES:
                 self.blocks[-1] = last._replace(end=block.end)
                 return len(self.blocks) - 1
         self.blocks.append(block)
@@ -75,31 +88,37 @@ class Blocks:
         return (number for number in range(first, last + 1) if self.blocks[number].folder == folder)
 
     def size(self, numbers: Iterable[int]) -> int:
-        """Bytes of log that `read` would have to decode for these."""
+        """Bytes of log that `read` would have to decode for these blocks."""
         blocks = (self.blocks[number] for number in numbers)
-        return sum(block.end - block.offset for block in blocks if block not in self._held)
+        return sum(block.size for block in blocks if block not in self._held)
 
     def read(self, number: int) -> dict[tuple[int, str], Series]:
         """A block's metrics by attempt and name, in the order of writing; empty if the log is gone."""
         block = self.blocks[number]
         if block not in self._held:
-            self._held[block] = self._decoded(block)
-            while sum(held.end - held.offset for held in self._held) > HELD_BYTES and len(self._held) > 1:
+            self._held[block] = self.decode(number)
+            while sum(held.size for held in self._held) > HELD_BYTES and len(self._held) > 1:
                 self._held.popitem(last=False)
         self._held.move_to_end(block)
         return self._held[block]
 
-    def _decoded(self, block: Block) -> dict[tuple[int, str], Series]:
+    def lines(self, number: int) -> list[bytes]:
+        """A block's lines; none if the log is gone."""
+        block = self.blocks[number]
         path = self._log / self.folders[block.folder] / segment_name(block.segment)
         try:
             with open_file(path, within=self._within) as file:
                 file.seek(block.offset)
-                lines = file.read(block.end - block.offset).split(b"\n")
+                return file.read(block.size).split(b"\n")
         except OSError:
-            return {}
-        records = [record for record in map(decode, lines) if record is not None]
+            return []
+
+    def decode(self, number: int) -> dict[tuple[int, str], Series]:
+        """As `read`, for one who passes by: nothing is kept."""
+        records = [record for record in map(decode, self.lines(number)) if record is not None]
+        block = self.blocks[number]
         parts: dict[tuple[int, str], list[Series]] = {}
-        for attempt, metrics in measured(records, {}):
+        for attempt, metrics in measured(records, {block.attempt: block.last_step}):
             for name, series in metrics.items():
                 parts.setdefault((attempt, name), []).append(series)
         return {key: joined(some) for key, some in parts.items()}

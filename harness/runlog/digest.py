@@ -27,7 +27,7 @@ from harness.runlog.codec import Record, decode
 from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
 from harness.runlog.segments import Follower, Position, node_folders, segment_name, segments
-from harness.runlog.series import Layers, last_of_each_step
+from harness.runlog.series import Layers, Series, last_of_each_step
 from harness.runlog.timeline import Timeline, line_of, newest_steps
 from harness.runlog.traces import (
     ENTRY,
@@ -40,12 +40,13 @@ from harness.runlog.traces import (
     visible,
 )
 
-__all__ = ["Bands", "Digest", "log_signature"]
+__all__ = ["NO_ENTRIES", "Bands", "Digest", "group_starts", "log_signature"]
 
 READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
 """As much of a log is read again for one close look."""
 MOST, MOST_OF_LAYERS = 8192, 2048
+MAX_COLUMNS = 400
 HEAD_BYTES = 1024
 
 
@@ -97,7 +98,8 @@ class Digest(Timeline):
         for folder in self._folders():
             follower = self._followers.setdefault(folder, self._follower(folder, Position()))
             while records := follower.read(READ_BYTES):
-                self._take(records, self._blocks.note(folder, follower.began, follower.position))
+                place = (folder, follower.began, follower.position)
+                self._take(records, self._blocks.note(*place, self._last_steps))
                 if time.monotonic() > deadline:
                     is_complete = False
                     break
@@ -128,6 +130,10 @@ class Digest(Timeline):
         """All metrics, those of layers and ranks included, sorted."""
         return sorted(name for name in self._traces if name != CLOCK)
 
+    def scalar_names(self) -> list[str]:
+        """The metrics that were logged as such: without those that are made of layers and ranks, sorted."""
+        return [name for name in Digest.names(self) if not name.startswith((Prefix.LAYERS, Prefix.RANKS))]
+
     def last(self, name: str) -> float | None:
         """The metric's newest value."""
         if name not in self._traces:
@@ -155,7 +161,7 @@ class Digest(Timeline):
             max_points: Where there are more steps, neighbouring ones share a point.
         """
         shown = self._shown(name, within=within, close_below=max_points)
-        starts = _starts(len(shown), max_points)
+        starts = group_starts(len(shown), max_points)
         count = reduced(shown["num_finite"], starts, np.add)
         num_nan, num_inf = (reduced(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
         low, total, high = (
@@ -174,7 +180,7 @@ class Digest(Timeline):
         )
 
     def layers(
-        self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int = 400
+        self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
     ) -> Layers:
         """A statistic of every parameter, reduced to the largest value of each column.
 
@@ -182,7 +188,7 @@ class Digest(Timeline):
         """
         prefix = f"{Prefix.LAYERS}{statistic}/"
         all_bands = {
-            name.removeprefix(prefix): self.bands(name, within=within, max_points=max_columns)
+            name.removeprefix(prefix): self.bands(name, within=within, max_points=max_columns or MAX_COLUMNS)
             for name in self._traces
             if name.startswith(prefix)
         }
@@ -252,7 +258,10 @@ class Digest(Timeline):
                 self._ranks = record
         for attempt, metrics in measured(records, self._last_steps):
             for name, series in metrics.items():
-                self._trace(name).add(entries_of(series, attempt=attempt, block=block))
+                self._add(name, attempt, series, block)
+
+    def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
+        self._trace(name).add(entries_of(series, attempt=attempt, block=block))
 
     def _trace(self, name: str) -> Trace:
         if name not in self._traces:
@@ -268,7 +277,7 @@ class Digest(Timeline):
         """
         trace = self._traces.get(name)
         if trace is None:
-            return _NO_ENTRIES
+            return NO_ENTRIES
         entries = self._dated(trace.entries)
         whole, cut = visible(entries, self.limits(), within)
         touched = entries if whole.all() else entries[whole | cut]
@@ -304,7 +313,7 @@ class Digest(Timeline):
             if (series := self._blocks.read(number).get((attempt, name))) is not None
         ]
         if not points:
-            return _NO_ENTRIES
+            return NO_ENTRIES
         found = self._dated(one_after_another(points))
         whole, _ = visible(found, self.limits(), within)
         lowest, highest = entries["first_step"].min(), entries["last_step"].max()
@@ -317,7 +326,7 @@ class Digest(Timeline):
         if not is_sample.all():
             own: Entries = entries[~is_sample]  # somebody's metric may have a sample's name
             return own
-        clock = self._traces[CLOCK].entries if CLOCK in self._traces else _NO_ENTRIES
+        clock = self._traces[CLOCK].entries if CLOCK in self._traces else NO_ENTRIES
         dated = entries.copy()
         if len(clock):
             newest = np.searchsorted(np.maximum.accumulate(clock["time"]), entries["time"], side="right") - 1
@@ -369,7 +378,7 @@ class Digest(Timeline):
 
 
 _NO_STEPS = np.empty(0, dtype=np.int64)
-_NO_ENTRIES = np.empty(0, dtype=ENTRY)
+NO_ENTRIES = np.empty(0, dtype=ENTRY)
 
 
 def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, int]:
@@ -390,7 +399,7 @@ def _most(name: str) -> int:
 
 
 def _as_one(entries: Entries) -> Entries:
-    return merged(entries, _starts(len(entries), 1))
+    return merged(entries, group_starts(len(entries), 1))
 
 
 def _in_order(entries: Entries) -> Entries:
@@ -404,7 +413,7 @@ def _in_order(entries: Entries) -> Entries:
     return entries[np.argsort(steps, kind="stable")]
 
 
-def _starts(length: int, most: int) -> npt.NDArray[np.int64]:
+def group_starts(length: int, most: int) -> npt.NDArray[np.int64]:
     """Where each of at most `most` equal parts begins."""
     width = max(1, -(-length // most))
     return np.arange(0, length, width, dtype=np.int64)

@@ -8,73 +8,45 @@
 A rewind abandons what was logged for its step and everything after it; nothing else does. Of a step that was
 logged more than once the later value of each metric holds. Nothing here writes, and a log that is being
 written can be read at any time.
+
+A run is held as its digest, whose size is bounded; the steps of a metric of a long run are read from the log
+when somebody asks for them.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness.errors import TrackingError
-from harness.runlog.codec import Record
+from harness.runlog.blocks import CLOCK, SYSTEM
+from harness.runlog.codec import KINDS, Record, decode
+from harness.runlog.digest import NO_ENTRIES, Digest, group_starts
+from harness.runlog.events import Event
+from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
-from harness.runlog.segments import Follower, node_folders, segments
+from harness.runlog.segments import segments
 from harness.runlog.series import Layers, Series, joined, last_of_each_step
-from harness.runlog.timeline import SCALAR_KINDS, Event, State, Timeline, newest_steps
+from harness.runlog.timeline import State, newest_steps
+from harness.runlog.traces import Entries, visible
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Event", "Layers", "Run", "Series", "State", "is_run", "no_run", "open_run", "unreadable"]
 
-_KEPT_KINDS = frozenset({"text", "image", "histogram", "graph", "layers", "ranks"})
+COLUMNS_BYTES = 128 << 20
+"""As many metrics of a long run are read and kept at once as fit into this, at `POINT_BYTES` a step."""
+POINT_BYTES = 24
+STRETCH_BYTES = 8 << 20
+"""How much of a log `stretches` reads at once."""
 
-
-class _Column:
-    __slots__ = ("rows", "values")
-
-    def __init__(self) -> None:
-        self.rows = array("q")
-        self.values = array("d")
-
-
-class _Attempt:
-    """What one attempt logged; rows are records, columns refer to rows."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.steps = array("q")
-        self.newest_step = 0
-        self.times = array("d")
-        self.columns: dict[str, _Column] = {}
-
-    def add(self, step: int, time: float, values: dict[str, Any]) -> None:
-        row = len(self.steps)
-        self.steps.append(step)
-        self.newest_step = max(step, self.newest_step)
-        self.times.append(time)
-        for name, value in values.items():
-            if isinstance(value, (float, int)):
-                column = self.columns.get(name)
-                if column is None:
-                    column = self.columns[name] = _Column()
-                column.rows.append(row)
-                column.values.append(value)
-
-    def series(self, name: str, before: float) -> Series | None:
-        """The metric's points at steps less than `before`, in the order of writing."""
-        column = self.columns.get(name)
-        if column is None:
-            return None
-        rows = np.array(column.rows, dtype=np.int64)
-        points = Series(
-            np.array(self.steps, dtype=np.int64)[rows], np.array(column.values), np.array(self.times)[rows]
-        )
-        return points.at(points.steps < before)
+Parts = list[tuple[int, Series]]
+"""A metric's points as they were written, each part of one attempt."""
 
 
 def open_run(run_dir: str | Path, *, within: Path | None = None) -> Run:
@@ -114,72 +86,65 @@ def unreadable(run_dir: str | Path, error: OSError) -> TrackingError:
     return TrackingError(f"the log of {run_dir} cannot be read: {error.strerror or error}")
 
 
-class Run(Timeline):
-    """A run as its log tells it; `refresh` reads on from where it stopped.
-
-    Attributes:
-        records: Records that are not scalars (`text`, `image`, `histogram`, `graph`, `layers`, `ranks`), by
-            kind, in the order of writing.
-        num_damaged: Complete lines that are no records; a healthy log has none.
-    """
+class Run(Digest):
+    """A run as its log tells it, each step of it; `refresh` reads on from where it stopped."""
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
-        self.records: dict[str, list[Record]] = {}
-        self._attempts: dict[int, _Attempt] = {}
-        self._system = _Attempt(0)
-        self._followers: dict[str, Follower] = {}
+        self._columns: dict[str, Parts] = {}
+        """Metrics whose steps have been read from the log again; `refresh` adds to them."""
         self.refresh()
 
-    def refresh(self) -> int:
-        """Reads what is new and returns the number of records; cheap when there are none."""
-        for folder in node_folders(log_dir(self.path), within=self.within):
-            if folder not in self._followers:
-                path = log_dir(self.path) / folder
-                self._followers[folder] = Follower(path, within=self.within)
-        num_new = 0
-        for follower in self._followers.values():
-            while records := follower.read():
-                num_new += len(records)
-                for record in records:
-                    self._take(record)
-        return num_new
-
-    @property
-    def num_damaged(self) -> int:
-        return sum(follower.num_damaged for follower in self._followers.values())
-
-    @property
-    def last_step(self) -> int | None:
-        """The newest step of the timeline."""
-        newest = [step for attempt, before in self._visible(None) for step in attempt.steps if step < before]
-        return max(newest, default=None)
-
     def names(self) -> list[str]:
-        """The names of all metrics, sorted."""
-        found = {name for attempt in self._attempts.values() for name in attempt.columns}
-        return sorted(found | set(self._system.columns))
+        """The metrics that were logged as such, sorted; see `scalar_names`."""
+        return self.scalar_names()
 
     def scalars(self, name: str, *, attempt: int | None = None) -> Series:
         """One metric; empty arrays if it was never logged.
+
+        Of a long run the log is read again, for this metric and for as many of those that follow by name as
+        fit into `COLUMNS_BYTES`: some seconds for every GB.
 
         Args:
             name: As logged, such as `train/loss`.
             attempt: Shows the timeline as it stood in that attempt, before later ones replaced its steps.
         """
-        if name in self._system.columns and not any(name in a.columns for a in self._attempts.values()):
-            return self._system_series(name)
-        parts = [part.series(name, before) for part, before in self._visible(attempt)]
-        points = joined([part for part in parts if part is not None])
-        return points.at(last_of_each_step(points.steps, np.ones(len(points.steps), dtype=np.bool_)))
+        parts = self._parts(name)
+        own = [part for part in parts if part[0] != SYSTEM]  # somebody's metric may have a sample's name
+        if parts and not own:
+            return self._dated_by_clock(joined([series for _, series in parts]))
+        return _on_timeline(own, self.limits(attempt))
 
-    def last(self, name: str) -> float | None:
-        """The metric's newest value."""
-        values = self.scalars(name).values
-        return float(values[-1]) if len(values) else None
+    def stretches(self) -> list[tuple[int, int]]:
+        """First and last steps of consecutive stretches that cover the timeline, each some MB of log."""
+        clock = self._shown(CLOCK)
+        if not len(clock):
+            return []
+        most = max(1, self.log_bytes() // STRETCH_BYTES)
+        firsts = np.unique(clock["first_step"][group_starts(len(clock), most)])
+        lasts = np.append(firsts[1:] - 1, clock["last_step"].max())
+        return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
-    def layers(self, statistic: str) -> Layers:
-        """A statistic of every parameter, such as `grad_norm`, from the records of kind `layers`."""
+    def between(self, first: int, last: int) -> dict[str, Series]:
+        """All metrics of `scalar_names` from step `first` to `last`, read from the log again, but for samples
+        of nodes."""
+        clock = self._traces[CLOCK].entries if CLOCK in self._traces else NO_ENTRIES
+        whole, cut = visible(clock, self.limits(), (first, last))
+        parts: dict[str, Parts] = {}
+        for number in self._blocks_of(clock[whole | cut]):
+            for (attempt, name), series in self._blocks.read(number).items():
+                if attempt != SYSTEM and name != CLOCK and not name.startswith((Prefix.LAYERS, Prefix.RANKS)):
+                    within = (series.steps >= first) & (series.steps <= last)
+                    parts.setdefault(name, []).append((attempt, series.at(within)))
+        return {name: _on_timeline(some, self.limits()) for name, some in sorted(parts.items())}
+
+    def layers(
+        self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
+    ) -> Layers:
+        """A statistic of every parameter, such as `grad_norm`, from the records of kind `layers`: every
+        one of them, or reduced as in a digest."""
+        if within is not None or max_columns is not None:
+            return super().layers(statistic, within=within, max_columns=max_columns)
         rows = {r.step or 0: r.values[statistic] for r in self.visible("layers") if statistic in r.values}
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         values = [[_number(rows[step].get(name)) for name in names] for step in sorted(rows)]
@@ -189,12 +154,20 @@ class Run(Timeline):
             np.array(values, dtype=np.float64).reshape(len(rows), len(names)),
         )
 
+    @property
+    def records(self) -> Mapping[str, list[Record]]:
+        """Records by kind, such as `text`, `image`, `histogram` or `ranks`, in the order of writing.
+
+        A kind is read from the log when it is asked for.
+        """
+        return _Records(self._records_of)
+
     def visible(self, kind: str) -> list[Record]:
-        """The records of a kind (see `records`) that no later attempt replaced."""
+        """The records of a kind that no later attempt replaced."""
         limits = self.limits()
         return [
             record
-            for record in self.records.get(kind, [])
+            for record in self._records_of(kind)
             if record.step is None or record.step < limits.get(record.attempt, np.inf)
         ]
 
@@ -216,47 +189,92 @@ class Run(Timeline):
         frame = pandas.DataFrame(columns)
         return frame.rename_axis("step")
 
-    def _take(self, record: Record) -> None:
-        self._note(record)
-        if record.kind == "system":
-            self._system.add(0, record.time, record.values)
-        elif record.kind in SCALAR_KINDS:
-            self._take_scalars(record)
-        elif record.kind in _KEPT_KINDS:
-            self.records.setdefault(record.kind, []).append(record)
+    def _records_of(self, kind: str) -> list[Record]:
+        mark = f'"{kind}"'.encode()  # few lines hold it: the others need not be decoded
+        lines = (line for number in range(len(self._blocks.blocks)) for line in self._blocks.lines(number))
+        found = (decode(line) for line in lines if mark in line)
+        return [record for record in found if record is not None and record.kind == kind]
 
-    def _take_scalars(self, record: Record) -> None:
-        attempt = self._attempts.setdefault(record.attempt, _Attempt(record.attempt))
-        step = record.step if record.step is not None else attempt.newest_step
-        attempt.add(step, record.time, record.values)
+    def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
+        super()._add(name, attempt, series, block)
+        if name in self._columns:
+            self._columns[name].append((attempt, series))
 
-    def _visible(self, until: int | None) -> list[tuple[_Attempt, float]]:
-        """The attempts up to `until` that logged scalars, each with the step that a later one replaces."""
-        return [
-            (self._attempts[number], before)
-            for number, before in self.limits(until).items()
-            if number in self._attempts
-        ]
+    def _parts(self, name: str) -> Parts:
+        """A metric as it was written: from its trace while that has an entry for each point."""
+        trace = self._traces.get(name)
+        if trace is None:
+            return []
+        if trace.width == 1:
+            return _parts_of(trace.entries)
+        if name not in self._columns:
+            self._columns = self._read_columns(name)
+        return self._columns[name]
 
-    def _system_series(self, name: str) -> Series:
-        """System metrics are sampled by time: each gets the step that was the newest at that moment."""
-        column = self._system.columns[name]
-        times = np.array(self._system.times)[np.array(column.rows, dtype=np.int64)]
-        order = np.argsort(times, kind="stable")
-        clock = self._clock()
-        newest = np.searchsorted(clock.times, times[order], side="right") - 1
-        steps = clock.steps[newest.clip(0)] if len(clock.steps) else np.zeros(len(order), dtype=np.int64)
-        return Series(steps, np.array(column.values)[order], times[order])
+    def _read_columns(self, name: str) -> dict[str, Parts]:
+        """The metric, and those that are likely to be asked for next."""
+        sizes = {each: trace.num_points * POINT_BYTES for each, trace in self._traces.items()}
+        names = [each for each in self.names() if self._traces[each].width > 1]
+        clock = [CLOCK] if self._is_samples(name) else []
+        columns: dict[str, Parts] = {}
+        for each in [name, *clock, *(n for n in names if n > name), *names]:
+            if each in (name, CLOCK) or sum(sizes[n] for n in columns) + sizes[each] <= COLUMNS_BYTES:
+                columns.setdefault(each, [])
+        for number in range(len(self._blocks.blocks)):
+            for (attempt, each), series in self._blocks.decode(number).items():
+                if each in columns:
+                    columns[each].append((attempt, series))
+        return columns
 
-    def _clock(self) -> Series:
-        """The newest step at each record's time, ordered by time."""
-        attempts = [self._attempts[number] for number in sorted(self._attempts)]
-        parts = [Series(*map(np.array, (a.steps, [a.number] * len(a.steps), a.times))) for a in attempts]
-        clock = joined(parts)
-        clock = clock.at(np.argsort(clock.times, kind="stable"))
-        return clock._replace(
-            steps=newest_steps(clock.steps, clock.values.astype(np.int64), self._first_steps)
-        )
+    def _is_samples(self, name: str) -> bool:
+        return bool((self._traces[name].entries["attempt"] == SYSTEM).all())
+
+    def _dated_by_clock(self, samples: Series) -> Series:
+        """Samples of a node are taken by time: each gets the step that was the newest at that moment."""
+        samples = samples.at(np.argsort(samples.times, kind="stable"))
+        ticks = self._parts(CLOCK)
+        clock = joined([series for _, series in ticks])
+        if not len(clock.steps):
+            return samples._replace(steps=np.zeros(len(samples.steps), dtype=np.int64))
+        attempts = np.repeat([attempt for attempt, _ in ticks], [len(series.steps) for _, series in ticks])
+        order = np.argsort(clock.times, kind="stable")
+        steps = newest_steps(clock.steps[order], attempts[order], self._first_steps)
+        newest = np.searchsorted(clock.times[order], samples.times, side="right") - 1
+        return samples._replace(steps=steps[newest.clip(0)])
+
+
+class _Records(Mapping[str, list[Record]]):
+    def __init__(self, read: Callable[[str], list[Record]]) -> None:
+        self._read = read
+
+    def __getitem__(self, kind: str) -> list[Record]:
+        records = self._read(kind) if kind in KINDS else []
+        if not records:
+            raise KeyError(kind)
+        return records
+
+    def __iter__(self) -> Iterator[str]:
+        return (kind for kind in sorted(KINDS) if self._read(kind))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _on_timeline(parts: Parts, limits: Mapping[int, float]) -> Series:
+    """What of a metric no later attempt replaced, by step; the later one of values of the same step."""
+    points = joined([series for _, series in parts])
+    keep = [series.steps < limits.get(attempt, -np.inf) for attempt, series in parts]
+    return points.at(last_of_each_step(points.steps, np.concatenate(keep or [np.empty(0, dtype=np.bool_)])))
+
+
+def _parts_of(entries: Entries) -> Parts:
+    """Entries of one point each as parts."""
+    begins = [0, *(np.flatnonzero(np.diff(entries["attempt"])) + 1).tolist(), len(entries)]
+    return [
+        (int(some["attempt"][0]), Series(some["first_step"], some["last"], some["time"]))
+        for begin, end in itertools.pairwise(begins)
+        if len(some := entries[begin:end])
+    ]
 
 
 def _number(value: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Container, Mapping
@@ -13,33 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.runlog.codec import Record, decode, encode
+from harness.runlog.events import Event
 from harness.runlog.process import is_alive
 from harness.runlog.soundness import SCALAR_KINDS
 
-__all__ = ["SCALAR_KINDS", "Event", "State", "Timeline", "line_of", "newest_steps"]
+__all__ = ["SCALAR_KINDS", "State", "Timeline", "line_of", "newest_steps"]
 
 State = Literal["running", "finished", "crashed", "stopped", "unstable", "stale"]
 STALE_AFTER_S = 600.0
 """A run that has been silent for so long is not called running any more."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Event:
-    """An incident, outlier batch, checkpoint, resume, fault, stop, rollback or alert."""
-
-    name: str
-    step: int | None
-    time: float
-    attempt: int
-    details: dict[str, Any]
-    abandoned: bool
-    """It happened on a branch that a later attempt replaced. It did happen, so it is listed all the same."""
-
-    @property
-    def text(self) -> str:
-        """What happened, in one line: the event's own summary, or its details one after another."""
-        details = (f"{name} {value}" for name, value in self.details.items() if value is not None)
-        return str(self.details.get("summary") or ", ".join(details))
 
 
 class Timeline:

@@ -78,6 +78,12 @@ class Trace:
         return self._num_full + len(self._rest)
 
     @property
+    def num_points(self) -> int:
+        """How many points there have been."""
+        entries = self.entries
+        return int(sum(entries[name].sum() for name in ("num_finite", "num_nan", "num_inf")))
+
+    @property
     def newest(self) -> np.void:
         """The last of them."""
         newest: np.void = self._rest[-1] if len(self._rest) else self._full[self._num_full - 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import TrackingError
-from harness.runlog.names import EventName
+from harness.runlog.events import Checkpoint, CheckpointFailed
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.checkpoint_names import Wanted, wanted_checkpoint
 from harness.tracking.lenient import saved_values
@@ -91,7 +91,7 @@ class Checkpoints:
         self._open_store = open_store
         self._output = output
         self._store: CheckpointStore | None = None
-        self._under_way: list[dict[str, Any]] = []
+        self._under_way: list[Checkpoint] = []
         """What there is to say of the saves that have not ended; they end in order."""
 
     @property
@@ -124,19 +124,17 @@ class Checkpoints:
         step, epoch = training.step, training.epoch
         if not self._has_part():
             return
-        details: dict[str, Any] = {"epoch": epoch}
-        self._under_way.append(details)
+        self._under_way.append(Checkpoint(epoch=epoch))
         try:
             nonfinite = self.store.save(step, training.state)
         except Exception as error:  # noqa: BLE001  (whatever it is, training is worth more)
-            self._under_way.pop()
             self._complaints.failed("save_checkpoint", error, epoch, step)
-            self._write_event(step, details, words_of(error))
+            self._write_event(step, self._under_way.pop(), words_of(error))
             return
         if nonfinite:
             some = ", ".join(nonfinite[:5])
             logger.error("the checkpoint of epoch %d, step %d is not finite: %s", epoch, step, some)
-            details["nonfinite"] = nonfinite[:100]
+            self._under_way[-1] = Checkpoint(epoch=epoch, nonfinite=tuple(nonfinite[:100]))
         self._note_ended(self.store)  # the one before, and this one should it be so fast
 
     def load(self, name: str | Path | None, model: nn.Module | None) -> dict[str, Any]:
@@ -171,13 +169,10 @@ class Checkpoints:
         for step, error in store.ended():
             self._write_event(step, self._under_way.pop(0), error)
 
-    def _write_event(self, step: int, details: dict[str, Any], error: str | None) -> None:
-        about = (
-            {"name": EventName.CHECKPOINT}
-            if error is None
-            else {"name": EventName.CHECKPOINT_FAILED, "error": error}
-        )
-        self._output.write("event", {**about, **details}, step=step)
+    def _write_event(self, step: int, saved: Checkpoint, error: str | None) -> None:
+        if error is not None:
+            saved = CheckpointFailed(epoch=saved.epoch, nonfinite=saved.nonfinite, error=error)
+        self._output.write("event", saved.to_values(), step=step)
 
     def _has_part(self) -> bool:
         """Whether this process saves: rank 0, and with it all ranks of its process group."""

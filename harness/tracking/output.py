@@ -51,7 +51,7 @@ class Output:
         self.complaints = Complaints()
         self.wandb = "off"
         self._log: RunLog | None = None
-        self._mirrors = MirrorHandle(None, None)
+        self._mirrors = MirrorHandle(None)
         self._pid = os.getpid()
         self._config = config
         shared = SharedPlace(config)
@@ -131,7 +131,7 @@ class Output:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_main=False, complaints=Complaints(), wandb="off")
-        self._log, self._mirrors, self._pid = None, MirrorHandle(None, None), os.getpid()
+        self._log, self._mirrors, self._pid = None, MirrorHandle(None), os.getpid()
 
     @property
     def _complaints(self) -> Complaints:

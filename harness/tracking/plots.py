@@ -1,6 +1,6 @@
 """The picture of a run: one page that shows whether it was healthy, in bounded memory however long the run.
 
-    python -m harness.tracking.plots runs/quickstart    # draws runs/quickstart/curves.png
+    plot_run("runs/quickstart", "runs/quickstart/curves.png")
 
 Drawn on a `Figure` with its own canvas: no display, no global state of pyplot, safe in any thread.
 """
@@ -8,7 +8,6 @@ Drawn on a `Figure` with its own canvas: no display, no global state of pyplot, 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CURVES", "draw_run", "plot_run"]
-
-CURVES = "curves.png"
-"""The picture's file in the run's directory."""
+__all__ = ["draw_run", "plot_run"]
 
 INK = "#1f2430"
 FAINT = "#8a91a0"
@@ -201,8 +197,9 @@ def _limit_to_bulk(axis: Axes, curves: Sequence[Bands]) -> None:
     if not np.isfinite(means).any():
         return
     low, usual = np.nanmin(lows), np.nanquantile(means, 0.99)
-    if np.nanmax(highs) > usual + 3 * (usual - low):
-        axis.set_ylim(low - 0.05 * (usual - low), usual + 0.5 * (usual - low))
+    height = (usual - low) or 0.1 * abs(low) or 1.0  # a curve that is flat but for one value has none
+    if np.nanmax(highs) > usual + 3 * height:
+        axis.set_ylim(low - 0.05 * height, usual + 0.5 * height)
 
 
 def _mark_events(axes: npt.NDArray[np.object_], run: Digest) -> list[str]:
@@ -261,7 +258,3 @@ def _headline(run: Digest) -> str:
 
 def _plural(name: str, count: int) -> str:
     return f"{count} {name}" + ("s" if count != 1 else "")
-
-
-if __name__ == "__main__":
-    plot_run(sys.argv[1], Path(sys.argv[1]) / CURVES)

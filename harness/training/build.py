@@ -14,7 +14,7 @@ from torch import nn
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
-from harness.config import TrainConfig
+from harness.config import GuardConfig, TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
@@ -28,9 +28,10 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
+from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
@@ -166,7 +167,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     agree_on_settings(config)
     files = agree_on_files(config)
     task = on_all_ranks(lambda: build_task(config, files=files))
-    on_all_ranks(lambda: configured_rule(config.guard))
+    on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
@@ -246,12 +247,12 @@ def _open_journal(
         step_indices=attempt.loader.step_indices,
     )
     if attempt.resumed_from is not None:
-        journal.event(EventName.RESUME, step, checkpoint=attempt.resumed_from)
+        journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
     if step < config.loop.steps:
         journal.say(attempt.schedule)
     for fault in config.faults:
-        journal.event(EventName.FAULT, fault.step, what=describe(fault))
+        journal.event(events.Fault(what=describe(fault)), fault.step)
     return journal
 
 
@@ -299,6 +300,13 @@ def _precision(config: TrainConfig, world: World) -> str:
             )
         return known[by_accelerate]
     return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _check_names(guard: GuardConfig) -> None:
+    """Makes what the guard will be made of once, so that a wrong name or value is said before anything is
+    written."""
+    configured_rule(guard)
+    Checks(guard, load_checks(guard))
 
 
 def _set_determinism(config: TrainConfig) -> None:

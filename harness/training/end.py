@@ -21,7 +21,7 @@ import orjson
 
 from harness.atomic import write_atomically
 from harness.errors import DataError, TaskError
-from harness.runlog.names import EventName
+from harness.runlog import events
 from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
@@ -57,7 +57,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         ending = Ending.of_error(error)
         _judge_restart(error, run.counters.step > start.step)
     if ending.status == "unstable":
-        run.journal.event(EventName.STOP, run.counters.step, reason=ending.reason)
+        run.journal.event(events.Stop(reason=ending.reason), run.counters.step)
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
     result = _result(run, ending, start)
@@ -73,11 +73,11 @@ def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     for close in (run.guard.close, run.loader.close, run.checkpointer.close):
         try:
             close()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
-                logger.exception("%s failed too", close.__qualname__)
+                logger.error("%s failed too: %s", close.__qualname__, failure)
     return error
 
 

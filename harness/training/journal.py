@@ -17,7 +17,8 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
-from harness.runlog.names import EventName, Metric, Prefix
+from harness.runlog import events
+from harness.runlog.names import Metric, Prefix
 from harness.runlog.writer import RunLog
 from harness.stability import Incident
 from harness.tracking import MirrorSettings, start_mirrors, start_sampler
@@ -48,7 +49,7 @@ class Journal(Callback):
     def histograms(self, step: int, model: nn.Module) -> None:
         """How gradients and parameters are distributed; synchronises rank 0 with its device."""
 
-    def event(self, /, name: str, step: int, **details: Any) -> None:
+    def event(self, what: events.LoggedEvent, step: int) -> None:
         """Something that happened."""
 
     def say(self, text: str) -> None:
@@ -114,7 +115,7 @@ class MainJournal(Journal):
     def on_step(self, run: Training, record: StepRecord) -> None:
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
-        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
         if self._mfu_per_speed is not None:
             values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
@@ -125,21 +126,9 @@ class MainJournal(Journal):
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
-            kind = "outlier batch" if incident.is_outlier else incident_kind(record)
-            details = {"kind": kind, "loss": record.loss, "grad_norm": record.grad_norm}
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
-            self._log.write(
-                "event",
-                {
-                    "name": EventName.OUTLIER if incident.is_outlier else EventName.INCIDENT,
-                    "summary": incident.summary(),
-                    **details,
-                    **dataclasses.asdict(incident),
-                    "module": incident.module,
-                },
-                step=record.step,
-            )
+            self._log.write("event", incident_event(incident, record).to_values(), step=record.step)
         self._show(record, values, in_flight.step_s)
 
     @harmless(_no_samples)
@@ -179,15 +168,19 @@ class MainJournal(Journal):
     def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
         self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
-        details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
+        about: dict[str, Any] = {
+            "num_steps": outcome.step,
+            "blocked_s": outcome.blocked_s,
+            "seconds": outcome.seconds,
+        }
         if outcome.error is None:
-            self.event(EventName.CHECKPOINT, last_step, size_bytes=outcome.size_bytes, **details)
+            self.event(events.Checkpoint(size_bytes=outcome.size_bytes, **about), last_step)
         else:
-            self.event(EventName.CHECKPOINT_FAILED, last_step, error=str(outcome.error), **details)
+            self.event(events.CheckpointFailed(error=str(outcome.error), **about), last_step)
 
     @harmless(_nothing)
-    def event(self, /, name: str, step: int, **details: Any) -> None:
-        self._log.write("event", {"name": name, **details}, step=step)
+    def event(self, what: events.LoggedEvent, step: int) -> None:
+        self._log.write("event", what.to_values(), step=step)
 
     @harmless(_nothing)
     def say(self, text: str) -> None:
@@ -197,8 +190,10 @@ class MainJournal(Journal):
     def on_rollback(self, run: Training, rollback: Rollback) -> None:
         self._log.rewind(rollback.step)
         record = rollback.record
-        details = {"failed_step": record.step, "reason": record.reason}
-        self.event(EventName.ROLLBACK, rollback.step, **details, skipped_samples=rollback.skipped_samples)
+        what = events.Rollback(
+            failed_step=record.step, reason=record.reason, skipped_samples=rollback.skipped_samples
+        )
+        self.event(what, rollback.step)
 
     @harmless(_nothing)
     def leave_terminal(self) -> None:
@@ -266,3 +261,15 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def incident_event(incident: Incident, record: StepRecord) -> events.Incident:
+    """An incident, or an outlier batch, as the log keeps it."""
+    about = {field.name: getattr(incident, field.name) for field in dataclasses.fields(incident)}
+    del about["step"]  # its record has that
+    about["culprits"] = tuple(dataclasses.asdict(culprit) for culprit in incident.culprits)
+    about |= {"summary": incident.summary(), "module": incident.module}
+    about |= {"loss": record.loss, "grad_norm": record.grad_norm}
+    if incident.is_outlier:
+        return events.Outlier(kind="outlier batch", **about)
+    return events.Incident(kind=incident_kind(record), **about)

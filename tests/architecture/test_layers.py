@@ -44,6 +44,7 @@ SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
     "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
+    "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
@@ -72,7 +73,9 @@ MAY_SYNCHRONISE = {
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
-    "harness/stability/replicas.py",  # names the differing one among numbers that are on the host
+    "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host
+    "harness/stability/checks/replicas.py",
+    "harness/stability/checks/rows.py",
     "harness/stability/reference.py",  # tensors on the CPU only
     "harness/training/evaluate.py",  # the one read of an evaluation
 }

@@ -85,6 +85,8 @@ def test_it_tells_what_became_of_the_run(monitor: Locator, report: Path) -> None
         "steps": "5,000",
         "loss": "1",
         "held out": "2.5",
+        "best held out": "2.5",
+        "steps with NaN or Inf": "1",
         "incidents": "1",
         "rollbacks": "1",
         "attempts": "1",
@@ -121,14 +123,14 @@ def test_its_pictures_are_those_of_the_dashboard(monitor: Locator) -> None:
     monitor.locator(".h-heat").click(position={"x": 20, "y": 2})
     layer = picture(page, "a.weight: grad_norm")
     expect(layer).to_have_attribute("data-points", "100")
-    assert layer.get_attribute("data-odd") == "1"
+    assert layer.get_attribute("data-nonfinite") == "1"
 
 
 def test_it_zooms_and_counts_on_other_axes(monitor: Locator) -> None:
     page = monitor.page
     loss = picture(page, "loss")
     assert int(loss.get_attribute("data-points") or "") <= 2000
-    assert (loss.get_attribute("data-odd"), loss.get_attribute("data-marks")) == ("1", "2")
+    assert (loss.get_attribute("data-nonfinite"), loss.get_attribute("data-marks")) == ("1", "2")
     over = loss.locator(".u-over").bounding_box()
     assert over is not None
     left, right = (over["x"] + over["width"] * share for share in (0.65, 0.68))

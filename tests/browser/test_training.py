@@ -97,7 +97,9 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
         expect(toast(other)).to_contain_text(f"{NAME} will finish its step")
     go_to(page, "Training")
     expect(printed(page)).to_contain_text("stopped by SIGTERM:", timeout=30_000)
-    reached = int(re.findall(r"stopped by SIGTERM: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", ""))
+    reached = int(
+        re.findall(r"stopped by SIGTERM: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", "")
+    )
     assert losses(place.runs / NAME) == list(range(reached))
     go_to(page, "Monitoring")
     expect(monitor).to_have_attribute("data-state", "stopped")

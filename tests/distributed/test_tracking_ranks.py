@@ -69,7 +69,7 @@ tracker.close()
 
 def run_description(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
     os.chdir(folder)
-    output.start_mirrors = lambda *_, **__: MirrorHandle(None, None)  # tested elsewhere
+    output.start_mirrors = lambda *_, **__: MirrorHandle(None)  # tested elsewhere
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     model = DistributedDataParallel(plain) if torch.distributed.is_initialized() else plain

@@ -82,7 +82,7 @@ def test_sync_makes_a_mirror_that_the_run_did_not_have(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no mirrors" in said(capsys, "sync", str(runs / "seed1"))
-    assert "tensorboard" in said(capsys, "sync", str(runs / "seed1"), "--tensorboard")
+    assert "tensorboard" in said(capsys, "sync", str(runs / "seed1"), "--mirror", "tensorboard")
     assert list((runs / "seed1/tensorboard").glob("events.*"))
 
 

@@ -22,6 +22,8 @@ from harness.dashboard.indexer import Indexer
 from harness.dashboard.run_index import RunIndex
 from harness.errors import HarnessError
 from harness.runlog.segments import Follower, node_folders
+from harness.tracking.mirror import MirroredRun
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 
 __all__ = ["Answer", "Question", "Readers"]
@@ -138,7 +140,7 @@ class Readers:
 
 
 def _mirror(run_dir: Path, folder: Path) -> None:
-    mirror = TensorBoardMirror(folder, run_dir=run_dir, state={})
+    mirror = TensorBoardMirror(MirroredRun(run_dir, MirrorSettings(tensorboard_dir=str(folder))), {})
     for place in node_folders(run_dir / "log"):
         follower = Follower(run_dir / "log" / place)
         while records := follower.read():

@@ -14,7 +14,7 @@ __all__ = ["alone", "config_in"]
 
 def alone(folder: Path, *, rank: int | None = None, **changes: Any) -> ExperimentTracker:
     """A tracker whose folders lie in `folder`, without mirrors and pictures."""
-    start, output.start_mirrors = output.start_mirrors, lambda *_, **__: MirrorHandle(None, None)
+    start, output.start_mirrors = output.start_mirrors, lambda *_, **__: MirrorHandle(None)
     try:
         return ExperimentTracker(config_in(folder, **changes), rank=rank)
     finally:

@@ -1,9 +1,10 @@
-"""What docs/extending.md says of presets and commands: found wherever the program is started."""
+"""What docs/extending.md says: its examples run, and presets and commands are found wherever one starts."""
 
 from __future__ import annotations
 
 import configparser
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -15,7 +16,10 @@ import pytest
 from harness.cli.main import ENTRY_POINTS, main
 from harness.config import TrainConfig, parse_arguments
 from harness.config.presets import preset_file, preset_names
+from harness.data import Task
 from harness.errors import ConfigError
+from harness.runlog.reader import open_run
+from tests.support.own_tasks import own_config, points_task, run_loop
 from tests.support.runs import ROOT
 
 
@@ -108,3 +112,31 @@ def test_an_installed_package_adds_a_command(installed: None, capsys: pytest.Cap
     assert "train      train a model" in usage  # its own commands are not replaced
     assert main(["greeet"]) == 2
     assert capsys.readouterr().err.rstrip().endswith("verify, greet")
+
+
+def points(config: TrainConfig) -> Task:
+    return points_task()
+
+
+def test_the_examples_of_the_page_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [example.splitlines()[0] for example in examples] == ["# mine.py"] * 3
+    (tmp_path / "mine.py").write_text("\n".join(examples))
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        argument
+        for line in re.findall(r"^harness train (.*)$", page, re.MULTILINE)
+        for argument in shlex.split(line)
+    ]
+    assert [name for name in arguments if name.startswith("--")] == [
+        *("--config", "--callbacks", "--guard.spike_rule", "--guard.spike_args", "--guard.checks")
+    ]
+    try:
+        run = run_loop(own_config(tmp_path, points, *arguments[2:], "--loop.eval_every=2"))
+    finally:
+        sys.modules.pop("mine", None)
+    assert "num_flagged" in run.guard.state_dict()["spike_rule"]
+    logged = open_run(run.directory)
+    assert len(logged.scalars("mine/largest_weight").values) == 1
+    assert len(logged.scalars("mine/best").values) >= 1

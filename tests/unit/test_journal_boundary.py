@@ -11,6 +11,7 @@ import torch
 
 from harness.config import TrainConfig
 from harness.records import StepRecord
+from harness.runlog.events import Checkpoint
 from harness.tracking import open_run
 from harness.tracking.mirrors import MirrorHandle
 from harness.training import journal as journals
@@ -22,7 +23,7 @@ from harness.training.summary import Ending
 
 @pytest.fixture
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     return MainJournal(
         tmp_path,
         TrainConfig(),
@@ -42,7 +43,7 @@ def test_no_method_of_the_journal_raises(
         getattr(journal, name)(odd, odd)
     journal.on_eval(None, 0, {"val/loss": odd})
     journal.histograms(0, torch.nn.LazyLinear(2))
-    journal.event("checkpoint", 1, size=odd)
+    journal.event(Checkpoint(size_bytes=odd), 1)
     journal.on_eval(None, 1, {"val/loss": 2.0})
     assert caplog.text.count("on_eval failed") == 2  # once for each kind of error
     journal.close(Ending(status="finished"))
@@ -75,7 +76,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
     def step_indices(*_: Any) -> list[int]:
         raise OSError("the order of the data cannot be read")
 
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None, None))
+    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     journal = MainJournal(
         tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
     )

@@ -90,7 +90,7 @@ def test_curves_are_bands_that_hide_no_spike_on_every_axis(
         ("step", "tokens", "hours", "clock", "steps"), len(place["steps"])
     )
     assert max(loss["high"]) == 1e6
-    assert [counts for _, *counts in loss["odd"]] == [[1, 0]]
+    assert [counts for _, *counts in loss["nonfinite"]] == [[1, 0]]
     layers = told["layers"]["grad_norm"]
     assert layers["names"] == ["w"]
     assert len(layers["values"][0]) == len(told["curves"]["xs"][layers["x"]]["steps"])

@@ -65,7 +65,7 @@ export class Chart {
     this.sync = sync;
     this.log = plot.log || false;
     this.marks = [];
-    this.odd = [];
+    this.nonfinite = [];
     this.key = "";
     this.body = element("div", { class: "h-chart-body" });
     this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
@@ -103,13 +103,13 @@ export class Chart {
       this.clear();
       return;
     }
-    const { series, bands, tables } = this.layout(view, present, options);
+    const { series, bands, tables } = this.plotData(view, present, options);
     const data = window.uPlot.join(tables);
     const axis = view.xs[view.curves[present[0].name].x];
     this.marks = marks.map((mark) => ({ ...mark, x: placeOf(mark.step, axis) })).filter((mark) => mark.x != null);
-    this.odd = present.flatMap((line) => {
+    this.nonfinite = present.flatMap((line) => {
       const curve = view.curves[line.name];
-      return curve.odd.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
+      return curve.nonfinite.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
     });
     this.axis = axis;
     const key = JSON.stringify([series.map((one) => one.label), this.log, view.axis, document.body.classList.contains("dark")]);
@@ -123,11 +123,11 @@ export class Chart {
     this.node.dataset.points = Math.max(...present.map((line) => view.xs[view.curves[line.name].x].x.length));
     this.node.dataset.first = axis.steps[0];
     this.node.dataset.last = axis.steps[axis.steps.length - 1];
-    this.node.dataset.odd = this.odd.length;
+    this.node.dataset.nonfinite = this.nonfinite.length;
     this.node.dataset.marks = this.marks.length;
   }
 
-  layout(view, present, { smoothing }) {
+  plotData(view, present, { smoothing }) {
     const scale = this.log ? positive : (values) => values;
     const series = [{ label: view.axis }];
     const bands = [];
@@ -174,7 +174,7 @@ export class Chart {
       ],
       cursor: { sync: { key: this.sync }, drag: { x: true, y: false, setScale: false } },
       legend: { live: true },
-      hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.tell(u)] },
+      hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.showTip(u)] },
     };
   }
 
@@ -210,8 +210,8 @@ export class Chart {
       ctx.stroke();
     }
     ctx.fillStyle = NON_FINITE;
-    for (const odd of this.odd) {
-      const x = u.valToPos(odd.x, "x", true);
+    for (const point of this.nonfinite) {
+      const x = u.valToPos(point.x, "x", true);
       const size = 5 * ratio;
       ctx.beginPath();
       ctx.moveTo(x - size, bbox.top);
@@ -223,12 +223,12 @@ export class Chart {
   }
 
   // What is marked under the pointer, as the chart's title.
-  tell(u) {
+  showTip(u) {
     const left = u.cursor.left;
     const near = (x) => left >= 0 && Math.abs(u.valToPos(x, "x") - left) < 5;
     const texts = [
       ...this.marks.filter((mark) => near(mark.x)).map((mark) => `${mark.name} at step ${mark.step}: ${mark.text}`),
-      ...this.odd.filter((odd) => near(odd.x)).map((odd) => `${odd.label}: ${odd.nan == null ? "not finite" : `${odd.nan} NaN, ${odd.inf} infinite`}`),
+      ...this.nonfinite.filter((point) => near(point.x)).map((point) => `${point.label}: ${point.nan == null ? "not finite" : `${point.nan} NaN, ${point.inf} infinite`}`),
     ];
     u.over.title = texts.slice(0, 6).join("\n");
   }

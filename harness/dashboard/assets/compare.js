@@ -20,7 +20,7 @@ export class Comparison {
     const { metric } = await ask("names");
     await Promise.all(METRICS.map((name) => this.add(metric[name])));
     try {
-      this.tell(await ask("compare", { run: this.runs }));
+      this.render(await ask("compare", { run: this.runs }));
     } catch (error) {
       this.words.textContent = error.message;
     }
@@ -56,7 +56,7 @@ export class Comparison {
     chart.draw(view, [], { smoothing: 0 });
   }
 
-  tell(answer) {
+  render(answer) {
     const partings = answer.partings.map((parting) => {
       const [first, second] = parting.runs;
       if (parting.error) return element("p", {}, `${first} and ${second}: ${parting.error}`);

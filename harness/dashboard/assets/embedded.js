@@ -35,14 +35,14 @@ function span(steps, range) {
 
 function cut(curve, [begin, end]) {
   const part = (values) => values && values.slice(begin, end);
-  const odd = curve.odd.filter(([at]) => at >= begin && at < end).map(([at, ...counts]) => [at - begin, ...counts]);
-  return { mean: part(curve.mean), low: part(curve.low), high: part(curve.high), odd };
+  const nonfinite = curve.nonfinite.filter(([at]) => at >= begin && at < end).map(([at, ...counts]) => [at - begin, ...counts]);
+  return { mean: part(curve.mean), low: part(curve.low), high: part(curve.high), nonfinite };
 }
 
 function curvesOf(names, axis, range) {
   const spans = report.curves.xs.map(({ steps }) => span(steps, range));
   const xs = report.curves.xs.map((x, at) => ({ steps: x.steps.slice(...spans[at]), x: x[axis].slice(...spans[at]) }));
-  const nothing = { x: xs.push({ steps: [], x: [] }) - 1, mean: [], low: null, high: null, odd: [] };
+  const nothing = { x: xs.push({ steps: [], x: [] }) - 1, mean: [], low: null, high: null, nonfinite: [] };
   const curves = {};
   for (const name of names) {
     const curve = own(report.curves.curves, name) || layerCurve(name);
@@ -55,7 +55,7 @@ function curvesOf(names, axis, range) {
 function layerCurve(name) {
   for (const [statistic, layers] of Object.entries(report.layers)) {
     const row = layers.names.findIndex((layer) => name === `${report.names.prefix.LAYERS}${statistic}/${layer}`);
-    if (row >= 0) return { x: layers.x, mean: layers.values[row], low: null, high: null, odd: layers.nonfinite[row].map((at) => [at, null, null]) };
+    if (row >= 0) return { x: layers.x, mean: layers.values[row], low: null, high: null, nonfinite: layers.nonfinite[row].map((at) => [at, null, null]) };
   }
   return null;
 }

@@ -18,7 +18,7 @@ function samplesOf(incident) {
   return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
 }
 
-// The pictures of a run; `names` are those of metrics as the server tells them.
+// The pictures of a run; `names` are those of metrics as the server gives them.
 const PLOTS = ({ metric, prefix }, maxNorm) => [
   { title: "loss", lines: [{ name: metric.TRAIN_LOSS, label: "training" }, { name: metric.VAL_LOSS, label: "held out", colour: "#ff725c" }] },
   { title: "accuracy", lines: [{ name: metric.TRAIN_ACCURACY, label: "training" }, { name: metric.VAL_ACCURACY, label: "held out", colour: "#ff725c" }] },
@@ -57,7 +57,7 @@ class Monitor extends HTMLElement {
     this.built = true;
     this.settings = { axis: "step", smoothing: 0, within: null };
     this.charts = [];
-    this.asked = null;
+    this.requested = null;
     this.turn = 0;
     this.head = element("div", { class: "h-head" });
     this.note = element("div", { class: "h-note", role: "status" });
@@ -72,8 +72,8 @@ class Monitor extends HTMLElement {
     this.configuration = element("div", {});
     this.layerChart = element("div", { class: "h-grid" });
     this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
-    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.lookAgain() });
-    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.lacks() && this.lookAgain() }, element("summary", {}, title), ...nodes);
+    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.requestRefresh() });
+    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.isIncomplete() && this.requestRefresh() }, element("summary", {}, title), ...nodes);
     this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
     this.append(
       this.head,
@@ -112,8 +112,9 @@ class Monitor extends HTMLElement {
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
     for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
+    delete this.configuration.dataset.attempts;
     this.dataset.run = id || "";
-    this.lookAgain();
+    this.requestRefresh();
   }
 
   get run() {
@@ -123,7 +124,7 @@ class Monitor extends HTMLElement {
   controls() {
     const axis = element(
       "select",
-      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.lookAgain()) },
+      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.requestRefresh()) },
       [["step", "by step"], ["tokens", "by tokens"], ["hours", "by hours"], ["clock", "by time of day"]].map(([value, text]) => element("option", { value }, text)),
     );
     const smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "smoothing", oninput: () => {
@@ -146,11 +147,11 @@ class Monitor extends HTMLElement {
   zoom(within) {
     this.settings.within = within;
     this.reset.disabled = !within;
-    this.lookAgain();
+    this.requestRefresh();
   }
 
   // Something else is to be seen: an answer that is under way is not the last word.
-  lookAgain() {
+  requestRefresh() {
     this.turn += 1;
     this.version = null;
     this.poll.soon();
@@ -164,27 +165,27 @@ class Monitor extends HTMLElement {
     }
     const { turn } = this;
     this.names ??= await ask("names");
-    this.asked = this.sights();
+    this.requested = this.visibleParts();
     const { axis, within } = this.settings;
-    const answer = await ask("run", { run, seen: this.version, ...this.asked, axis, first: within?.[0], last: within?.[1], points: 400 });
+    const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
     this.note.textContent = "";
     if (answer.unchanged) return;
     this.data = answer;
     this.version = turn === this.turn ? answer.version : null;
     this.dataset.state = answer.state;
-    this.tell();
+    this.renderSummary();
     this.makeCharts();
     this.drawCharts();
     this.drawLayers();
-    await this.tellSettings(run);
+    await this.renderSettings(run);
     this.dataset.lastStep = answer.last_step;
     this.dataset.ready = "true";
-    if (this.lacks()) this.lookAgain();
+    if (this.isIncomplete()) this.requestRefresh();
   }
 
   // What can be seen, and only that is asked for: a closed section costs nothing.
-  sights() {
+  visibleParts() {
     const charts = this.data ? this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null) : [];
     const names = charts.length ? charts.flatMap((chart) => chart.names) : PLOTS(this.names).flatMap((plot) => plot.lines.map((line) => line.name));
     const hasLayers = this.heat.node.closest("details").open;
@@ -192,16 +193,16 @@ class Monitor extends HTMLElement {
   }
 
   // Whether something can be seen that was not asked for.
-  lacks() {
+  isIncomplete() {
     if (!this.data) return false;
-    const { name, statistic } = this.sights();
-    const hasSettings = this.configuration.childElementCount || !this.configuration.closest("details").open;
-    return !hasSettings || name.some((one) => !this.asked.name.includes(one)) || (statistic !== null && statistic !== this.asked.statistic && this.data.statistics.includes(statistic));
+    const { name, statistic } = this.visibleParts();
+    return !this.hasSettings() || name.some((one) => !this.requested.name.includes(one)) || (statistic !== null && statistic !== this.requested.statistic && this.data.statistics.includes(statistic));
   }
 
-  tell() {
+  renderSummary() {
     const { data } = this;
     const { event, metric } = this.names;
+    const nonfinite = data.nonfinite_steps;
     const steps = data.last_step == null ? 0 : data.last_step + 1;
     const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
     const last = (name) => number(data.last[name]);
@@ -214,9 +215,11 @@ class Monitor extends HTMLElement {
         fact("steps", number(steps) + (data.total_steps ? ` / ${number(data.total_steps)}` : "")),
         fact("loss", last(metric.TRAIN_LOSS)),
         fact("held out", last(metric.VAL_LOSS)),
+        fact("best held out", number(data.best_val_loss)),
         fact("gradient norm", last(metric.GRAD_NORM)),
         fact("tokens/s", last(metric.TOKENS_PER_S)),
         fact("skips", last(metric.SKIPS)),
+        fact("steps with NaN or Inf", (nonfinite.is_exact ? "" : "≥ ") + number(nonfinite.num)),
         fact("incidents", number(data.event_counts[event.INCIDENT] || 0)),
         fact("outlier batches", number(data.event_counts[event.OUTLIER] || 0)),
         fact("rollbacks", number(data.event_counts[event.ROLLBACK] || 0)),
@@ -232,8 +235,8 @@ class Monitor extends HTMLElement {
     if (data.is_sample) words.push(`this is a sample of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
     if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
     this.note.textContent = words.join("; ");
-    this.tellIncidents();
-    this.tellCheckpoints();
+    this.renderIncidents();
+    this.renderCheckpoints();
     this.events.replaceChildren(
       table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
     );
@@ -243,15 +246,20 @@ class Monitor extends HTMLElement {
     this.ranks.replaceChildren(table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
   }
 
-  // What was set never changes while a run is open: it is asked for once, when somebody looks.
-  async tellSettings(run) {
-    const { configuration } = this;
-    if (configuration.childElementCount || !configuration.closest("details").open) return;
-    const settings = await ask("settings", { run });
-    if (run === this.wanted) configuration.replaceChildren(table(["setting", "value"], settings));
+  // A new attempt may have set something else.
+  hasSettings() {
+    return !this.configuration.closest("details").open || this.configuration.dataset.attempts === String(this.data.attempts);
   }
 
-  tellIncidents() {
+  async renderSettings(run) {
+    if (this.hasSettings()) return;
+    const settings = await ask("settings", { run });
+    if (run !== this.wanted) return;
+    this.configuration.replaceChildren(table(["setting", "value"], settings));
+    this.configuration.dataset.attempts = this.data.attempts;
+  }
+
+  renderIncidents() {
     const { incidents } = this.data;
     if (!incidents.length) {
       this.incidents.replaceChildren(element("p", { class: "h-note" }, "none"));
@@ -272,7 +280,7 @@ class Monitor extends HTMLElement {
     this.incidents.replaceChildren(table(["step", "kind", "rank", "parameter", "micro-batch", "NaN", "Inf", "samples", "guard", "reason"], rows, { class: "h-table h-incidents" }));
   }
 
-  tellCheckpoints() {
+  renderCheckpoints() {
     const rows = this.data.checkpoints.slice().reverse().map((one) => [
       one.num_steps,
       element("span", { class: `h-health h-${one.health}` }, one.health),
@@ -314,7 +322,7 @@ class Monitor extends HTMLElement {
       this.charts.push(chart);
       this.more.append(chart.node);
     }
-    if (redraw) this.lookAgain();
+    if (redraw) this.requestRefresh();
   }
 
   drawCharts() {
@@ -338,7 +346,7 @@ class Monitor extends HTMLElement {
     const chart = new Chart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, { onzoom: (range) => this.zoom(range) });
     this.charts.push(chart);
     this.layerChart.append(chart.node);
-    this.lookAgain();
+    this.requestRefresh();
   }
 }
 

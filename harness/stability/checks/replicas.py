@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.config import GuardConfig
 from harness.dist import local_part
+from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.optimizers import StateOf
 
-__all__ = ["DifferingReplica", "checksums", "find_differing"]
+__all__ = ["DifferingReplica", "ReplicaCheck", "checksums", "find_differing"]
 
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by bytes per element."""
@@ -32,6 +34,33 @@ class DifferingReplica:
     """The rank that differs from the majority; None where there is no majority, as between two."""
     row: int
     """The first parameter that is, or whose optimizer state is, not the same everywhere."""
+
+
+class ReplicaCheck(Check):
+    """Checksums of what the previous step left behind, compared between the replicas."""
+
+    name = "checksums"
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.every = config.replicas_every if config.replicas != "off" else 0
+
+    def measure(self, view: StepView) -> Tensor | None:
+        """`[P]`, where there are replicas to compare."""
+        return checksums(view.layout.parameters, view.state_of) if view.num_replicas > 1 else None
+
+    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
+        """Of `[W, P]`."""
+        differing = find_differing(numbers.view(arrived.num_replicas, -1, numbers.shape[-1]))
+        if differing is None:
+            return Reading()
+        parameter = arrived.layout.names[differing.row]
+        who = "replicas differ" if differing.rank is None else f"rank {differing.rank} differs"
+        return Reading(
+            reason=f"{who} in {parameter} or its optimizer state",
+            rank=differing.rank,
+            parameter=parameter,
+            fields={"replicas_differ": True},
+        )
 
 
 def checksums(parameters: Sequence[nn.Parameter], state_of: StateOf) -> Tensor:

@@ -11,6 +11,8 @@ Legend: B batch, H query heads, K key heads, T queries, U keys, D width of a hea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +20,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from harness.config import GuardConfig
+from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.wrappers import uncompiled
 
-__all__ = ["AttentionProbe", "is_compiled"]
+__all__ = ["AttentionCheck", "AttentionProbe", "is_compiled"]
 
 NUM_QUERIES = 32
 """Queries per call whose logits are computed, evenly spaced."""
+
+
+class AttentionCheck(Check):
+    """Fills `StepRecord.attention_logit_max`, one number for each call of attention, over micro-batches and
+    ranks."""
+
+    name = "attention"
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.every = config.sample_every
+        self._largest: Tensor | None = None
+
+    @contextmanager
+    def watch_forward(self) -> Iterator[None]:
+        with AttentionProbe() as probe:
+            yield
+        if probe.maxima:
+            largest = torch.stack(probe.maxima)
+            self._largest = largest if self._largest is None else self._largest.maximum(largest)
+
+    def measure(self, view: StepView) -> Tensor | None:
+        """`[L]`, or None where the loop does not let the guard watch."""
+        largest, self._largest = self._largest, None
+        return largest
+
+    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
+        """Of `[W, L]`."""
+        return Reading(fields={"attention_logit_max": tuple(numbers.amax(0).tolist())})
+
+    def forget(self) -> None:
+        self._largest = None
 
 
 class AttentionProbe(TorchFunctionMode):
