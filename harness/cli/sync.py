@@ -21,8 +21,8 @@ def run(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="tensorboard, wandb, trackio or package.module:Class; may be repeated (default: all mirrors of the "
-        "run)",
+        help="tensorboard, wandb, trackio or package.module:Class; may be repeated (default: all mirrors of "
+        "the run)",
     )
     arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {default}")
     arguments.add_argument("--project", help=f"project at W&B and in trackio {default}")
