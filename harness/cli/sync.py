@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 def run(argv: Sequence[str]) -> int:
     """Completes or rebuilds the mirrors and prints what was done."""
-    arguments = parser("sync", "Bring a run's mirrors (TensorBoard, W&B, trackio) up to date with its log.")
+    arguments = parser("sync", "Bring a run's mirrors (TensorBoard, W&B, ...) up to date with its log.")
     run_argument(arguments)
     default = "(default: as in the run's own settings)"
     arguments.add_argument(
@@ -21,8 +21,8 @@ def run(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="tensorboard, wandb, trackio or package.module:Class; may be repeated (default: all mirrors of "
-        "the run)",
+        help="tensorboard, wandb, trackio or package.module:Class; only those named here (default: all that "
+        "the run had)",
     )
     arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {default}")
     arguments.add_argument("--project", help=f"project at W&B and in trackio {default}")
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     with reporting() as outcome:
         from harness.tracking.sync import sync_run
 
-        asked = {name: getattr(options, name) for name in ("wandb", "project")}
+        asked = {"wandb": options.wandb, "project": options.project}
         changes = {name: value for name, value in asked.items() if value is not None}
         directory = run_directory(options.run, options.runs)
         mirrors = sync_run(directory, rebuild=options.rebuild, mirrors=options.mirror, **changes)

@@ -89,7 +89,7 @@ def own_config(folder: Path, build: Callable[[TrainConfig], Any], *more: str) ->
 
 def run_loop(config: TrainConfig, world: World = ALONE, callbacks: Sequence[Callback] = ()) -> Run:
     """Builds a run and trains it to its end; without mirrors and pictures, which take longer than that."""
-    no_mirrors = patch("harness.training.journal.start_mirrors", lambda *_: MirrorHandle(None))
+    no_mirrors = patch("harness.tracking.recorder.start_mirrors", lambda *_: MirrorHandle(None))
     with no_mirrors, StopRequest() as stop:
         run = build_run(config, world, stop, callbacks)
         try:

@@ -12,9 +12,8 @@ import torch
 from harness.config import TrainConfig
 from harness.records import StepRecord
 from harness.runlog.events import Checkpoint
-from harness.tracking import open_run
+from harness.tracking import open_run, recorder
 from harness.tracking.mirrors import MirrorHandle
-from harness.training import journal as journals
 from harness.training.callbacks import InFlight
 from harness.training.counters import Counters
 from harness.training.journal import MainJournal
@@ -23,7 +22,7 @@ from harness.training.summary import Ending
 
 @pytest.fixture
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
+    monkeypatch.setattr(recorder, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     return MainJournal(
         tmp_path,
         TrainConfig(),
@@ -76,7 +75,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
     def step_indices(*_: Any) -> list[int]:
         raise OSError("the order of the data cannot be read")
 
-    monkeypatch.setattr(journals, "start_mirrors", lambda *_, **__: MirrorHandle(None))
+    monkeypatch.setattr(recorder, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     journal = MainJournal(
         tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
     )
