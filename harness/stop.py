@@ -14,15 +14,12 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
 
 __all__ = ["StopRequest"]
 
 _ABORTED_BY_CTRL_C = 128 + signal.SIGINT
-_SAME_KEYPRESS_S = 1.0
-"""Within this a second SIGINT is the same Ctrl-C: the terminal sends one and a launcher may send another."""
 _OURS = (signal.SIGINT, signal.SIGTERM)
 _OURS_BY_DEFAULT = (signal.SIGUSR1, signal.SIGHUP)
 """Taken where they would end the process: nohup ignores SIGHUP, and a caller's handler is the caller's."""
@@ -39,7 +36,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         """Name of the signal that asked first; None: nobody has asked."""
-        self._first_interrupt_s: float | None = None
+        self._interrupts = 0
         self._old: dict[int, Any] = {}
         self._terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
 
@@ -65,19 +62,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._count_interrupt()
+        # Launchers send SIGTERM after a terminal's Ctrl-C: only a second SIGINT is a second Ctrl-C.
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os._exit(_ABORTED_BY_CTRL_C)
         if number == signal.SIGHUP:
             self._forget_terminal()
         if self.reason is None:
             self.reason = signal.Signals(number).name
             _say(f"{self.reason}: finishing the step and saving a checkpoint; Ctrl-C again ends at once")
-
-    def _count_interrupt(self) -> None:
-        now = time.monotonic()
-        self._first_interrupt_s = self._first_interrupt_s or now
-        if now - self._first_interrupt_s > _SAME_KEYPRESS_S:
-            os._exit(_ABORTED_BY_CTRL_C)
 
     def _forget_terminal(self) -> None:
         """What is printed after a terminal's end would raise, in the middle of the last step."""

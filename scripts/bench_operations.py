@@ -55,7 +55,10 @@ def stop_run(launcher: str, folder: Path, draw: random.Random) -> tuple[str, flo
         AssertionError: something is not as it should be.
     """
     number = draw.choice(SIGNALS if launcher == "python" else [*SIGNALS, signal.SIGKILL])
-    moment, twice = draw.choice(MOMENTS), draw.random() < 0.2 and number != signal.SIGKILL
+    moment, twice = (
+        draw.choice(MOMENTS),
+        draw.random() < 0.2 and number not in (signal.SIGKILL, signal.SIGINT),
+    )
     run = begin(launcher, folder, *STOPPED)
     run.wait_for_ranks()
     if moment == "training":

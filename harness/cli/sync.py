@@ -12,10 +12,10 @@ __all__ = ["run"]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Completes or rebuilds the mirrors and says what was done."""
-    arguments = parser("sync", "Bring a run's mirrors up to its log; idempotent.")
+    """Completes or rebuilds the mirrors and prints what was done."""
+    arguments = parser("sync", "Bring a run's mirrors (TensorBoard, W&B, ...) up to date with its log.")
     run_argument(arguments)
-    kept = "(default: as the run had it)"
+    default = "(default: as in the run's own settings)"
     arguments.add_argument(
         "--mirror",
         action="append",
@@ -24,9 +24,9 @@ def run(argv: Sequence[str]) -> int:
         help="tensorboard, wandb, trackio or package.module:Class; only those named here (default: all that "
         "the run had)",
     )
-    arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {kept}")
-    arguments.add_argument("--project", help=f"project at W&B and in trackio {kept}")
-    arguments.add_argument("--rebuild", action="store_true", help="begin again from the log's first record")
+    arguments.add_argument("--wandb", choices=("off", "offline", "online"), help=f"mirror to W&B {default}")
+    arguments.add_argument("--project", help=f"project at W&B and in trackio {default}")
+    arguments.add_argument("--rebuild", action="store_true", help="rebuild them from the log's first record")
     options = arguments.parse_args(argv)
     with reporting() as outcome:
         from harness.tracking.sync import sync_run

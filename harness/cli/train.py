@@ -34,7 +34,7 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
             config = parse_arguments(argv, prog=prog)
             from harness.training import train  # after the arguments, so that --help does not wait for torch
 
-            result = train(config, tell=outcome.tell, stop=stop)
+            result = train(config, tell=outcome.report, stop=stop)
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     finally:
         if outcome.is_final:

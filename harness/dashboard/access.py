@@ -136,7 +136,7 @@ class Gate:
 
     @property
     def _cookie_name(self) -> str:
-        return f"harness-dashboard-{self._access.port}"  # cookies do not tell ports apart
+        return f"harness-dashboard-{self._access.port}"  # a cookie is sent to all ports of a host
 
     def _knows_token(self, headers: dict[str, str], token: str) -> bool:
         """Whether a cookie says that the token was given before, or the request carries it as a bearer."""
@@ -152,7 +152,7 @@ class Gate:
 
 
 def _same(given: str, secret: str) -> bool:
-    """In a time that tells nothing about how much of it was right."""
+    """Compares in constant time, so that how long it takes gives nothing away."""
     return hmac.compare_digest(given.encode(), secret.encode())
 
 

@@ -89,7 +89,7 @@ def _accelerate(config: TrainConfig, processes: int, nodes: int) -> list[str]:
 
 
 def _mixed_precision(config: TrainConfig) -> str:
-    """accelerate always says one; auto would take it for an order."""
+    """The value that accelerate needs, which it then passes on to the run."""
     if config.loop.precision == "auto":
         return "no" if config.parallel.device == "cpu" else "bf16"
     return _MIXED_PRECISION[config.loop.precision]

@@ -31,7 +31,7 @@ from harness.atomic import write_atomically
 from harness.dashboard.records import has_fields_of
 from harness.files import read_file
 from harness.runlog.digest import Digest, log_signature
-from harness.runlog.digest_cache import keep, kept_path, restored
+from harness.runlog.digest_cache import digest_file, load_digest, save_digest
 from harness.runlog.paths import log_dir
 from harness.runlog.preview import LONG_BYTES, sample
 from harness.tracking.overview import RunRow, run_name, run_paths, run_row, unreadable_row
@@ -117,7 +117,7 @@ class Indexer:
                     self._refresh_run(run, path)
 
     def prioritize(self, run: str) -> None:
-        """Makes this run the next one to be read: somebody views it."""
+        """Makes this run the next one to be read, since it is being viewed."""
         if run in self._unread:
             self._unread = {run: self._unread.pop(run), **self._unread}
 
@@ -139,7 +139,7 @@ class Indexer:
         signature, size = log_signature(path, within=self._root)
         is_complete = digest.refresh(budget_s=budget_s)
         if size > LONG_BYTES and (is_complete or time.monotonic() - saved > SAVE_EVERY_S):
-            keep(digest, kept_path(self._cache, run))
+            save_digest(digest, digest_file(self._cache, run))
             saved = time.monotonic()
         if is_complete:
             self._update(run, digest, signature)
@@ -194,7 +194,7 @@ class Indexer:
 
     def _digest(self, run: str, path: Path) -> Digest:
         if run not in self._open:
-            cached = restored(path, kept_path(self._cache, run), within=self._root)
+            cached = load_digest(path, digest_file(self._cache, run), within=self._root)
             self._open[run] = cached or Digest(path, within=self._root)
         return self._open[run]
 

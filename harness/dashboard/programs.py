@@ -116,8 +116,8 @@ def stop(run_dir: Path | str, *, within: Path | None = None) -> None:
     """Asks a run to finish its step, save a checkpoint and exit; returns at once.
 
     Rank 0 is asked, wherever the run was started on this machine, and tells the others. torchrun's agent is
-    not: it would wait half a minute for its workers and kill them. An agent that someone else has told to
-    restart workers (`--max-restarts`) will do so.
+    not: it would wait half a minute for its workers and kill them. An agent that someone else has started
+    with `--max-restarts` will restart them.
 
     Raises:
         TrackingError: the run is not running, or not on this machine.
@@ -317,7 +317,7 @@ class _Attempt:
     """Of its rank 0; empty without a log."""
     ended: bool
     runs_elsewhere: bool
-    """On another machine, as far as can be told."""
+    """On another machine, as far as is known."""
     updated: float = 0.0
     """Time of its last record, in seconds since the epoch."""
 

@@ -26,7 +26,7 @@ from harness.dashboard.records import RECORDS
 from harness.errors import TrackingError
 from harness.helper import start_helper
 from harness.runlog.digest import Digest
-from harness.runlog.digest_cache import kept_path
+from harness.runlog.digest_cache import digest_file
 from harness.runlog.preview import LONG_BYTES, open_digest
 from harness.runlog.reader import is_run, unreadable
 from harness.tracking.overview import run_name, run_paths
@@ -167,7 +167,7 @@ class RunIndex:
         if not is_run(path, within=self.root):
             raise FileNotFoundError(errno.ENOENT, "it is not there any more")
         if not shared.can_be_refreshed():
-            shared.replace(open_digest(path, kept=kept_path(self._cache, run), within=self.root))
+            shared.replace(open_digest(path, cached=digest_file(self._cache, run), within=self.root))
             if shared.digest.is_sample:
                 self._send({"prioritize": run})
         shared.digest.refresh()

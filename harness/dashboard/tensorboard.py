@@ -146,7 +146,7 @@ def _check(runs: Mapping[str, Path]) -> None:
         raise TrackingError(
             f"{', '.join(runs)[:200]}: no folder `tensorboard` in any of them",
             rule="TensorBoard shows the runs' mirrors",
-            remedy="`harness sync RUN --tensorboard` makes one from a run's log",
+            remedy="`harness sync RUN --mirror tensorboard` makes one from a run's log",
         )
 
 

@@ -99,6 +99,10 @@ class Run(Digest):
         """The metrics that were logged as such, sorted; see `scalar_names`."""
         return self.scalar_names()
 
+    def sample_names(self) -> list[str]:
+        """Those among them that are samples of nodes, such as `system/cpu_frac`."""
+        return [name for name in self.names() if self._is_samples(name)]
+
     def scalars(self, name: str, *, attempt: int | None = None) -> Series:
         """One metric; empty arrays if it was never logged.
 

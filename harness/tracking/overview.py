@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import re
 import time
@@ -17,7 +16,7 @@ import numpy as np
 from harness.errors import TrackingError
 from harness.files import list_folder
 from harness.runlog.digest import Digest
-from harness.runlog.names import EventName, Metric, Prefix
+from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
 from harness.tracking.text import age, damage, number, printable, table
@@ -124,14 +123,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "duration_s": (run.updated or 0.0) - (run.started or 0.0),
         "events": dict(Counter(event.name for event in run.events())),
         "num_nonfinite_steps": _num_nonfinite_steps(run),
-        "last": {
-            name: run.last(name) for name in run.names() if not name.startswith((Prefix.LAYERS, Prefix.RANKS))
-        },
+        "last": {name: run.last(name) for name in run.names()},
     }
     for name in LOSSES:
-        values = run.scalars(name).values
-        finite = values[np.isfinite(values)]
-        summary[f"best_{name}"] = float(finite.min()) if len(finite) else None
+        lowest = run.bands(name, max_points=1).low
+        summary[f"best_{name}"] = float(lowest[0]) if np.isfinite(lowest).any() else None
     return summary
 
 
@@ -249,13 +245,9 @@ def _heading(run: Run, summary: dict[str, Any]) -> str:
 def _metrics(run: Run) -> str:
     rows = []
     for name in run.names():
-        values = run.scalars(name).values
-        finite = values[np.isfinite(values)]
-        if not len(values):
-            continue
-        low, high = (finite.min(), finite.max()) if len(finite) else (math.nan, math.nan)
-        odd = len(values) - len(finite)
-        rows.append([name, number(values[-1]), number(low), number(high), str(len(values)), str(odd or "")])
+        for _, _, low, _, high, count, num_nan, num_inf in zip(*run.bands(name, max_points=1), strict=True):
+            odd = num_nan + num_inf
+            rows.append([name, number(run.last(name)), number(low), number(high), str(count), str(odd or "")])
     return table(["metric", "last", "smallest", "largest", "points", "non-finite"], rows) if rows else ""
 
 
@@ -281,9 +273,11 @@ def _hparams(run: Run) -> str:
 
 def _num_nonfinite_steps(run: Run) -> int:
     """Steps at which the loss or a gradient element was not finite."""
-    loss = run.scalars(Metric.TRAIN_LOSS)
-    steps = set(loss.steps[~np.isfinite(loss.values)].tolist())
-    for name in (Metric.NUM_NAN, Metric.NUM_INF):
-        counts = run.scalars(name)
-        steps |= set(counts.steps[counts.values > 0].tolist())
-    return len(steps)
+    odd: set[int] = set()
+    for name in (Metric.TRAIN_LOSS, Metric.NUM_NAN, Metric.NUM_INF):
+        bands = run.bands(name, max_points=1)
+        has_any = bands.num_nan + bands.num_inf if name == Metric.TRAIN_LOSS else bands.high > 0
+        if has_any.any():  # else there is nothing that the log would have to be read for
+            steps, values, _ = run.scalars(name)
+            odd.update(steps[values > 0 if name != Metric.TRAIN_LOSS else ~np.isfinite(values)].tolist())
+    return len(odd)

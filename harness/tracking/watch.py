@@ -70,6 +70,7 @@ def frame(run: Run, width: int = 100) -> str:
 
 
 def _metric(run: Run, name: str, label: str, width: int) -> str:
-    values = run.scalars(name).values
-    drawn = sparkline(np.asarray(values), max(10, width - 30))
-    return f"{label:<14} {number(float(values[-1])) if len(values) else '-':>10}  {drawn}"
+    bands = run.bands(name)
+    means = np.where(bands.num_nan + bands.num_inf, np.nan, bands.mean)
+    drawn = sparkline(means, max(10, width - 30))
+    return f"{label:<14} {number(run.last(name)):>10}  {drawn}"

@@ -86,6 +86,11 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
+        if world.is_main and env.shares_agent_store():
+            logger.warning(
+                "a node that comes back will not be taken in: torchrun was started without"
+                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files in launch/ set"
+            )
         _set_determinism(config)
         return _train(config, world, stopping, callbacks, tell)
 

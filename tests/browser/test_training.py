@@ -13,6 +13,7 @@ from urllib.parse import urljoin
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from harness.runlog.paths import tensorboard_dir
 from harness.runlog.reader import open_run as open_log
 from tests.browser.actions import choose, fill, go_to, toast
 from tests.browser.conftest import Dashboard, Place, watched_page
@@ -95,8 +96,10 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
         other.locator("#stop").click()
         expect(toast(other)).to_contain_text(f"{NAME} will finish its step")
     go_to(page, "Training")
-    expect(printed(page)).to_contain_text("stopped:", timeout=30_000)
-    reached = int(re.findall(r"stopped: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", ""))
+    expect(printed(page)).to_contain_text("stopped by SIGTERM:", timeout=30_000)
+    reached = int(
+        re.findall(r"stopped by SIGTERM: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", "")
+    )
     assert losses(place.runs / NAME) == list(range(reached))
     go_to(page, "Monitoring")
     expect(monitor).to_have_attribute("data-state", "stopped")
@@ -145,8 +148,10 @@ def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
 
 
 def test_tensorboard_is_started_for_a_run_and_stopped(
-    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+    page: Page, dashboard: Dashboard, place: Place, trained: tuple[str, str]
 ) -> None:
+    mirror = tensorboard_dir(place.runs / trained[0])
+    wait_for(mirror.is_dir, timeout_s=60, what="the mirror, which is written beside the training")
     page.goto(dashboard.address)
     go_to(page, "TensorBoard")
     choose(page, "#tensorboard-runs", trained[0])
