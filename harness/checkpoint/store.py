@@ -33,6 +33,7 @@ LONGEST_MANIFEST = 1 << 30
 """Bytes."""
 _ATTEMPT = ".saving-"
 _ABANDONED = "abandoned"
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -150,6 +151,10 @@ class Store:
             if named := checkpoint_of(name):
                 found.append(Saved(*named, path))
         return sorted(found)
+
+    def set_aside_as_damaged(self) -> list[str]:
+        """Names of the checkpoints that were set aside because a file was not as it was written."""
+        return sorted(path.name for path in self.directory.glob(f"{DAMAGED}-*"))
 
     def set_aside(self, saved: Saved, kind: str) -> Path | None:
         """Renames a checkpoint, so that it is kept and never loaded. None if that cannot be done."""

@@ -15,6 +15,8 @@ __all__ = ["DEFAULT_ALERTS", "AlertConfig"]
 class AlertConfig:
     """One rule: what has to happen for people to be told."""
 
+    SECTION = "tracking.alerts"
+
     kind: Literal["nonfinite", "above", "below", "spike", "drop", "plateau", "stall", "event"]
     """nonfinite: a NaN or an infinity; above, below: crosses `value`; spike, drop: more than `value` times,
     or less than `value` times, the median of the last `window` points; plateau: the smallest value has not
@@ -31,10 +33,10 @@ class AlertConfig:
     said afterwards."""
 
     def __post_init__(self) -> None:
-        require_positive("tracking.alerts", self, ["window"])
-        require_not_negative("tracking.alerts", self, ["cooldown_s"])
+        require_positive(self, "window")
+        require_not_negative(self, "cooldown_s")
         if self.kind in ("spike", "drop", "plateau", "stall"):
-            require_positive("tracking.alerts", self, ["value"])
+            require_positive(self, "value")
 
 
 DEFAULT_ALERTS = (

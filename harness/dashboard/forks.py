@@ -100,7 +100,7 @@ def _check_is_new(directory: Path) -> None:
         return
     if directory.exists():
         raise ConfigError(
-            f"{directory} is there already",
+            f"{directory} already exists",
             rule="a fork is a run of its own",
             remedy="choose another name",
         )
@@ -115,7 +115,7 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
     except ConfigError as error:
         raise ConfigError(
             error.problem,
-            rule="a checkpoint goes on with the model, data, batch and optimizer that it was saved with",
+            rule="a checkpoint is resumed with the model, data, batch and optimizer that it was saved with",
             remedy="fork from the beginning, or leave that setting as it was",
         ) from error
 
@@ -146,9 +146,9 @@ def _begun_at(checkpoint: Checkpoint, config: TrainConfig, directory: Path) -> I
             begun.rename(directory)
     except (OSError, shutil.Error) as error:
         raise ConfigError(
-            f"cannot lay out {directory}: {getattr(error, 'strerror', None) or 'a file cannot be copied'}",
-            rule="the fork begins with the parent's checkpoint, which has to stay until it is copied",
-            remedy="look after the disk, and at the checkpoints that the parent has now",
+            f"cannot create {directory}: {getattr(error, 'strerror', None) or 'a file cannot be copied'}",
+            rule="the fork begins with the parent's checkpoint, which must not be deleted while it is copied",
+            remedy="check the disk's free space, and which checkpoints the parent still has",
         ) from error
     try:
         yield

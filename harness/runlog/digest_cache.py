@@ -1,4 +1,4 @@
-"""Digests kept in files, so that a long log is read once and not again at every start.
+"""Digests cached in files, so that a long log is read once and not again at every start.
 
 A file is a line that names the format, a checksum of the rest, the length of what follows, JSON, and the
 entries of all traces. It is only a shortcut: one that is missing, damaged or of another log is made anew.
@@ -22,7 +22,7 @@ from harness.files import read_file
 from harness.runlog.digest import Digest
 from harness.runlog.traces import ENTRY
 
-__all__ = ["keep", "kept_path", "restored"]
+__all__ = ["digest_file", "load_digest", "save_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ _HEAD = struct.Struct("<IQ")
 LONGEST_BYTES = 2 << 30
 
 
-def kept_path(folder: Path, run: str) -> Path:
-    """Where in `folder` the digest of a run is kept; `run` is its path below the folder of runs."""
+def digest_file(folder: Path, run: str) -> Path:
+    """Where in `folder` the digest of a run is cached; `run` is its path below the folder of runs."""
     return folder / f"{hashlib.sha256(run.encode(errors='surrogateescape')).hexdigest()[:32]}.digest"
 
 
-def keep(digest: Digest, path: Path) -> bool:
+def save_digest(digest: Digest, path: Path) -> bool:
     """Writes the digest down, in one piece or not at all; False, with a word in the log, if it cannot be."""
     try:
         about, arrays = digest.dump()
@@ -48,13 +48,13 @@ def keep(digest: Digest, path: Path) -> bool:
             file.write(_FORMAT + _HEAD.pack(_checksum(parts), len(header)))
             file.writelines(parts)
     except (OSError, TrackingError) as error:
-        logger.info("no digest of %s is kept: %s", digest.path, error)
+        logger.info("no digest of %s is cached: %s", digest.path, error)
         return False
     return True
 
 
-def restored(run_dir: Path, path: Path, *, within: Path | None = None) -> Digest | None:
-    """The digest as it was kept, to be refreshed; None if there is none of this log.
+def load_digest(run_dir: Path, path: Path, *, within: Path | None = None) -> Digest | None:
+    """The digest as it was saved, to be refreshed; None if there is none of this log.
 
     Args:
         run_dir: The run's directory.

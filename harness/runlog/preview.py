@@ -10,11 +10,12 @@ from typing import BinaryIO
 from harness.files import open_file
 from harness.runlog.codec import Record, decode
 from harness.runlog.digest import Digest
-from harness.runlog.digest_cache import restored
+from harness.runlog.digest_cache import load_digest
+from harness.runlog.reader import is_run, no_run, unreadable
 from harness.runlog.segments import LONGEST_LINE_BYTES
 from harness.runlog.traces import Entries
 
-__all__ = ["LONG_BYTES", "open_digest", "sample"]
+__all__ = ["LONG_BYTES", "open_digest", "open_whole", "sample"]
 
 LONG_BYTES = 32 << 20
 """So much of a log is read while somebody waits."""
@@ -44,18 +45,34 @@ def sample(
     return _Sample(run_dir, num_places, tail_bytes, within)
 
 
-def open_digest(run_dir: str | Path, *, kept: Path | None = None, within: Path | None = None) -> Digest:
+def open_digest(run_dir: str | Path, *, cached: Path | None = None, within: Path | None = None) -> Digest:
     """The run's digest, read to the end of its log; of a log with more than `LONG_BYTES` to read a sample.
 
     Args:
-        kept: File in which an earlier reading may have been kept; see `kept.keep`.
+        cached: File in which an earlier reading may have been saved; see `digest_cache.save_digest`.
         within: See `harness.files.open_file`.
     """
-    earlier = restored(Path(run_dir), kept, within=within) if kept is not None else None
+    earlier = load_digest(Path(run_dir), cached, within=within) if cached is not None else None
     digest = earlier or Digest(run_dir, within=within)
     if digest.bytes_behind() > LONG_BYTES:
         return sample(run_dir, within=within)
     digest.refresh()
+    return digest
+
+
+def open_whole(run_dir: str | Path) -> Digest:
+    """The run's digest, read to the end of its log however long that takes.
+
+    Raises:
+        TrackingError: there is no log in it, or it cannot be read.
+    """
+    digest = Digest(run_dir)
+    try:
+        if not is_run(run_dir):
+            raise no_run(run_dir)
+        digest.refresh()
+    except OSError as error:
+        raise unreadable(run_dir, error) from error
     return digest
 
 

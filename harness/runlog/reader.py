@@ -37,7 +37,7 @@ from harness.runlog.traces import Entries, visible
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Event", "Layers", "Run", "Series", "State", "is_run", "open_run", "unreadable"]
+__all__ = ["Event", "Layers", "Run", "Series", "State", "is_run", "no_run", "open_run", "unreadable"]
 
 COLUMNS_BYTES = 128 << 20
 """As many metrics of a long run are read and kept at once as fit into this, at `POINT_BYTES` a step."""
@@ -64,7 +64,12 @@ def open_run(run_dir: str | Path, *, within: Path | None = None) -> Run:
             return Run(run_dir, within=within)
     except OSError as error:
         raise unreadable(run_dir, error) from error
-    raise TrackingError(
+    raise no_run(run_dir)
+
+
+def no_run(run_dir: str | Path) -> TrackingError:
+    """What to say of a directory that holds no log."""
+    return TrackingError(
         f"{run_dir} is not a run",
         rule="a run directory holds a folder `log`",
         remedy="`harness runs` lists the runs that there are",

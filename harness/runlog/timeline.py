@@ -18,7 +18,7 @@ from harness.runlog.soundness import SCALAR_KINDS
 
 __all__ = ["SCALAR_KINDS", "State", "Timeline", "line_of", "newest_steps"]
 
-State = Literal["running", "finished", "crashed", "stopped", "stale"]
+State = Literal["running", "finished", "crashed", "stopped", "unstable", "stale"]
 STALE_AFTER_S = 600.0
 """A run that has been silent for so long is not called running any more."""
 
@@ -95,12 +95,13 @@ class Timeline:
     def state(self, *, now: float | None = None) -> State:
         """What has become of the run.
 
-        `finished`, `stopped` or `crashed` as it said itself; `crashed` too if its process is gone without a
-        word; `stale` if nothing was logged for ten minutes, or on another machine so that nobody can tell.
+        `finished`, `stopped`, `unstable` or `crashed` as it said itself; `crashed` too if its process is gone
+        without a word; `stale` if nothing was logged for ten minutes, or on another machine so that nobody
+        can tell.
         """
         if self._end is not None:
             said = self._end.get("state")
-            return said if said in ("finished", "stopped", "crashed") else "finished"
+            return said if said in ("finished", "stopped", "unstable", "crashed") else "finished"
         if is_alive(self.info) is False:
             return "crashed"
         silent_s = (now or time.time()) - (self.updated or 0.0)

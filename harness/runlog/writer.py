@@ -93,7 +93,7 @@ class RunLog:
             self._has_steps = False
 
     def end(self, state: str, values: Mapping[str, Any] | None = None) -> None:
-        """Notes how the attempt ended: `finished`, `stopped` or `crashed`. The first call holds."""
+        """Notes how the attempt ended: `finished`, `stopped`, `unstable` or `crashed`. The first holds."""
         if not self._ended:
             self.write("end", {"state": state, **(values or {})})
 

@@ -20,8 +20,10 @@ from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability.attach import source_of
-from harness.stability.attention import AttentionProbe, is_compiled
 from harness.stability.buffers import Buffers
+from harness.stability.checks.all import Checks, load_checks
+from harness.stability.checks.attention import is_compiled
+from harness.stability.checks.base import Check, StepView
 from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
 from harness.stability.graphed import Graphed
 from harness.stability.hooks import CommHook
@@ -32,8 +34,6 @@ from harness.stability.monitor import Monitor
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet, pack, unpack
 from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
-from harness.stability.replicas import checksums
-from harness.stability.samples import WeightSampler
 from harness.stability.stepper import OptimizerStepper
 from harness.stability.verdict import Decider, Decision
 from harness.stability.watch import Watch
@@ -72,6 +72,7 @@ class StepGuard:
         precision: Of the arithmetic of forward and backward. With float16 the guard keeps a dynamic loss
             scale: pass losses through `scale` before `backward`.
         group: For a plain model whose gradients the caller reduces over these ranks before `step`.
+        checks: Measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
     Raises:
@@ -90,9 +91,15 @@ class StepGuard:
         comm_hook: CommHook | None = None,
         precision: torch.dtype = torch.float32,
         group: dist.ProcessGroup | None = None,
+        checks: Sequence[Check | str] = (),
         **settings: Any,
     ) -> None:
-        self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
+        named = tuple(check for check in checks if isinstance(check, str))
+        self.config = GuardConfig(
+            max_norm=max_norm, nonfinite=nonfinite, spike=spike, checks=named, **settings
+        )
+        given = [check for check in checks if not isinstance(check, str)]
+        self._checks = Checks(self.config, [*load_checks(self.config), *given])
         self._optimizers = Optimizers(optimizer)
         self._watch = Watch(model, self._optimizers, on_close=self._release)
         self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
@@ -106,16 +113,15 @@ class StepGuard:
         )
         self._decider = Decider(self.config, num_replicas=self._source.num_replicas)
         self._is_compiled = is_compiled(model)
-        self._compares_replicas = self.config.replicas != "off" and self._source.num_replicas > 1
         self._buffers = Buffers(model)
         self._precision = precision
         self._monitor = Monitor(
             group=self._source.group,
             num_replicas=self._source.num_replicas,
             lag_steps=self.config.lag_steps,
+            checks=self._checks,
         )
         self._step = 0
-        self._attention: Tensor | None = None
         self._micro_batches = MicroBatches(device)
         self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
         self._decision = Graphed(
@@ -186,17 +192,14 @@ class StepGuard:
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
-        """Put the forward pass into it, and every `sample_every` steps it notes the largest attention logit
-        of each layer. Optional; of a model that was compiled before it was guarded it sees nothing, and one
-        that is compiled later is compiled twice."""
-        if not self._is_due(self.config.sample_every) or self._is_compiled:
+        """Put the forward pass into it, and every so many steps checks look at it: every `sample_every` steps
+        at the largest attention logit of each layer. Optional; of a model that was compiled before it was
+        guarded they see nothing, and one that is compiled later is compiled twice."""
+        if self._is_compiled:
             yield
             return
-        with AttentionProbe() as probe:
+        with self._checks.watch_forward(self._step):
             yield
-        if probe.maxima:
-            largest = torch.stack(probe.maxima)
-            self._attention = largest if self._attention is None else self._attention.maximum(largest)
 
     @torch.no_grad()
     def step(
@@ -257,10 +260,14 @@ class StepGuard:
         (statistics,) = self._rank_statistics(
             local, reduced, host_values_t, self._stepper.fused_check.faults_t
         )
-        packet = self._gather(self._due({"rank_statistics": statistics}, rows))
+        view = self._view(rows)
+        sent, same = ({}, {}) if view is None else self._checks.measure(view)
+        packet = self._gather({"rank_statistics": statistics, **sent}, same)
         decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
         packet["summary"] = decision.summary
-        self._apply(decision, packet)
+        if view is not None:
+            self._checks.before_update(view)
+        self._stepper.step(self._step, decision)
         if scaled is not None:
             scaled.note_outcome(decision.overflowed_t)
         self._buffers.restore_if_skipped(decision.skip_t)
@@ -299,6 +306,7 @@ class StepGuard:
         self._loss_scale.load_state_dict(state["loss_scale"])
         self._decider.size.load_state_dict(state)
         self._monitor.clear()
+        self._checks.forget()
         self._buffers.take_snapshot()
         self._start_step()
 
@@ -334,9 +342,6 @@ class StepGuard:
     def _take_layout(self) -> None:
         self._source.watch(self.layout)
         self._stepper.reset()
-        self._sampler = WeightSampler(
-            self.layout.parameters, self._optimizers.state_of, precision=self._precision
-        )
         self._watch.claim()
 
     def _follow_optimizers(self) -> bool:
@@ -374,7 +379,6 @@ class StepGuard:
         self._source.start_step()
         self._source.extremes = self._step % self.config.extremes_every == 0
         self._micro_batches.clear()
-        self._attention = None
 
     def _require_open(self) -> None:
         if self._watch.closed_because is not None:
@@ -399,40 +403,30 @@ class StepGuard:
         host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
         return host.to(self._loss_scale.value_t.device, non_blocking=True)
 
-    def _due(self, packet: Packet, rows: Tensor) -> Packet:
-        """Adds what this step's number asks for: rows of all parameters, checksums of all replicas."""
-        if self._is_due(self.config.per_parameter_every):
-            packet["rows"] = rows
-        if self._attention is not None:
-            packet["attention"] = self._attention
-        if self._compares_replicas and self._is_due(self.config.replicas_every):
-            # Of what the previous step left behind, so that it needs no collective of its own.
-            packet["checksums"] = checksums(self.layout.parameters, self._optimizers.state_of)
-        return packet
+    def _view(self, rows: Tensor) -> StepView | None:
+        """What checks see of the step; None if none is due."""
+        if not self._checks.watches(self._step):
+            return None
+        return StepView(
+            step=self._step,
+            layout=self.layout,
+            rows=rows,
+            state_of=self._optimizers.state_of,
+            precision=self._precision,
+            num_replicas=self._source.num_replicas,
+        )
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self._step % every == 0
-
-    def _gather(self, packet: Packet) -> Packet:
+    def _gather(self, packet: Packet, same_on_replicas: Packet) -> Packet:
         """The step's one collective: everything from all ranks, in one message."""
         if self._source.group is None:
-            return {name: tensor[None] for name, tensor in packet.items()}
-        flat, spec = pack(packet)
-        return unpack(all_gather(flat, group=self._source.group), spec)
-
-    def _apply(self, decision: Decision, packet: Packet) -> None:
-        """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
-        if not self._is_due(self.config.sample_every):
-            self._stepper.step(self._step, decision)
-            return
-        self._sampler.before()
-        self._stepper.step(self._step, decision)
-        samples = self._sampler.after()
-        if self._source.num_shards > 1:
-            samples = all_gather(samples.flatten(), group=self._source.group).view(-1, *samples.shape)
-            packet["samples"] = samples[: self._source.num_shards].contiguous()
-        else:
-            packet["samples"] = samples[None]
+            return {name: tensor[None] for name, tensor in (packet | same_on_replicas).items()}
+        num_shards = self._source.num_shards
+        # A replica that is not sharded holds all of what is the same on all of them, and need not send it.
+        flat, spec = pack(packet | same_on_replicas if num_shards > 1 else packet)
+        gathered = unpack(all_gather(flat, group=self._source.group), spec)
+        for name, tensor in same_on_replicas.items():
+            gathered[name] = gathered[name][:num_shards] if num_shards > 1 else tensor[None]
+        return gathered
 
 
 def _rank_statistics(

@@ -15,6 +15,8 @@ from torch import Tensor
 from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
+from harness.stability.checks.all import Checks
+from harness.stability.checks.rows import ROWS
 from harness.stability.host_copy import HostCopy
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
@@ -58,7 +60,10 @@ class Monitor:
     acts on all ranks at once.
     """
 
-    def __init__(self, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int) -> None:
+    def __init__(
+        self, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int, checks: Checks
+    ) -> None:
+        self._checks = checks
         self._group = group
         self._num_replicas = num_replicas
         self._lag_steps = lag_steps
@@ -171,8 +176,8 @@ class Monitor:
         self._check_arrived()
         packet = unpack(flat, pending.spec)
         if self._needs_rows(pending):
-            packet["rows"] = self._rows_of_all_ranks(pending.rows)
-        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas)
+            packet[ROWS] = self._rows_of_all_ranks(pending.rows)
+        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas, checks=self._checks)
         record = builder.build(pending.step, packet, counts_tokens=pending.counts_tokens)
         self._give_back(pending.copy)
         return record
@@ -180,7 +185,7 @@ class Monitor:
     def _needs_rows(self, pending: _Pending) -> bool:
         """Whether to read the step takes a collective."""
         packet = unpack(pending.copy.wait(), pending.spec)
-        return is_skip(packet) and "rows" not in packet
+        return is_skip(packet) and ROWS not in packet
 
     def _rows_of_all_ranks(self, rows: Tensor) -> Tensor:
         """`[W, P, 6]` on the host. First waits for the latest step, which says who else drains."""

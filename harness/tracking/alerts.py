@@ -25,6 +25,7 @@ from harness.runlog.events import Alert, event_text
 from harness.runlog.names import EventName
 from harness.runlog.nodes import NodeLog
 from harness.runlog.scalars import scalars_of
+from harness.tracking.mirror import Mirror
 
 __all__ = ["AlertMirror", "Rule", "Webhook"]
 
@@ -146,7 +147,7 @@ def _plateau(before: list[float], value: float, config: AlertConfig) -> str | No
     return None
 
 
-class AlertMirror:
+class AlertMirror(Mirror):
     """Judges every record and tells people.
 
     Args:
@@ -183,9 +184,6 @@ class AlertMirror:
 
     def commit(self) -> dict[str, Any]:
         return {}
-
-    def abandon(self) -> None:
-        """Nothing is written here."""
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         if end is None:

@@ -31,8 +31,8 @@ class SaveEnd(NamedTuple):
     """How a save ended."""
 
     step: int
-    error: str | None
-    """Why there is no checkpoint; None if there is one."""
+    event: Checkpoint
+    """What there is to say of it; a `CheckpointFailed` if there is no checkpoint."""
 
 
 class CheckpointStore(Protocol):
@@ -129,7 +129,7 @@ class Checkpoints:
             nonfinite = self.store.save(step, training.state)
         except Exception as error:  # noqa: BLE001  (whatever it is, training is worth more)
             self._complaints.failed("save_checkpoint", error, epoch, step)
-            self._write_event(step, self._under_way.pop(), words_of(error))
+            self._write_event(step, self._under_way.pop(), CheckpointFailed(error=words_of(error)))
             return
         if nonfinite:
             some = ", ".join(nonfinite[:5])
@@ -166,13 +166,12 @@ class Checkpoints:
 
     @harmless(lambda self: None)
     def _note_ended(self, store: CheckpointStore) -> None:
-        for step, error in store.ended():
-            self._write_event(step, self._under_way.pop(0), error)
+        for step, event in store.ended():
+            self._write_event(step, self._under_way.pop(0), event)
 
-    def _write_event(self, step: int, saved: Checkpoint, error: str | None) -> None:
-        if error is not None:
-            saved = CheckpointFailed(epoch=saved.epoch, nonfinite=saved.nonfinite, error=error)
-        self._output.write("event", saved.to_values(), step=step)
+    def _write_event(self, step: int, known: Checkpoint, event: Checkpoint) -> None:
+        event = dataclasses.replace(event, epoch=known.epoch, nonfinite=known.nonfinite)
+        self._output.write("event", event.to_values(), step=step)
 
     def _has_part(self) -> bool:
         """Whether this process saves: rank 0, and with it all ranks of its process group."""

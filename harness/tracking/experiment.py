@@ -29,6 +29,8 @@ class ExperimentConfig:
         ConfigError: a setting is of the wrong type, or negative.
     """
 
+    SECTION = ""
+
     experiment_name: str = "gradient_clipping_nan_handling"
     """What is being tried; runs of one experiment share it."""
     project_name: str = "harness"
@@ -94,11 +96,11 @@ class ExperimentConfig:
                 value = os.fspath(value)
                 setattr(self, each.name, value)
             is_right, rule = _RULES[str(each.type)]
-            require(is_right(value), each.name, value, rule)
+            require(self, each.name, is_right(value), rule)
         for name in ("log_interval", "save_interval"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "it has to be 0 (never) or more")
+            require(self, name, getattr(self, name) >= 0, "it has to be 0 (never) or more")
         for name in ("tensorboard_dir", "model_save_dir", "config_save_dir"):
-            require(getattr(self, name) != "", name, "", "it has to name a folder")
+            require(self, name, getattr(self, name) != "", "it has to name a folder")
 
     @classmethod
     def basic(cls, **changes: Any) -> ExperimentConfig:

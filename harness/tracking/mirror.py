@@ -10,9 +10,12 @@ import logging
 import re
 import threading
 import time
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -20,10 +23,11 @@ from harness.atomic import write_atomically
 from harness.files import read_file
 from harness.locks import locked
 from harness.runlog.codec import Record
-from harness.runlog.paths import log_dir, mirror_lock, mirror_state_file
+from harness.runlog.paths import log_dir, mirror_lock, mirror_state_file, tensorboard_dir, wandb_id_file
 from harness.runlog.segments import Follower, Position, node_folders
+from harness.tracking.settings import MirrorSettings
 
-__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "shown_name"]
+__all__ = ["Mirror", "MirrorFollower", "MirroredRun", "OpenMirror", "StartAgain", "shown_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +39,73 @@ LAST_RETRY_S = 60.0
 STATE_BYTES = 16 << 20
 
 
-class Mirror(Protocol):
-    """Somewhere that records are shown."""
+@dataclass(frozen=True)
+class MirroredRun:
+    """What a mirror is told of the run that it shows."""
 
+    directory: Path
+    settings: MirrorSettings
+
+    @property
+    def id(self) -> str:
+        """The same for every attempt and every later `harness sync`, and no other run's."""
+        if self.settings.run_id is not None:
+            return self.settings.run_id
+        kept = wandb_id_file(self.directory)
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(uuid.uuid4().hex[:12])
+        return kept.read_text()
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.settings.name or self.directory.resolve().name
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """Where its event file lies."""
+        folder = self.settings.tensorboard_dir
+        return Path(folder) if folder else tensorboard_dir(self.directory)
+
+
+class Mirror(ABC):
+    """Somewhere that records are shown.
+
+    Made in the side process, in a thread of its own, as `Kind(run, state)`, a `MirroredRun` and what the last
+    `commit` returned; an empty state means from nothing. Whatever goes wrong may be raised: it is said, and
+    after a while another one is made with the same state. Making it may raise `StartAgain`.
+    """
+
+    kept_back: str | None = None
+    """After `close`: why not all of it is where it was asked to be, and what to do about it."""
+
+    @abstractmethod
+    def __init__(self, run: MirroredRun, state: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
     def take(self, record: Record) -> None:
         """Accepts one record; it need not be visible before `commit`."""
 
+    @abstractmethod
     def commit(self) -> dict[str, Any] | None:
-        """Makes everything taken durable and returns what opening it again needs to go on from here (plain
+        """Makes everything taken durable and returns what making it again needs to go on from here (plain
         JSON); None if that takes longer: nothing more is given then, and it is asked again."""
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027  (most have nothing to do)
         """Called every few seconds while there is nothing to take."""
 
-    def abandon(self) -> None:
-        """Lets go after a failure: another one will be opened at the last commit."""
+    def abandon(self) -> None:  # noqa: B027
+        """Lets go after a failure: another one will be made at the last commit."""
 
+    @abstractmethod
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         """The log has come to its end; `end` is what its `end` record says, None if the trainer died.
         Everything taken is durable afterwards; returns what `commit` would."""
 
 
 OpenMirror = Callable[[Mapping[str, Any]], Mirror]
-"""Opens a mirror from what its last `commit` returned; empty means from nothing. It may raise
-`StartAgain`."""
+"""Makes a mirror from what its last `commit` returned."""
 
 
 class StartAgain(Exception):
@@ -79,7 +126,7 @@ class MirrorFollower:
         done: Set when the mirror is complete.
         has_turn: Whether no other process keeps the mirror.
         moved_at: When the last record was taken, by the monotonic clock.
-        trouble: What the last failure said, None if all is well.
+        trouble: What the last failure said, or what is kept back; None if all is well.
     """
 
     def __init__(
@@ -145,6 +192,7 @@ class MirrorFollower:
             mirror.abandon()
             raise
         self._say_well_again()
+        self.trouble = mirror.kept_back
 
     def _keep_up(self, mirror: Mirror, followers: dict[str, Follower]) -> None:
         """Takes what is written until the log has ended."""

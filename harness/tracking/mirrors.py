@@ -1,4 +1,4 @@
-"""Starts and ends the side process. Nothing that happens to it reaches the process that started it."""
+"""Starts the side process, watches it, and ends it. Nothing that happens to it reaches who started it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
 _SIDE = "harness.tracking.side"
 _GRACE_S = 60.0
 """What starting and ending a process may take on a busy machine."""
+LAST_WORDS_S = 5.0
+MOST_ENDS = 3
+MOST_ENDS_IN_S = 600.0
+"""A side process that has ended so often in that time is not started again."""
 
 
 def start_mirrors(
@@ -48,19 +54,15 @@ def start_mirrors(
             `wandb="offline"`.
     """
     settings = dataclasses.replace(settings or MirrorSettings(), **changes)
-    try:
-        if not settings.node:
-            settings.keep(Path(run_dir))
-        return MirrorHandle(*_spawn(Path(run_dir).resolve(), settings))
-    except OSError as error:
-        logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
-        return MirrorHandle(None, None)
+    with contextlib.suppress(OSError):  # the disk is full: then its own words are better than ours
+        settings.keep(Path(run_dir))
+    return MirrorHandle(_following("follow", Path(run_dir), settings))
 
 
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
-    node = socket.gethostname()
-    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+    node = ["--node", socket.gethostname()]
+    return MirrorHandle(_following("sample", Path(run_dir), settings or MirrorSettings(), *node))
 
 
 def complete_mirrors(
@@ -77,17 +79,10 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
-    arguments: list[object] = [
-        "complete",
-        "--run",
-        run_dir,
-        "--settings",
-        settings.to_json(),
-        "--timeout",
-        timeout_s,
-    ]
-    arguments += ["--rebuild"] if rebuild else []
-    process, messages = _start(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    arguments = ["--timeout", timeout_s, *(["--rebuild"] if rebuild else [])]
+    process, messages = _start(
+        "complete", run_dir, settings, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
     try:
@@ -108,12 +103,27 @@ def complete_mirrors(
 
 
 class MirrorHandle:
-    """The trainer's end of the side process."""
+    """The trainer's end of the side process.
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, messages: int | None) -> None:
-        self._process = process
-        if messages is not None:
-            threading.Thread(target=_repeat_messages, args=(messages,), daemon=True).start()
+    A thread waits for the process to end. One that was killed is started again and goes on where it was: its
+    mirrors lack nothing. The training thread has no part in that.
+
+    Args:
+        start: Starts the process; None if there is none.
+    """
+
+    def __init__(self, start: Callable[[], _Started] | None) -> None:
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_told = self._is_left = False
+        self._over = threading.Event()
+        """Set when nothing will be started again."""
+        messages = self._begin()
+        if messages is None:
+            self._over.set()
+        else:
+            threading.Thread(target=self._watch, args=(messages,), daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -124,44 +134,108 @@ class MirrorHandle:
         """Whether the side process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def leave(self) -> None:
+        """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
+        with self._lock:
+            self._is_told = True
+            self._tell()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
 
         After `timeout_s` the side process is left to finish by itself.
         """
-        if self._process is None:
-            return False
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
-                self._process.stdin.write(b"close\n")
-                self._process.stdin.close()
-        try:
-            return self._process.wait(timeout=timeout_s) == 0
-        except subprocess.TimeoutExpired:
+        self.leave()
+        if not self._over.wait(timeout_s):
+            with self._lock:
+                self._is_left = True
             logger.warning(
                 "the mirrors are still being completed after %.0f s; this goes on without us", timeout_s
             )
             return False
+        return self._process is not None and self._process.poll() == 0
+
+    def _begin(self) -> threading.Thread | None:
+        """Starts the process; gives the thread that repeats what it says, None if there is no process."""
+        if self._start is None:
+            return None
+        try:
+            self._process, messages = self._start()
+        except OSError as error:
+            logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
+            return None
+        _STARTED.append(self._process)
+        repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
+        repeating.start()
+        return repeating
+
+    def _tell(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+
+    def _watch(self, messages: threading.Thread | None) -> None:
+        ends: list[float] = []
+        while messages is not None and self._process is not None:
+            exit_code = self._process.wait()
+            messages.join(LAST_WORDS_S)
+            if exit_code == 0:
+                break
+            now = time.monotonic()
+            ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
+            messages = self._begin_again(exit_code, is_hopeless=len(ends) >= MOST_ENDS)
+        self._over.set()
+
+    def _begin_again(self, exit_code: int, *, is_hopeless: bool) -> threading.Thread | None:
+        with self._lock:
+            if self._is_left:
+                return None
+            if is_hopeless:
+                logger.warning(
+                    "no mirrors any more: their process ended %d times, at last with %d; "
+                    "the log is kept, and `harness sync` makes them from it",
+                    MOST_ENDS,
+                    exit_code,
+                )
+                return None
+            messages = self._begin()
+            if self._is_told:
+                self._tell()
+        return messages
 
 
-def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
+_Started = tuple["subprocess.Popen[bytes]", int]
+
+
+def _following(
+    task: str, run_dir: Path, settings: MirrorSettings, *arguments: object
+) -> Callable[[], _Started]:
     trainer = psutil.Process()
-    arguments: list[object] = ["follow", "--run", run_dir, "--settings", settings.to_json()]
-    arguments += ["--trainer", trainer.pid, "--trainer-start", trainer.create_time()]
-    process, messages = _start(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, yields=True)
-    _STARTED.append(process)
-    return process, messages
+    given = ["--trainer", trainer.pid, "--trainer-start", trainer.create_time(), *arguments]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    return lambda: _start(task, run_dir.resolve(), settings, given, **streams, yields=True)
 
 
 def _start(
-    arguments: Sequence[object], *, stdin: int, stdout: int, yields: bool = False
-) -> tuple[subprocess.Popen[bytes], int]:
+    task: str,
+    run_dir: Path,
+    settings: MirrorSettings,
+    arguments: Sequence[object],
+    *,
+    stdin: int,
+    stdout: int,
+    yields: bool = False,
+) -> _Started:
     """The process, and where to read what it has to say to people."""
     messages, messages_out = os.pipe()
+    given = ["--run", run_dir, "--settings", settings.to_json(), "--messages", messages_out, *arguments]
+    if settings.mirrors:  # mirrors of their own are found where this process finds modules
+        given += ["--path", os.pathsep.join(sys.path)]
     try:
         process = start_helper(
             _SIDE,
-            [*arguments, "--messages", messages_out],
+            [task, *given],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,

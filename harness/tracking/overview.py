@@ -22,16 +22,16 @@ from harness.runlog.reader import Run, State, is_run, open_run
 from harness.tracking.text import age, damage, number, printable, table
 
 __all__ = [
-    "Glance",
-    "glance",
-    "glances",
-    "no_glance",
+    "RunRow",
     "no_summary",
     "run_name",
     "run_paths",
+    "run_row",
+    "run_rows",
     "runs_table",
     "show_run",
     "summarise",
+    "unreadable_row",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ LOSSES = (Metric.TRAIN_LOSS, Metric.VAL_LOSS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Glance:
+class RunRow:
     """A run in a few numbers: a row of a table."""
 
     path: Path
@@ -67,12 +67,12 @@ class Glance:
     """How much of the log these numbers stand for."""
 
 
-def glance(digest: Digest) -> Glance:
+def run_row(digest: Digest) -> RunRow:
     """The run's row."""
     tracking = _section(digest.info.get("config"), "tracking")
     total_steps = _section(digest.info.get("config"), "loop").get("steps")
     group, tags, host = tracking.get("group"), tracking.get("tags"), digest.info.get("host")
-    return Glance(
+    return RunRow(
         path=digest.path,
         state=digest.state(),
         attempts=len(digest.attempts),
@@ -93,11 +93,11 @@ def glance(digest: Digest) -> Glance:
     )
 
 
-def no_glance(path: Path) -> Glance:
+def unreadable_row(path: Path) -> RunRow:
     """The row of a run of which nothing can be told."""
-    unknown = dict.fromkeys(field.name for field in dataclasses.fields(Glance))
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(RunRow))
     known = {"path": path, "state": "unreadable", "attempts": 0, "num_incidents": 0, "tags": ()}
-    return Glance(**{**unknown, **known, "num_damaged": 0, "read_frac": 1.0})  # type: ignore[arg-type]
+    return RunRow(**{**unknown, **known, "num_damaged": 0, "read_frac": 1.0})  # type: ignore[arg-type]
 
 
 def _word(text: object) -> str:
@@ -181,7 +181,7 @@ def run_name(path: Path, root: Path) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def glances(runs_dir: str | Path) -> list[Glance]:
+def run_rows(runs_dir: str | Path) -> list[RunRow]:
     """Every run in a folder and below, the one that logged last first."""
     root = Path(runs_dir)
     if not root.is_dir():
@@ -189,19 +189,19 @@ def glances(runs_dir: str | Path) -> list[Glance]:
     found = []
     for path in run_paths(root):
         try:
-            found.append(glance(open_digest(path)))
+            found.append(run_row(open_digest(path)))
         except FileNotFoundError:  # removed meanwhile
             continue
         except Exception as error:  # noqa: BLE001  (one odd run never hides the others)
             logger.warning("%s cannot be read: %s", printable(str(path)), printable(repr(error)))
-            found.append(no_glance(path))
+            found.append(unreadable_row(path))
     return sorted(found, key=lambda one: -(one.updated or 0.0))
 
 
 def runs_table(runs_dir: str | Path) -> str:
     """One line per run: state, step, losses, tokens/s, skips, age. For `harness runs`."""
     heads = ["run", "state", "step", "loss", "held out", "tokens/s", "skips", "incidents", "age"]
-    rows = [_row(one) for one in glances(runs_dir)]
+    rows = [_row(one) for one in run_rows(runs_dir)]
     return table(heads, rows) if rows else f"no runs in {runs_dir}"
 
 
@@ -213,7 +213,7 @@ def show_run(run_dir: str | Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _row(one: Glance) -> list[str]:
+def _row(one: RunRow) -> list[str]:
     """Of a long log only a sample has been read, so there may be more incidents than were seen."""
     incidents = str(one.num_incidents) if one.read_frac >= 1 else f"{one.num_incidents or ''}?"
     return [

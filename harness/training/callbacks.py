@@ -28,8 +28,8 @@ from harness.data import Loader, Task
 from harness.dist import World
 from harness.errors import ConfigError
 from harness.records import StepRecord
+from harness.stop import StopRequest
 from harness.training.counters import Counters
-from harness.training.stop import StopRequest
 from harness.user_code import load_function, user_code
 
 __all__ = ["Callback", "Callbacks", "InFlight", "Rollback", "Training", "load_callbacks"]

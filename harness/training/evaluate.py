@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -29,7 +29,8 @@ def evaluate(
     *,
     precision: str,
     num_samples: int | None = None,
-) -> dict[str, float]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`.
 
     The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
@@ -38,9 +39,11 @@ def evaluate(
 
     Args:
         num_samples: How many, over all ranks; default: `loop.eval_samples`.
+        interrupted: Asked before each batch: whether to leave off; on all ranks equally often and alike.
 
     Returns:
-        The same numbers on every rank. A few collectives; synchronises with the device.
+        The same numbers on every rank; None if it was interrupted. A few collectives; synchronises with the
+        device.
 
     Raises:
         ConfigError: the forward pass or the loss changes parameters, or buffers too large to be copied.
@@ -56,6 +59,8 @@ def evaluate(
             rank=world.rank,
             world_size=world.world_size,
         ):
+            if interrupted():
+                return None
             with autocast(world.device, precision):
                 loss = run_loss(task, network, to_device(batch, world.device))
             if counts:

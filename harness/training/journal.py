@@ -19,14 +19,16 @@ from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
 from harness.runlog import events
 from harness.runlog.names import Metric, Prefix
-from harness.runlog.writer import RunLog
 from harness.stability import Incident
-from harness.tracking import MirrorSettings, start_mirrors, start_sampler
+from harness.tracking import MirrorSettings, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
+from harness.tracking.recorder import Recorder, tensors_of
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
+from harness.training.saved_event import saved_event
+from harness.training.summary import Ending
 
 __all__ = ["Journal", "MainJournal", "NodeJournal"]
 
@@ -57,8 +59,8 @@ class Journal(Callback):
     def leave_terminal(self) -> None:
         """Ends the line of progress: what comes next is somebody else's."""
 
-    def close(self, status: str) -> None:
-        """The end of this attempt; mirrors are drained."""
+    def close(self, ending: Ending) -> None:
+        """The end of this attempt. The side process is told, and not waited for."""
 
 
 class NodeJournal(Journal):
@@ -67,8 +69,8 @@ class NodeJournal(Journal):
     def __init__(self, directory: Path, config: TrainConfig) -> None:
         self._sampler = start_sampler(directory, MirrorSettings.from_config(config))
 
-    def close(self, status: str) -> None:
-        self._sampler.close(timeout_s=5.0)
+    def close(self, ending: Ending) -> None:
+        self._sampler.leave()
 
 
 class MainJournal(Journal):
@@ -97,10 +99,10 @@ class MainJournal(Journal):
         """
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = RunLog(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about})
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
-        self._mirrors = start_mirrors(directory, MirrorSettings.from_config(config))
+        self._log.start_mirrors(MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
@@ -114,7 +116,7 @@ class MainJournal(Journal):
     def on_step(self, run: Training, record: StepRecord) -> None:
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
-        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
         if self._mfu_per_speed is not None:
             values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
@@ -158,24 +160,13 @@ class MainJournal(Journal):
 
     @harmless(_nothing)
     def histograms(self, step: int, model: nn.Module) -> None:
-        named = list(model.named_parameters())
-        tensors = {f"parameters/{name}": parameter.detach() for name, parameter in named}
-        tensors |= {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
-        self._log.write("histogram", histograms(tensors), step=step)
+        self._log.write("histogram", histograms(tensors_of(model)), step=step)
 
     @harmless(_nothing)
     def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
         self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
-        about: dict[str, Any] = {
-            "num_steps": outcome.step,
-            "blocked_s": outcome.blocked_s,
-            "seconds": outcome.seconds,
-        }
-        if outcome.error is None:
-            self.event(events.Checkpoint(size_bytes=outcome.size_bytes, **about), last_step)
-        else:
-            self.event(events.CheckpointFailed(error=str(outcome.error), **about), last_step)
+        self.event(saved_event(outcome), last_step)
 
     @harmless(_nothing)
     def event(self, what: events.LoggedEvent, step: int) -> None:
@@ -198,19 +189,14 @@ class MainJournal(Journal):
     def leave_terminal(self) -> None:
         self._console.close()
 
-    def close(self, status: str) -> None:
+    def close(self, ending: Ending) -> None:
         self.leave_terminal()
-        self._close_log(status)
-        self._close_mirrors(status)
+        self._close_log(ending)
 
     @harmless(_nothing)
-    def _close_log(self, status: str) -> None:
-        self._log.close(status)
-
-    @harmless(_nothing)
-    def _close_mirrors(self, status: str) -> None:
-        # Who waits for the words of an error is not kept; the mirrors are completed without us.
-        self._mirrors.close(timeout_s=5.0 if status == "crashed" else 30.0)
+    def _close_log(self, ending: Ending) -> None:
+        about = {"reason": ending.reason, "rank": ending.rank}
+        self._log.close(ending.status, {name: value for name, value in about.items() if value is not None})
 
 
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from torch import nn
 from harness.checkpoint import Checkpointer, SaveOutcome
 from harness.config import TrainConfig
 from harness.data import Loader, Task
-from harness.dist import World, plain
+from harness.dist import World, any_rank, barrier, gather, plain
 from harness.records import StepRecord
 from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
+from harness.stop import StopRequest
 from harness.training.callbacks import Callbacks, InFlight
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
@@ -25,12 +27,9 @@ from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
-from harness.training.stop import StopRequest
+from harness.training.summary import Ending
 
-__all__ = ["Run", "Status", "train_loop", "train_step"]
-
-Status = str
-"""How an attempt ended: `finished` or `stopped`."""
+__all__ = ["Run", "train_loop", "train_step"]
 
 
 @dataclass(kw_only=True)
@@ -81,8 +80,10 @@ class Run:
         self.journal.scalars(step, values)
 
 
-def train_loop(run: Run) -> Status:
+def train_loop(run: Run) -> Ending:
     """Trains until the last step, or until a rank was asked to stop; then commits a checkpoint.
+
+    When it returns, no rank needs another one any more.
 
     Raises:
         InstabilityError: the ladder's last rung; on all ranks at the same step.
@@ -90,16 +91,18 @@ def train_loop(run: Run) -> Status:
         ConfigError: DDP waited for the gradient of a parameter that took no part in the loss; on all ranks.
         TaskError: a callback raised something.
     """
-    stopped = False
-    if run.counters.step < run.config.loop.steps:
+    stopped = _any_asked_to_stop(run)
+    if run.counters.step < run.config.loop.steps and not stopped:
         run.loader.start()
         rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
+        stopped = _evaluation_is_owed(run) and not _evaluate(run)
     while run.counters.step < run.config.loop.steps and not stopped:
         stopped = train_step(run)
     run.runner.unused.refuse()
-    status = _finish(run, stopped)
-    run.callbacks.on_end(run, status)
-    return status
+    ending = _finish(run, stopped)
+    run.callbacks.on_end(run, ending.status)
+    barrier()
+    return ending
 
 
 def train_step(run: Run) -> bool:
@@ -138,9 +141,9 @@ def train_step(run: Run) -> bool:
     is_last = run.counters.step == run.config.loop.steps
     stopped = _handle_records(run, run.guard.drain(wait=evaluating or saving or is_last))
     if run.counters.step == step + 1:  # and not rolled back
-        if evaluating:
-            _evaluate(run)
-        if saving:
+        if evaluating and not stopped:
+            stopped = not _evaluate(run)
+        if saving and not stopped:  # a run that stops saves last thing
             _save(run)
     run.ended_saves.extend(run.checkpointer.outcomes())
     return stopped
@@ -166,10 +169,27 @@ def _handle_records(run: Run, records: list[StepRecord]) -> bool:
     return stopped
 
 
-def _evaluate(run: Run) -> None:
-    metrics = evaluate(run.model, run.task, run.config, run.world, precision=run.precision)
+def _any_asked_to_stop(run: Run) -> bool:
+    """The same on all ranks; a collective, for where no step is there to tell the others."""
+    return any_rank(run.stop.requested)
+
+
+def _evaluation_is_owed(run: Run) -> bool:
+    """Whether the attempt before was stopped between a step and the evaluation after it."""
+    return _is_due(run, run.config.loop.eval_every) and 0 < run.counters.step != run.counters.val_step
+
+
+def _evaluate(run: Run) -> bool:
+    """Evaluates; False if a rank was asked to stop before it was done, and then nothing has changed."""
+    interrupted = functools.partial(_any_asked_to_stop, run)
+    metrics = evaluate(
+        run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
+    )
+    if metrics is None:
+        return False
     run.counters.count_evaluation(metrics[Metric.VAL_LOSS])
     run.callbacks.on_eval(run, run.counters.step - 1, metrics)
+    return True
 
 
 def _save(run: Run) -> None:
@@ -184,12 +204,12 @@ def _tell_of_saves(run: Run, count: int) -> None:
         run.callbacks.on_saved(run, run.ended_saves.popleft())
 
 
-def _finish(run: Run, stopped: bool) -> Status:
+def _finish(run: Run, stopped: bool) -> Ending:
     """Handles the records that are left, evaluates a finished run, and commits the last checkpoint."""
     _handle_records(run, run.guard.drain(wait=True))
     finished = run.counters.step >= run.config.loop.steps
     if finished and run.counters.val_step != run.counters.step:
-        _evaluate(run)
+        finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run)
     try:
@@ -197,4 +217,5 @@ def _finish(run: Run, stopped: bool) -> Status:
     finally:
         run.ended_saves.extend(run.checkpointer.outcomes())
         _tell_of_saves(run, len(run.ended_saves))
-    return "finished" if finished else "stopped"
+    reasons = gather(lambda: run.stop.reason)
+    return Ending.of_loop(finished=finished, stop_reasons=reasons)

@@ -19,6 +19,7 @@ FLOORS = {
     "logs": 0,
     "priority": 0,
     "records": 0,
+    "stop": 0,
     "wrappers": 0,
     "helper": 1,
     "helper_main": 1,
@@ -41,8 +42,9 @@ FLOORS = {
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
-    "tensorboard": {"harness/tracking/tensorboard.py"},
+    "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
+    "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
@@ -71,7 +73,9 @@ MAY_SYNCHRONISE = {
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
-    "harness/stability/replicas.py",  # names the differing one among numbers that are on the host
+    "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host
+    "harness/stability/checks/replicas.py",
+    "harness/stability/checks/rows.py",
     "harness/stability/reference.py",  # tensors on the CPU only
     "harness/training/evaluate.py",  # the one read of an evaluation
 }
@@ -190,9 +194,7 @@ def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() 
     assert {str(path) for path in MODULES if {".new", ".tmp", ".unfinished"} & strings_of(path)} <= {
         "harness/atomic.py"
     }
-    assert {str(path) for path in MODULES if "-c" in strings_of(path)} <= {
-        "harness/dashboard/tensorboards.py"
-    }
+    assert not {str(path) for path in MODULES if "-c" in strings_of(path)}
 
 
 # What a run's directory holds, as `harness.runlog.paths` alone spells it.

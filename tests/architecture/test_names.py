@@ -1,6 +1,7 @@
 """Names of metrics and events are spelled in `harness.runlog.names` and nowhere else."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def test_no_module_spells_the_name_of_a_metric() -> None:
     spelled = [(str(path.relative_to(ROOT)), text) for path in MODULES for text in strings(path)]
     wrong = [(path, text) for path, text in spelled if text.startswith(prefixes)]
     assert wrong == []
+
+
+def test_no_script_of_the_page_spells_the_name_of_a_metric() -> None:
+    for path in (ROOT / "harness/dashboard/assets").glob("*.js"):
+        spelled = re.findall(rf"""["'`](?:{"|".join(values_of(Prefix).values())}|guard/)""", path.read_text())
+        assert spelled == [], path.name
 
 
 def test_no_two_names_are_the_same_metric() -> None:

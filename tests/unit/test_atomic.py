@@ -84,8 +84,8 @@ def test_a_helper_runs_the_package_of_its_starter_whatever_else_is_called_so(tmp
     (other / "__init__.py").write_text("raise SystemExit('this is another package')")
     (tmp_path / "runs").mkdir()
     process = start_helper(
-        "harness.dashboard.surveyor",
-        ["--runs", tmp_path / "runs", "--digests", tmp_path],
+        "harness.dashboard.indexer",
+        ["--runs", tmp_path / "runs", "--cache", tmp_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         yields=True,

@@ -12,7 +12,7 @@ from harness import Callback, StepRecord, TrainConfig
 from harness.checkpoint import Checkpointer, SaveOutcome
 from harness.data import Task
 from harness.errors import ConfigError, TaskError
-from harness.runlog import open_run
+from harness.tracking import open_run
 from harness.training.callbacks import Rollback, Training
 from tests.support.own_tasks import own_config, points_task, run_loop
 

@@ -69,7 +69,7 @@ def test_no_damage_is_a_traceback_or_takes_long_or_hides_another_run(first_seed:
                 raise
     rows = readers.table()
     assert {run: done[run] for run, row in rows.items() if row["state"] == "unreadable"} == {}
-    assert set(rows) == set(readers.catalogue.names()) >= {"sound"}
+    assert set(rows) == set(readers.run_index.names()) >= {"sound"}
     assert rows["sound"]["last_step"] == 23
     listed = readers.all_runs().ask()
     assert listed.status == 0

@@ -17,7 +17,9 @@ from harness.runlog import paths
 from harness.runlog.codec import Record
 from harness.tracking import media
 from harness.tracking.media import save_image, to_picture
+from harness.tracking.mirror import MirroredRun
 from harness.tracking.names import folder_name
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 
 
@@ -88,7 +90,9 @@ def test_no_longer_file_than_a_mirror_holds_becomes_part_of_one(
     for limit, is_taken in ((size, True), (size - 1, False)):
         monkeypatch.setattr(paths, "MEDIA_BYTES", limit)
         monkeypatch.setattr(media, "MEDIA_BYTES", limit)
-        mirror = TensorBoardMirror(tmp_path / f"shown{limit}", run_dir=tmp_path, state={})
+        mirror = TensorBoardMirror(
+            MirroredRun(tmp_path, MirrorSettings(tensorboard_dir=str(tmp_path / f"shown{limit}"))), {}
+        )
         mirror.take(Record("image", 0, 1, 1.0, {"picture": kept}))
         mirror.take(Record("graph", 0, 1, 1.0, {"file": kept["file"]}))
         mirror.close(None)
