@@ -296,8 +296,8 @@ def test_a_sync_that_hangs_is_given_up_with_all_that_it_started(
     with RunLog(tmp_path / "run") as log:
         write_steps(log, range(5))
     fake_wandb(tmp_path, monkeypatch, "def init(**_): time.sleep(1000)")
-    with pytest.raises(TrackingError, match=r"wandb .* is not complete: after 3 s it hangs"):
-        sync_run(tmp_path / "run", wandb="offline", timeout_s=3.0)
+    with pytest.raises(TrackingError, match=r"wandb .* is not complete: after 6 s it hangs"):
+        sync_run(tmp_path / "run", wandb="offline", timeout_s=6.0)
     assert len(shown_by_tensorboard(tmp_path / "run", "train/loss")) == 5
     assert "in _begun" in (tmp_path / "run" / "log" / "side.log").read_text()
     monkeypatch.delenv("PYTHONPATH")
@@ -327,7 +327,7 @@ def test_an_account_whose_server_is_out_of_reach_falls_back_to_offline(
     with RunLog(tmp_path) as log:
         handle = start_mirrors(tmp_path, wandb="online", wandb_start_s=40.0, **QUIET)
         write_steps(log, range(100))
-    assert handle.close(90)
+    assert handle.close(150)
     assert "is kept offline in" in caplog.text
     assert [row["step"] for row in history(tmp_path) if "train/loss" in row] == list(range(100))
 
