@@ -83,8 +83,8 @@ def test_the_table_follows_the_runs(run_index: RunIndex) -> None:
     live.close("stopped")
     wait_for_row(run_index, "live", lambda one: one["state"] == "stopped")
     write_run(root / "group" / "done", num_steps=7)
-    wait_for_row(run_index, "group/done", lambda one: one["attempts"] == 2 and one["last_step"] == 6)
     os.rename(root / "live", root.parent / "elsewhere")
+    wait_for_row(run_index, "group/done", lambda one: one["attempts"] == 2 and one["last_step"] == 6)
     wait_for(lambda: row(run_index, "live") is None, timeout_s=30, what="the row's end")
     assert all("path" not in one for one in run_index.rows())
 
