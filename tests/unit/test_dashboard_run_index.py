@@ -119,7 +119,7 @@ def test_a_long_run_is_sampled_at_first_then_read_and_never_read_again(run_index
     size = sum(file.stat().st_size for file in (run_index.root / "long" / "log").glob("*.jsonl"))
     before = num_bytes_read()
     with run_index.reading("long") as digest:
-        assert digest.is_sample
+        assert digest.is_preview
         assert digest.last("train/loss") == 1.0
         assert len(digest.bands("train/loss").steps) > 100
     assert (
@@ -128,7 +128,7 @@ def test_a_long_run_is_sampled_at_first_then_read_and_never_read_again(run_index
 
     def is_read() -> bool:
         with run_index.reading("long") as digest:
-            return not digest.is_sample
+            return not digest.is_preview
 
     wait_for(is_read, timeout_s=120, what="the reading of a long log")
     with run_index.reading("long") as digest:
@@ -137,7 +137,7 @@ def test_a_long_run_is_sampled_at_first_then_read_and_never_read_again(run_index
 
     again = RunIndex(run_index.root)  # which reads nothing by itself: it was not started
     with again.reading("long") as digest:
-        assert not digest.is_sample
+        assert not digest.is_preview
         assert digest.bands("train/loss", max_points=20).high.max() == 1e6
 
 
