@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,13 @@ def _share(total: int, among: int, most: int) -> int:
 
 
 def _inside_script(data: dict[str, Any]) -> str:
-    """JSON that no parser of HTML mistakes for the end of a script or for a comment."""
+    """JSON that no parser of HTML mistakes for the end of a script, and that no terminal obeys."""
     text = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
+    for char in sorted(set(text)):
+        if char in "<>&":
+            text = text.replace(char, f"\\u{ord(char):04x}")
+        elif not char.isprintable():
+            text = text.replace(char, json.dumps(char)[1:-1])
     return text
 
 
