@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ from harness.tracking import mirrors
 __all__ = ["let_it_take_its_share"]
 
 
-def let_it_take_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that this process starts from now on have its own priority."""
-    started = mirrors.start_helper
+def let_it_take_its_share(monkeypatch: pytest.MonkeyPatch, starter: ModuleType = mirrors) -> None:
+    """Those that a module of this process starts from now on have its own priority."""
+    started = starter.start_helper
 
     def start(*arguments: Any, **keywords: Any) -> Any:
         return started(*arguments, **{**keywords, "yields": False})
 
-    monkeypatch.setattr(mirrors, "start_helper", start)
+    monkeypatch.setattr(starter, "start_helper", start)
