@@ -154,7 +154,7 @@ def test_the_trainer_dies_and_the_mirrors_are_completed_and_the_wandb_run_closed
     assert [e.details["rule"] for e in open_run(tmp_path).events("alert")] == ["crashed"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_side_process_killed_at_any_moment_leaves_no_gap_and_no_duplicate(
     tmp_path: Path, seed: int
 ) -> None:
@@ -332,21 +332,28 @@ def test_an_account_whose_server_is_out_of_reach_falls_back_to_offline(
     assert [row["step"] for row in history(tmp_path) if "train/loss" in row] == list(range(100))
 
 
+def gives_way(helper: psutil.Process) -> bool:
+    """All its threads, and its session as a whole."""
+    try:
+        group = Path(f"/proc/{helper.pid}/autogroup").read_text().split()[-1]
+        threads = [int(path.name) for path in Path(f"/proc/{helper.pid}/task").iterdir()]
+        return (group, {os.sched_getscheduler(thread) for thread in threads}) == ("19", {os.SCHED_BATCH})
+    except (FileNotFoundError, ProcessLookupError):  # it, or a thread of it, has just ended
+        return False
+
+
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not group by session")
 def test_the_side_process_and_wandb_give_way_to_the_trainer(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     handle = start_mirrors(tmp_path, wandb="offline", **QUIET)
     write_steps(log, range(3))
-    wait_until(lambda: (tmp_path / "log" / "mirrors" / "wandb.json").exists(), timeout_s=60)
     side = psutil.Process(handle.pid)
-    helpers = [side, *side.children(recursive=True)]
-    assert "wandb-core" in [each.name() for each in helpers]
-    for helper in helpers:
-        group = Path(f"/proc/{helper.pid}/autogroup").read_text().split()[-1]
-        threads = {int(path.name) for path in Path(f"/proc/{helper.pid}/task").iterdir()}
-        assert (group, {os.sched_getscheduler(thread) for thread in threads}) == ("19", {os.SCHED_BATCH}), (
-            helper
-        )
+
+    def all_give_way() -> bool:
+        helpers = [side, *side.children(recursive=True)]
+        return "wandb-core" in [each.name() for each in helpers] and all(map(gives_way, helpers))
+
+    wait_until(all_give_way, timeout_s=150)
     log.close()
     assert handle.close(60)
 
