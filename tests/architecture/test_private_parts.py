@@ -229,6 +229,14 @@ def test_optimizers_keep_their_step_hooks(parameter: nn.Parameter) -> None:
         handle.remove()
 
 
+def test_schedulers_ask_whether_the_optimizer_was_called(parameter: nn.Parameter) -> None:
+    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    has(optimizer.step, "_wrapped_by_lr_sched")
+    optimizer._opt_called = True
+    schedule.step()  # a warning would be an error
+
+
 def test_optimizers_in_the_backward_pass_leave_a_mark(parameter: nn.Parameter) -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 
@@ -237,8 +245,8 @@ def test_optimizers_in_the_backward_pass_leave_a_mark(parameter: nn.Parameter) -
 
 
 def test_accelerates_optimizer_keeps_what_it_wraps() -> None:
-    optimizer = pytest.importorskip("accelerate.optimizer")
-    state = pytest.importorskip("accelerate.state")
+    from accelerate import optimizer, state
+
     has(optimizer, "AcceleratedOptimizer")
     kept = set(optimizer.AcceleratedOptimizer.__init__.__code__.co_names)
     assert {"optimizer", "scaler", "gradient_state"} <= kept, users_of("gradient_state")
