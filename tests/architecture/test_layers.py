@@ -27,6 +27,7 @@ FLOORS = {
     "checkpoint": 3,
     "tracking": 3,
     "training": 4,
+    "integrations": 4,
     "dashboard": 4,
     "cli": 5,
     "train": 6,
@@ -41,6 +42,8 @@ SOLE_IMPORTERS = {
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
+    "transformers": {"harness/integrations/transformers.py"},
+    "lightning": {"harness/integrations/lightning.py"},
 }
 
 COLLECTIVES = {

@@ -253,6 +253,25 @@ def test_accelerates_optimizer_keeps_what_it_wraps() -> None:
     assert "sync_gradients" in state.GradientState.__init__.__code__.co_names, users_of("sync_gradients")
 
 
+def test_transformers_trainer_clips_and_saves_in_these() -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    has(transformers.Trainer, "_clip_grad_norm", "_get_grad_norm")
+    has(transformers.Trainer, "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler")
+    called = inspect.getsource(transformers.Trainer)
+    for name in ("_clip_grad_norm(model)", "_get_grad_norm(model, grad_norm=grad_norm)"):
+        assert called.count(f"grad_norm = self.{name}") == 1, users_of("_clip_grad_norm")
+
+
+def test_lightnings_precision_calls_the_hooks_before_a_step() -> None:
+    precision = pytest.importorskip("lightning.pytorch.plugins.precision", reason="pip install lightning")
+    has(precision.Precision, "_after_closure")
+    assert list(inspect.signature(precision.Precision._after_closure).parameters) == [
+        "self",
+        "model",
+        "optimizer",
+    ]
+
+
 def test_foreach_kernels() -> None:
     has(torch, "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
     tensors = [torch.full((2,), 4.0), torch.full((), 8.0)]
