@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from harness.records import StepRecord
     from harness.stability import StepGuard
     from harness.tracking import ExperimentConfig, TrainingMetrics
-    from harness.training import TrainResult, train
+    from harness.training import Callback, TrainResult, train
     from harness.training.tracker_checkpoints import ExperimentTracker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "Checkpointer",
     "ExperimentConfig",
     "ExperimentTracker",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "harness.training",
     "Checkpointer": "harness.checkpoint",
     "ExperimentConfig": "harness.tracking",
     "ExperimentTracker": "harness.training.tracker_checkpoints",

@@ -13,12 +13,15 @@ __all__ = [
     "accelerate_precision",
     "cache_dir",
     "child_environment",
-    "dashboard_password",
+    "dashboard_token",
     "has_launcher",
+    "is_direct_child",
     "is_terminal",
     "launched",
     "program_environment",
+    "restarts_left",
     "set_default",
+    "shares_agent_store",
     "threads_are_set",
     "threads_are_users",
     "unheard_launcher",
@@ -48,9 +51,31 @@ class Launched:
     """accelerate was told `use_cpu`."""
 
 
-def has_launcher() -> bool:
+def has_rank() -> bool:
     """Whether a launcher has told this process its rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def has_launcher() -> bool:
+    """Whether a launcher started this process. accelerate tells a single process no rank."""
+    return has_rank() or is_direct_child()
+
+
+def is_direct_child() -> bool:
+    """Whether it was torchrun or `accelerate launch`, whose children have variables that nobody else sets."""
+    by_accelerate = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
+    return "TORCHELASTIC_RUN_ID" in os.environ or by_accelerate <= os.environ.keys()
+
+
+def restarts_left() -> bool:
+    """Whether torchrun's agent would start the program again if it failed."""
+    return _int("TORCHELASTIC_RESTART_COUNT", 0) < _int("TORCHELASTIC_MAX_RESTARTS", 0)
+
+
+def shares_agent_store() -> bool:
+    """Whether torchrun's agents of several machines keep one store for all attempts."""
+    restartable = _int("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and _int("GROUP_WORLD_SIZE", 1) > 1
+    return restartable and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
 
 
 def launched() -> Launched:
@@ -59,7 +84,7 @@ def launched() -> Launched:
     Raises:
         ValueError: a variable is not a whole number.
     """
-    by_launcher = has_launcher()
+    by_launcher = has_rank()
     return Launched(
         rank=_int("RANK", 0) if by_launcher else 0,
         local_rank=_int("LOCAL_RANK", 0) if by_launcher else 0,
@@ -123,9 +148,9 @@ def wants_traceback() -> bool:
     return _flag("HARNESS_TRACEBACK")
 
 
-def dashboard_password() -> str | None:
-    """`HARNESS_DASHBOARD_PASSWORD`: not an argument, which every user of the machine could read."""
-    return os.environ.get("HARNESS_DASHBOARD_PASSWORD")
+def dashboard_token() -> str | None:
+    """`HARNESS_DASHBOARD_TOKEN`: unlike an argument, no other user of the machine can read it."""
+    return os.environ.get("HARNESS_DASHBOARD_TOKEN")
 
 
 def set_default(name: str, value: str) -> None:

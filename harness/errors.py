@@ -13,6 +13,7 @@ __all__ = [
     "HarnessError",
     "InstabilityError",
     "LaunchError",
+    "LostRankError",
     "TaskError",
     "TrackingError",
 ]
@@ -28,6 +29,9 @@ class HarnessError(Exception):
     """
 
     exit_code = 2
+
+    restart_may_help = False
+    """Whether the same program may succeed if it is started again, as launchers do."""
 
     ranks: tuple[int, ...] | None = None
     """The ranks on which it arose, empty: all; the lowest of them prints it. None: not known, there is one
@@ -65,9 +69,9 @@ class DataError(HarnessError):
 
 
 class TaskError(HarnessError):
-    """The code of a task, its data set or its loss raised something.
+    """Code of the user's own raised something: a task, its data set, its loss, a callback, a spike rule.
 
-    `frames` are the lines of the traceback that are the task's own; the original error is the `__cause__`
+    `frames` are the lines of the traceback that are the user's own; the original error is the `__cause__`
     where it was raised in this process.
     """
 
@@ -83,6 +87,12 @@ class CheckpointError(HarnessError):
 
 class LaunchError(HarnessError):
     """The processes, devices or ports are not what the launch asked for."""
+
+
+class LostRankError(LaunchError):
+    """Other ranks did not come, failed or went away."""
+
+    restart_may_help = True
 
 
 class TrackingError(HarnessError):

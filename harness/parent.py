@@ -1,22 +1,56 @@
-"""Processes whose launcher is killed: they would wait for each other, or train on as orphans."""
+"""The launcher that started this process: it may die, and it may try again what cannot succeed."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 import sys
+from pathlib import Path
 
 from harness import env
 
-__all__ = ["stop_with_launcher"]
+__all__ = ["end_launcher", "stop_with_launcher"]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_LAUNCHERS = (b"torchrun", b"torch.distributed.run", b"torch/distributed/run.py", b"accelerate")
 
 
 def stop_with_launcher() -> None:
     """Asks Linux for a SIGTERM when the launcher dies; elsewhere, and without a launcher, does nothing.
 
-    To be called first thing, since a launcher that is dead already sends no signal.
+    To be called first thing, and after SIGTERM is handled: a launcher that is dead already sends no signal,
+    so this process asks itself to stop then.
     """
-    if sys.platform == "linux" and env.has_launcher():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform != "linux" or not env.has_launcher():
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1 and env.is_direct_child() and not _is_launcher(1):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_launcher(*, speaks: bool) -> None:
+    """Ends torchrun's agent, which would start a program again whatever its exit code says.
+
+    It has no other way of being told (https://github.com/pytorch/pytorch/issues/133877). Every process calls
+    this last thing, and does nothing without an agent that would try again.
+
+    Args:
+        speaks: Whether it is this process, one of each machine, that tells the agent.
+    """
+    parent = os.getppid()
+    if not env.restarts_left() or not _is_launcher(parent):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the agent will send to its children
+    if speaks:
+        with contextlib.suppress(OSError):
+            os.kill(parent, signal.SIGTERM)
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in _LAUNCHERS)

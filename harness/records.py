@@ -31,7 +31,8 @@ class ParameterRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSample:
-    """What a step did to one parameter, taken every so many steps. Of a skipped step the update is 0."""
+    """What a step did to one parameter, taken every so many steps and told with the next step's record. Of a
+    skipped step the update is 0."""
 
     weight_norm: float
     """L2 norm after the step."""
@@ -65,6 +66,8 @@ class RankRow:
     """Seconds in forward and backward, without waiting for other ranks where that can be told apart."""
     data_wait_s: float = 0.0
     stop_requested: bool = False
+    num_saves: int = 0
+    """Saves of checkpoints that the rank knew to have ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,9 @@ class StepRecord:
     per_parameter: Mapping[str, ParameterRow] = field(default_factory=dict)
     """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""
     sampled: Mapping[str, ParameterSample] = field(default_factory=dict)
-    """Weights and updates by parameter name; every so many steps."""
+    """What the step before did to the weights, by parameter name; every so many steps."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What checks of a user's own found, by the names that log and mirrors show; every so many steps."""
     attention_logit_max: tuple[float, ...] = ()
     """Largest attention logit per layer over all ranks; every so many steps, where the loop lets the guard
     look. Beyond about 100 a model is about to diverge."""

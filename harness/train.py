@@ -4,7 +4,6 @@ Started as a file, Python puts this folder at the head of `sys.path`, where its 
 and be imported twice. So the repository takes its place there, and the package does the work.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,15 +11,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    from harness.parent import stop_with_launcher
+    from harness.stop import StopRequest
 
-    stop_with_launcher()
+    with StopRequest() as stop:  # before anything that takes time
+        from harness.parent import stop_with_launcher
 
-    from harness.cli.train import run
+        stop_with_launcher()
 
-    exit_code = run(sys.argv[1:], prog="harness/train.py")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written and closed by now. Shutting the interpreter down beside gloo's threads aborts now and
-    # then, and a launcher would take that for a failure.
-    os._exit(exit_code)
+        from harness.cli.train import train_and_exit
+
+        train_and_exit(sys.argv[1:], prog="harness/train.py", stop=stop)

@@ -58,9 +58,9 @@ def make_runs(folder: Path, *, num_runs: int, num_steps: int, num_metrics: int) 
 
 
 def write_run(run_dir: Path, rng: np.random.Generator, num_steps: int, names: list[str]) -> None:
-    from harness.tracking.codec import encode
-    from harness.tracking.process import identity
-    from harness.tracking.segments import SegmentWriter
+    from harness.runlog.codec import encode
+    from harness.runlog.process import identity
+    from harness.runlog.segments import SegmentWriter
 
     log = SegmentWriter(run_dir / "log")
     began = time.time() - num_steps

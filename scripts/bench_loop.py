@@ -23,12 +23,12 @@ from torch import nn
 from harness.config import TrainConfig, parse_arguments
 from harness.data import Loader, Task
 from harness.dist import open_world
+from harness.stop import StopRequest
 from harness.training.build import build_run
 from harness.training.loop import train_step
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
 from harness.training.step import autocast
-from harness.training.stop import StopRequest
 from harness.training.tasks import build_task
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from harness.checkpoint import Checkpointer  # noqa: E402  (the repository has to be on the path first)
 from harness.config import parse_arguments  # noqa: E402
 from harness.models import build_model  # noqa: E402
-from harness.tracking.reader import open_run  # noqa: E402
+from harness.runlog.reader import open_run  # noqa: E402
 from tests.support.runs import PROGRAM, start, tiny  # noqa: E402
 
 __all__ = ["Chaos", "compare", "run_whole"]

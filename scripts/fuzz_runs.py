@@ -3,8 +3,7 @@
     python scripts/fuzz_runs.py --damages 2000 --seed 0
 
 A row per question of docs/benchmarks/fuzz.md: how many runs it was asked of, how many answers were an error
-in words, how many were a traceback, and the longest answer. Times are this process's. The report, which
-matplotlib draws, is asked of one run in twenty.
+in words, how many were a traceback, and the longest answer. Times are this process's.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from tests.support.readers import Question, Readers  # noqa: E402
 HANG_S = 120.0
 FOLDER = 100
 """Runs in a folder, for the tables."""
-REPORT_EVERY = 20
 
 
 class Tally:
@@ -53,7 +51,7 @@ class Tally:
             faulthandler.cancel_dump_traceback_later()
         self.seconds[name].append(answer.seconds)
         self.errors[name] += answer.status in (1, 2, 404)
-        if answer.seconds > 1.0 and name != "harness report":
+        if answer.seconds > 1.0:
             print(f"{damage}: {question.name}: {answer.seconds:.1f} s", flush=True)
 
     def rows(self) -> dict[str, dict[str, object]]:
@@ -81,10 +79,8 @@ def fuzz_folder(tally: Tally, seeds: range) -> Counter[str]:
             damage = damaged_run(sound, root / run, seed)
             for question in readers.questions(run, "sound", out):
                 tally.ask(_kind(question.name, run), question, damage)
-            if seed % REPORT_EVERY == 0:
-                tally.ask("harness report", readers.report(run, out), damage)
         rows = readers.table()
-        if set(rows) != set(readers.catalogue.names()) or rows["sound"]["last_step"] != 23:
+        if set(rows) != set(readers.run_index.names()) or rows["sound"]["last_step"] != 23:
             raise AssertionError(f"the table of seeds {seeds} lacks a run")
         tally.ask("harness runs", readers.all_runs(), f"seeds {seeds}")
         return Counter(row["state"] for row in rows.values())

@@ -2,7 +2,7 @@
 
     python scripts/record_series.py [NAME ...]
 
-`quickstart` is the program's own, configs/quickstart.yaml; the others are trained here.
+`quickstart` is the program's own, the preset quickstart; the others are trained here.
 
 One file a run under docs/benchmarks/series/: the settings, `loss` and `grad_norm` (before clipping) per step
 (null: not finite), and `bad_steps`, the steps whose batch was replaced by noise.
@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 
 from harness.config import ModelConfig, TrainConfig
 from harness.models import build_model
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +240,7 @@ def record(run: Run) -> dict[str, object]:
 def quickstart() -> dict[str, object]:
     """The same of a run of the program itself."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig.from_file(ROOT / "configs" / "quickstart.yaml", [f"runs_dir={folder}"])
+        config = TrainConfig.from_file("quickstart", [f"runs_dir={folder}"])
         return of_log(train(config).directory)
 
 
@@ -249,7 +249,7 @@ def of_log(run_dir: Path) -> dict[str, object]:
     run = open_run(run_dir)
     loss, norm = (run.scalars(f"train/{name}").values.tolist() for name in ("loss", "grad_norm"))
     return {
-        "settings": {"config": "configs/quickstart.yaml"},
+        "settings": {"config": "quickstart"},
         "bad_steps": [],
         "loss": [_written(value) for value in loss],
         "grad_norm": [_written(value) for value in norm],

@@ -45,6 +45,12 @@ class Adapter:
         held = self._holder[self.key]
         return held.value if isinstance(held, PerRank) else held
 
+    @property
+    def may_be_missing(self) -> bool:
+        """Whether the value says that older checkpoints have nothing for it, and that it is left alone
+        then."""
+        return getattr(self.value, "may_be_missing", False)
+
     def tree(self) -> Any:
         """The present state."""
         value = self.value

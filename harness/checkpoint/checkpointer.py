@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -20,6 +21,7 @@ from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Retainer, Retention
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.store import Saved, Store
+from harness.checkpoint.tasks import Tasks
 from harness.checkpoint.tree import plain
 from harness.checkpoint.writer import Job, SaveOutcome, Writer
 from harness.config import CheckpointConfig
@@ -70,18 +72,22 @@ class Checkpointer:
         self._give_up_after_s = give_up_after_s
         self._calls = HostGroup(error=CheckpointError, timeout_s=timeout_s)
         self._store = Store(Path(directory))
+        self._tasks = Tasks()
+        self._health = Health(
+            self._store, self._tasks, healthy_after=healthy_after, is_main=self._calls.is_main
+        )
         retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
-        committed = [] if keep_all else [Retainer(self._store, retention).committed]
-        self._health = Health(self._store, healthy_after=healthy_after, is_main=self._calls.is_main)
+        retainer = None if keep_all else Retainer(self._store, retention)
         writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
-        self._writer = Writer(self._store, writes, committed=[self._health.committed, *committed])
+        committed = functools.partial(_after_commit, self._tasks, self._health, retainer)
+        self._writer = Writer(self._store, writes, self._tasks, committed=committed)
         self._loader = Loader(self._store, self._calls)
         self._planning = SavePlanning(self._calls)
         self._staging = Staging()
         self._memory = Memory() if in_memory else None
         self._closed = False
         # Who forgets `close` still gets the last save, or the message why not.
-        weakref.finalize(self, self._writer.join, give_up_after_s)
+        weakref.finalize(self, self._writer.settle, give_up_after_s)
 
     @classmethod
     def from_config(cls, directory: str | Path, config: CheckpointConfig) -> Checkpointer:
@@ -143,7 +149,7 @@ class Checkpointer:
         return True
 
     def wait(self) -> None:
-        """Waits until the save under way is committed.
+        """Waits until the save under way is committed, and what it makes superfluous is gone.
 
         Raises:
             CheckpointError: it failed, or is not done after `give_up_after_s`.
@@ -239,7 +245,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        self._writer.join(self._give_up_after_s)
+        self._writer.settle(self._give_up_after_s)
         self._raise_failure()
 
     def __enter__(self) -> Checkpointer:
@@ -255,7 +261,7 @@ class Checkpointer:
             self.close()
         else:
             # A failed save has been logged; the error under way is the one to be seen.
-            self._writer.join(self._give_up_after_s)
+            self._writer.settle(self._give_up_after_s)
 
     def _agree_on_start(self, step: int) -> bool:
         """Waits until all ranks can begin; False if the save is to be dropped."""
@@ -268,13 +274,16 @@ class Checkpointer:
         if any(busy for _, busy, _ in ranks):
             if self._when_busy == "drop":
                 return False
-            self._settle()
+            self._writer.join(self._give_up_after_s)
+            self._check_all(not self._writer.busy)
         return True
 
     def _settle(self) -> None:
-        """Waits for the save under way, but not for ever: a disk may hang."""
-        self._writer.join(self._give_up_after_s)
-        if any(self._calls.gather(lambda: self._writer.busy)):
+        """Waits for the save under way and the tasks, but not for ever: a disk may hang."""
+        self._check_all(self._writer.settle(self._give_up_after_s))
+
+    def _check_all(self, is_done: bool) -> None:
+        if not all(self._calls.gather(lambda: is_done)):
             raise self._given_up()
 
     def _copy(self, step: int, captured: Captured) -> Callable[[], None]:
@@ -303,8 +312,9 @@ class Checkpointer:
         why = last.problem if last else "the save under way does not end"
         return CheckpointError(
             f"nothing could be saved for {self._give_up_after_s:g} s: {why}",
-            rule="a run that cannot be resumed is not worth going on with",
-            remedy=f"look after {self._store.directory} and start again; it resumes from the last checkpoint",
+            rule="a run that can save nothing for so long is stopped (checkpoint.give_up_after_s)",
+            remedy=f"check the free space and the permissions of {self._store.directory}, then start again: "
+            "the run resumes from the last checkpoint",
         )
 
     def _raise_failure(self) -> None:
@@ -313,3 +323,11 @@ class Checkpointer:
         failed, self._writer.failed = self._writer.failed, None
         if failed is not None:
             raise failed
+
+
+def _after_commit(tasks: Tasks, health: Health, retainer: Retainer | None, saved: Saved) -> None:
+    """In the writer's thread, on rank 0."""
+    tasks.add(functools.partial(health.committed, saved))
+    if retainer is not None:
+        retainer.abandon(saved)
+        tasks.add(retainer.delete_outdated)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from harness.atomic import replacing
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.reading import OnDisk
-from harness.checkpoint.shards import check_file, sync_folder
+from harness.checkpoint.shards import check_file
 from harness.checkpoint.store import Saved, Store
 from harness.checkpoint.tree import fill, tensor_names
 from harness.errors import CheckpointError
@@ -185,13 +185,6 @@ def _export_torch(
 
 def _commit(path: Path, write: Callable[[Path], object]) -> Path:
     """Lets `write` make the file under another name, flushes it, and renames it to `path`."""
-    attempt = path.with_name(f".{path.name}.writing")
-    try:
+    with replacing(path, sync=True) as attempt:
         write(attempt)
-        with open(attempt, "rb") as file:
-            os.fsync(file.fileno())
-        attempt.replace(path)
-    finally:
-        attempt.unlink(missing_ok=True)
-    sync_folder(path.parent)
     return path

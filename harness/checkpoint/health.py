@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import threading
 
 from harness.checkpoint.store import Saved, Store
+from harness.checkpoint.tasks import Tasks
 
 __all__ = ["Health"]
 
@@ -16,53 +17,50 @@ class Health:
     """Follows a run's steps and promotes its checkpoints.
 
     A checkpoint of step s is healthy once k steps have been observed after it and the last k steps observed
-    were all without incident. The ranks count alike; rank 0 alone writes the promotion down.
+    were all without incident. The ranks count alike; rank 0 alone writes the promotion down, among `tasks`.
 
     Args:
         healthy_after: k.
         is_main: Whether this is rank 0.
     """
 
-    def __init__(self, store: Store, *, healthy_after: int, is_main: bool) -> None:
-        self._store, self._healthy_after, self._is_main = store, healthy_after, is_main
+    def __init__(self, store: Store, tasks: Tasks, *, healthy_after: int, is_main: bool) -> None:
+        self._store, self._tasks, self._healthy_after, self._is_main = store, tasks, healthy_after, is_main
         self._clean_since: int | None = None
-        self._pending: list[Saved] | None = None
-        self._lock = threading.Lock()  # commits come from the writer's thread
+        # Looked at by the training thread, replaced as a whole by tasks.
+        self._pending: tuple[Saved, ...] | None = None
 
     def observe(self, step: int, *, incident: bool) -> int | None:
-        """Counts a step; gives the newest step that has proved itself by now, or None."""
+        """Counts a step; gives the newest step that has proved itself by now, or None. Touches no file."""
         if self._clean_since is None:
             self._clean_since = step - 1
         if incident:
             self._clean_since = step
         if step - self._clean_since < self._healthy_after:
             return None
-        proved = step - self._healthy_after
-        if self._is_main:
-            self._promote(proved)
+        proved, pending = step - self._healthy_after, self._pending
+        if self._is_main and (pending is None or any(saved.step <= proved for saved in pending)):
+            self._tasks.add(functools.partial(self._promote, proved))
         return proved
 
     def restart(self) -> None:
-        """Forgets the steps seen, as after a rollback."""
+        """Forgets the steps seen, as after a rollback; no task may be under way."""
         self._clean_since = None
-        with self._lock:
-            self._pending = None
+        self._pending = None
 
     def committed(self, saved: Saved) -> None:
-        """Notes a new checkpoint."""
-        with self._lock:
-            if self._pending is not None:
-                self._pending.append(saved)
+        """Notes a new checkpoint; as a task."""
+        if self._pending is not None and saved not in self._pending:
+            self._pending = (*self._pending, saved)
 
     def _promote(self, proved: int) -> None:
         try:
-            with self._lock:
-                if self._pending is None:
-                    self._pending = [saved for saved in self._store.saved() if not saved.healthy]
-                due = [saved for saved in self._pending if saved.step <= proved]
-                for saved in due:
-                    if saved.path.exists():
-                        self._store.mark_healthy(saved)
-                    self._pending.remove(saved)
-        except OSError as error:
+            pending = self._pending
+            if pending is None:
+                pending = tuple(saved for saved in self._store.saved() if not saved.healthy)
+            for saved in pending:
+                if saved.step <= proved and saved.path.exists():
+                    self._store.mark_healthy(saved)
+            self._pending = tuple(saved for saved in pending if saved.step > proved)
+        except OSError as error:  # tried again with the next step
             logger.warning("a checkpoint could not be marked as healthy: %s", error)

@@ -10,13 +10,15 @@ from harness.checkpoint.manifest import Damaged, Manifest
 from harness.checkpoint.reading import OnDisk
 from harness.checkpoint.restore import Restore, Source
 from harness.checkpoint.shards import check_file
-from harness.checkpoint.store import Saved, Store
+from harness.checkpoint.store import DAMAGED, Saved, Store
 from harness.dist import HostGroup
 from harness.errors import CheckpointError
 
 __all__ = ["Loader"]
 
 logger = logging.getLogger(__name__)
+
+_LOOK_AT_THEM = "look at those set aside as damaged-*, ask for another step, or start anew under another name"
 
 
 class Loader:
@@ -52,9 +54,21 @@ class Loader:
             raise CheckpointError(
                 f"no intact checkpoint in {self._store.directory} ({'; '.join(damages)})",
                 rule="one of those asked for has to be as it was written",
-                remedy="look at those set aside as damaged-*, ask for another step, or start anew elsewhere",
+                remedy=_LOOK_AT_THEM,
             )
+        if not candidates:
+            self._group.from_main(self._refuse_a_silent_start)
         return None
+
+    def _refuse_a_silent_start(self) -> None:
+        """An attempt before this one may have set the last of them aside; then this is no fresh start."""
+        damaged = self._store.set_aside_as_damaged()
+        if damaged and not self._store.saved():
+            raise CheckpointError(
+                f"all checkpoints in {self._store.directory} are damaged: {', '.join(damaged)}",
+                rule="a run that had checkpoints does not begin again from nothing by itself",
+                remedy=_LOOK_AT_THEM,
+            )
 
     def _candidates(self, step: int | None, healthy: bool) -> list[Saved]:
         """What may be loaded, the best first."""
@@ -90,7 +104,7 @@ class Loader:
 
     def _set_aside(self, saved: Saved, damage: Damaged) -> None:
         if self._group.is_main:
-            kept = self._store.set_aside(saved, "damaged")
+            kept = self._store.set_aside(saved, DAMAGED)
             logger.error(
                 "the checkpoint %s is damaged: %s It is kept as %s",
                 saved.path.name,

@@ -16,10 +16,10 @@ import torch
 import xxhash
 
 from harness.errors import CheckpointError
+from harness.runlog.paths import MANIFEST
 
-__all__ = ["MANIFEST", "Chunk", "Damaged", "Manifest", "ShardFile", "TensorInfo"]
+__all__ = ["Chunk", "Damaged", "Manifest", "ShardFile", "TensorInfo"]
 
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 _HEAD, _MIDDLE, _TAIL = b'{"xxh3_128":"', b'","manifest":', b"}\n"

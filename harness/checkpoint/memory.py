@@ -30,6 +30,10 @@ class Snapshot:
         """The world has not changed."""
         return rank
 
+    def holds(self, part: Adapter) -> bool:
+        """Whether anything was saved under the part's key."""
+        return part.key in (self.captured.rank_state if part.per_rank else self.captured.state)
+
     def description(self, part: Adapter, rank: int) -> Any:
         """What was saved under the part's key."""
         kept = self.captured.rank_state if part.per_rank else self.captured.state

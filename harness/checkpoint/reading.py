@@ -42,6 +42,10 @@ class OnDisk:
         """The saved rank whose own state `rank` takes over."""
         return rank % self.manifest.world_size
 
+    def holds(self, part: Adapter) -> bool:
+        """Whether anything was saved under the part's key."""
+        return part.key in (self.manifest.rank_state if part.per_rank else self.manifest.state)
+
     def description(self, part: Adapter, rank: int) -> Any:
         """What was saved under the part's key."""
         manifest = self.manifest

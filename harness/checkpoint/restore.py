@@ -28,6 +28,9 @@ class Source(Protocol):
     def donor(self, rank: int) -> int:
         """The rank whose own state `rank` takes over."""
 
+    def holds(self, part: Adapter) -> bool:
+        """Whether anything was saved under the part's key."""
+
     def description(self, part: Adapter, rank: int) -> Any:
         """What was saved under the part's key.
 
@@ -51,7 +54,7 @@ class Restore:
 
     def __init__(self, source: Source, state: MutableMapping[str, Any], rank: int) -> None:
         self._source, self._rank = source, rank
-        self._parts = adapters(state)
+        self._parts = [part for part in adapters(state) if not part.may_be_missing or source.holds(part)]
         self._described = {part.key: source.description(part, rank) for part in self._parts}
         self._targets: dict[str, torch.Tensor] = {}
         for part in self._parts:

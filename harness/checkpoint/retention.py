@@ -26,20 +26,24 @@ class Retention:
 
 
 class Retainer:
-    """Applies a retention to a store, after a commit and never before."""
+    """Applies a retention to a store, after a commit and never before. What cannot be done is reported, and
+    tried again next time."""
 
     def __init__(self, store: Store, retention: Retention) -> None:
         self._store, self._retention = store, retention
         self._metrics: dict[Saved, float | None] = {}
 
-    def committed(self, newest: Saved) -> None:
-        """Sets aside what is newer than `newest`, for its branch was left, and deletes what need not stay.
-
-        Of abandoned branches that is what a healthy checkpoint has overtaken. What cannot be done is
-        reported, and tried again next time.
-        """
+    def abandon(self, newest: Saved) -> None:
+        """Sets aside what is newer than the checkpoint just committed, for its branch was left. To be called
+        before the next commit, which is newer too."""
         try:
             self._store.abandon(after=newest.step)
+        except OSError as error:
+            logger.warning("checkpoints of a branch that was left could not be set aside: %s", error)
+
+    def delete_outdated(self) -> None:
+        """Deletes what need not stay; of abandoned branches that is what a healthy one has overtaken."""
+        try:
             saved = self._store.saved()
             kept = self._kept(saved)
             overtaken = max((c.step for c in saved if c.healthy), default=-1)

@@ -18,7 +18,7 @@ from harness.checkpoint.layout import ShardLayout
 from harness.checkpoint.manifest import Damaged, ShardFile
 from harness.files import file_status, open_file
 
-__all__ = ["check_file", "read_elements", "sync_folder", "write_file", "write_shard"]
+__all__ = ["check_file", "read_elements", "write_file", "write_shard"]
 
 _PIECE_BYTES = 8 << 20
 """Written and checksummed at a time: large for the disk, small for the cache."""
@@ -83,15 +83,6 @@ def read_elements(path: Path, dtype: torch.dtype, start: int, count: int) -> tor
     if elements.size != size_bytes:
         raise Damaged(f"{path.name} ends before byte {start + size_bytes}")
     return torch.from_numpy(elements).view(dtype)
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder, so that the names in it survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _pieces(view: memoryview) -> Iterator[memoryview]:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint.manifest import MANIFEST, Damaged, Manifest
-from harness.checkpoint.shards import sync_folder, write_file
+from harness.atomic import sync_folder
+from harness.checkpoint.manifest import Damaged, Manifest
+from harness.checkpoint.shards import write_file
 from harness.errors import CheckpointError
 from harness.files import read_file
+from harness.runlog.paths import HEALTHY, MANIFEST, CheckpointName, checkpoint_of
 
 __all__ = ["Saved", "Store"]
 
@@ -30,11 +31,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_MANIFEST = 1 << 30
 """Bytes."""
-HEALTHY = "healthy"
-"""The empty file that says that a checkpoint has proved itself."""
-_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _ATTEMPT = ".saving-"
 _ABANDONED = "abandoned"
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -86,8 +85,8 @@ class Store:
             return []
         found = []
         for name in names:
-            if match := _NAME.fullmatch(name):
-                found.append(Saved(int(match[1]), int(match[2] or 0), self.directory / name))
+            if named := checkpoint_of(name):
+                found.append(Saved(*named, self.directory / name))
         return sorted(found)
 
     def begin(self, step: int) -> Path:
@@ -148,9 +147,14 @@ class Store:
         """The checkpoints of branches that were left, oldest first."""
         found = []
         for path in self.directory.glob(f"{_ABANDONED}-*"):
-            if match := _NAME.match(path.name.removeprefix(f"{_ABANDONED}-")):
-                found.append(Saved(int(match[1]), int(match[2] or 0), path))
+            name = "-".join(path.name.split("-")[1:3])  # without the number that `set_aside` may have added
+            if named := checkpoint_of(name):
+                found.append(Saved(*named, path))
         return sorted(found)
+
+    def set_aside_as_damaged(self) -> list[str]:
+        """Names of the checkpoints that were set aside because a file was not as it was written."""
+        return sorted(path.name for path in self.directory.glob(f"{DAMAGED}-*"))
 
     def set_aside(self, saved: Saved, kind: str) -> Path | None:
         """Renames a checkpoint, so that it is kept and never loaded. None if that cannot be done."""
@@ -177,7 +181,7 @@ class Store:
         # Never in the place of one that is there: a crash between the two renames would leave neither.
         copies = [saved.copy for saved in self.saved() if saved.step == step]
         copy = max(copies) + 1 if copies else 0
-        path = self.directory / (f"step-{step:08d}" + (f".{copy}" if copy else ""))
+        path = self.directory / str(CheckpointName(step, copy))
         folder.chmod(0o755)  # mkdtemp's folders are their owner's alone
         return Saved(step, copy, folder.rename(path))
 

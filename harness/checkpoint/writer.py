@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from harness.checkpoint.manifest import Manifest, ShardFile, TensorInfo
 from harness.checkpoint.shards import write_shard
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.store import Saved, Store
+from harness.checkpoint.tasks import Tasks
 from harness.dist import HostGroup
 from harness.errors import CheckpointError, HarnessError
 
@@ -70,13 +71,15 @@ class Writer:
 
     Args:
         group: Used by the thread alone.
-        committed: Called in order on rank 0, in the thread, after each commit.
+        tasks: What there is to do after commits. It is done before the next attempt takes more of the disk,
+            and while training goes on.
+        committed: Called on rank 0, in the thread, after each commit.
     """
 
     def __init__(
-        self, store: Store, group: HostGroup, *, committed: Sequence[Callable[[Saved], None]]
+        self, store: Store, group: HostGroup, tasks: Tasks, *, committed: Callable[[Saved], None]
     ) -> None:
-        self._store, self._group, self._committed = store, group, committed
+        self._store, self._group, self._tasks, self._committed = store, group, tasks, committed
         self._thread: threading.Thread | None = None
         self._outcomes: list[SaveOutcome] = []
         self.failed: HarnessError | None = None
@@ -102,6 +105,10 @@ class Writer:
         if self._thread is not None:
             self._thread.join(timeout_s)
         return not self.busy
+
+    def settle(self, timeout_s: float) -> bool:
+        """As `join`, and waits for the tasks as well."""
+        return self.join(timeout_s) and self._tasks.join(timeout_s)
 
     def take_outcomes(self) -> list[SaveOutcome]:
         """The saves that ended since the last call."""
@@ -134,7 +141,7 @@ class Writer:
     def _save(self, job: Job) -> tuple[Saved, int]:
         self._group.on_all_ranks(job.stage)
         self._group.on_all_ranks(lambda: job.staging.check_sound(job.checked))
-        folder = self._group.from_main(lambda: self._store.begin(job.step))
+        folder = self._group.from_main(lambda: self._begin(job.step))
         try:
             shares = self._group.gather(lambda: self._write(folder, job))
             saved = self._group.from_main(lambda: self._store.commit(folder, self._manifest(job, shares)))
@@ -143,9 +150,12 @@ class Writer:
                 self._store.discard(folder)
             raise
         if self._group.is_main:
-            for react in self._committed:
-                react(saved)
+            self._committed(saved)
         return saved, sum(file.size_bytes for file, _ in shares)
+
+    def _begin(self, step: int) -> Path:
+        self._tasks.join()
+        return self._store.begin(step)
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:
         path = folder / shard_name(self._group.rank)

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 from harness.errors import TrackingError
+from harness.runlog.paths import checkpoint_of
+from harness.runlog.reader import is_run
 from harness.tracking.overview import run_name, run_paths
 from harness.tracking.places import checkpoints_of
-from harness.tracking.reader import is_run
 from harness.tracking.text import printable
 
 __all__ = ["checkpoint_directory", "parser", "run_argument", "run_directory"]
@@ -53,7 +54,7 @@ def checkpoint_directory(directory: Path) -> Path:
     Raises:
         TrackingError: it is neither a run nor holds checkpoints.
     """
-    if any(directory.glob("step-*")):
+    if any(checkpoint_of(path.name) for path in directory.glob("*")):
         return directory
     folder = checkpoints_of(directory)
     if not is_run(directory) and not folder.is_dir():

@@ -30,45 +30,45 @@ def run(argv: Sequence[str]) -> int:
             host=options.host,
             port=options.port,
             token=secrets.token_urlsafe(24) if options.token == "auto" else options.token,
-            user=options.user,
-            password=env.dashboard_password() if options.user is not None else None,
             may_control=options.control,
         )
-        serve(options.runs, access, started=lambda address: _tell(address, access.controls, options))
+        serve(options.runs, access, started=lambda address: _announce(address, access.controls, options))
     return outcome.exit_code
 
 
 def _options(argv: Sequence[str]) -> Namespace:
     arguments = parser(
         "dashboard",
-        "See every run in a browser: live, finished or crashed; compare them, start one, stop one. It reads "
-        "the logs and never slows a run.",
+        "Show every run in a browser, live, finished or crashed; compare, start and stop runs. It reads "
+        "the logs and does not slow a run down.",
     )
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     arguments.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, which only this machine can reach)",
     )
-    arguments.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
+    arguments.add_argument("--port", type=int, default=7860, help="default: 7860; 0 picks a free one")
     arguments.add_argument(
-        "--token", help="asked for before anything is shown; `auto` makes one and prints it in the address"
-    )
-    arguments.add_argument(
-        "--user", help="asked for together with the password in HARNESS_DASHBOARD_PASSWORD"
+        "--token",
+        default=env.dashboard_token(),
+        help="required to open the page; `auto` makes one and prints it in the address "
+        "(default: HARNESS_DASHBOARD_TOKEN, if it is set)",
     )
     control = arguments.add_mutually_exclusive_group()
     control.add_argument(
         "--control",
         action="store_true",
         default=None,
-        help="the page starts and stops runs (default: only when it listens to this machine alone)",
+        help="the page can start and stop runs (default: only if other machines cannot reach it)",
     )
-    control.add_argument("--no-control", dest="control", action="store_false", help="the page only shows")
+    control.add_argument("--no-control", dest="control", action="store_false", help="the page is read-only")
     arguments.add_argument("--open", action="store_true", help="open it in this machine's browser")
     return arguments.parse_args(argv)
 
 
-def _tell(address: str, controls: bool, options: Namespace) -> None:
-    starts = "starts and stops runs" if controls else "only shows"
-    print(f"dashboard of {options.runs} at {address} ({starts}); Ctrl-C ends it, runs go on", flush=True)
+def _announce(address: str, controls: bool, options: Namespace) -> None:
+    mode = "can start and stop runs" if controls else "read-only"
+    print(f"dashboard of {options.runs} at {address} ({mode}); Ctrl-C ends it, runs keep going", flush=True)
     if options.open:
         webbrowser.open(address)

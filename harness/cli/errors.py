@@ -1,4 +1,4 @@
-"""How the command line ends when something is wrong: one line, no traceback, an exit code that tells."""
+"""How the command line ends when something is wrong: one line, no traceback, an exit code."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ __all__ = ["Outcome", "reporting"]
 
 @dataclass(slots=True)
 class Outcome:
-    """The exit code of a command, and what was said of why."""
+    """The exit code of a command, and the error that was printed."""
 
     exit_code: int = 0
-    told: HarnessError | None = None
+    printed: HarnessError | None = None
+    is_final: bool = False
+    """It failed, and would fail again."""
 
-    def tell(self, error: HarnessError) -> None:
+    def report(self, error: HarnessError) -> None:
         """Prints `error`, once, if it is this process that does."""
-        if error is self.told or env.wants_traceback():
+        if error is self.printed or env.wants_traceback():
             return
-        self.told = error
-        if _is_speaker(error):
-            where = f" on {_named(error.ranks)}" if error.ranks else ""
+        self.printed = error
+        if _prints(error):
+            where = f" on {_ranks_text(error.ranks)}" if error.ranks else ""
             say(f"{type(error).__name__}{where}: {error}", error=True)
 
 
 @contextmanager
-def reporting() -> Iterator[Outcome]:
-    """Turns a `HarnessError` into a line on standard error and an exit code.
+def reporting(outcome: Outcome | None = None) -> Iterator[Outcome]:
+    """Turns a `HarnessError` into a line on standard error and an exit code, noted in `outcome`.
 
     The lowest of the ranks on which it arose prints it; the first of each machine, if they had not met yet.
     HARNESS_TRACEBACK=1 shows where it came from.
     """
-    outcome = Outcome()
+    outcome = outcome or Outcome()
     try:
         yield outcome
     except HarnessError as error:
+        outcome.is_final = not error.restart_may_help
         if env.wants_traceback():
             raise
-        outcome.tell(error)
+        outcome.report(error)
         outcome.exit_code = error.exit_code
 
 
-def _is_speaker(error: HarnessError) -> bool:
+def _prints(error: HarnessError) -> bool:
     launched = env.launched()
     if error.ranks is None:
         return launched.local_rank == 0
     return launched.rank == min(error.ranks, default=0)
 
 
-def _named(ranks: tuple[int, ...]) -> str:
+def _ranks_text(ranks: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

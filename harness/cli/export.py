@@ -12,6 +12,7 @@ from harness.cli.errors import reporting
 from harness.cli.output import say_paths
 from harness.config import TrainConfig
 from harness.errors import TrackingError
+from harness.runlog.paths import config_file
 
 __all__ = ["run"]
 
@@ -58,8 +59,8 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _metrics(directory: Path, options: argparse.Namespace) -> list[Path]:
+    from harness.runlog.reader import is_run
     from harness.tracking.export import export_run
-    from harness.tracking.reader import is_run
 
     output = options.output or _default(directory, f"metrics.{options.format}")
     if options.output is None and is_run(directory):
@@ -75,7 +76,7 @@ def _weights(directory: Path, options: argparse.Namespace) -> list[Path]:
     output = options.output or _default(directory, _WEIGHTS[options.format])
     described = None
     if options.names == "llama":
-        config = TrainConfig.from_file(directory / "config.yaml")
+        config = TrainConfig.from_file(config_file(directory))
         described = llama_config(config.model, sequence_length=config.data.sequence_length)
     paths = export(
         checkpoints,

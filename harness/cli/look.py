@@ -77,7 +77,7 @@ def report(argv: Sequence[str]) -> int:
     arguments.add_argument("-o", "--output", type=Path, help="default: report.html in the run's directory")
     options = arguments.parse_args(argv)
     with reporting() as outcome:
-        from harness.tracking.report import write_report
+        from harness.dashboard.report import write_report
 
         say_paths([write_report(run_directory(options.run, options.runs), options.output)])
     return outcome.exit_code

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple, NoReturn
 
 from harness import __version__
+from harness.parent import stop_with_launcher
+from harness.stop import StopRequest
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "ENTRY_POINTS", "main"]
+
+ENTRY_POINTS = "harness.commands"
+"""The group of entry points by which other packages add commands: functions `(argv) -> exit code`."""
 
 
 class Command(NamedTuple):
@@ -46,17 +52,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"harness {__version__}")
         return 0
+    added = {} if name in COMMANDS else _added()
+    if name in added:
+        return _run_added(added[name], arguments[1:])
     if name not in COMMANDS:
-        print(f"harness: unknown command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"harness: unknown command {name!r}; there are: {', '.join([*COMMANDS, *added])}", file=sys.stderr
+        )
         return 2
+    if name == "train" and argv is None:
+        _train(arguments[1:])
     command = COMMANDS[name]
     function = getattr(importlib.import_module(f"harness.cli.{command.module}"), command.function)
     return int(function(arguments[1:]))
 
 
+def _added() -> dict[str, EntryPoint]:
+    """The commands of other packages that are installed."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in COMMANDS}
+
+
+def _run_added(point: EntryPoint, arguments: Sequence[str]) -> int:
+    from harness.cli.errors import reporting
+
+    with reporting() as outcome:
+        function: Callable[[Sequence[str]], int] = point.load()
+        outcome.exit_code = int(function(arguments))
+    return outcome.exit_code
+
+
+def _train(arguments: Sequence[str]) -> NoReturn:
+    """The program `harness train`: as harness/train.py, signals are handled from its first moment on."""
+    with StopRequest() as stop:
+        stop_with_launcher()
+        from harness.cli.train import train_and_exit
+
+        train_and_exit(arguments, prog="harness train", stop=stop)
+
+
 def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.what}" for name, command in COMMANDS.items()]
+    whats = {name: command.what for name, command in COMMANDS.items()}
+    whats |= {name: f"of {point.value.partition(':')[0]}" for name, point in _added().items()}
+    width = max(map(len, whats))
+    lines = [f"  {name:<{width}}  {what}" for name, what in whats.items()]
     return "\n".join(
         ["usage: harness COMMAND [arguments]", "", *lines, "", "`harness COMMAND --help` says more."]
     )

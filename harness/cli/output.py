@@ -1,4 +1,4 @@
-"""How the command line prints: names and texts come from files that may be anybody's."""
+"""How the command line prints: names and texts may come from files that somebody else wrote."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["say", "say_paths"]
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Prints lines on standard output, or on standard error, and nothing in them that a terminal would obey.
+    """Prints lines on standard output or standard error, without control sequences for terminals.
 
-    Characters that the output cannot spell are replaced.
+    Characters that the output's encoding lacks are replaced.
     """
     stream = sys.stderr if error else sys.stdout
     harmless = "\n".join(printable(line, longest=len(line)) for line in text.split("\n"))

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
-from harness.cli.errors import reporting
+from harness import env
+from harness.cli.errors import Outcome, reporting
 from harness.config import parse_arguments
+from harness.parent import end_launcher
+from harness.stop import StopRequest
 
-__all__ = ["EXIT_STOPPED", "run"]
+__all__ = ["EXIT_CRASHED", "EXIT_STOPPED", "run", "train_and_exit"]
 
+EXIT_CRASHED = 1
 EXIT_STOPPED = 75
 """Stopped on request with a checkpoint committed: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
-def run(argv: Sequence[str], *, prog: str = "harness train") -> int:
-    """Trains; returns the exit code: 0 finished, 75 stopped and saved, 2 bad input, 3 unstable."""
-    with reporting() as outcome:
-        config = parse_arguments(argv, prog=prog)
-        from harness.training import train  # after the arguments, so that --help does not wait for torch
+def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest | None = None) -> int:
+    """Trains; returns the exit code: 0 finished, 75 stopped and saved, 2 bad input, 3 unstable.
 
-        result = train(config, tell=outcome.tell)
-        outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
+    What another start would not cure is said to torchrun's agent too, which else would try it again.
+    """
+    outcome = Outcome()
+    try:
+        with reporting(outcome):
+            config = parse_arguments(argv, prog=prog)
+            from harness.training import train  # after the arguments, so that --help does not wait for torch
+
+            result = train(config, tell=outcome.report, stop=stop)
+            outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
+    finally:
+        if outcome.is_final:
+            end_launcher(speaks=env.launched().local_rank == 0)
     return outcome.exit_code
+
+
+def train_and_exit(argv: Sequence[str], *, prog: str, stop: StopRequest) -> NoReturn:
+    """`run`, and the end of the process with its exit code; 1 and a traceback where nothing was foreseen."""
+    try:
+        exit_code = run(argv, prog=prog, stop=stop)
+    except SystemExit as leaving:  # --help
+        exit_code = leaving.code if isinstance(leaving.code, int) else EXIT_CRASHED
+    except BaseException:  # noqa: BLE001  (shown; the process ends with it)
+        traceback.print_exc()
+        exit_code = EXIT_CRASHED
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads there any more
+            stream.flush()
+    # All is written and closed by now. Shutting the interpreter down beside gloo's threads aborts now and
+    # then, and a launcher would take that for a failure; and whatever hangs there would keep the job waiting.
+    os._exit(exit_code)

@@ -14,6 +14,8 @@ __all__ = ["CheckpointConfig"]
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
+    SECTION = "checkpoint"
+
     every: int = 100
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 3
@@ -32,5 +34,5 @@ class CheckpointConfig:
     """Keep a copy of the last healthy state in host memory, so that a rollback needs no disk."""
 
     def __post_init__(self) -> None:
-        require_not_negative("checkpoint", self, ["every", "keep_best", "keep_every"])
-        require_positive("checkpoint", self, ["keep_last", "healthy_after", "give_up_after_s"])
+        require_not_negative(self, "every", "keep_best", "keep_every")
+        require_positive(self, "keep_last", "healthy_after", "give_up_after_s")

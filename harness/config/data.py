@@ -13,6 +13,8 @@ __all__ = ["DataConfig"]
 class DataConfig:
     """What is trained on."""
 
+    SECTION = "data"
+
     paths: tuple[str, ...] = ()
     """Files or folders of text (task text), or one .npz with `images` and `labels` (task images). Empty: the
     Python standard library's source, or scikit-learn's handwritten digits."""
@@ -28,6 +30,6 @@ class DataConfig:
     """Go on with a run whose data is not what it was when its checkpoint was written; otherwise an error."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, ["sequence_length"])
-        require_not_negative("data", self, ["num_workers"])
-        require(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "it has to lie between 0 and 1")
+        require_positive(self, "sequence_length")
+        require_not_negative(self, "num_workers")
+        require(self, "val_frac", 0 < self.val_frac < 1, "it has to lie between 0 and 1")

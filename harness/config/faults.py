@@ -14,6 +14,8 @@ __all__ = ["FaultConfig"]
 class FaultConfig:
     """One rehearsed fault."""
 
+    SECTION = "faults"
+
     step: int
     """Step at which it strikes, counted from 0."""
     rank: int = 0
@@ -34,4 +36,4 @@ class FaultConfig:
     """Length of a slow step."""
 
     def __post_init__(self) -> None:
-        require_not_negative("faults", self, ["step", "rank", "micro_batch", "seconds"])
+        require_not_negative(self, "step", "rank", "micro_batch", "seconds")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from harness.config.checks import require, require_not_negative, require_positive
 
-__all__ = ["GuardConfig", "SpikeRuleName"]
+__all__ = ["SPIKE_RULES", "GuardConfig"]
 
+SPIKE_RULES = ("robust", "zclip", "persistent", "sigma")
+"""The bundled rules: each is the file of its name in `harness/stability/rules`."""
 
-SpikeRuleName = Literal["robust", "zclip", "persistent", "sigma"]
-"""The rules of `harness.stability.detectors`."""
+_ROBUST_SETTINGS = ("threshold", "window", "warmup")
+"""The robust rule's, which are keys of their own: guard.spike_threshold and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """What the stability guard measures and what it does about it."""
+
+    SECTION = "guard"
 
     max_norm: float | None = 1.0
     """Gradients are scaled down to this L2 norm; null or 0: never."""
@@ -24,15 +28,17 @@ class GuardConfig:
     """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
     spike: Literal["off", "warn", "clip", "skip"] = "warn"
     """On a finite but extraordinary loss or gradient norm: say so, clip to the usual norm, leave it out."""
-    spike_rule: SpikeRuleName = "robust"
-    """What counts as extraordinary; docs/stability.md has the rules. The three settings that follow are the
-    robust rule's; the others keep the values of their papers."""
+    spike_rule: str = "robust"
+    """What counts as extraordinary: robust, zclip, persistent, sigma (docs/stability.md), or
+    `package.module:Class` for a rule of your own (docs/extending.md)."""
     spike_threshold: float = 7.0
-    """Robust z-score from which a step counts as a spike."""
+    """Of the robust rule: score from which a step counts as a spike."""
     spike_window: int = 128
-    """Unflagged steps that the spike rule looks back on."""
+    """Of the robust rule: unflagged steps that it looks back on."""
     spike_warmup: int = 64
-    """Steps before the spike rule speaks."""
+    """Of the robust rule: steps before it speaks."""
+    spike_args: tuple[str, ...] = ()
+    """Settings of another rule as `name=value`, such as `[threshold=3, decay=0.99]`; its class lists them."""
     absurd_norm_ratio: float | None = 1e4
     """A finite gradient of more than this many times the usual norm is left out, whatever `spike` says; null
     or 0: never."""
@@ -62,6 +68,9 @@ class GuardConfig:
     sample_every: int = 100
     """Steps between samples of weights and updates (norms, update / weight, Adam's second moments, gradient
     underflow); 0: never."""
+    checks: tuple[str, ...] = ()
+    """`package.module:function` each, called with this section: they return a `harness.stability.Check`,
+    which is measured every so many steps; docs/extending.md."""
     init_loss_scale: float = 65536.0
     """Loss scale at the start of an fp16 run."""
     loss_scale_growth_steps: int = 2000
@@ -69,41 +78,63 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         self._check_spikes()
-        require_positive("guard", self, ["init_loss_scale"])
-        require_positive(
-            "guard", self, ["max_consecutive_skips", "loss_scale_growth_steps", "extremes_every"]
-        )
-        require_not_negative("guard", self, ["lag_steps", "per_parameter_every"])
-        require_not_negative("guard", self, ["max_rollbacks", "rollback_skip_steps"])
-        require_not_negative("guard", self, ["rollback_cooldown_steps", "sample_every"])
-        require(0 < self.max_skip_frac <= 1, "guard.max_skip_frac", self.max_skip_frac, "it lies in (0, 1]")
+        require_positive(self, "init_loss_scale", "loss_scale_growth_steps")
+        require_positive(self, "max_consecutive_skips", "extremes_every")
+        require_not_negative(self, "lag_steps", "per_parameter_every", "sample_every")
+        require_not_negative(self, "max_rollbacks", "rollback_skip_steps", "rollback_cooldown_steps")
+        require(self, "max_skip_frac", 0 < self.max_skip_frac <= 1, "it lies in (0, 1]")
         require(
+            self,
+            "replicas_every",
             self.replicas_every == 0 or (self.replicas_every > 0 and self.replicas_every % 2 == 1),
-            "guard.replicas_every",
-            self.replicas_every,
             "it has to be odd, or 0 for never: an even cadence misses an error of period two",
         )
         if self.max_norm is not None:
-            require_not_negative("guard", self, ["max_norm"])
+            require_not_negative(self, "max_norm")
 
     def _check_spikes(self) -> None:
         require(
-            self.spike_rule in get_args(SpikeRuleName),
-            "guard.spike_rule",
-            self.spike_rule,
-            f"the rules are {', '.join(get_args(SpikeRuleName))}",
+            self,
+            "spike_rule",
+            self.spike_rule in SPIKE_RULES or ":" in self.spike_rule,
+            f"the rules are {', '.join(SPIKE_RULES)}, and package.module:Class for one of your own",
         )
-        require_positive("guard", self, ["spike_threshold", "spike_window"])
+        for given in self.spike_args:
+            require(
+                self,
+                "spike_args",
+                given.partition("=")[0].strip().isidentifier() and "=" in given,
+                "each of them is name=value",
+                value=given,
+            )
+        self._check_whose_settings()
+        require_positive(self, "spike_threshold", "spike_window")
         require(
+            self,
+            "spike_warmup",
             0 <= self.spike_warmup <= self.spike_window,
-            "guard.spike_warmup",
-            self.spike_warmup,
             f"it has to lie between 0 and guard.spike_window = {self.spike_window}",
         )
         require(
+            self,
+            "absurd_norm_ratio",
             not self.absurd_norm_ratio or 1 < self.absurd_norm_ratio < float("inf"),
-            "guard.absurd_norm_ratio",
-            self.absurd_norm_ratio,
             "it has to be greater than 1",
             "set it to null or 0 to apply every finite gradient",
         )
+
+    def _check_whose_settings(self) -> None:
+        """A setting that the rule would not see is refused."""
+        if self.spike_rule == "robust":
+            names = ", ".join(f"guard.spike_{name}" for name in _ROBUST_SETTINGS)
+            require(self, "spike_args", not self.spike_args, f"the robust rule's are {names}")
+            return
+        for name in _ROBUST_SETTINGS:
+            value = getattr(self, f"spike_{name}")
+            require(
+                self,
+                f"spike_{name}",
+                value == getattr(type(self), f"spike_{name}"),
+                f"it is a setting of the robust rule, and the rule is {self.spike_rule}",
+                f"try --guard.spike_args '[{name}={value}]'",
+            )

@@ -22,7 +22,7 @@ _DESCRIPTION = (
 
 
 def parse_arguments(argv: Sequence[str], *, prog: str = "harness train") -> TrainConfig:
-    """Reads `[--config FILE] [--section.key value]...`; later values win.
+    """Reads `[--config FILE] [--section.key value]...`; later values win. FILE may be a preset's name.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a wrong type or an impossible value.

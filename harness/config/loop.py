@@ -14,6 +14,8 @@ __all__ = ["LoopConfig"]
 class LoopConfig:
     """How long, how much at once, in which precision, and how often to look."""
 
+    SECTION = "loop"
+
     steps: int = 400
     """Optimizer steps of the whole run. A finished run goes on when this is raised, at the learning rate that
     it ended with; see schedule.steps."""
@@ -32,7 +34,7 @@ class LoopConfig:
     """Held-out samples per evaluation, always the same ones."""
 
     def __post_init__(self) -> None:
-        require_positive("loop", self, ["steps", "global_batch", "eval_samples"])
-        require_not_negative("loop", self, ["eval_every"])
+        require_positive(self, "steps", "global_batch", "eval_samples")
+        require_not_negative(self, "eval_every")
         if self.micro_batch is not None:
-            require_positive("loop", self, ["micro_batch"])
+            require_positive(self, "micro_batch")

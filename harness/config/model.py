@@ -14,6 +14,8 @@ __all__ = ["ModelConfig"]
 class ModelConfig:
     """The bundled models' shape. A task of your own builds its own model and ignores this."""
 
+    SECTION = "model"
+
     kind: Literal["decoder", "cnn", "mlp"] = "decoder"
     """decoder for text; cnn or mlp for images."""
     num_layers: int = 4
@@ -44,22 +46,22 @@ class ModelConfig:
     """Dropout probability in the residual branches."""
 
     def __post_init__(self) -> None:
-        require_positive("model", self, ["num_layers", "dim", "num_heads", "vocab_size", "rope_theta"])
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it has to lie in [0, 1)")
+        require_positive(self, "num_layers", "dim", "num_heads", "vocab_size", "rope_theta")
+        require(self, "dropout", 0 <= self.dropout < 1, "it has to lie in [0, 1)")
         if self.kind == "decoder":
             self._check_heads()
 
     def _check_heads(self) -> None:
         require(
+            self,
+            "dim",
             self.dim % (2 * self.num_heads) == 0,
-            "model.dim",
-            self.dim,
             f"it has to be a multiple of 2 x model.num_heads = {2 * self.num_heads} (even width per head)",
         )
         if self.num_kv_heads is not None:
             require(
+                self,
+                "num_kv_heads",
                 self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
-                "model.num_kv_heads",
-                self.num_kv_heads,
                 f"it has to divide model.num_heads = {self.num_heads}",
             )

@@ -14,6 +14,8 @@ __all__ = ["OptimConfig"]
 class OptimConfig:
     """The optimizer. Norms, biases and other one-dimensional parameters are never decayed."""
 
+    SECTION = "optim"
+
     name: Literal["adamw", "adam", "sgd", "adagrad"] = "adamw"
     """All four run fused and take the guard's verdict on the device."""
     lr: float = 3e-3
@@ -28,6 +30,6 @@ class OptimConfig:
     """SGD's momentum."""
 
     def __post_init__(self) -> None:
-        require_positive("optim", self, ["lr", "eps"])
-        require_not_negative("optim", self, ["weight_decay", "momentum"])
-        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "both have to lie in [0, 1)")
+        require_positive(self, "lr", "eps")
+        require_not_negative(self, "weight_decay", "momentum")
+        require(self, "betas", all(0 <= b < 1 for b in self.betas), "both have to lie in [0, 1)")

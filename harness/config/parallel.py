@@ -14,6 +14,8 @@ __all__ = ["ParallelConfig"]
 class ParallelConfig:
     """How the model is spread over the processes."""
 
+    SECTION = "parallel"
+
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """auto: plain in one process, ddp in several. fsdp (FSDP2) shards all of its state."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -31,5 +33,5 @@ class ParallelConfig:
     """How long a collective may wait before the run is ended."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel", self, ["bucket_cap_mb", "timeout_s"])
-        require_not_negative("parallel", self, ["threads"])
+        require_positive(self, "bucket_cap_mb", "timeout_s")
+        require_not_negative(self, "threads")

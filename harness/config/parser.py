@@ -17,6 +17,7 @@ import jsonargparse
 
 from harness.config.keys import check_key, flatten, switches
 from harness.config.plain_yaml import plain_yaml_file
+from harness.config.presets import configuration_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = ["argument_parser", "parse", "read_mapping"]
@@ -30,7 +31,7 @@ _OWN_ARGUMENTS = ("config", "print_config", "help", "h")
 def parse(
     schema: type[Settings], argv: Sequence[str], *, prog: str = "harness train", description: str = ""
 ) -> Settings:
-    """Reads `[--config FILE] [--section.key value]...`; later values win.
+    """Reads `[--config FILE] [--section.key value]...`; later values win. FILE may be a preset's name.
 
     Args:
         schema: The configuration's class: a dataclass of settings and of sections, which are dataclasses.
@@ -42,6 +43,7 @@ def parse(
         ConfigError: a file that cannot be read, an unknown key, a wrong type or an impossible value.
         SystemExit: after `--help` or `--print_config`.
     """
+    argv = list(_with_files(argv))
     _check_argument_names(schema, argv)
     parser = argument_parser(schema, prog=prog, description=description)
     try:
@@ -58,7 +60,9 @@ def argument_parser(schema: type, *, prog: str, description: str) -> jsonargpars
     """Knows an argument for each key; its help is the text under the field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="A YAML file; configs/ holds complete ones.")
+    parser.add_argument(
+        "--config", action="config", help=f"A YAML file, or a preset: {', '.join(preset_names())}."
+    )
     parser.add_class_arguments(schema, None)
     return parser
 
@@ -79,8 +83,7 @@ def read_mapping(schema: type, path: Path, *, within: Path | None = None) -> dic
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}",
-            rule="--config names a YAML file",
-            remedy="complete ones are in configs/",
+            rule="--config names a YAML file, or a preset",
         ) from error
     if content is None:
         return {}
@@ -91,6 +94,20 @@ def read_mapping(schema: type, path: Path, *, within: Path | None = None) -> dic
     for key in flatten(content):
         check_key(schema, key, where=f" in {path}")
     return content
+
+
+def _with_files(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments, with files in place of what `--config` names."""
+    previous = ""
+    for argument in argv:
+        name, is_given, value = argument.partition("=")
+        if name == "--config" and is_given:
+            yield f"--config={configuration_file(value)}"
+        elif previous == "--config":
+            yield str(configuration_file(argument))
+        else:
+            yield argument
+        previous = argument
 
 
 def _check_argument_names(schema: type, argv: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ __all__ = ["ScheduleConfig"]
 class ScheduleConfig:
     """The learning rate over the run, as a share of optim.lr."""
 
+    SECTION = "schedule"
+
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine, warm-up-stable-decay (linear at the end), or constant; each after a linear warm-up."""
     warmup_steps: int = 20
@@ -28,10 +30,8 @@ class ScheduleConfig:
     from that step on, and is said."""
 
     def __post_init__(self) -> None:
-        require_not_negative("schedule", self, ["warmup_steps"])
+        require_not_negative(self, "warmup_steps")
         if self.steps is not None:
-            require_positive("schedule", self, ["steps"])
-        require(0 <= self.decay_frac <= 1, "schedule.decay_frac", self.decay_frac, "it has to lie in [0, 1]")
-        require(
-            0 <= self.min_lr_frac <= 1, "schedule.min_lr_frac", self.min_lr_frac, "it has to lie in [0, 1]"
-        )
+            require_positive(self, "steps")
+        require(self, "decay_frac", 0 <= self.decay_frac <= 1, "it has to lie in [0, 1]")
+        require(self, "min_lr_frac", 0 <= self.min_lr_frac <= 1, "it has to lie in [0, 1]")

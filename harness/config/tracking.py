@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +16,20 @@ __all__ = ["TrackingConfig"]
 class TrackingConfig:
     """What is written down and where it is mirrored."""
 
+    SECTION = "tracking"
+
     log_every: int = 10
     """Steps between printed lines. The log has every step."""
     tensorboard: bool = True
     """Mirror the log to TensorBoard."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
+    trackio: bool = False
+    """Mirror the log to trackio, in the folder that it uses itself (TRACKIO_DIR)."""
+    mirrors: tuple[str, ...] = ()
+    """Mirrors of your own, each `package.module:Class`."""
     project: str = "harness"
-    """W&B project."""
+    """Project at W&B and in trackio."""
     group: str | None = None
     """Name that related runs share."""
     tags: tuple[str, ...] = ()
@@ -41,11 +48,19 @@ class TrackingConfig:
     """Address that each alert is sent to as JSON by HTTP POST."""
 
     def __post_init__(self) -> None:
-        require_positive("tracking", self, ["log_every"])
-        require_not_negative("tracking", self, ["system_every_s", "histograms_every"])
+        require_positive(self, "log_every")
+        require_not_negative(self, "system_every_s", "histograms_every")
+        for name in self.mirrors:
+            require(
+                self,
+                "mirrors",
+                re.fullmatch(r"\w+(\.\w+)*:\w+", name) is not None,
+                "each has to be package.module:Class",
+                value=name,
+            )
         require(
+            self,
+            "webhook",
             self.webhook is None or self.webhook.startswith(("http://", "https://")),
-            "tracking.webhook",
-            self.webhook,
             "it has to begin with http:// or https://",
         )

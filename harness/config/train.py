@@ -31,6 +31,8 @@ __all__ = ["TrainConfig"]
 class TrainConfig:
     """One complete run. Without any setting: a small decoder on the Python standard library's source."""
 
+    SECTION = ""
+
     name: str = "quickstart"
     """Name of the run; its directory is `runs_dir`/`name`."""
     runs_dir: str = "runs"
@@ -45,6 +47,9 @@ class TrainConfig:
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     task: str = "text"
     """text, images, or `package.module:function` for a task of your own."""
+    callbacks: tuple[str, ...] = ()
+    """`package.module:function` each, called with the configuration: they return a `harness.Callback`, whose
+    hooks are called at set points of the loop; docs/extending.md."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -67,19 +72,19 @@ class TrainConfig:
     """Faults to inject; loud when there are any."""
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name", self.name, "a run needs a name")
+        require(self, "name", bool(self.name), "a run needs a name")
         require(
-            self.name not in (".", "..") and not set(self.name) & set("/\\\0\n\r\t"),
+            self,
             "name",
-            self.name,
+            self.name not in (".", "..") and not set(self.name) & set("/\\\0\n\r\t"),
             "it is one folder's name, without slashes or control characters",
             "use --runs_dir for the folder that it lies in",
         )
-        require(0 <= self.seed < 2**63, "seed", self.seed, "it has to be a whole number in [0, 2^63)")
+        require(self, "seed", 0 <= self.seed < 2**63, "it has to be a whole number in [0, 2^63)")
         require(
-            self.task in ("text", "images") or ":" in self.task,
+            self,
             "task",
-            self.task,
+            self.task in ("text", "images") or ":" in self.task,
             "it has to be text, images, or package.module:function",
         )
         self._check_model_fits_task()
@@ -89,15 +94,15 @@ class TrainConfig:
         if wanted is None:
             return
         require(
+            self.model,
+            "kind",
             self.model.kind in wanted,
-            "model.kind",
-            self.model.kind,
             f"task {self.task} needs one of {', '.join(wanted)}",
         )
         require(
+            self.model,
+            "vocab_size",
             self.task != "text" or self.model.vocab_size >= 256,
-            "model.vocab_size",
-            self.model.vocab_size,
             "task text needs a row for each of the 256 bytes",
         )
 
@@ -111,9 +116,9 @@ class TrainConfig:
         micro_batch = self.loop.micro_batch or 1
         share = world_size * micro_batch
         require(
+            self.loop,
+            "global_batch",
             self.loop.global_batch % share == 0,
-            "loop.global_batch",
-            self.loop.global_batch,
             f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
             f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
         )
@@ -122,27 +127,26 @@ class TrainConfig:
         )
         for fault in self.faults:
             last_step = self.loop.steps - 1
+            require(fault, "step", fault.step <= last_step, f"the run's steps are 0 to {last_step}")
+            require(fault, "rank", fault.rank < world_size, f"there are only {world_size} ranks")
             require(
-                fault.step <= last_step, "faults.step", fault.step, f"the run's steps are 0 to {last_step}"
-            )
-            require(fault.rank < world_size, "faults.rank", fault.rank, f"there are only {world_size} ranks")
-            require(
+                fault,
+                "micro_batch",
                 fault.micro_batch < num_micro_batches,
-                "faults.micro_batch",
-                fault.micro_batch,
                 f"a step has {num_micro_batches} on each rank, counted from 0",
             )
         require(
-            not (self.debug and world_size > 1),
+            self,
             "debug",
-            self.debug,
+            not (self.debug and world_size > 1),
             f"it runs in one process, and there are {world_size}",
             "start it with `python harness/train.py`",
         )
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads a YAML file; `overrides` are `section.key=value`, as on the command line.
+        """Reads a YAML file, or the preset of that name; `overrides` are `section.key=value`, as on the
+        command line.
 
         Raises:
             ConfigError: the file cannot be read, or a key or value is wrong.

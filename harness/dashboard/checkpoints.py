@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 from harness.files import list_folder
+from harness.runlog.paths import HEALTHY, MANIFEST, checkpoint_of, checkpoints_dir
 
 __all__ = ["Checkpoint", "checkpoints"]
-
-_COMMITTED = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")  # as in harness/checkpoint/store.py
-_MANIFEST = "manifest.json"
-_HEALTHY = "healthy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +29,13 @@ def checkpoints(run_dir: Path, *, within: Path | None = None) -> list[Checkpoint
         run_dir: The run's directory.
         within: See `harness.files.open_file`.
     """
-    folder = run_dir / "checkpoints"
+    folder = checkpoints_dir(run_dir)
     names = list_folder(folder, within=within).folders
-    found = sorted((int(m[1]), int(m[2] or 0), m[0]) for m in map(_COMMITTED.fullmatch, names) if m)
-    newest = {step: folder / name for step, _, name in found}
+    found = sorted(named for named in map(checkpoint_of, names) if named)
+    newest = {named.step: folder / str(named) for named in found}
     files = {step: list_folder(path, within=within).files for step, path in newest.items()}
     return [
-        Checkpoint(step=step, path=path, healthy=_HEALTHY in files[step])
+        Checkpoint(step=step, path=path, healthy=HEALTHY in files[step])
         for step, path in newest.items()
-        if _MANIFEST in files[step]
+        if MANIFEST in files[step]
     ]

@@ -52,7 +52,7 @@ def command(
         if processes * nodes > 1:
             raise ConfigError(
                 f"{processes * nodes} processes without a launcher",
-                rule="python starts one",
+                rule="python alone starts one process",
                 remedy="choose torchrun or accelerate",
             )
         return shlex.join([_tool("python"), *run])
@@ -89,7 +89,7 @@ def _accelerate(config: TrainConfig, processes: int, nodes: int) -> list[str]:
 
 
 def _mixed_precision(config: TrainConfig) -> str:
-    """accelerate always says one; auto would take it for an order."""
+    """The value that accelerate needs, which it then passes on to the run."""
     if config.loop.precision == "auto":
         return "no" if config.parallel.device == "cpu" else "bf16"
     return _MIXED_PRECISION[config.loop.precision]
@@ -99,8 +99,8 @@ def _slurm(run: list[str], processes: int, nodes: int) -> str:
     if not (_ROOT / _SBATCH).exists():
         raise ConfigError(
             f"there is no {_SBATCH} in {_ROOT}",
-            rule="the job's script lies in the repository",
-            remedy="take a checkout of it, or write a script that starts one torchrun a node",
+            rule="the Slurm script is part of the repository",
+            remedy="use a checkout of it, or a script of your own that starts one torchrun per node",
         )
     job = ["sbatch", "--nodes", str(nodes), "--gpus-per-node", str(processes), str(_SBATCH), *run]
     enter = "" if Path.cwd() == _ROOT else f"cd {shlex.quote(str(_ROOT))} && "

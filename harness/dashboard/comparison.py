@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.dashboard.catalogue import Catalogue
+from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
+from harness.runlog.names import Prefix
 from harness.tracking.compare import compare_runs, settings_of
 
 __all__ = ["compare_view"]
@@ -16,7 +17,7 @@ MAX_LOG_BYTES = 64 << 20
 """Comparing bit for bit reads both logs whole; longer ones are for the command line."""
 
 
-def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
+def compare_view(run_index: RunIndex, runs: Sequence[str]) -> dict[str, Any]:
     """Settings that differ, last values, and for every run but the first the step at which they part.
 
     Of a run that cannot be read there is nothing but the reason, in place of where it parts.
@@ -25,23 +26,27 @@ def compare_view(catalogue: Catalogue, runs: Sequence[str]) -> dict[str, Any]:
         TrackingError: there is no such run.
     """
     for run in runs:
-        catalogue.directory(run)
-    columns = [_column(catalogue, run) for run in runs]
+        run_index.directory(run)
+    columns = [_column(run_index, run) for run in runs]
     settings, last = zip(*columns, strict=True)
     return {
         "settings": [
             row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
         ],
         "metrics": _rows(last),
-        "partings": [_parting(catalogue, runs[0], run) for run in runs[1:]],
+        "partings": [_parting(run_index, runs[0], run) for run in runs[1:]],
     }
 
 
-def _column(catalogue: Catalogue, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's settings and last values."""
     try:
-        with catalogue.reading(run) as digest:
-            names = [name for name in digest.names() if not name.startswith(("layers/", "ranks/", "system/"))]
+        with run_index.reading(run) as digest:
+            names = [
+                name
+                for name in digest.names()
+                if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
+            ]
             return settings_of(digest), {name: digest.last(name) for name in names}
     except TrackingError:
         return {}, {}
@@ -56,18 +61,18 @@ def _shown(value: Any) -> Any:
     return value if value is None or isinstance(value, float) else str(value)[:MAX_TEXT]
 
 
-def _parting(catalogue: Catalogue, first: str, second: str) -> dict[str, Any]:
+def _parting(run_index: RunIndex, first: str, second: str) -> dict[str, Any]:
     try:
-        return _parting_of(catalogue, [first, second])
+        return _parting_of(run_index, [first, second])
     except TrackingError as error:
         return {"runs": [first, second], "error": error.problem}
 
 
-def _parting_of(catalogue: Catalogue, runs: list[str]) -> dict[str, Any]:
-    paths = [catalogue.directory(run) for run in runs]
-    if sum(_log_bytes(catalogue, run) for run in runs) > MAX_LOG_BYTES:
+def _parting_of(run_index: RunIndex, runs: list[str]) -> dict[str, Any]:
+    paths = [run_index.directory(run) for run in runs]
+    if sum(_log_bytes(run_index, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(paths[0], paths[1], within=catalogue.root).partings
+    partings = compare_runs(paths[0], paths[1], within=run_index.root).partings
     if not partings:
         return {"runs": runs, "num_common": 0}
     earliest = partings[0]
@@ -80,6 +85,6 @@ def _parting_of(catalogue: Catalogue, runs: list[str]) -> dict[str, Any]:
     }
 
 
-def _log_bytes(catalogue: Catalogue, run: str) -> int:
-    with catalogue.reading(run) as digest:
+def _log_bytes(run_index: RunIndex, run: str) -> int:
+    with run_index.reading(run) as digest:
         return digest.log_bytes()

@@ -1,7 +1,7 @@
 """The tabs that change something: the configuration as a form, and real runs started, stopped, resumed.
 
-What a button does is checked here once more, whatever the page shows: without leave to control, none of them
-does anything.
+What a button does is checked once more when it is pressed, whatever the page shows: a read-only dashboard
+refuses all of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
@@ -17,28 +18,29 @@ from harness.config import TrainConfig, flatten
 from harness.config.plain_yaml import plain_yaml
 from harness.dashboard import commands, forks, form, programs
 from harness.dashboard.access import Access
-from harness.dashboard.catalogue import Catalogue
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.records import Program
+from harness.dashboard.run_index import RunIndex
+from harness.dashboard.tensorboard import TensorBoard
 from harness.errors import ConfigError, HarnessError, LaunchError
 
 __all__ = [
-    "CHOICE_OF_RUNS",
+    "RUN_LIST",
     "Form",
-    "choice_of_runs",
+    "all_runs",
     "configuration_tab",
-    "guarded",
-    "known_runs",
-    "own_element",
+    "custom_element",
+    "run_list",
     "tensorboard_tab",
     "training_tab",
 ]
 
-CHOICE_OF_RUNS = "h-choice-of-runs"
+RUN_LIST = "h-run-list"
 """Class of the lists of runs, which `page` keeps up to date."""
 SMALL: dict[str, Any] = {"scale": 0, "min_width": 130, "size": "md"}
-"""A button as wide as its words, beside fields."""
+"""A button as wide as its label, beside fields."""
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 OPEN_SECTIONS = ("", "loop", "optim")
+VALID = "This configuration is valid."
 SHOW_RUN = """
 const show = () => { const it = element.querySelector('NAME'); if (it && props.value) it.run = props.value; };
 customElements.whenDefined('NAME').then(show);
@@ -46,40 +48,22 @@ watch('value', show);
 """
 
 
-def own_element(name: str, **more: Any) -> gr.HTML:
-    """One of the page's own elements; its value is the run that it shows."""
-    return gr.HTML(
-        value=None,
-        html_template=f"<{name}></{name}>",
-        js_on_load=SHOW_RUN.replace("NAME", name),
-        apply_default_css=False,
-        **more,
-    )
+def custom_element(name: str, **more: Any) -> gr.HTML:
+    """One of the elements of `assets/`; its value is the run that it shows."""
+    script = SHOW_RUN.replace("NAME", name)
+    template = f"<{name}></{name}>"
+    return gr.HTML(None, html_template=template, js_on_load=script, apply_default_css=False, **more)
 
 
-def choice_of_runs(label: str, elem_id: str, **more: Any) -> gr.Dropdown:
+def run_list(label: str, elem_id: str, **more: Any) -> gr.Dropdown:
     """A list of runs, empty until it is opened."""
-    return gr.Dropdown(
-        label=label, choices=[], interactive=True, elem_id=elem_id, elem_classes=CHOICE_OF_RUNS, **more
-    )
+    return gr.Dropdown([], label=label, interactive=True, elem_id=elem_id, elem_classes=RUN_LIST, **more)
 
 
-def _order(label: str, elem_id: str, access: Access, **more: Any) -> gr.Button:
-    """A button that changes something."""
-    return gr.Button(label, interactive=access.controls, elem_id=elem_id, **SMALL, **more)
-
-
-def guarded(access: Access, action: Callable[..., Any]) -> Callable[..., Any]:
-    """An action for a button: refused without leave to control, its errors shown as one sentence."""
-
-    @functools.wraps(action)
-    def act(*arguments: Any) -> Any:
-        if not access.controls:
-            raise gr.Error("this dashboard only shows: start it with --control", print_exception=False)
-        return told(*arguments)
-
-    told = _told(action)
-    return act
+def all_runs(run_index: RunIndex) -> list[str]:
+    """What was started here, whether or not it has made a run yet, newest first; then the other runs."""
+    started = [program.name for program in programs.programs(run_index.root)]
+    return list(dict.fromkeys([*started, *run_index.names()]))
 
 
 class Form:
@@ -89,16 +73,14 @@ class Form:
         self.keys: list[str] = []
         self.components: list[Any] = []
         for section in form.sections():
-            with (
-                gr.Accordion(section.title, open=section.name in OPEN_SECTIONS),
-                gr.Row(elem_classes="h-fields"),
-            ):
+            is_open = section.name in OPEN_SECTIONS
+            with gr.Accordion(section.title, open=is_open), gr.Row(elem_classes="h-fields"):
                 for field in section.fields:
                     self.keys.append(field.key)
                     self.components.append(_component(field))
 
     def read(self, values: Sequence[Any]) -> TrainConfig:
-        """What is filled in; refused in the words of the command line."""
+        """What is filled in; refused with the error messages of the command line."""
         return form.read(dict(zip(self.keys, values, strict=True)))
 
     def show(self, config: TrainConfig) -> list[Any]:
@@ -109,149 +91,140 @@ class Form:
 
 def configuration_tab(access: Access) -> Form:
     """The form, the YAML that it stands for, and the configurations to start from."""
-    with gr.Row(elem_classes="h-orders"):
+    with gr.Row(elem_classes="h-buttons"):
         preset = gr.Dropdown(
             form.presets(), value=form.DEFAULTS, label="Start from", elem_id="preset", interactive=True
         )
         name = gr.Textbox(label="Save as configs/NAME.yaml", placeholder="NAME", elem_id="save-name")
         overwrite = gr.Checkbox(label="overwrite")
-        save = _order("Save", "save", access)
+        save = _control_button("Save", "save", access)
     with gr.Row():
         with gr.Column(scale=3, min_width=480):
             fields = Form()
-        with gr.Column(scale=2, min_width=320, elem_classes="h-verdict"):
-            verdict = gr.Markdown("This can be run.", elem_id="verdict")
+        with gr.Column(scale=2, min_width=320, elem_classes="h-preview"):
+            verdict = gr.Markdown(VALID, elem_id="verdict")
             text = gr.Code(
                 form.yaml_of(TrainConfig(), only_changes=True),
                 language="yaml",
-                label="as YAML, without what is set by default",
+                label="YAML (only what differs from the defaults)",
                 interactive=False,
             )
 
-    def check(*values: Any) -> tuple[str, Any]:
-        try:
-            return "This can be run.", form.yaml_of(fields.read(values), only_changes=True)
-        except HarnessError as error:
-            return f"```\n{_one_line(error)}\n```", gr.skip()
-
-    def load(chosen: str) -> list[Any]:
-        return fields.show(form.preset(chosen))
-
-    def keep(called: str, replace: bool, *values: Any) -> Any:
-        path = form.save(fields.read(values), called, overwrite=replace)
+    def save_preset(preset_name: str, replace: bool, *values: Any) -> Any:
+        path = form.save(fields.read(values), preset_name, overwrite=replace)
         gr.Info(_text(f"saved as {path}"))
         return gr.update(choices=form.presets())
 
+    check = functools.partial(_check, fields)
     for component in fields.components:
         event = component.blur if isinstance(component, gr.Textbox) else component.input
         event(check, fields.components, [verdict, text], **QUIET, trigger_mode="always_last")
     preset.focus(lambda: gr.update(choices=form.presets()), None, preset, **QUIET)
-    loaded = preset.input(_told(load), preset, fields.components, **QUIET)
+    load = _reporting_errors(lambda chosen: fields.show(form.preset(chosen)))
+    loaded = preset.input(load, preset, fields.components, **QUIET)
     loaded.then(check, fields.components, [verdict, text], **QUIET)
-    save.click(guarded(access, keep), [name, overwrite, *fields.components], preset, **QUIET)
+    save.click(_needing_control(access, save_preset), [name, overwrite, *fields.components], preset, **QUIET)
     return fields
 
 
-def training_tab(catalogue: Catalogue, access: Access, fields: Form) -> gr.Dropdown:
-    """Start the form's run or the demonstration, follow what it prints, stop it, go on with it.
-
-    Returns the list of runs.
-    """
+def training_tab(run_index: RunIndex, access: Access, fields: Form) -> gr.Dropdown:
+    """Start runs, follow their output, stop, resume and fork them. Returns the list of runs."""
     gr.Markdown(
-        f"Runs are started in {_code(catalogue.root)} as programs that go on when the dashboard ends."
+        f"Runs are started in {_code(run_index.root)} as separate processes, which keep running when the "
+        "dashboard ends."
         if access.controls
-        else "This dashboard only shows; `--control` lets it start and stop runs."
+        else "This dashboard is read-only; started with `--control`, it can start and stop runs."
     )
-    chosen = choice_of_runs("Run", "controlled-run", allow_custom_value=True, render=False)
-    output = own_element("harness-output", render=False)
-    processes = _starting(catalogue, access, fields, shown=[chosen, output])
-    _going_on(catalogue, access, chosen, output)
-    _forking(catalogue, access, chosen, output)
+    chosen = run_list("Run", "controlled-run", allow_custom_value=True, render=False)
+    output = custom_element("harness-output", render=False)
+    processes = _start_row(run_index, access, fields, shown=[chosen, output])
+    _run_row(run_index, access, chosen, output)
+    _fork_row(run_index, access, chosen, output)
     output.render()
-    _spelling(fields, processes)
+    _command_row(fields, processes)
     chosen.input(lambda run: run, chosen, output, **QUIET)
     return chosen
 
 
-def _starting(catalogue: Catalogue, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
-    """Begins runs, which are then `shown`. Returns the number of processes."""
-    with gr.Row(elem_classes="h-orders"):
+def _start_row(run_index: RunIndex, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
+    """Starts runs, which are then `shown`. Returns the number of processes."""
+    with gr.Row(elem_classes="h-buttons"):
         processes = gr.Number(1, label="Processes", precision=0, minimum=1, elem_id="processes")
-        start = _order("Start the run of the form", "start", access, variant="primary")
-        demonstrate = _order("Start the demonstration", "demonstrate", access)
+        start = _control_button("Start the configured run", "start", access, variant="primary")
+        demo = _control_button("Start the demo run", "demonstrate", access)
 
-    def begin(config: TrainConfig, count: float) -> tuple[Any, str]:
-        program = programs.start(config, runs_dir=catalogue.root, processes=int(count or 1))
-        gr.Info(_text(f"{program.name} is started"))
-        return _chosen(catalogue, program.name), program.name
+    def start_config(config: TrainConfig, count: float) -> tuple[Any, str]:
+        program = programs.start(config, runs_dir=run_index.root, processes=int(count or 1))
+        return _started(run_index, program, "")
 
     def start_form(count: float, *values: Any) -> tuple[Any, str]:
-        return begin(fields.read(values), count)
+        return start_config(fields.read(values), count)
 
-    def start_demonstration(count: float) -> tuple[Any, str]:
-        return begin(TrainConfig(), count)
+    def start_demo(count: float) -> tuple[Any, str]:
+        return start_config(TrainConfig(), count)
 
-    start.click(guarded(access, start_form), [processes, *fields.components], shown, **QUIET)
-    demonstrate.click(guarded(access, start_demonstration), processes, shown, **QUIET)
+    start.click(_needing_control(access, start_form), [processes, *fields.components], shown, **QUIET)
+    demo.click(_needing_control(access, start_demo), processes, shown, **QUIET)
     return processes
 
 
-def _going_on(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
-    with gr.Row(elem_classes="h-orders"):
+def _run_row(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+    """Stops, resumes and kills the chosen run."""
+    with gr.Row(elem_classes="h-buttons"):
         chosen.render()
-        steps = gr.Number(None, label="New number of steps (0: as it was)", precision=0, elem_id="new-steps")
-        stop = _order("Stop with a checkpoint", "stop", access)
-        resume = _order("Resume", "resume", access)
-        kill = _order("Kill", "kill", access, variant="stop")
+        steps = gr.Number(None, label="New total steps (0: unchanged)", precision=0, elem_id="new-steps")
+        stop = _control_button("Stop with a checkpoint", "stop", access)
+        resume = _control_button("Resume", "resume", access)
+        kill = _control_button("Kill", "kill", access, variant="stop")
 
-    def ask_to_stop(run: str) -> None:
-        programs.stop(_directory(catalogue, run), within=catalogue.root)
+    def stop_run(run: str) -> None:
+        programs.stop(_directory(run_index, run), within=run_index.root)
         gr.Info(
-            _text(f"{run} finishes its step, saves a checkpoint and leaves; while it loads, it ends at once")
+            _text(
+                f"{run} will finish its step, save a checkpoint and exit; while it starts, it exits at once"
+            )
         )
 
-    def go_on(run: str, new_steps: float | None) -> str:
-        new = None if not new_steps else int(new_steps)
-        programs.resume(_directory(catalogue, run), steps=new, within=catalogue.root)
-        gr.Info(_text(f"{run} goes on"))
+    def resume_run(run: str, new_steps: float | None) -> str:
+        total = int(new_steps) if new_steps else None
+        programs.resume(_directory(run_index, run), steps=total, within=run_index.root)
+        gr.Info(_text(f"{run} is resumed"))
         return run
 
-    def end_at_once(run: str) -> None:
-        programs.kill(_directory(catalogue, run), within=catalogue.root)
+    def kill_run(run: str) -> None:
+        programs.kill(_directory(run_index, run), within=run_index.root)
         gr.Info(_text(f"{run} is killed"))
 
-    stop.click(guarded(access, ask_to_stop), chosen, **QUIET)
-    resume.click(guarded(access, go_on), [chosen, steps], output, **QUIET)
-    kill.click(guarded(access, end_at_once), chosen, **QUIET)
+    stop.click(_needing_control(access, stop_run), chosen, **QUIET)
+    resume.click(_needing_control(access, resume_run), [chosen, steps], output, **QUIET)
+    kill.click(_needing_control(access, kill_run), chosen, **QUIET)
 
 
-def _forking(catalogue: Catalogue, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
-    with gr.Accordion("Fork the run with changes", open=False), gr.Row(elem_classes="h-orders"):
+def _fork_row(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
+    """Starts a new run from the chosen one, or from one of its checkpoints, with changes."""
+    with gr.Accordion("Fork the run with changes", open=False), gr.Row(elem_classes="h-buttons"):
         name = gr.Textbox(label="Name of the new run", elem_id="fork-name")
         changes = gr.Textbox(
-            label="Changes, a line each",
-            placeholder="optim.lr: 0.001",
-            lines=3,
-            elem_id="fork-changes",
+            label="Changes, one per line", placeholder="optim.lr: 0.001", lines=3, elem_id="fork-changes"
         )
         step = gr.Textbox(
-            label="From the checkpoint of step", placeholder="empty: from the beginning", elem_id="fork-step"
+            label="From the checkpoint at step", placeholder="empty: from the beginning", elem_id="fork-step"
         )
-        fork = _order("Fork", "fork", access)
+        fork = _control_button("Fork", "fork", access)
 
-    def branch(run: str, called: str, text: str, at: str) -> tuple[Any, str]:
-        where = _directory(catalogue, run)
-        program = forks.fork(where, called.strip(), _changes(text), step=_steps(at), within=catalogue.root)
-        gr.Info(_text(f"{program.name} is started as a fork of {run}"))
-        return _chosen(catalogue, program.name), program.name
+    def fork_run(run: str, new_name: str, text: str, at: str) -> tuple[Any, str]:
+        parent, overrides = _directory(run_index, run), _changes(text)
+        program = forks.fork(parent, new_name.strip(), overrides, step=_step(at), within=run_index.root)
+        return _started(run_index, program, f" as a fork of {run}")
 
-    fork.click(guarded(access, branch), [chosen, name, changes, step], [chosen, output], **QUIET)
+    action = _needing_control(access, fork_run)
+    fork.click(action, [chosen, name, changes, step], [chosen, output], **QUIET)
 
 
-def _spelling(fields: Form, processes: gr.Number) -> None:
-    """The command alone, which anybody may see."""
-    with gr.Accordion("The command, to start the form's run elsewhere", open=False):
-        with gr.Row(elem_classes="h-orders"):
+def _command_row(fields: Form, processes: gr.Number) -> None:
+    """The command line of the configured run, which a read-only dashboard shows too."""
+    with gr.Accordion("Command to start the configured run elsewhere", open=False):
+        with gr.Row(elem_classes="h-buttons"):
             launcher = gr.Dropdown(
                 list(get_args(commands.Launcher)),
                 value="python",
@@ -260,45 +233,52 @@ def _spelling(fields: Form, processes: gr.Number) -> None:
                 elem_id="launcher",
             )
             nodes = gr.Number(1, label="Nodes", precision=0, minimum=1, elem_id="nodes")
-            spell = gr.Button("Show the command", elem_id="spell", **SMALL)
-        spelled = gr.Code(language="shell", label="command", interactive=False, elem_id="command")
+            show = gr.Button("Show the command", elem_id="show-command", **SMALL)
+        command = gr.Code(language="shell", label="command", interactive=False, elem_id="command")
 
-    def spell_out(how: Any, count: float, num_nodes: float, *values: Any) -> str:
+    def command_text(how: Any, count: float, num_nodes: float, *values: Any) -> str:
         config = fields.read(values)
         return commands.command(config, how, processes=int(count or 1), nodes=int(num_nodes or 1))
 
-    spell.click(_told(spell_out), [launcher, processes, nodes, *fields.components], spelled, **QUIET)
+    inputs = [launcher, processes, nodes, *fields.components]
+    show.click(_reporting_errors(command_text), inputs, command, **QUIET)
 
 
-def tensorboard_tab(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Dropdown:
+def tensorboard_tab(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.Dropdown:
     """Start TensorBoard for chosen runs, link to it, stop it. Returns the list of runs."""
-    gr.Markdown("TensorBoard listens to the dashboard's own machine alone, on a free port.")
-    with gr.Row(elem_classes="h-orders"):
-        chosen = choice_of_runs("Runs", "tensorboard-runs", multiselect=True)
-        start = _order("Start TensorBoard", "tensorboard-start", access)
-        stop = _order("Stop all", "tensorboard-stop", access)
-    running = gr.HTML(_servers_shown(servers), elem_id="tensorboards")
+    gr.Markdown("TensorBoard opens at this dashboard's own address, and ends with the dashboard.")
+    with gr.Row(elem_classes="h-buttons"):
+        chosen = run_list("Runs", "tensorboard-runs", multiselect=True)
+        start = _control_button("Show in TensorBoard", "tensorboard-start", access)
+        stop = _control_button("Stop TensorBoard", "tensorboard-stop", access)
+    link = gr.HTML(_tensorboard_link(tensorboard), elem_id="tensorboard-link")
 
-    def begin(runs: list[str]) -> str:
-        servers.start({run: catalogue.directory(run) for run in runs or []})
-        return _servers_shown(servers)
+    def show_runs(runs: list[str]) -> str:
+        tensorboard.show({run: run_index.directory(run) for run in runs or []})
+        return _tensorboard_link(tensorboard)
 
-    def end() -> str:
-        servers.close()
-        return _servers_shown(servers)
+    def stop_it() -> str:
+        tensorboard.stop()
+        return _tensorboard_link(tensorboard)
 
-    start.click(guarded(access, begin), chosen, running)
-    stop.click(guarded(access, end), None, running, **QUIET)
+    start.click(_needing_control(access, show_runs), chosen, link)
+    stop.click(_needing_control(access, stop_it), None, link, **QUIET)
     return chosen
 
 
-def _servers_shown(servers: TensorBoards) -> str:
-    rows = [
-        f'<li><a href="{html.escape(one.url)}" target="_blank" rel="noopener">{html.escape(one.url)}</a>'
-        f" {html.escape(', '.join(one.runs))}</li>"
-        for one in servers.list()
-    ]
-    return f"<ul>{''.join(rows)}</ul>" if rows else "<p>none is running</p>"
+def _tensorboard_link(tensorboard: TensorBoard) -> str:
+    runs = html.escape(", ".join(tensorboard.runs))
+    if not runs:
+        return "<p>TensorBoard is not running.</p>"
+    return f'<p><a href="/tensorboard/" target="_blank" rel="noopener">Open TensorBoard</a>: {runs}</p>'
+
+
+def _check(fields: Form, *values: Any) -> tuple[str, Any]:
+    """Whether the form can be run, or why not; and its YAML."""
+    try:
+        return VALID, form.yaml_of(fields.read(values), only_changes=True)
+    except HarnessError as error:
+        return f"```\n{' '.join(str(error).replace('`', chr(39)).split())}\n```", gr.skip()
 
 
 def _component(field: form.Field) -> Any:
@@ -317,7 +297,23 @@ def _shown(value: Any) -> Any:
     return value if isinstance(value, bool | str) else "" if value is None else str(value)
 
 
-def _told(action: Callable[..., Any]) -> Callable[..., Any]:
+def _control_button(label: str, elem_id: str, access: Access, **more: Any) -> gr.Button:
+    """A button that changes something."""
+    return gr.Button(label, interactive=access.controls, elem_id=elem_id, **SMALL, **more)
+
+
+def _needing_control(access: Access, action: Callable[..., Any]) -> Callable[..., Any]:
+    """An action that a read-only dashboard refuses."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise gr.Error("this dashboard is read-only: start it with --control", print_exception=False)
+
+    return _reporting_errors(action) if access.controls else refuse
+
+
+def _reporting_errors(action: Callable[..., Any]) -> Callable[..., Any]:
+    """An action whose errors for users are shown in the page's corner."""
+
     @functools.wraps(action)
     def act(*arguments: Any) -> Any:
         try:
@@ -328,6 +324,34 @@ def _told(action: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+def _started(run_index: RunIndex, program: Program, origin: str) -> tuple[Any, str]:
+    """Says so; values for the list of runs and the output."""
+    gr.Info(_text(f"{program.name} is started{origin}"))
+    return gr.update(choices=all_runs(run_index), value=program.name), program.name
+
+
+def _directory(run_index: RunIndex, run: str | None) -> Path:
+    if not run:
+        raise LaunchError("no run is chosen", remedy="choose one in the list beside the button")
+    return programs.run_directory(run_index.root, run)
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """Lines of `key: value`."""
+    read = plain_yaml(text or "", name="the field of changes") or {}
+    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+        raise ConfigError(
+            "the changes are not lines of `key: value`", remedy="write, for example, optim.lr: 0.001"
+        )
+    return flatten(read)
+
+
+def _step(text: str) -> int | None:
+    if text.strip() and not text.strip().isdecimal():
+        raise ConfigError(f"the checkpoint is {text!r}", rule="a checkpoint is named by its step, a number")
+    return int(text) if text.strip() else None
+
+
 def _text(of: object) -> str:
     """For a message, which Gradio would take for HTML."""
     return html.escape(str(of), quote=False)
@@ -335,39 +359,3 @@ def _text(of: object) -> str:
 
 def _code(text: object) -> str:
     return f"<code>{html.escape(str(text))}</code>"
-
-
-def _changes(text: str) -> dict[str, Any]:
-    """Lines of `key: value`."""
-    read = plain_yaml(text or "", name="the field of changes") or {}
-    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
-        raise ConfigError("the changes are no lines of `key: value`", remedy="for example optim.lr: 0.001")
-    return flatten(read)
-
-
-def _steps(text: str) -> int | None:
-    if not text.strip():
-        return None
-    if not text.strip().isdecimal():
-        raise ConfigError(f"the checkpoint is {text!r}", rule="it is named by its number of steps")
-    return int(text)
-
-
-def _one_line(error: HarnessError) -> str:
-    return " ".join(str(error).replace("`", "'").split())
-
-
-def known_runs(catalogue: Catalogue) -> list[str]:
-    """What was started here, be it a run yet or not, newest first, and the runs that a search has found."""
-    started = [program.name for program in programs.programs(catalogue.root)]
-    return list(dict.fromkeys([*started, *catalogue.names()]))
-
-
-def _chosen(catalogue: Catalogue, run: str) -> Any:
-    return gr.update(choices=known_runs(catalogue), value=run)
-
-
-def _directory(catalogue: Catalogue, run: str | None) -> Any:
-    if not run:
-        raise LaunchError("no run is chosen", remedy="choose one in the field beside the button")
-    return programs.run_directory(catalogue.root, run)

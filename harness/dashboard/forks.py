@@ -19,7 +19,6 @@ from harness.config import TrainConfig, check_same_run
 from harness.dashboard.checkpoints import Checkpoint, checkpoints
 from harness.dashboard.form import read, values_of, yaml_of
 from harness.dashboard.programs import (
-    CONFIG_FILE,
     check_processes,
     configuration,
     last_processes,
@@ -28,7 +27,8 @@ from harness.dashboard.programs import (
 )
 from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
-from harness.tracking.attempts import newest_attempt, schedule_steps
+from harness.runlog.attempts import newest_attempt, schedule_steps
+from harness.runlog.paths import checkpoints_dir, config_file
 
 __all__ = ["fork"]
 
@@ -100,7 +100,7 @@ def _check_is_new(directory: Path) -> None:
         return
     if directory.exists():
         raise ConfigError(
-            f"{directory} is there already",
+            f"{directory} already exists",
             rule="a fork is a run of its own",
             remedy="choose another name",
         )
@@ -111,11 +111,11 @@ def _check_goes_on(config: TrainConfig, parent: TrainConfig, parent_directory: P
     optim = dataclasses.replace(config.optim, lr=parent.optim.lr)
     same_rate = dataclasses.replace(config, optim=optim, schedule=parent.schedule)
     try:
-        check_same_run(same_rate, parent_directory / CONFIG_FILE, within=within)
+        check_same_run(same_rate, config_file(parent_directory), within=within)
     except ConfigError as error:
         raise ConfigError(
             error.problem,
-            rule="a checkpoint goes on with the model, data, batch and optimizer that it was saved with",
+            rule="a checkpoint is resumed with the model, data, batch and optimizer that it was saved with",
             remedy="fork from the beginning, or leave that setting as it was",
         ) from error
 
@@ -140,15 +140,15 @@ def _begun_at(checkpoint: Checkpoint, config: TrainConfig, directory: Path) -> I
         with tempfile.TemporaryDirectory(dir=directory.parent / RECORDS, prefix=".fork-") as temporary:
             begun = Path(temporary) / "run"
             # A checkpoint's files are never written again, so both runs can have the same ones.
-            target = begun / "checkpoints" / checkpoint.path.name
+            target = checkpoints_dir(begun) / checkpoint.path.name
             shutil.copytree(checkpoint.path, target, copy_function=_link, symlinks=True)
-            (begun / CONFIG_FILE).write_text(yaml_of(config), encoding="utf-8")
+            config_file(begun).write_text(yaml_of(config), encoding="utf-8")
             begun.rename(directory)
     except (OSError, shutil.Error) as error:
         raise ConfigError(
-            f"cannot lay out {directory}: {getattr(error, 'strerror', None) or 'a file cannot be copied'}",
-            rule="the fork begins with the parent's checkpoint, which has to stay until it is copied",
-            remedy="look after the disk, and at the checkpoints that the parent has now",
+            f"cannot create {directory}: {getattr(error, 'strerror', None) or 'a file cannot be copied'}",
+            rule="the fork begins with the parent's checkpoint, which must not be deleted while it is copied",
+            remedy="check the disk's free space, and which checkpoints the parent still has",
         ) from error
     try:
         yield

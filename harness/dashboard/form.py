@@ -1,20 +1,17 @@
 """The configuration as a form: what can be set, in which sections, with which help; and the way back.
 
-All of it comes from the schema, so that a new key appears by itself. What a person has filled in goes the way
-of the command line, and is refused in the same words.
+All of it comes from the schema, so that a new key appears by itself. What is filled in is parsed like
+arguments of the command line, with the same error messages.
 
-Configurations are kept as `NAME.yaml` in the folder `configs` of the working directory, which is the
-repository's own where the dashboard is started there.
+Configurations are saved as `NAME.yaml` in the folder `configs` of the working directory; the presets of the
+package are there to start from too, unless a file of that name is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,8 +21,10 @@ from typing import Any, Literal
 import docstring_parser
 import yaml
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
+from harness.config.presets import preset_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = [
@@ -60,9 +59,9 @@ class Field:
     """As on the command line: `optim.lr`."""
     kind: Kind
     """bool: True or False; choice: one of `choices`; list: YAML text, empty for none."""
-    optional: bool
+    optional: bool = False
     """It may be left empty, which is null: None or blank text."""
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] = ()
     default: Any
     """As `values_of` gives it."""
     help: str
@@ -75,7 +74,6 @@ class Section:
     name: str
     """Of the keys: `optim`; empty for the run's own."""
     title: str
-    help: str
     fields: tuple[Field, ...]
 
 
@@ -101,19 +99,19 @@ def read(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: as on the command line.
     """
-    spelled = {key: _spelled(_field(key), value) for key, value in values.items()}
-    defaults = {key: _spelled(_field(key), _field(key).default) for key in values}
-    # What is left as it is need not be read: it takes as long as all the rest.
-    changed = {key: text for key, text in spelled.items() if text != defaults[key]}
+    texts = {key: _argument(_field(key), value) for key, value in values.items()}
+    defaults = {key: _argument(_field(key), _field(key).default) for key in values}
+    # Defaults need not be parsed, which would take as long as all the rest.
+    changed = {key: text for key, text in texts.items() if text != defaults[key]}
     for key, text in changed.items():
         check_bounded(text, name=key)
     return parse_arguments([f"--{key}={text}" for key, text in changed.items()])
 
 
 def arguments(config: TrainConfig) -> list[str]:
-    """What `harness train` has to be told for `config`: a `--key=value` for all that is not the default."""
+    """The arguments of `harness train` for `config`: `--key=value` for all that is not the default."""
     changed = flatten(_changes(config))
-    return [f"--{key}={_spelled(_field(key), value)}" for key, value in changed.items()]
+    return [f"--{key}={_argument(_field(key), value)}" for key, value in changed.items()]
 
 
 def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
@@ -122,8 +120,10 @@ def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
 
 
 def presets(folder: Path = CONFIGS) -> list[str]:
-    """The names of the configurations to start from: the defaults first, then the folder's."""
+    """The names of the configurations to start from: the defaults first, then the folder's and the
+    package's."""
     names = {path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+    names.update(preset_names())
     return [DEFAULTS, *sorted(names - {DEFAULTS})]
 
 
@@ -133,11 +133,14 @@ def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
     Raises:
         ConfigError: there is none, or its file is wrong.
     """
-    return TrainConfig() if name == DEFAULTS else TrainConfig.from_file(_path(name, folder))
+    if name == DEFAULTS:
+        return TrainConfig()
+    path = _path(name, folder)
+    return TrainConfig.from_file(preset_file(name) if name in preset_names() and not path.exists() else path)
 
 
 def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path = CONFIGS) -> Path:
-    """Keeps what `config` changes as `name`.yaml in the folder, which is made if need be. Atomic.
+    """Writes what `config` changes to `name`.yaml in the folder, which is made if need be. Atomic.
 
     Raises:
         ConfigError: no name for a file, a name that is taken, or a folder that cannot be written.
@@ -145,21 +148,24 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
     path = _path(name, folder)
     if name == DEFAULTS:
         raise ConfigError(
-            f"the name is {name!r}", rule="that is the schema's own", remedy="choose another name"
+            f"the name is {name!r}",
+            rule="that name stands for the default values",
+            remedy="choose another name",
         )
     try:
-        _write(path, yaml_of(config, only_changes=True), overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml_of(config, only_changes=True), overwrite=overwrite, sync=True)
     except FileExistsError as error:
         raise ConfigError(
-            f"{path} is there already",
-            rule="a configuration is overwritten only on request",
-            remedy="choose another name, or ask for it to be overwritten",
+            f"{path} already exists",
+            rule="a configuration is overwritten only if that is asked for",
+            remedy="choose another name, or tick `overwrite`",
         ) from error
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}",
-            rule="configurations are kept in that folder",
-            remedy="start the dashboard where there is a folder `configs` that can be written",
+            rule="configurations are saved in that folder",
+            remedy="start the dashboard in a folder where `configs` can be written",
         ) from error
     return path
 
@@ -167,44 +173,28 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
 def _section(name: str, title: str, schema: type, *, leave_out: typing.Collection[str] = ()) -> Section:
     helps, defaults = _helps(schema), dict(_form_values(schema()))
     prefix = f"{name}." if name else ""
-    fields = []
-    for key, hint in typing.get_type_hints(schema).items():
-        if key not in leave_out:
-            kind, optional, choices = _kind(hint)
-            fields.append(
-                Field(
-                    key=prefix + key,
-                    kind=kind,
-                    optional=optional,
-                    choices=choices,
-                    default=defaults[key],
-                    help=helps.get(key, ""),
-                )
-            )
-    return Section(name=name, title=title, help=_first_line(schema), fields=tuple(fields))
+    hints = {key: hint for key, hint in typing.get_type_hints(schema).items() if key not in leave_out}
+    fields = [
+        Field(**_kind(hint), key=prefix + key, default=defaults[key], help=helps.get(key, ""))
+        for key, hint in hints.items()
+    ]
+    return Section(name=name, title=title, fields=tuple(fields))
 
 
-def _kind(hint: Any) -> tuple[Kind, bool, tuple[str, ...]]:
-    """Kind, whether it may be empty, and choices of a field's type."""
+def _kind(hint: Any) -> dict[str, Any]:
+    """What a `Field` says of its type."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-        kind, _, choices = _kind(inner)
-        return kind, True, choices
+        return {**_kind(inner), "optional": True}
     if typing.get_origin(hint) is Literal:
-        return "choice", False, typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return "list", False, ()
-    return _KINDS[hint], False, ()
+        return {"kind": "choice", "choices": typing.get_args(hint)}
+    return {"kind": "list" if typing.get_origin(hint) is tuple else _KINDS[hint]}
 
 
 def _helps(schema: type) -> dict[str, str]:
     """The text under each field of a class."""
     texts = docstring_parser.parse_from_object(schema).params
     return {text.arg_name: " ".join((text.description or "").split()) for text in texts}
-
-
-def _first_line(schema: type) -> str:
-    return (docstring_parser.parse(schema.__doc__ or "").short_description or "").strip()
 
 
 def _form_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,7 +204,7 @@ def _form_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _form_values(value, f"{prefix}{field.name}.")
         elif isinstance(value, tuple):
             yield prefix + field.name, _dump(_changes(value), flow=None).strip() if value else ""
-        elif value is None and _kind(typing.get_type_hints(type(config))[field.name])[0] == "text":
+        elif value is None and _kind(typing.get_type_hints(type(config))[field.name])["kind"] == "text":
             yield prefix + field.name, ""
         else:
             yield prefix + field.name, value
@@ -226,12 +216,8 @@ def _changes(value: Any) -> Any:
         return [_changes(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return value
-    changed = {}
-    for field in dataclasses.fields(value):
-        mine, default = getattr(value, field.name), _default(field)
-        if mine != default:
-            changed[field.name] = _changes(mine)
-    return changed
+    values = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {field.name: _changes(mine) for field, mine in values.items() if mine != _default(field)}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -256,8 +242,8 @@ def _field(key: str) -> Field:
     return _fields()[key]
 
 
-def _spelled(field: Field, value: Any) -> str:
-    """The value as it would be written on the command line."""
+def _argument(field: Field, value: Any) -> str:
+    """The value as it is written on the command line."""
     if isinstance(value, str) and (field.optional or field.kind != "text"):
         value = value.strip()
     if value is None or value == "":
@@ -294,26 +280,7 @@ def _path(name: str, folder: Path) -> Path:
     if not stem or stem.startswith(".") or set(stem) & set("/\\") or not stem.isprintable():
         raise ConfigError(
             f"the configuration's name is {name!r}",
-            rule="it is one file's name, without slashes, control characters or a leading dot",
+            rule="it is a file name, without slashes, control characters or a leading dot",
             remedy="choose another name",
         )
     return folder / f"{stem}.yaml"
-
-
-def _write(path: Path, text: str, *, overwrite: bool) -> None:
-    """All of the file or nothing of it. Raises FileExistsError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # which fails where something is
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

@@ -12,17 +12,17 @@ import gradio as gr
 from fastapi import FastAPI
 
 from harness.dashboard.access import Access
-from harness.dashboard.catalogue import Catalogue
 from harness.dashboard.control import (
-    CHOICE_OF_RUNS,
-    choice_of_runs,
+    RUN_LIST,
+    all_runs,
     configuration_tab,
-    known_runs,
-    own_element,
+    custom_element,
+    run_list,
     tensorboard_tab,
     training_tab,
 )
-from harness.dashboard.tensorboards import TensorBoards
+from harness.dashboard.run_index import RunIndex
+from harness.dashboard.tensorboard import TensorBoard
 
 __all__ = ["mount_page"]
 
@@ -34,20 +34,20 @@ HEAD = """
 """
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
-PRESSED_EVERY_S, PROGRESS_EVERY_S = 0.1, 5.0
-# Lists of runs are read when one is opened, and again while it stays open: a run that has just begun has to
-# turn up under the eyes of the one who looks for it.
+POLL_EVENTS_EVERY_S, POLL_PROGRESS_EVERY_S = 0.1, 5.0
+# Lists of runs are updated when one is opened, and again while it stays open, so that a run that has just
+# begun appears in it.
 RUNS_SCRIPT = """
 element.addEventListener('harness-open', (event) => trigger('open', { run: event.detail }));
-const isChoice = (node) => Boolean(node?.closest?.('.CHOICE'));
-document.addEventListener('focusin', (event) => isChoice(event.target) && trigger('choose'));
-setInterval(() => !document.hidden && isChoice(document.activeElement) && trigger('choose'), 1500);
-""".replace("CHOICE", CHOICE_OF_RUNS)
+const isRunList = (node) => Boolean(node?.closest?.('.RUN_LIST'));
+document.addEventListener('focusin', (event) => isRunList(event.target) && trigger('choose'));
+setInterval(() => !document.hidden && isRunList(document.activeElement) && trigger('choose'), 1500);
+""".replace("RUN_LIST", RUN_LIST)
 
 
-def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: TensorBoards) -> FastAPI:
+def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> FastAPI:
     """Puts the page at the root of `app`."""
-    page = _page(catalogue, access, servers)
+    page = _page(run_index, access, tensorboard)
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     gr.mount_gradio_app(
         app,
@@ -63,14 +63,14 @@ def mount_page(app: FastAPI, catalogue: Catalogue, access: Access, servers: Tens
         mcp_server=False,
         show_error=True,
     )
-    # Gradio looks 1,000 times a second whether a button was pressed, which costs a tenth of a core, and how
-    # far its progress bars are, of which there are none.
-    page._queue.sleep_when_free = PRESSED_EVERY_S
-    page._queue.progress_update_sleep_when_free = PROGRESS_EVERY_S
+    # By default Gradio polls its queue 1,000 times a second for events, which costs a tenth of a core, and
+    # for progress bars, of which there are none.
+    page._queue.sleep_when_free = POLL_EVENTS_EVERY_S
+    page._queue.progress_update_sleep_when_free = POLL_PROGRESS_EVERY_S
     return app
 
 
-def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blocks:
+def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.Blocks:
     with gr.Blocks(title="Harness", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1 style='margin:0'>Harness</h1>", padding=False)
         with gr.Tabs() as tabs:
@@ -81,39 +81,39 @@ def _page(catalogue: Catalogue, access: Access, servers: TensorBoards) -> gr.Blo
                     apply_default_css=False,
                 )
             with gr.Tab("Monitoring", id="monitoring"):
-                chosen = choice_of_runs("Run", "chosen-run", value=None)
-                monitor = own_element("harness-monitor")
+                chosen = run_list("Run", "chosen-run", value=None)
+                monitor = custom_element("harness-monitor")
             with gr.Tab("Configuration", id="configuration"):
                 fields = configuration_tab(access)
             with gr.Tab("Training", id="training"):
-                controlled = training_tab(catalogue, access, fields)
+                controlled = training_tab(run_index, access, fields)
             with gr.Tab("TensorBoard", id="tensorboard"):
-                drawn = tensorboard_tab(catalogue, access, servers)
+                drawn = tensorboard_tab(run_index, access, tensorboard)
 
-        runs.open(_open_run(catalogue), outputs=[chosen, monitor, tabs], show_progress="hidden")
+        runs.open(_open_run(run_index), outputs=[chosen, monitor, tabs], show_progress="hidden")
         chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
-        told = gr.State(None)
-        choices = [told, chosen, controlled, drawn]
-        runs.choose(_tell_choices(catalogue), told, choices, show_progress="hidden", trigger_mode="once")
+        sent = gr.State(None)
+        choices = [sent, chosen, controlled, drawn]
+        runs.choose(_update_run_lists(run_index), sent, choices, show_progress="hidden", trigger_mode="once")
     return page
 
 
-def _tell_choices(catalogue: Catalogue) -> Any:
-    """Sends the names of runs where they are new: what is sent to an open list undoes what is typed there."""
+def _update_run_lists(run_index: RunIndex) -> Any:
+    """Sends the names of runs if they are new: an update of an open list would undo what is typed there."""
 
-    def tell_choices(told: Any) -> Any:
-        found, known = catalogue.names(), known_runs(catalogue)
-        if told == (found, known):
+    def update(sent: Any) -> Any:
+        found, with_started = run_index.names(), all_runs(run_index)
+        if sent == (found, with_started):
             return gr.skip()
-        return (found, known), *(gr.update(choices=runs) for runs in (found, known, found))
+        return (found, with_started), *(gr.update(choices=runs) for runs in (found, with_started, found))
 
-    return tell_choices
+    return update
 
 
-def _open_run(catalogue: Catalogue) -> Any:
+def _open_run(run_index: RunIndex) -> Any:
     def open_run(event: gr.EventData) -> tuple[Any, str, Any]:
         run = str(event.run)
-        catalogue.directory(run)
-        return gr.update(choices=catalogue.names(), value=run), run, gr.update(selected="monitoring")
+        run_index.directory(run)
+        return gr.update(choices=run_index.names(), value=run), run, gr.update(selected="monitoring")
 
     return open_run

@@ -1,7 +1,9 @@
-"""Runs as programs of their own: started, stopped, taken up again, and heard.
+"""Runs as programs of their own: started, stopped, resumed, and what they print.
 
-A program that was started here belongs to a session of its own, reads nothing, and prints into a file, so
-that it goes on when the dashboard ends. What is known of it is in `records`.
+A program that was started here is the leader of a session of its own, reads nothing, and prints into a file,
+so it keeps running when the dashboard ends. What is known of it is in `records`.
+
+`within` is everywhere the folder of runs, below which no link is followed; None: the one that holds the run.
 """
 
 from __future__ import annotations
@@ -21,28 +23,28 @@ from typing import Any
 
 import psutil
 
+from harness.atomic import write_atomically
 from harness.config import TrainConfig, check_same_run, flatten, read_yaml
 from harness.dashboard.form import read, yaml_of
-from harness.dashboard.printed import read_printed
+from harness.dashboard.output import read_output
 from harness.dashboard.records import (
     OUTPUT_FILE,
     RECORDS,
     Program,
-    hold_records,
-    note,
-    noted,
-    records_of,
-    write,
+    lock_records,
+    read_program,
+    records_dir,
+    write_program,
 )
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.files import list_folder
-from harness.tracking.process import identity, is_alive
-from harness.tracking.reader import is_run
-from harness.tracking.sample import open_digest
+from harness.runlog.paths import CONFIG_FILE, config_file
+from harness.runlog.preview import open_digest
+from harness.runlog.process import identity, is_alive
+from harness.runlog.reader import is_run
 
 __all__ = [
-    "CONFIG_FILE",
     "PROGRAM",
     "check_processes",
     "configuration",
@@ -58,7 +60,6 @@ __all__ = [
 ]
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
-CONFIG_FILE = "config.yaml"
 
 
 def start(
@@ -68,7 +69,6 @@ def start(
 
     Args:
         processes: One is started as it is, several by torchrun, all on this machine.
-        within: A folder above, below which no link is followed; None: `runs_dir`.
 
     Raises:
         ConfigError: the name leads out of the folder, the batch cannot be split over so many processes, or
@@ -80,10 +80,10 @@ def start(
     within = within or Path(runs_dir).resolve()
     config = dataclasses.replace(config, runs_dir=str(directory.parent))
     check_processes(config, processes)
-    with hold_records(directory) as records:
+    with lock_records(directory) as records:
         _check_not_running(directory, records, within)
-        if (directory / CONFIG_FILE).exists():
-            check_same_run(config, directory / CONFIG_FILE, within=within)
+        if config_file(directory).exists():
+            check_same_run(config, config_file(directory), within=within)
         return _launch(records, directory, config, processes)
 
 
@@ -94,12 +94,11 @@ def resume(
     steps: int | None = None,
     within: Path | None = None,
 ) -> Program:
-    """Goes on with a run from its newest checkpoint, with the configuration that is kept in its directory.
+    """Resumes a run from its newest checkpoint, with the configuration in its directory.
 
     Args:
         processes: As for `start`; None: as many as last time.
         steps: A new `loop.steps`.
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
 
     Raises:
         ConfigError, TrackingError, LaunchError: as for `start`; or there is no run.
@@ -114,14 +113,11 @@ def resume(
 
 
 def stop(run_dir: Path | str, *, within: Path | None = None) -> None:
-    """Asks a run to finish its step, save a checkpoint and leave; returns at once.
+    """Asks a run to finish its step, save a checkpoint and exit; returns at once.
 
     Rank 0 is asked, wherever the run was started on this machine, and tells the others. torchrun's agent is
-    not: it would wait half a minute for its workers and kill them. An agent that someone else has told to
-    restart workers (`--max-restarts`) will do so.
-
-    Args:
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
+    not: it would wait half a minute for its workers and kill them. An agent that someone else has started
+    with `--max-restarts` will restart them.
 
     Raises:
         TrackingError: the run is not running, or not on this machine.
@@ -131,7 +127,7 @@ def stop(run_dir: Path | str, *, within: Path | None = None) -> None:
     if not last.ended and is_alive(last.info):
         _signal(directory, int(last.info["pid"]), signal.SIGTERM)
     elif started is not None and started.is_running() and not _is_ending(started, last):
-        _signal(directory, started.pid, signal.SIGTERM)  # it is still loading: there is nothing to save
+        _signal(directory, started.pid, signal.SIGTERM)  # it is still starting: there is nothing to save
     else:
         raise _not_running(directory, last)
 
@@ -141,9 +137,6 @@ def kill(run_dir: Path | str, *, within: Path | None = None) -> None:
 
     Its side process is left to complete the mirrors.
 
-    Args:
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
-
     Raises:
         TrackingError: it is not running, or was not started here.
     """
@@ -152,8 +145,8 @@ def kill(run_dir: Path | str, *, within: Path | None = None) -> None:
     if started is None or not started.is_running():
         raise TrackingError(
             f"there is no program of {directory} to kill",
-            rule="only what was started here and still runs is killed",
-            remedy="`stop` asks any run on this machine to leave",
+            rule="only what was started here and is still running can be killed",
+            remedy="`stop` asks any run on this machine to end",
         )
     for group in _groups(started):
         with contextlib.suppress(ProcessLookupError):
@@ -161,20 +154,16 @@ def kill(run_dir: Path | str, *, within: Path | None = None) -> None:
 
 
 def program(run_dir: Path | str, *, within: Path | None = None) -> Program | None:
-    """The program of a run that was last started here, or None.
-
-    Args:
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
-    """
+    """The program of a run that was last started here, or None."""
     directory = Path(run_dir).resolve()
-    return noted(records_of(directory), directory, within=within)
+    return read_program(records_dir(directory), directory, within=within)
 
 
 def programs(runs_dir: Path | str) -> list[Program]:
     """All that was started in a folder of runs, newest first; those too that ended before they were runs."""
     root = Path(runs_dir).resolve()
     names = list_folder(root / RECORDS, within=root).folders
-    found = [noted(root / RECORDS / name, root / name, within=root) for name in names]
+    found = [read_program(root / RECORDS / name, root / name, within=root) for name in names]
     return sorted((one for one in found if one is not None), key=lambda one: -one.started)
 
 
@@ -184,21 +173,18 @@ def output(runs_dir: Path | str, run: str, offset: int = 0) -> tuple[str, int]:
     Raises:
         ConfigError: `run` leads out of the folder.
     """
-    records = records_of(run_directory(runs_dir, run))
-    return read_printed(records / OUTPUT_FILE, offset, within=Path(runs_dir).resolve())
+    records = records_dir(run_directory(runs_dir, run))
+    return read_output(records / OUTPUT_FILE, offset, within=Path(runs_dir).resolve())
 
 
 def configuration(run_dir: Path | str, *, within: Path | None = None) -> TrainConfig:
     """The configuration that a run keeps in its directory.
 
-    Args:
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
-
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
     directory = Path(run_dir)
-    return read(flatten(read_yaml(directory / CONFIG_FILE, within=within or directory.parent)))
+    return read(flatten(read_yaml(config_file(directory), within=within or directory.parent)))
 
 
 def run_directory(runs_dir: Path | str, run: str) -> Path:
@@ -235,17 +221,13 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def last_processes(run_dir: Path | str, *, within: Path | None = None) -> int:
-    """How many processes the run last had, as its log says; 1 if it does not.
-
-    Args:
-        within: A folder above the run, below which no link is followed; None: the one that holds the run.
-    """
+    """How many processes the run last had, as its log says; 1 if it does not."""
     return int(_last_attempt(Path(run_dir).resolve(), within).info.get("world_size", 1))
 
 
 def _launch(records: Path, directory: Path, config: TrainConfig, processes: int) -> Program:
     file = records / CONFIG_FILE
-    write(file, yaml_of(config))
+    write_atomically(file, yaml_of(config))
     command = [*_launcher(processes), str(PROGRAM), "--config", str(file)]
     try:
         with open(records / OUTPUT_FILE, "ab") as printed:
@@ -262,8 +244,8 @@ def _launch(records: Path, directory: Path, config: TrainConfig, processes: int)
     except OSError as error:
         raise LaunchError(
             f"the run {config.name!r} cannot be started: {error.strerror}",
-            rule="a run is a program of its own that prints into a file",
-            remedy=f"look after {records}, and after the machine's memory and processes",
+            rule="a run is a process of its own that prints into a file",
+            remedy=f"check that {records} can be written, and the limits on memory and processes",
         ) from error
     here = identity()
     started = Program(
@@ -276,42 +258,44 @@ def _launch(records: Path, directory: Path, config: TrainConfig, processes: int)
         host=here["host"],
         started=time.time(),
     )
-    note(records, started)
-    threading.Thread(target=_wait_for_end, args=(process, started), name="program", daemon=True).start()
+    write_program(records, started)
+    threading.Thread(
+        target=_wait_for_end, args=(process, started), name="wait for a run", daemon=True
+    ).start()
     return started
 
 
 def _launcher(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable]
-    # -P: the working folder's modules are none of the launcher's business.
+    # -P: modules in the working folder must not shadow the launcher's.
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     return [*torchrun, "--nproc-per-node", str(processes), "--max-restarts", "0"]
 
 
 def _wait_for_end(process: subprocess.Popen[bytes], started: Program) -> None:
-    """Leaves no zombie, and notes the exit code unless the run has been started again."""
+    """Leaves no zombie, and records the exit code unless the run has been started again."""
     exit_code = process.wait()
-    with contextlib.suppress(ConfigError, OSError), hold_records(started.directory) as records:
-        if noted(records, started.directory) == started:
-            note(records, dataclasses.replace(started, exit_code=exit_code))
-            _say_signal(records, exit_code)
+    with contextlib.suppress(ConfigError, OSError), lock_records(started.directory) as records:
+        if read_program(records, started.directory) == started:
+            write_program(records, dataclasses.replace(started, exit_code=exit_code))
+            _print_signal(records, exit_code)
 
 
-def _say_signal(records: Path, exit_code: int) -> None:
-    """What a signal has ended could not say so itself; who reads its output would wait for more."""
+def _print_signal(records: Path, exit_code: int) -> None:
+    """A process that a signal has ended could not print that itself, and readers would wait for more."""
     if exit_code < 0:
         with open(records / OUTPUT_FILE, "ab") as printed:
             printed.write(f"\n[ended by {signal.strsignal(-exit_code)}, signal {-exit_code}]\n".encode())
 
 
 def _check_not_running(directory: Path, records: Path, within: Path) -> None:
-    started, last = noted(records, directory, within=within), _last_attempt(directory, within)
+    started, last = read_program(records, directory, within=within), _last_attempt(directory, within)
     if (started is not None and started.is_running()) or is_alive(last.info) or last.runs_elsewhere:
         raise TrackingError(
             f"{directory} is running, on {last.info.get('host', 'this machine')}",
             rule="a run has one writer",
-            remedy="stop it and wait for its end, or choose another name",
+            remedy="stop it and wait until it has ended, or choose another name",
         )
 
 
@@ -333,7 +317,7 @@ class _Attempt:
     """Of its rank 0; empty without a log."""
     ended: bool
     runs_elsewhere: bool
-    """On another machine, as far as can be told."""
+    """On another machine, as far as is known."""
     updated: float = 0.0
     """Time of its last record, in seconds since the epoch."""
 
@@ -357,11 +341,13 @@ def _signal(directory: Path, pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError as error:
-        raise TrackingError(f"{directory} has just ended", rule="only what runs can be stopped") from error
+        raise TrackingError(
+            f"{directory} has just ended", rule="only a run that is running can be stopped"
+        ) from error
     except PermissionError as error:
         raise TrackingError(
             f"{directory} is run by another user, as process {pid}",
-            rule="a program is stopped by who has started it",
+            rule="only the user who started a process can stop it",
         ) from error
 
 

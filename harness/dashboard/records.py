@@ -11,16 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from harness.atomic import write_atomically
 from harness.errors import ConfigError
 from harness.files import read_file
-from harness.tracking.process import is_alive
+from harness.locks import locked
+from harness.runlog.process import is_alive
 
-__all__ = ["OUTPUT_FILE", "RECORDS", "Program", "hold_records", "note", "noted", "records_of", "write"]
+__all__ = [
+    "OUTPUT_FILE",
+    "RECORDS",
+    "Program",
+    "has_fields_of",
+    "lock_records",
+    "read_program",
+    "records_dir",
+    "write_program",
+]
 
 RECORDS = ".dashboard"
 """Folder, beside the runs, of what is known of their programs."""
@@ -53,74 +66,86 @@ class Program:
         """The run's name."""
         return self.directory.name
 
-    def is_sound(self) -> bool:
-        """Whether the fields are of their types: the file may be anybody's."""
-        numbers = (self.process_start, self.started)
-        return (
-            all(type(number) is int for number in (self.processes, self.pid))
-            and all(isinstance(number, int | float) for number in numbers)
-            and isinstance(self.machine, str)
-            and isinstance(self.host, str)
-            and (self.exit_code is None or type(self.exit_code) is int)
-            and all(isinstance(part, str) for part in self.command)
-        )
-
     def is_running(self) -> bool:
         """Whether it still runs, on this machine."""
         return self.exit_code is None and is_alive(dataclasses.asdict(self)) is True
 
 
-def records_of(directory: Path) -> Path:
+def records_dir(directory: Path) -> Path:
     """The folder of what is known of a run's program."""
     return directory.parent / RECORDS / directory.name
 
 
 @contextlib.contextmanager
-def hold_records(directory: Path) -> Iterator[Path]:
-    """The same folder, made if need be and held by one at a time.
+def lock_records(directory: Path) -> Iterator[Path]:
+    """The same folder, made if need be and locked for one at a time.
 
     Raises:
         ConfigError: nothing can be written there.
     """
-    records = records_of(directory)
+    records = records_dir(directory)
     try:
         records.mkdir(parents=True, exist_ok=True)
-        lock = open(records / "lock", "ab")  # noqa: SIM115  (closed below)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(records / "lock"))
     except OSError as error:
         raise ConfigError(
             f"cannot write to {records}: {error.strerror}",
-            rule="the dashboard notes there what it starts",
-            remedy="look after the disk, or choose another folder for runs",
+            rule="the dashboard keeps what it starts there",
+            remedy="make the folder writable, or choose another folder for runs",
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield records
 
 
-def noted(records: Path, directory: Path, *, within: Path | None = None) -> Program | None:
-    """What was noted last; None if nothing can be read.
+def read_program(records: Path, directory: Path, *, within: Path | None = None) -> Program | None:
+    """What `write_program` wrote last; None if nothing can be read.
 
     Args:
+        records: The folder of what is known of the program.
+        directory: The run's directory.
         within: The folder of runs, below which no link is followed; None: the one that holds the run.
     """
     try:
         content = read_file(records / _PROCESS_FILE, most_bytes=MAX_BYTES, within=within or directory.parent)
         fields = json.loads(content)
-        program = Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return program if program.is_sound() else None
+    if not has_fields_of(Program, fields, without="directory"):
+        return None
+    return Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
 
 
-def note(records: Path, started: Program) -> None:
-    """Keeps it for `noted`."""
-    fields = dataclasses.asdict(started)
-    del fields["directory"]  # where it lies says that
-    write(records / _PROCESS_FILE, json.dumps(fields))
+def write_program(records: Path, program: Program) -> None:
+    """Writes it down for `read_program`."""
+    fields = dataclasses.asdict(program)
+    del fields["directory"]  # where the file lies says that
+    write_atomically(records / _PROCESS_FILE, json.dumps(fields))
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def has_fields_of(schema: type, values: Any, *, without: str) -> bool:
+    """Whether values from a JSON file, which may be anybody's, are a dataclass's fields and of their types.
+
+    Args:
+        schema: The dataclass; its fields are numbers, strings, `Literal`s of strings, tuples of strings and
+            unions of these.
+        values: What was read.
+        without: A field that is left out of the file.
+    """
+    hints = typing.get_type_hints(schema)
+    del hints[without]
+    return (
+        isinstance(values, dict)
+        and values.keys() == hints.keys()
+        and all(_has_type(value, hints[name]) for name, value in values.items())
+    )
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_has_type(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return type(value) is hint or (hint is float and type(value) is int)

@@ -7,25 +7,37 @@ and says how many of them were not finite, so that nothing that happened is hidd
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
 from harness.dashboard.checkpoints import checkpoints
-from harness.tracking.digest import Bands, Digest
-from harness.tracking.reader import Event
+from harness.runlog.digest import Bands, Digest
+from harness.runlog.events import Checkpoint, Event
+from harness.runlog.names import EventName, Metric, Prefix
+from harness.tracking.compare import settings_of
+from harness.tracking.text import printable
 
-__all__ = ["Axis", "curves_view", "events_view", "layers_view", "run_view"]
+__all__ = [
+    "Axis",
+    "curves_view",
+    "embedded_curves",
+    "embedded_layers",
+    "events_view",
+    "layers_view",
+    "run_view",
+    "settings_view",
+]
 
 Axis = Literal["step", "tokens", "hours", "clock"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 MAX_EVENTS = 500
 MAX_NAMES = 5000
 """Names of metrics sent at once; beyond them the page asks for what it searches."""
 MAX_DETAILS = 40
 MAX_TEXT = 500
-TOKENS = "train/tokens"
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,18 +60,23 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "host": _cut(digest.info.get("host")),
         "command": [_words(part) for part in digest.info.get("command", [])[:MAX_DETAILS]],
         "end": _brief(digest.end) if digest.end is not None else None,
-        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith("layers/")},
-        "names": [name for name in names if not name.startswith(("layers/", "ranks/"))][:MAX_NAMES],
+        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith(Prefix.LAYERS)},
+        "names": [name for name in names if not name.startswith((Prefix.LAYERS, Prefix.RANKS))][:MAX_NAMES],
         "num_names": len(names),
-        "statistics": sorted({name.split("/")[1] for name in names if name.startswith("layers/")}),
+        "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
         "ranks": digest.ranks(),
+        "best_val_loss": _smallest(digest.bands(Metric.VAL_LOSS)),
+        "nonfinite_steps": _nonfinite_steps(digest),
         "checkpoints": _checkpoints(digest),
         **events_view(digest.events()),
     }
 
 
 def events_view(events: Sequence[Event]) -> dict[str, Any]:
-    """The newest events, the incidents among them, and how many there are of each kind."""
+    """The newest events, the incidents among them, and how many there are of each kind.
+
+    Checkpoints are counted but not listed: they are many, and have a table of their own.
+    """
     kinds: dict[str, int] = {}
     for event in events:
         kinds[event.name] = kinds.get(event.name, 0) + 1
@@ -73,7 +90,7 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
                 "abandoned": e.abandoned,
                 "text": e.text[:MAX_TEXT],
             }
-            for e in events[-MAX_EVENTS:]
+            for e in [e for e in events if e.name != EventName.CHECKPOINT][-MAX_EVENTS:]
         ],
         "incidents": [
             {
@@ -84,7 +101,7 @@ def events_view(events: Sequence[Event]) -> dict[str, Any]:
                 **_brief(e.details),
             }
             for e in events
-            if e.name == "incident"
+            if e.name == EventName.INCIDENT
         ][-MAX_EVENTS:],
     }
 
@@ -106,18 +123,34 @@ def curves_view(
         within: First and last step to show; None for all.
         max_points: Points per curve at most.
     """
-    ruler = _Ruler(digest, axis)
+    view = embedded_curves(digest, names, axes=(axis,), within=within, max_points=max_points)
+    xs = [{"x": place[axis], "steps": place["steps"]} for place in view["xs"]]
+    return {"xs": xs, "curves": view["curves"], "axis": axis}
+
+
+def embedded_curves(
+    digest: Digest,
+    names: Iterable[str],
+    *,
+    axes: Sequence[Axis] = AXES,
+    within: tuple[int, int] | None = None,
+    max_points: int = 800,
+) -> dict[str, Any]:
+    """The same with every x on several axes, for a page that has no server to ask for another."""
+    rulers = {axis: _Ruler(digest, axis) for axis in axes}
+    is_timed = not {"hours", "clock"}.isdisjoint(axes)
     xs: list[dict[str, Any]] = []
     known: dict[bytes, int] = {}
     curves = {}
     for name in names:
         bands = digest.bands(name, within=within, max_points=max_points)
-        key = bands.steps.tobytes() + (bands.times.tobytes() if axis in ("hours", "clock") else b"")
+        key = bands.steps.tobytes() + (bands.times.tobytes() if is_timed else b"")
         if key not in known:
             known[key] = len(xs)
-            xs.append({"x": ruler.measure(bands), "steps": bands.steps})
+            xs.append({axis: ruler.measure(bands.steps, bands.times) for axis, ruler in rulers.items()})
+            xs[-1]["steps"] = bands.steps
         curves[name] = {"x": known[key], **_curve(bands)}
-    return {"xs": xs, "curves": curves, "axis": axis}
+    return {"xs": xs, "curves": curves}
 
 
 def layers_view(
@@ -134,32 +167,69 @@ def layers_view(
     }
 
 
+def embedded_layers(
+    digest: Digest, statistic: str, *, axes: Sequence[Axis] = AXES, max_columns: int
+) -> dict[str, Any]:
+    """The heat map with its x on several axes, as in `embedded_curves`."""
+    view = layers_view(digest, statistic, max_columns=max_columns)
+    steps = view["steps"]
+    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{view['names'][0]}", max_points=max_columns)
+    times = np.interp(steps, clock.steps, clock.times)
+    view["x"] = {axis: _Ruler(digest, axis).measure(steps, times) for axis in axes}
+    view["x"]["steps"] = steps
+    return view
+
+
+def settings_view(digest: Digest) -> list[tuple[str, str]]:
+    """The run's settings under dotted names, as words."""
+    settings = list(settings_of(digest).items())[:MAX_NAMES]
+    return [(printable(name, MAX_TEXT), printable(str(value), MAX_TEXT)) for name, value in settings]
+
+
 class _Ruler:
     """Turns steps and times into what the x axis counts."""
 
     def __init__(self, digest: Digest, axis: Axis) -> None:
         self._axis = axis
         self._started = digest.started or 0.0
-        self._tokens = digest.bands(TOKENS) if axis == "tokens" else None
+        self._tokens = digest.bands(Metric.TOKENS) if axis == "tokens" else None
 
-    def measure(self, bands: Bands) -> npt.NDArray[Any]:
+    def measure(self, steps: npt.NDArray[np.int64], times: Floats) -> npt.NDArray[Any]:
         if self._axis == "hours":
-            return (bands.times - self._started) / 3600
+            return np.round((times - self._started) / 3600, 6)
         if self._axis == "clock":
-            return bands.times
+            return np.round(times, 2)
         if self._tokens is not None and len(self._tokens.steps):
-            return np.interp(bands.steps, self._tokens.steps, self._tokens.high)
-        return bands.steps
+            return np.interp(steps, self._tokens.steps, self._tokens.high)
+        return steps
+
+
+def _smallest(bands: Bands) -> float | None:
+    return float(np.nanmin(bands.low)) if np.isfinite(bands.low).any() else None
+
+
+def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
+    """In how many steps the loss or a gradient element was not finite; in a long run, at least."""
+    loss = digest.bands(Metric.TRAIN_LOSS)
+    counts = loss.num_nan + loss.num_inf
+    found = dict(zip(loss.steps[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
+    is_exact = True
+    for name in (Metric.NUM_NAN, Metric.NUM_INF):
+        elements = digest.bands(name)
+        struck = elements.high > 0
+        found = dict.fromkeys(elements.steps[struck].tolist(), 1) | found
+        is_exact = is_exact and bool((elements.num_points[struck] == 1).all())
+    return {"num": sum(found.values()), "is_exact": is_exact}
 
 
 def _curve(bands: Bands) -> dict[str, Any]:
     reduced = bool((bands.num_points > 1).any())
-    odd = np.flatnonzero(bands.num_nan + bands.num_inf)
+    places = np.flatnonzero(bands.num_nan + bands.num_inf)
     return {
         "mean": _compact(bands.mean),
         "low": _compact(bands.low) if reduced else None,
         "high": _compact(bands.high) if reduced else None,
-        "odd": np.stack([odd, bands.num_nan[odd], bands.num_inf[odd]], axis=1),
+        "nonfinite": np.stack([places, bands.num_nan[places], bands.num_inf[places]], axis=1),
     }
 
 
@@ -174,9 +244,9 @@ def _checkpoints(digest: Digest) -> list[dict[str, Any]]:
     """What the log says was saved, and what is there of it now."""
     there = checkpoints(digest.path, within=digest.within)[-MAX_EVENTS:]
     saved = [
-        {"num_steps": e.details.get("num_steps"), "time": e.time, "health": "deleted", **_brief(e.details)}
-        for e in digest.events("checkpoint")
-        if type(e.details.get("num_steps")) is int
+        {**_brief(e.details), "num_steps": e.what.num_steps, "time": e.time, "health": "deleted"}
+        for e in digest.events(EventName.CHECKPOINT)
+        if isinstance(e.what, Checkpoint) and e.what.num_steps is not None
     ]
     by_steps = {checkpoint["num_steps"]: checkpoint for checkpoint in saved}
     for one in there:

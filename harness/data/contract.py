@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from harness.data.task import Task
-from harness.data.task_code import task_code
 from harness.errors import ConfigError, DataError
+from harness.user_code import user_code
 
 __all__ = ["check_task"]
 
@@ -79,7 +79,7 @@ def _check_data(name: str, data: Any) -> None:
         kind,
         "it has a length and [index]; a stream of samples would have no place to resume at",
     )
-    with task_code(f"len({kind})", rule="it is the number of samples, and the same on all ranks"):
+    with user_code(f"len({kind})", rule="it is the number of samples, and the same on all ranks"):
         num_samples = len(data)
     if num_samples == 0:
         raise DataError(f"the task's {name} has no samples", rule="there has to be at least one")

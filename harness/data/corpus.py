@@ -14,7 +14,6 @@ one that was changed is an error. Each part's checksum is taken while it is writ
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ import xxhash
 
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
+from harness.locks import locked
 
 __all__ = ["SEPARATOR", "Corpus", "Part", "SourceFile", "list_files", "prepare", "standard_library"]
 
@@ -119,7 +119,7 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
     """
     folder = cache_dir / f"text-{_key(files, val_frac)}"
     if not folder.exists():
-        with _writing(cache_dir), _locked(folder.with_suffix(".lock")):
+        with _writing(cache_dir), locked(folder.with_suffix(".lock")):
             if not folder.exists():
                 _build(files, val_frac, folder)
     train, val = _parts(folder)
@@ -248,14 +248,6 @@ def _read(path: str, start: int, num_bytes: int) -> bytes:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock; the system releases it when the process ends, however it ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from torch.utils.data import Subset, default_collate, default_convert
 
 from harness.data.seeding import own_generators, seed_host
 from harness.data.task import Batch, Dataset
-from harness.data.task_code import task_code
 from harness.errors import DataError
+from harness.user_code import user_code
 
 __all__ = ["fetch", "map_tensors", "to_device", "worker_failure"]
 
@@ -39,7 +39,7 @@ def fetch(dataset: Dataset, indices: Sequence[int], seeds: Sequence[int] | None 
             return _collate(dataset, [_sample(dataset, *pair) for pair in zip(indices, seeds, strict=True)])
         seed_host(seeds[0])
         shown = f"[{', '.join(map(str, indices[:3]))}{', ...' if len(indices) > 3 else ''}]"
-        with task_code(f"{type(dataset).__name__}.__getitems__({shown})", rule=_SAMPLES):
+        with user_code(f"{type(dataset).__name__}.__getitems__({shown})", rule=_SAMPLES):
             samples = dataset.__getitems__(list(indices))  # type: ignore[attr-defined]  # has just been seen
     if isinstance(samples, dict):
         batch: Batch = default_convert(samples)
@@ -84,7 +84,7 @@ def _fetches_at_once(dataset: Any) -> bool:
 
 def _sample(dataset: Dataset, index: int, seed: int) -> Any:
     seed_host(seed)
-    with task_code(f"{type(dataset).__name__}[{index}]", rule=_SAMPLES):
+    with user_code(f"{type(dataset).__name__}[{index}]", rule=_SAMPLES):
         return dataset[index]
 
 

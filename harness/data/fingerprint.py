@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Subset
 
 from harness.data.fetch import fetch, worker_failure
 from harness.data.task import Dataset
-from harness.data.task_code import task_code
 from harness.errors import HarnessError
+from harness.user_code import user_code
 
 __all__ = ["fingerprint"]
 
@@ -41,7 +41,7 @@ def fingerprint(dataset: Dataset, *, in_worker: bool = False) -> str:
         TaskError, DataError: the dataset cannot be fetched from.
     """
     if hasattr(dataset, "fingerprint"):
-        with task_code(f"{type(dataset).__name__}.fingerprint", rule="it returns a string"):
+        with user_code(f"{type(dataset).__name__}.fingerprint", rule="it returns a string"):
             own = dataset.fingerprint
             return f"{len(dataset)} samples {own() if callable(own) else own}"
     return f"{len(dataset)} samples {_in_worker(dataset) if in_worker else _hash_of_samples(dataset)}"

@@ -295,7 +295,8 @@ def _outlive_signals(_worker: int) -> None:
     So a worker ends on SIGTERM from the trainer only, which is how the trainer's exit ends it. If the
     trainer is killed, torch's worker loop notices within seconds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
 

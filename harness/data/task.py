@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config import TrainConfig
-from harness.data.task_code import task_code
 from harness.errors import ConfigError
+from harness.user_code import load_function, user_code
 
 __all__ = ["Batch", "Dataset", "LossSum", "Task", "TaskBuilder", "cross_entropy", "load_task", "run_loss"]
 
@@ -133,7 +128,7 @@ def run_loss(task: Task, model: nn.Module, batch: Batch) -> LossSum:
         TaskError: it raised something.
         ConfigError: it returned something else than a `LossSum`.
     """
-    with task_code(f"the loss {_name(task.loss)}", rule="it takes (model, batch) and returns a LossSum"):
+    with user_code(f"the loss {_name(task.loss)}", rule="it takes (model, batch) and returns a LossSum"):
         loss = task.loss(model, batch)
     if not isinstance(loss, LossSum):
         raise ConfigError(
@@ -174,19 +169,10 @@ def load_task(spec: str) -> TaskBuilder:
     Raises:
         ConfigError: there is no such module or no such function.
     """
-    module_name, _, function_name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise ConfigError(f"task is {spec!r}", rule="it has to be package.module:function")
-    module = _import(spec, module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(
-            f"task {spec!r}: {module.__name__} has no function {function_name!r}",
-            remedy=_nearest(module, function_name),
-        )
+    function = load_function(spec, key="task")
 
     def build(config: TrainConfig) -> Task:
-        with task_code(f"task {spec!r}", rule="its function takes the TrainConfig and returns a Task"):
+        with user_code(f"task {spec!r}", rule="its function takes the TrainConfig and returns a Task"):
             task = function(config)
         if not isinstance(task, Task):
             raise ConfigError(
@@ -196,25 +182,3 @@ def load_task(spec: str) -> TaskBuilder:
         return task
 
     return build
-
-
-def _import(spec: str, module_name: str) -> ModuleType:
-    # Launchers put the program's own folder on the path; people expect the one they stand in.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    with task_code(f"importing task {spec!r}", rule="its module has to be importable on every rank"):
-        try:
-            return importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"task {spec!r}: there is no module {error.name!r}",
-                rule="it is package.module:function, importable from the current directory or installed",
-                remedy=f"start from the folder that holds it (this is {here}), or install it",
-            ) from error
-
-
-def _nearest(module: ModuleType, name: str) -> str:
-    functions = [other for other, value in vars(module).items() if callable(value) and other[0] != "_"]
-    close = difflib.get_close_matches(name, functions, n=1)
-    return f"did you mean {module.__name__}:{close[0]}?" if close else ""

@@ -2,6 +2,8 @@
 
 from harness.dist.agreement import (
     all_reduce_sum,
+    any_rank,
+    barrier,
     broadcast_from_main,
     from_main,
     gather,
@@ -21,6 +23,8 @@ __all__ = [
     "UnusedParameters",
     "World",
     "all_reduce_sum",
+    "any_rank",
+    "barrier",
     "broadcast_from_main",
     "distribute",
     "from_main",

@@ -11,9 +11,18 @@ import torch
 import torch.distributed as dist
 
 from harness.dist.store import default_store
-from harness.errors import HarnessError, LaunchError
+from harness.errors import HarnessError, LostRankError
 
-__all__ = ["all_reduce_sum", "broadcast_from_main", "from_main", "gather", "on_all_ranks", "report_once"]
+__all__ = [
+    "all_reduce_sum",
+    "any_rank",
+    "barrier",
+    "broadcast_from_main",
+    "from_main",
+    "gather",
+    "on_all_ranks",
+    "report_once",
+]
 
 T = TypeVar("T")
 
@@ -75,6 +84,21 @@ def from_main(action: Callable[[], T]) -> T:
     return result
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank. One small collective on the host."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def barrier() -> None:
+    """Waits until all ranks are here; returns at once without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sums `values` over all ranks, in place, on the device that they are on; returns them."""
     if dist.is_initialized():
@@ -134,7 +158,7 @@ def report_once(report: Callable[[HarnessError], None] | None = None) -> Iterato
 
     Ranks that fail learn of each other through the store, without a collective: the others may be anywhere, and
     wait for nobody. A rank to which something else happens while another one fails, such as a lost connection,
-    raises a `LaunchError` about that other one, which prints its own.
+    raises a `LostRankError` about that other one, which prints its own.
     """
     try:
         yield
@@ -151,7 +175,7 @@ def report_once(report: Callable[[HarnessError], None] | None = None) -> Iterato
                 culprits = _failures(enough=1)
         if not culprits:
             raise
-        consequence = LaunchError(f"rank {min(culprits)} failed, and this one with it: {error}")
+        consequence = LostRankError(f"rank {min(culprits)} failed, and this one with it: {error}")
         consequence.ranks = (min(culprits),)
         _report_before_leaving(consequence, report)
         raise consequence from error

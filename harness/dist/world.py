@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import datetime
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from harness import env
 from harness.config import ParallelConfig
-from harness.errors import LaunchError
+from harness.dist.rendezvous import fresh_store
+from harness.errors import LaunchError, LostRankError
 
 __all__ = ["World", "open_world"]
 
@@ -34,11 +36,16 @@ class World:
 
 
 @contextmanager
-def open_world(parallel: ParallelConfig) -> Iterator[World]:
-    """Joins the processes that the launcher started; leaves them in order at the end.
+def open_world(
+    parallel: ParallelConfig, *, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[World]:
+    """Joins the processes that the launcher started; leaves them at the end, without waiting for any.
 
     Works under `python`, `torchrun`, `accelerate launch` and anything else that sets RANK and WORLD_SIZE.
     Tensors on CUDA go over NCCL and those on CPU over gloo.
+
+    Args:
+        stopping: Whether this process was asked to stop; the others may not come then.
 
     Raises:
         LaunchError: more processes than GPUs, no CUDA where it was asked for, a rendezvous that failed, or
@@ -50,13 +57,11 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
         torch.cuda.set_device(device)
     grouped = launched.by_launcher or parallel.strategy == "fsdp"
     if grouped:
-        _join(launched, device, parallel.timeout_s)
+        _join(launched, device, parallel.timeout_s, stopping)
     try:
         yield World(
             rank=launched.rank, local_rank=launched.local_rank, world_size=launched.world_size, device=device
         )
-        if grouped:
-            dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         if grouped:
             # A model whose gradients were reduced by gloo and that outlives the group aborts the process now
@@ -101,17 +106,23 @@ def _device(parallel: ParallelConfig, launched: env.Launched) -> torch.device:
     return torch.device("cuda", launched.local_rank)
 
 
-def _join(launched: env.Launched, device: torch.device, timeout_s: float) -> None:
+def _join(
+    launched: env.Launched, device: torch.device, timeout_s: float, stopping: Callable[[], bool]
+) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if launched.by_launcher:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+            store.set_timeout(timeout)
+            store = fresh_store(
+                store, rank=rank, world_size=world_size, timeout_s=timeout_s, stopping=stopping
+            )
         else:
-            store = dist.HashStore()  # type: ignore[attr-defined]  # there at run time
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # there at run time
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, ValueError) as error:
-        raise LaunchError(
+        raise LostRankError(
             f"rank {launched.rank} of {launched.world_size} found no others: {str(error).splitlines()[0]}",
             rule="all processes have to reach MASTER_ADDR:MASTER_PORT, and rank 0 opens that port",
             remedy="choose a free port (--main_process_port for accelerate, --master-port for torchrun)",

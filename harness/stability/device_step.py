@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from harness.config import GuardConfig
-from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.stability.attach import source_of
-from harness.stability.attention import AttentionProbe, is_compiled
 from harness.stability.buffers import Buffers
+from harness.stability.checks.all import Checks
+from harness.stability.checks.attention import is_compiled
+from harness.stability.checks.base import StepView
 from harness.stability.grad_scaler import ScaledGradients
 from harness.stability.hooks import CommHook
 from harness.stability.judge import Judge
@@ -26,10 +27,7 @@ from harness.stability.micro_batches import MicroBatches
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet
 from harness.stability.rank_statistics import Fault
-from harness.stability.replicas import checksums
-from harness.stability.samples import WeightSampler
 from harness.stability.stepper import OptimizerStepper
-from harness.stability.verdict import Decision
 from harness.stability.watch import Watch
 
 __all__ = ["DeviceStep", "Made"]
@@ -57,13 +55,15 @@ class DeviceStep:
         optimizers: Optimizers,
         config: GuardConfig,
         *,
+        checks: Checks,
         comm_hook: CommHook | None,
         precision: torch.dtype,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.number = 0
         """Of the step at hand."""
-        self._config, self._optimizers, self._precision = config, optimizers, precision
+        self._extremes_every = config.extremes_every
+        self._optimizers, self._precision, self._checks = optimizers, precision, checks
         self._watch = Watch(model, optimizers, on_close=self._release)
         self.source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
@@ -79,14 +79,13 @@ class DeviceStep:
             config,
             group=self.source.group,
             num_replicas=self.source.num_replicas,
+            num_shards=self.source.num_shards,
             loss_scale=self.loss_scale,
             micro_batches=self.micro_batches,
         )
         self.size = self._judge.size
         self.buffers = Buffers(model)
         self._is_compiled = is_compiled(model)
-        self._compares_replicas = config.replicas != "off" and self.source.num_replicas > 1
-        self._attention: Tensor | None = None
         self._skip_t: Tensor | None = None
         self._take_layout()
         self.start()
@@ -106,9 +105,13 @@ class DeviceStep:
     def start(self) -> None:
         """Forgets what was noted of the step at hand."""
         self.source.start_step()
-        self.source.extremes = self.number % self._config.extremes_every == 0
+        self.source.extremes = self.number % self._extremes_every == 0
         self.micro_batches.clear()
-        self._attention = None
+
+    def forget(self) -> None:
+        """The run goes on from another state."""
+        self._checks.forget()
+        self.buffers.take_snapshot()
 
     def note_gradient(self) -> None:
         """Notes what the last micro-batch did to the gradient."""
@@ -116,15 +119,12 @@ class DeviceStep:
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
-        """Notes the largest attention logits of the forward passes within it, when it is due."""
-        if not self._is_due(self._config.sample_every) or self._is_compiled:
+        """In it checks look at the forward pass, when they are due."""
+        if self._is_compiled:
             yield
             return
-        with AttentionProbe() as probe:
+        with self._checks.watch_forward(self.number):
             yield
-        if probe.maxima:
-            largest = torch.stack(probe.maxima)
-            self._attention = largest if self._attention is None else self._attention.maximum(largest)
 
     def make(self, scaler: GradScaler | None, *, nominal_tokens: float, host_fields: Sequence[float]) -> Made:
         """Makes the step at hand.
@@ -143,6 +143,8 @@ class DeviceStep:
         local = self.source.local_rows(unscaled_by=self.loss_scale.value_t if is_unscaled else None)
         reduced = self.source.reduced_rows()
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
+        view = self._view(rows)
+        sent, same = ({}, {}) if view is None else self._checks.measure(view)
         decision, packet = self._judge.judge(
             local,
             reduced,
@@ -150,9 +152,12 @@ class DeviceStep:
             faults_t=self.stepper.fused_check.faults_t,
             is_unscaled=is_unscaled,
             nominal_tokens=nominal_tokens,
-            also=self._due(rows),
+            sent=sent,
+            same_on_replicas=same,
         )
-        self._apply(decision, packet)
+        if view is not None:
+            self._checks.before_update(view)
+        self.stepper.step(self.number, decision)
         self._skip_t = decision.skip_t
         if scaled is not None:
             scaled.note_outcome(decision.overflowed_t)
@@ -182,9 +187,6 @@ class DeviceStep:
     def _take_layout(self) -> None:
         self.source.watch(self.layout)
         self.stepper.reset()
-        self._sampler = WeightSampler(
-            self.layout.parameters, self._optimizers.state_of, precision=self._precision
-        )
         self._watch.claim()
 
     def _follow_optimizers(self) -> bool:
@@ -212,31 +214,15 @@ class DeviceStep:
             fault |= Fault.NO_GRADIENT
         return fault
 
-    def _due(self, rows: Tensor) -> Packet:
-        """What this step's number asks for: rows of all parameters, checksums of all replicas."""
-        packet: Packet = {}
-        if self._is_due(self._config.per_parameter_every):
-            packet["rows"] = rows
-        if self._attention is not None:
-            packet["attention"] = self._attention
-        if self._compares_replicas and self._is_due(self._config.replicas_every):
-            # Of what the previous step left behind, so that it needs no collective of its own.
-            packet["checksums"] = checksums(self.layout.parameters, self._optimizers.state_of)
-        return packet
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.number % every == 0
-
-    def _apply(self, decision: Decision, packet: Packet) -> None:
-        """Steps the optimizer or not; adds to `packet` what that did to the weights, when it is due."""
-        if not self._is_due(self._config.sample_every):
-            self.stepper.step(self.number, decision)
-            return
-        self._sampler.before()
-        self.stepper.step(self.number, decision)
-        samples = self._sampler.after()
-        if self.source.num_shards > 1:
-            samples = all_gather(samples.flatten(), group=self.source.group).view(-1, *samples.shape)
-            packet["samples"] = samples[: self.source.num_shards].contiguous()
-        else:
-            packet["samples"] = samples[None]
+    def _view(self, rows: Tensor) -> StepView | None:
+        """What checks see of the step; None if none is due."""
+        if not self._checks.watches(self.number):
+            return None
+        return StepView(
+            step=self.number,
+            layout=self.layout,
+            rows=rows,
+            state_of=self._optimizers.state_of,
+            precision=self._precision,
+            num_replicas=self.source.num_replicas,
+        )

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from harness.config import GuardConfig
 from harness.errors import ConfigError
 from harness.records import StepRecord
+from harness.stability.checks.all import Checks, load_checks
+from harness.stability.checks.base import Check
 from harness.stability.device_step import DeviceStep
 from harness.stability.grad_scaler import refuse_forgotten_scaler
 from harness.stability.hooks import CommHook
@@ -65,6 +67,7 @@ class StepGuard:
         rollback: Brings the run back to where it was sound, on all ranks: loads model, optimizer and guard,
             and steps over the data that broke them. It gets the record of the last step; False: it cannot.
         on_incident: Called with each incident as it becomes known, on all ranks.
+        checks: Measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
     Raises:
@@ -86,16 +89,31 @@ class StepGuard:
         ladder: bool = True,
         rollback: Callable[[StepRecord], bool] | None = None,
         on_incident: Callable[[Incident], None] | None = None,
+        checks: Sequence[Check | str] = (),
         **settings: Any,
     ) -> None:
-        self.config = GuardConfig(max_norm=max_norm, nonfinite=nonfinite, spike=spike, **settings)
+        named = tuple(check for check in checks if isinstance(check, str))
+        self.config = GuardConfig(
+            max_norm=max_norm, nonfinite=nonfinite, spike=spike, checks=named, **settings
+        )
+        given = [check for check in checks if not isinstance(check, str)]
+        all_checks = Checks(self.config, [*load_checks(self.config), *given])
         self._optimizers = Optimizers(optimizer)
         self._device = DeviceStep(
-            model, self._optimizers, self.config, comm_hook=comm_hook, precision=precision, group=group
+            model,
+            self._optimizers,
+            self.config,
+            checks=all_checks,
+            comm_hook=comm_hook,
+            precision=precision,
+            group=group,
         )
         source = self._device.source
         self._monitor = Monitor(
-            group=source.group, num_replicas=source.num_replicas, lag_steps=self.config.lag_steps
+            group=source.group,
+            num_replicas=source.num_replicas,
+            lag_steps=self.config.lag_steps,
+            checks=all_checks,
         )
         self._ladder = Ladder(self.config, rollback=rollback) if ladder else None
         self._on_incident = on_incident
@@ -176,9 +194,9 @@ class StepGuard:
                 self._device.note_gradient()
 
     def watch_forward(self) -> AbstractContextManager[None]:
-        """Put the forward pass into it, and every `sample_every` steps it notes the largest attention logit
-        of each layer. Optional; of a model that was compiled before it was guarded it sees nothing, and one
-        that is compiled later is compiled twice."""
+        """Put the forward pass into it, and every so many steps checks look at it: every `sample_every` steps
+        at the largest attention logit of each layer. Optional; of a model that was compiled before it was
+        guarded they see nothing, and one that is compiled later is compiled twice."""
         return self._device.watch_forward()
 
     def step(
@@ -190,6 +208,7 @@ class StepGuard:
         compute_s: float = 0.0,
         data_wait_s: float = 0.0,
         stop_requested: bool = False,
+        num_saves: int = 0,
     ) -> None:
         """Judges the gradients that lie in the model, clips them, and applies them or leaves them out.
 
@@ -204,7 +223,7 @@ class StepGuard:
                 in use and not handed over is an error; None says that it scales another loss.
             nominal_tokens: The constant that summed losses were divided by before the backward pass; the
                 gradient becomes that of the mean over the tokens that were really there.
-            compute_s, data_wait_s, stop_requested: Passed on to the records of all ranks.
+            compute_s, data_wait_s, stop_requested, num_saves: Passed on to the records of all ranks.
 
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
@@ -226,7 +245,7 @@ class StepGuard:
             made = self._device.make(
                 self._scaler(scaler),
                 nominal_tokens=nominal_tokens or 0.0,
-                host_fields=(compute_s, data_wait_s, float(stop_requested)),
+                host_fields=(compute_s, data_wait_s, float(stop_requested), float(num_saves)),
             )
             self._monitor.push(self._device.number, made)
         self._device.number += 1
@@ -264,7 +283,7 @@ class StepGuard:
         if self._ladder is not None and "ladder" in state:
             self._ladder.load_state_dict(state["ladder"])
         self._monitor.clear()
-        self._device.buffers.take_snapshot()
+        self._device.forget()
         self._start_step()
 
     def close(self) -> None:

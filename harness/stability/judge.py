@@ -40,10 +40,11 @@ class Judge:
         *,
         group: dist.ProcessGroup | None,
         num_replicas: int,
+        num_shards: int,
         loss_scale: LossScale,
         micro_batches: MicroBatches,
     ) -> None:
-        self._group = group
+        self._group, self._num_shards = group, num_shards
         self._device = loss_scale.value_t.device
         self._micro_batches = micro_batches
         decider = Decider(config, num_replicas=num_replicas)
@@ -62,7 +63,8 @@ class Judge:
         faults_t: Tensor,
         is_unscaled: bool,
         nominal_tokens: float,
-        also: Packet,
+        sent: Packet,
+        same_on_replicas: Packet,
     ) -> tuple[Decision, Packet]:
         """The decision on a step, the same on all ranks, and what all of them said.
 
@@ -73,13 +75,14 @@ class Judge:
             faults_t: 0-d, to be added to the faults among them.
             is_unscaled: The loop has taken the loss scale out of the gradients.
             nominal_tokens: What the loss was divided by before the backward pass; 0: its own tokens.
-            also: What else goes along to all ranks.
+            sent: What else goes along to all ranks.
+            same_on_replicas: The same, of what need not be sent between replicas.
         """
         host_values_t = self._from_host(
             *host_fields, *self._micro_batches.host_values(), float(is_unscaled), nominal_tokens
         )
         (statistics,) = self._rank_statistics(local, reduced, host_values_t, faults_t)
-        packet = self._gather({"rank_statistics": statistics, **also})
+        packet = self._gather({"rank_statistics": statistics, **sent}, same_on_replicas)
         decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
         packet["summary"] = decision.summary
         return decision, packet
@@ -89,12 +92,16 @@ class Judge:
         host = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         return host.to(self._device, non_blocking=True)
 
-    def _gather(self, packet: Packet) -> Packet:
+    def _gather(self, packet: Packet, same_on_replicas: Packet) -> Packet:
         """Everything from all ranks, in one message."""
         if self._group is None:
-            return {name: tensor[None] for name, tensor in packet.items()}
-        flat, spec = pack(packet)
-        return unpack(all_gather(flat, group=self._group), spec)
+            return {name: tensor[None] for name, tensor in (packet | same_on_replicas).items()}
+        # A replica that is not sharded holds all of what is the same on all of them, and need not send it.
+        flat, spec = pack(packet | same_on_replicas if self._num_shards > 1 else packet)
+        gathered = unpack(all_gather(flat, group=self._group), spec)
+        for name, tensor in same_on_replicas.items():
+            gathered[name] = gathered[name][: self._num_shards] if self._num_shards > 1 else tensor[None]
+        return gathered
 
 
 def _rank_statistics(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from harness.dist.collectives import all_gather
 from harness.records import StepRecord
+from harness.stability.checks.all import Checks
+from harness.stability.checks.rows import ROWS
 from harness.stability.device_step import Made
 from harness.stability.host_copy import HostCopy, is_capturing
 from harness.stability.layout import Layout
@@ -56,7 +58,7 @@ class _Pending:
     def packet(self) -> Packet:
         """The numbers, on the host. Waits for them."""
         packet = unpack(self.copy.wait(), self.spec)
-        return packet if self.rows_of_all is None else {**packet, "rows": self.rows_of_all}
+        return packet if self.rows_of_all is None else {**packet, ROWS: self.rows_of_all}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,10 @@ class Monitor:
     asks for it keeps the newest, `MAX_PENDING_BYTES` of them.
     """
 
-    def __init__(self, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int) -> None:
+    def __init__(
+        self, *, group: dist.ProcessGroup | None, num_replicas: int, lag_steps: int, checks: Checks
+    ) -> None:
+        self._checks = checks
         self._group = group
         self._num_replicas = num_replicas
         self._lag_steps = lag_steps
@@ -138,7 +143,7 @@ class Monitor:
 
     def _settled(self, pending: _Pending) -> Settled:
         packet = pending.packet()
-        if is_skip(packet) and "rows" not in packet:
+        if is_skip(packet) and ROWS not in packet:
             rows = all_gather(pending.rows.flatten(), group=self._group)
             pending.rows_of_all = rows.view(-1, *pending.rows.shape).cpu()
         pending.is_settled = True
@@ -154,11 +159,11 @@ class Monitor:
             return pending.record
         packet = pending.packet()
         if self._group is None and is_skip(packet):
-            packet.setdefault("rows", pending.rows.cpu()[None])
-        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas)
+            packet.setdefault(ROWS, pending.rows.cpu()[None])
+        builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas, checks=self._checks)
         record = builder.build(pending.step, packet, counts_tokens=pending.counts_tokens)
-        if pending.is_settled:
-            pending.record = record
+        if ROWS in packet or not is_skip(packet):
+            pending.record = record  # all that there will be to know
         return record
 
     def _drop(self) -> None:

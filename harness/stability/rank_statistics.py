@@ -1,4 +1,4 @@
-"""Rank statistics: what one rank knows of its share of a step, as `[16]` float64, before anything is decided.
+"""Rank statistics: what one rank knows of its share of a step, as `[17]` float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -21,6 +21,7 @@ __all__ = [
     "MICRO_BATCH",
     "NUM_FIELDS",
     "NUM_HOST_FIELDS",
+    "NUM_SAVES",
     "PARAMETER",
     "REDUCED_BAD",
     "REDUCED_SUM_SQUARES",
@@ -44,8 +45,9 @@ __all__ = [
     COMPUTE_S,
     DATA_WAIT_S,
     STOP_REQUESTED,
-) = range(NUM_COLUMNS, NUM_COLUMNS + 11)
-NUM_FIELDS = NUM_COLUMNS + 11
+    NUM_SAVES,
+) = range(NUM_COLUMNS, NUM_COLUMNS + 12)
+NUM_FIELDS = NUM_COLUMNS + 12
 
 NUM_HOST_FIELDS = NUM_FIELDS - FAULTS
 """The fields from FAULTS on are known on the host."""

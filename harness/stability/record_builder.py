@@ -1,6 +1,6 @@
 """Makes of a step's numbers, once they are on the host, a record with names, units and a reason.
 
-Legend: W ranks = R replicas x S shards, P parameters.
+Legend: W ranks.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from harness.records import Culprit, ParameterRow, RankRow, StepRecord
-from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
+from harness.records import Culprit, RankRow, StepRecord
+from harness.stability.checks.all import Checks
+from harness.stability.checks.base import Arrived, Reading
+from harness.stability.layout import MAX_ABS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
 from harness.stability.rank_statistics import (
     COMPUTE_S,
@@ -21,14 +21,13 @@ from harness.stability.rank_statistics import (
     FAULTS,
     LOSS_SUM,
     MICRO_BATCH,
+    NUM_SAVES,
     PARAMETER,
     REDUCED_BAD,
     STOP_REQUESTED,
     TOKENS,
     Fault,
 )
-from harness.stability.replicas import DifferingReplica, find_differing
-from harness.stability.samples import parameter_samples
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
@@ -55,8 +54,8 @@ class _StepNumbers:
 
     summary: Summary
     per_rank: list[list[float]]
-    differing: DifferingReplica | None
-    """What the checksums say, in the steps in which they were taken."""
+    readings: list[Reading]
+    """What the checks found that were measured in the step."""
 
     @property
     def culprit(self) -> int | None:
@@ -98,10 +97,11 @@ def is_skip(packet: Packet) -> bool:
 
 
 def is_notable(packet: Packet) -> bool:
-    """Whether the record of a step has a reason, or may have one: checksums are yet to be compared. The
-    step's packet is in host memory."""
+    """Whether the record of a step has a reason, or may have one: checks have measured something. The step's
+    packet is in host memory."""
     summary = Summary(*packet["summary"].tolist())
-    return bool(is_skip(packet) or summary.is_spike or summary.norms_differ or "checksums" in packet)
+    measured = packet.keys() - {"summary", "rank_statistics"}
+    return bool(is_skip(packet) or summary.is_spike or summary.norms_differ or measured)
 
 
 def clip_coef(packet: Packet) -> float:
@@ -110,22 +110,25 @@ def clip_coef(packet: Packet) -> float:
 
 
 class RecordBuilder:
-    """Makes records of packets: `summary` [NUM_SUMMARY], `rank_statistics` [W, NUM_FIELDS], and now and then
-    `rows` [W, P, 6], `checksums` [W, P], `samples` [1 or S, P, 5] and `attention` [W, L], all in
-    host memory."""
+    """Makes records of packets in host memory: `summary` [NUM_SUMMARY], `rank_statistics` [W, NUM_FIELDS],
+    and now and then what the checks measured."""
 
-    def __init__(self, layout: Layout, *, num_replicas: int) -> None:
+    def __init__(self, layout: Layout, *, num_replicas: int, checks: Checks) -> None:
         self._layout = layout
         self._num_replicas = num_replicas
+        self._checks = checks
 
     def build(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
         """The record of a step."""
-        sums = packet.get("checksums")
-        shape = (self._num_replicas, -1, len(self._layout))
-        differing = None if sums is None else find_differing(sums.view(shape))
         summary = Summary(*packet["summary"].tolist())
-        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), differing)
+        arrived = Arrived(
+            step=step, layout=self._layout, num_replicas=self._num_replicas, divisor=summary.divisor
+        )
+        readings = self._checks.read(packet, arrived)
+        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), readings)
         rank, parameter, micro_batch = self._blamed(numbers)
+        found = {name: value for reading in readings for name, value in reading.fields.items()}
+        found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],
@@ -149,15 +152,13 @@ class RecordBuilder:
                 _rank_row(rank, one, summary.divisor, counts_tokens)
                 for rank, one in enumerate(numbers.per_rank)
             ),
-            per_parameter=self._parameter_rows(packet.get("rows"), summary.divisor),
-            sampled=parameter_samples(packet["samples"], self._layout) if "samples" in packet else {},
-            attention_logit_max=_largest(packet.get("attention")),
+            measured={name: value for reading in readings for name, value in reading.values.items()},
             spike_score=max(summary.norm_score, summary.loss_score),
             is_spike=bool(summary.is_spike),
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
             clipped_by_spike=bool(summary.clipped_by_spike),
-            replicas_differ=bool(summary.norms_differ) or differing is not None,
+            **found,
         )
 
     def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
@@ -171,47 +172,20 @@ class RecordBuilder:
         if numbers.total(REDUCED_BAD):
             bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
             return None, self._layout.names[int(bad[PARAMETER])], None
-        if numbers.differing is not None:
-            return numbers.differing.rank, self._layout.names[numbers.differing.row], None
-        return None, None, None
+        accusing = next((reading for reading in numbers.readings if reading.reason), None)
+        return (accusing.rank, accusing.parameter, None) if accusing else (None, None, None)
 
     def _reason(self, step: int, numbers: _StepNumbers) -> str | None:
         summary = numbers.summary
         reasons = [
             _skip_reason(numbers) if summary.verdict >= SKIP and not summary.is_spike else None,
             describe_size(step, summary) if summary.is_spike else None,
-            self._replica_reason(numbers),
+            *(reading.reason for reading in numbers.readings),
         ]
+        # Where the checksums say which replica it is, their reason is enough.
+        if summary.norms_differ and not any("replicas_differ" in found.fields for found in numbers.readings):
+            reasons.append("reduced gradients differ between replicas")
         return "; ".join(reason for reason in reasons if reason) or None
-
-    def _replica_reason(self, numbers: _StepNumbers) -> str | None:
-        differing = numbers.differing
-        if differing is not None:
-            who = "replicas differ" if differing.rank is None else f"rank {differing.rank} differs"
-            return f"{who} in {self._layout.names[differing.row]} or its optimizer state"
-        return "reduced gradients differ between replicas" if numbers.summary.norms_differ else None
-
-    def _parameter_rows(self, rows: Tensor | None, divisor: float) -> dict[str, ParameterRow]:
-        """Rows of all ranks, `[W, P, 6]`, as one per parameter."""
-        if rows is None:
-            return {}
-        # Replicas hold the same reduced gradient; the shards of the first make up the whole.
-        shards = rows.view(self._num_replicas, -1, *rows.shape[1:])[0]
-        # Behind the NUM_COLUMNS of a rank's own gradient stands the reduced gradient's sum of squares.
-        norms = (shards[:, :, NUM_COLUMNS].sum(0).sqrt() / divisor).tolist()
-        totals = rows.sum(0).tolist()
-        largest = (rows[:, :, MAX_ABS].amax(0) / divisor).tolist()
-        return {
-            name: ParameterRow(
-                grad_norm=norms[row],
-                max_abs=largest[row],
-                num_nan=_count(totals[row][NUM_NAN]),
-                num_inf=_count(totals[row][NUM_INF]),
-                num_zero=_count(totals[row][NUM_ZERO]),
-                num_elements=self._layout.sizes[row],
-            )
-            for row, name in enumerate(self._layout.names)
-        }
 
 
 def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
@@ -228,6 +202,7 @@ def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) 
         compute_s=one[COMPUTE_S],
         data_wait_s=one[DATA_WAIT_S],
         stop_requested=bool(one[STOP_REQUESTED]),
+        num_saves=int(one[NUM_SAVES]),
     )
 
 
@@ -260,11 +235,6 @@ def _blame(one: list[float], rank: int) -> str:
     if not math.isfinite(one[LOSS_SUM]):
         return f"the loss is {one[LOSS_SUM]} on rank {rank}"
     return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
-
-
-def _largest(logits: Tensor | None) -> tuple[float, ...]:
-    """Over ranks, of `[W, L]`."""
-    return () if logits is None else tuple(logits.amax(0).tolist())
 
 
 def _count(value: float) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.config import GuardConfig
 from harness.stability.credible import CredibleNorm
-from harness.stability.detectors import SpikeDetection, SpikeRule, make_rule
+from harness.stability.detectors import SpikeDetection, SpikeRule, configured_rule
 
 __all__ = ["SizeCheck", "SizeFinding"]
 
@@ -57,7 +57,7 @@ class SizeCheck:
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
         self._credible = CredibleNorm(config.absurd_norm_ratio, max_norm=config.max_norm)
-        self._rule: SpikeRule | None = None if config.spike == "off" else _rule(config)
+        self._rule: SpikeRule | None = None if config.spike == "off" else configured_rule(config)
 
     def live_state(self) -> dict[str, Tensor]:
         """The spike rule's state, no copy; empty without a rule."""
@@ -132,15 +132,4 @@ def _without_rule(maximum: Tensor, is_absurd: Tensor, credible_norm: Tensor) -> 
         usual_norm=credible_norm,
         usual_loss=zero,
         num_in_a_row=zero,
-    )
-
-
-def _rule(config: GuardConfig) -> SpikeRule:
-    if config.spike_rule != "robust":
-        return make_rule(config.spike_rule)
-    return make_rule(
-        "robust",
-        threshold=config.spike_threshold,
-        window=config.spike_window,
-        warmup=config.spike_warmup,
     )

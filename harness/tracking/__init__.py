@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.runlog.reader import Run, open_run
+    from harness.runlog.writer import RunLog
     from harness.tracking.experiment import ExperimentConfig, TrainingMetrics
-    from harness.tracking.log import RunLog
     from harness.tracking.mirrors import MirrorHandle, start_mirrors, start_sampler
     from harness.tracking.plots import plot_run
-    from harness.tracking.reader import Run, open_run
     from harness.tracking.settings import MirrorSettings
     from harness.tracking.sync import sync_run
     from harness.tracking.tracker import ExperimentTracker
@@ -38,10 +38,10 @@ _HOMES = {
     "ExperimentTracker": "harness",  # the one with checkpoints, which are wired in above this floor
     "MirrorHandle": "harness.tracking.mirrors",
     "MirrorSettings": "harness.tracking.settings",
-    "Run": "harness.tracking.reader",
-    "RunLog": "harness.tracking.log",
+    "Run": "harness.runlog.reader",
+    "RunLog": "harness.runlog.writer",
     "TrainingMetrics": "harness.tracking.experiment",
-    "open_run": "harness.tracking.reader",
+    "open_run": "harness.runlog.reader",
     "plot_run": "harness.tracking.plots",
     "start_mirrors": "harness.tracking.mirrors",
     "start_sampler": "harness.tracking.mirrors",

@@ -20,9 +20,12 @@ from queue import Full, Queue
 from typing import Any
 
 from harness.config import AlertConfig
-from harness.tracking.codec import Record
-from harness.tracking.mirror import scalars_of
-from harness.tracking.nodes import NodeLog
+from harness.runlog.codec import Record
+from harness.runlog.events import Alert, event_text
+from harness.runlog.names import EventName
+from harness.runlog.nodes import NodeLog
+from harness.runlog.scalars import scalars_of
+from harness.tracking.mirror import Mirror
 
 __all__ = ["AlertMirror", "Rule", "Webhook"]
 
@@ -79,10 +82,9 @@ class Rule:
     def _event(self, record: Record) -> str | None:
         if record.kind != "event" or not fnmatchcase(str(record.values.get("name")), self.config.metric):
             return None
-        if "summary" in record.values:
-            return f"{record.values['name']}: {record.values['summary']}"
-        details = ", ".join(f"{k} {v}" for k, v in record.values.items() if k != "name" and v is not None)
-        return f"{record.values['name']} at step {record.step}" + (f": {details}" if details else "")
+        at = "" if "summary" in record.values else f" at step {record.step}"
+        details = event_text(record.values)
+        return f"{record.values['name']}{at}" + (f": {details}" if details else "")
 
     def _metrics(self, record: Record) -> str | None:
         if self.config.kind == "stall":
@@ -145,7 +147,7 @@ def _plateau(before: list[float], value: float, config: AlertConfig) -> str | No
     return None
 
 
-class AlertMirror:
+class AlertMirror(Mirror):
     """Judges every record and tells people.
 
     Args:
@@ -166,7 +168,7 @@ class AlertMirror:
         self._last_step: int | None = None
 
     def take(self, record: Record) -> None:
-        if record.kind == "event" and record.values.get("name") == "alert":
+        if record.kind == "event" and record.values.get("name") == EventName.ALERT:
             return
         if record.kind != "system":  # the node's samples go on when training stalls
             self._last_record = max(self._last_record, record.time)
@@ -183,9 +185,6 @@ class AlertMirror:
     def commit(self) -> dict[str, Any]:
         return {}
 
-    def abandon(self) -> None:
-        """Nothing is written here."""
-
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         if end is None:
             self._speak("crashed", "*", "the training process is gone without a word", "error")
@@ -201,7 +200,7 @@ class AlertMirror:
 
     def _speak(self, rule: str, metric: str, message: str, level: str) -> None:
         logger.warning("alert: %s", message)
-        alert = {"name": "alert", "rule": rule, "metric": metric, "message": message, "level": level}
+        alert = Alert(rule=rule, metric=metric, message=message, level=level).to_values()
         self._node_log.write("event", alert, step=self._last_step)
         if self._webhook:
             self._webhook.post({**alert, "run": self._run, "step": self._last_step, "time": time.time()})

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from harness.errors import TrackingError
+from harness.runlog.paths import checkpoint_of
 
 __all__ = ["Wanted", "checkpoint_name", "wanted_checkpoint"]
 
 _NAME = re.compile(r"checkpoint_epoch_(-?\d+)_step_(\d+)(?:\.pt)?")
-_FOLDER = re.compile(r"step-\d{8,}(?:\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def wanted_checkpoint(name: str | Path | None) -> Wanted:
     folder = path.parent if path.parent != Path() else None
     if match := _NAME.fullmatch(path.name):
         return Wanted(folder, epoch=int(match[1]), step=int(match[2]))
-    if _FOLDER.fullmatch(path.name):
+    if checkpoint_of(path.name):
         return Wanted(folder, saved_as=path.name)
     if str(name) and path.is_dir():
         return Wanted(path)

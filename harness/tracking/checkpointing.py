@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import TrackingError
+from harness.runlog.events import Checkpoint, CheckpointFailed
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.checkpoint_names import Wanted, wanted_checkpoint
 from harness.tracking.lenient import saved_values
@@ -30,8 +31,8 @@ class SaveEnd(NamedTuple):
     """How a save ended."""
 
     step: int
-    error: str | None
-    """Why there is no checkpoint; None if there is one."""
+    event: Checkpoint
+    """What there is to say of it; a `CheckpointFailed` if there is no checkpoint."""
 
 
 class CheckpointStore(Protocol):
@@ -90,7 +91,7 @@ class Checkpoints:
         self._open_store = open_store
         self._output = output
         self._store: CheckpointStore | None = None
-        self._under_way: list[dict[str, Any]] = []
+        self._under_way: list[Checkpoint] = []
         """What there is to say of the saves that have not ended; they end in order."""
 
     @property
@@ -123,19 +124,17 @@ class Checkpoints:
         step, epoch = training.step, training.epoch
         if not self._has_part():
             return
-        details: dict[str, Any] = {"epoch": epoch}
-        self._under_way.append(details)
+        self._under_way.append(Checkpoint(epoch=epoch))
         try:
             nonfinite = self.store.save(step, training.state)
         except Exception as error:  # noqa: BLE001  (whatever it is, training is worth more)
-            self._under_way.pop()
             self._complaints.failed("save_checkpoint", error, epoch, step)
-            self._write_event(step, details, words_of(error))
+            self._write_event(step, self._under_way.pop(), CheckpointFailed(error=words_of(error)))
             return
         if nonfinite:
             some = ", ".join(nonfinite[:5])
             logger.error("the checkpoint of epoch %d, step %d is not finite: %s", epoch, step, some)
-            details["nonfinite"] = nonfinite[:100]
+            self._under_way[-1] = Checkpoint(epoch=epoch, nonfinite=tuple(nonfinite[:100]))
         self._note_ended(self.store)  # the one before, and this one should it be so fast
 
     def load(self, name: str | Path | None, model: nn.Module | None) -> dict[str, Any]:
@@ -167,12 +166,12 @@ class Checkpoints:
 
     @harmless(lambda self: None)
     def _note_ended(self, store: CheckpointStore) -> None:
-        for step, error in store.ended():
-            self._write_event(step, self._under_way.pop(0), error)
+        for step, event in store.ended():
+            self._write_event(step, self._under_way.pop(0), event)
 
-    def _write_event(self, step: int, details: dict[str, Any], error: str | None) -> None:
-        about = {"name": "checkpoint"} if error is None else {"name": "checkpoint_failed", "error": error}
-        self._output.write("event", {**about, **details}, step=step)
+    def _write_event(self, step: int, known: Checkpoint, event: Checkpoint) -> None:
+        event = dataclasses.replace(event, epoch=known.epoch, nonfinite=known.nonfinite)
+        self._output.write("event", event.to_values(), step=step)
 
     def _has_part(self) -> bool:
         """Whether this process saves: rank 0, and with it all ranks of its process group."""

@@ -12,16 +12,19 @@ import numpy as np
 
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
-from harness.tracking.digest import Digest
-from harness.tracking.reader import Run, open_run
+from harness.runlog.digest import Digest
+from harness.runlog.names import Metric, Prefix
+from harness.runlog.paths import config_file
+from harness.runlog.reader import Run, open_run
+from harness.runlog.series import Series
 from harness.tracking.text import damage, number, printable, table
 
 __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
 logger = logging.getLogger(__name__)
 
-PARTING_METRIC = "train/loss"
-_OF_THE_MACHINE = ("time/", "speed/", "system/")
+PARTING_METRIC = Metric.TRAIN_LOSS
+_OF_THE_MACHINE = (Prefix.TIME, Prefix.SPEED, Prefix.SYSTEM)
 """What these say of the same training is another number every time."""
 
 
@@ -65,7 +68,6 @@ def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) ->
     first, second = open_run(a, within=within), open_run(b, within=within)
     ours, theirs = settings_of(first), settings_of(second)
     metrics = sorted(set(first.names()) | set(second.names()))
-    partings = [_parting(first, second, name) for name in metrics if not name.startswith(_OF_THE_MACHINE)]
     return Comparison(
         names=(_name(first), _name(second)),
         num_damaged=(first.num_damaged, second.num_damaged),
@@ -75,9 +77,7 @@ def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) ->
             if ours.get(name) != theirs.get(name)
         },
         metrics={name: (first.last(name), second.last(name)) for name in metrics},
-        partings=sorted(
-            (p for p in partings if p.num_common), key=lambda p: np.inf if p.step is None else p.step
-        ),
+        partings=sorted(_partings(first, second), key=lambda p: np.inf if p.step is None else p.step),
     )
 
 
@@ -103,7 +103,7 @@ def settings_of(run: Run | Digest) -> dict[str, Any]:
     Where its file `config.yaml` is missing or is no configuration, the log's copy is taken.
     """
     try:
-        config = plain_yaml_file(run.path / "config.yaml", within=run.within)
+        config = plain_yaml_file(config_file(run.path), within=run.within)
     except (OSError, ConfigError) as error:
         if not isinstance(error, FileNotFoundError):
             logger.info("%s", error)
@@ -123,9 +123,22 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _parting(first: Run, second: Run, metric: str) -> Parting:
-    ours, theirs = first.scalars(metric), second.scalars(metric)
-    steps, at_ours, at_theirs = np.intersect1d(ours.steps, theirs.steps, return_indices=True)
+def _partings(first: Run, second: Run) -> list[Parting]:
+    """One for each metric that has steps in common; the logs are read once more, a stretch at a time."""
+    found: dict[str, Parting] = {}
+    for stretch in first.stretches():
+        ours, theirs = first.between(*stretch), second.between(*stretch)
+        for name in sorted(ours.keys() & theirs.keys()):
+            if not name.startswith(_OF_THE_MACHINE):
+                here, before = _parting(name, ours[name], theirs[name]), found.get(name)
+                earliest = here if before is None or before.step is None else before
+                num_common = here.num_common + (before.num_common if before else 0)
+                found[name] = dataclasses.replace(earliest, num_common=num_common)
+    return [parting for parting in found.values() if parting.num_common]
+
+
+def _parting(metric: str, ours: Series, theirs: Series) -> Parting:
+    steps, at_ours, at_theirs = np.intersect1d(ours.steps, theirs.steps, True, return_indices=True)
     x, y = ours.values[at_ours], theirs.values[at_theirs]
     different = np.flatnonzero(~((x == y) | (np.isnan(x) & np.isnan(y))))
     if not len(different):

@@ -16,6 +16,7 @@ import yaml
 from harness.config.checks import require
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError, TrackingError
+from harness.runlog.names import Metric
 
 __all__ = ["METRIC_NAMES", "ExperimentConfig", "TrainingMetrics"]
 
@@ -27,6 +28,8 @@ class ExperimentConfig:
     Raises:
         ConfigError: a setting is of the wrong type, or negative.
     """
+
+    SECTION = ""
 
     experiment_name: str = "gradient_clipping_nan_handling"
     """What is being tried; runs of one experiment share it."""
@@ -93,11 +96,11 @@ class ExperimentConfig:
                 value = os.fspath(value)
                 setattr(self, each.name, value)
             is_right, rule = _RULES[str(each.type)]
-            require(is_right(value), each.name, value, rule)
+            require(self, each.name, is_right(value), rule)
         for name in ("log_interval", "save_interval"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "it has to be 0 (never) or more")
+            require(self, name, getattr(self, name) >= 0, "it has to be 0 (never) or more")
         for name in ("tensorboard_dir", "model_save_dir", "config_save_dir"):
-            require(getattr(self, name) != "", name, "", "it has to name a folder")
+            require(self, name, getattr(self, name) != "", "it has to name a folder")
 
     @classmethod
     def basic(cls, **changes: Any) -> ExperimentConfig:
@@ -172,17 +175,17 @@ class TrainingMetrics:
 
 
 METRIC_NAMES = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "learning_rate": "train/lr",
-    "gradient_norm": "train/grad_norm",
-    "clipping_applied": "train/clipped",
-    "clipping_threshold": "train/clip_threshold",
-    "nan_count": "guard/num_nan",
-    "inf_count": "guard/num_inf",
-    "training_time": "time/step_s",
-    "memory_usage": "system/memory_usage",
-    "gpu_utilization": "system/gpu_utilization",
+    "loss": Metric.TRAIN_LOSS,
+    "accuracy": Metric.TRAIN_ACCURACY,
+    "learning_rate": Metric.LR,
+    "gradient_norm": Metric.GRAD_NORM,
+    "clipping_applied": Metric.CLIPPED,
+    "clipping_threshold": Metric.CLIP_THRESHOLD,
+    "nan_count": Metric.NUM_NAN,
+    "inf_count": Metric.NUM_INF,
+    "training_time": Metric.STEP_S,
+    "memory_usage": Metric.MEMORY_USAGE,
+    "gpu_utilization": Metric.GPU_UTILIZATION,
 }
 """The fields of `TrainingMetrics`, and what they are called in log, mirrors and pictures."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator
@@ -12,10 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
+from harness.atomic import replacing
 from harness.errors import TrackingError
-from harness.tracking.codec import to_plain
+from harness.runlog.codec import to_plain
+from harness.runlog.paths import export_file
+from harness.runlog.reader import Run, open_run
+from harness.runlog.series import Series
 from harness.tracking.compare import settings_of
-from harness.tracking.reader import Run, open_run
 
 __all__ = ["FORMATS", "export_run"]
 
@@ -27,13 +29,14 @@ def export_run(
 ) -> Path:
     """Writes the timeline's metrics; `json` holds settings and events besides.
 
-    csv and parquet have one row per point: `metric, step, value, time`; NaN and infinities are written as
-    `nan`, `inf`, `-inf` (csv) or as they are (parquet). In json they are strings of that spelling.
+    csv and parquet have one row per point: `metric, step, value, time`; those of a long run are ordered by
+    stretches of some thousand steps, and in them by metric and step. NaN and infinities are written as `nan`,
+    `inf`, `-inf` (csv) or as they are (parquet). In json they are strings of that spelling.
 
     Args:
         run_dir: The run.
         path: Where to; default: `export.FORMAT` in the run directory.
-        format: parquet needs pandas and pyarrow.
+        format: parquet needs pyarrow.
 
     Raises:
         TrackingError: there is no such run or format, or the file cannot be written.
@@ -41,66 +44,69 @@ def export_run(
     if format not in FORMATS:
         raise TrackingError(f"the format is {format!r}", rule=f"it is one of {', '.join(FORMATS)}")
     run = open_run(run_dir)
-    target = Path(path) if path is not None else run.path / f"export.{format}"
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    target = Path(path) if path is not None else export_file(run.path, format)
+    write = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
     try:
-        {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](run, unfinished)
-        unfinished.replace(target)
+        with replacing(target) as unfinished:
+            write(run, unfinished)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
     return target
 
 
-def _points(run: Run) -> Iterator[tuple[str, int, float, float]]:
-    for name in run.names():
-        series = run.scalars(name)
-        for step, value, time in zip(*(array.tolist() for array in series), strict=True):
-            yield name, step, value, time
+def _points(run: Run) -> Iterator[tuple[str, Series]]:
+    """All metrics, a stretch of the run at a time; then the samples of nodes."""
+    for stretch in run.stretches():
+        yield from run.between(*stretch).items()
+    for name in run.sample_names():
+        yield name, run.scalars(name)
 
 
 def _write_csv(run: Run, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["metric", "step", "value", "time"])
-        writer.writerows((name, step, repr(value), repr(time)) for name, step, value, time in _points(run))
+        for name, series in _points(run):
+            rows = zip(*(array.tolist() for array in series), strict=True)
+            writer.writerows((name, step, repr(value), repr(time)) for step, value, time in rows)
 
 
 def _write_parquet(run: Run, path: Path) -> None:
     try:
-        import pandas
-        import pyarrow  # noqa: F401  (what pandas writes parquet with)
+        import pyarrow
+        from pyarrow import parquet
     except ImportError as error:
         raise TrackingError(
             f"parquet needs {error.name}", remedy="pip install 'stability-harness[analysis]'"
         ) from error
-    series = {name: run.scalars(name) for name in run.names()}
-    lengths = [len(s.steps) for s in series.values()]
-    empty: list[Any] = [np.array([])]
-    frame = pandas.DataFrame(
-        {
-            "metric": pandas.Categorical.from_codes(np.repeat(np.arange(len(series)), lengths), list(series)),
-            "step": np.concatenate([s.steps for s in series.values()] or empty).astype(np.int64),
-            "value": np.concatenate([s.values for s in series.values()] or empty),
-            "time": np.concatenate([s.times for s in series.values()] or empty),
-        }
+    numbers = {"step": pyarrow.int64(), "value": pyarrow.float64(), "time": pyarrow.float64()}
+    schema = pyarrow.schema(
+        {"metric": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), **numbers}.items()
     )
-    frame.to_parquet(path, index=False)
+    with parquet.ParquetWriter(path, schema) as writer:
+        for name, series in _points(run):
+            codes = pyarrow.array(np.zeros(len(series.steps), dtype=np.int32))
+            metric = pyarrow.DictionaryArray.from_arrays(codes, [name])
+            writer.write_table(pyarrow.table([metric, *series], schema=schema))
 
 
 def _write_json(run: Run, path: Path) -> None:
-    metrics = {
-        name: {"steps": s.steps.tolist(), "values": _spelled(s.values.tolist()), "times": s.times.tolist()}
-        for name, s in ((name, run.scalars(name)) for name in run.names())
-    }
-    events = [dataclasses.asdict(event) for event in run.events()]
     document, _ = to_plain(
         {"run": run.path.resolve().name, "state": run.state(), "settings": settings_of(run)}
     )
-    document |= {"metrics": metrics, "events": _spelled(events)}
-    path.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+    events = [dataclasses.asdict(event) for event in run.events()]
+    with path.open("wb") as file:
+        file.write(orjson.dumps(document).removesuffix(b"}") + b',"events":' + orjson.dumps(_spelled(events)))
+        file.write(b',"metrics":{')
+        for number, name in enumerate(run.names()):
+            file.write((b",\n" if number else b"\n") + orjson.dumps(name) + b":" + _json(run.scalars(name)))
+        file.write(b"\n}}\n")
+
+
+def _json(series: Series) -> bytes:
+    values = series.values if np.isfinite(series.values).all() else _spelled(series.values.tolist())
+    arrays = {"steps": series.steps, "values": values, "times": series.times}
+    return orjson.dumps(arrays, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _spelled(value: Any) -> Any:

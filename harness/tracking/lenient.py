@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.errors import TrackingError
-from harness.tracking.codec import to_plain, with_nonfinite
-from harness.tracking.soundness import MAX_DEPTH, MAX_ELEMENTS
+from harness.runlog.codec import to_plain, with_nonfinite
+from harness.runlog.soundness import MAX_DEPTH, MAX_ELEMENTS
 
 __all__ = ["flattened", "named_values", "plain_values", "saved_values", "text_of"]
 

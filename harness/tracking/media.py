@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from harness.atomic import write_atomically
 from harness.errors import TrackingError
-from harness.tracking.log import MEDIA_BYTES, log_dir
+from harness.runlog.paths import MEDIA_BYTES, media_dir
 
 __all__ = ["save_image", "save_media", "to_picture"]
 
@@ -51,12 +52,10 @@ def save_media(run_dir: Path, data: bytes, suffix: str) -> str:
         raise TrackingError(
             f"a file of {len(data)} bytes", rule=f"images and graphs have at most {MEDIA_BYTES} bytes"
         )
-    path = log_dir(run_dir) / "media" / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
+    path = media_dir(run_dir) / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".new")
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
+        write_atomically(path, data)
     return str(path.relative_to(run_dir))
 
 

@@ -6,26 +6,28 @@ a crash it opens again at the last commit, so nothing is missing and nothing is 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import math
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
+from harness.atomic import write_atomically
 from harness.files import read_file
-from harness.tracking.codec import Record
-from harness.tracking.log import log_dir
-from harness.tracking.segments import Follower, Position, node_folders
+from harness.locks import locked
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir, mirror_lock, mirror_state_file, tensorboard_dir, wandb_id_file
+from harness.runlog.segments import Follower, Position, node_folders
+from harness.tracking.settings import MirrorSettings
 
-__all__ = ["Mirror", "MirrorFollower", "OpenMirror", "StartAgain", "scalars_of", "shown_name"]
+__all__ = ["Mirror", "MirrorFollower", "MirroredRun", "OpenMirror", "StartAgain", "shown_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,30 +39,73 @@ LAST_RETRY_S = 60.0
 STATE_BYTES = 16 << 20
 
 
-class Mirror(Protocol):
-    """Somewhere that records are shown."""
+@dataclass(frozen=True)
+class MirroredRun:
+    """What a mirror is told of the run that it shows."""
 
+    directory: Path
+    settings: MirrorSettings
+
+    @property
+    def id(self) -> str:
+        """The same for every attempt and every later `harness sync`, and no other run's."""
+        if self.settings.run_id is not None:
+            return self.settings.run_id
+        kept = wandb_id_file(self.directory)
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(uuid.uuid4().hex[:12])
+        return kept.read_text()
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.settings.name or self.directory.resolve().name
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """Where its event file lies."""
+        folder = self.settings.tensorboard_dir
+        return Path(folder) if folder else tensorboard_dir(self.directory)
+
+
+class Mirror(ABC):
+    """Somewhere that records are shown.
+
+    Made in the side process, in a thread of its own, as `Kind(run, state)`, a `MirroredRun` and what the last
+    `commit` returned; an empty state means from nothing. Whatever goes wrong may be raised: it is said, and
+    after a while another one is made with the same state. Making it may raise `StartAgain`.
+    """
+
+    kept_back: str | None = None
+    """After `close`: why not all of it is where it was asked to be, and what to do about it."""
+
+    @abstractmethod
+    def __init__(self, run: MirroredRun, state: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
     def take(self, record: Record) -> None:
         """Accepts one record; it need not be visible before `commit`."""
 
+    @abstractmethod
     def commit(self) -> dict[str, Any] | None:
-        """Makes everything taken durable and returns what opening it again needs to go on from here (plain
+        """Makes everything taken durable and returns what making it again needs to go on from here (plain
         JSON); None if that takes longer: nothing more is given then, and it is asked again."""
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027  (most have nothing to do)
         """Called every few seconds while there is nothing to take."""
 
-    def abandon(self) -> None:
-        """Lets go after a failure: another one will be opened at the last commit."""
+    def abandon(self) -> None:  # noqa: B027
+        """Lets go after a failure: another one will be made at the last commit."""
 
+    @abstractmethod
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         """The log has come to its end; `end` is what its `end` record says, None if the trainer died.
         Everything taken is durable afterwards; returns what `commit` would."""
 
 
 OpenMirror = Callable[[Mapping[str, Any]], Mirror]
-"""Opens a mirror from what its last `commit` returned; empty means from nothing. It may raise
-`StartAgain`."""
+"""Makes a mirror from what its last `commit` returned."""
 
 
 class StartAgain(Exception):
@@ -81,7 +126,7 @@ class MirrorFollower:
         done: Set when the mirror is complete.
         has_turn: Whether no other process keeps the mirror.
         moved_at: When the last record was taken, by the monotonic clock.
-        trouble: What the last failure said, None if all is well.
+        trouble: What the last failure said, or what is kept back; None if all is well.
     """
 
     def __init__(
@@ -95,7 +140,8 @@ class MirrorFollower:
     ) -> None:
         self.name = name
         self._log_dir = log_dir(run_dir)
-        self._state_path = self._log_dir / "mirrors" / f"{name}.json"
+        self._state_path = mirror_state_file(run_dir, name)
+        self._lock_path = mirror_lock(run_dir, name)
         self._open_mirror = open_mirror
         self._ended = ended
         self._poll_s = poll_s
@@ -110,7 +156,8 @@ class MirrorFollower:
         delay_s = FIRST_RETRY_S
         while not self.done.is_set():
             try:
-                with _only_one(self._state_path.with_suffix(".lock")):
+                self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+                with locked(self._lock_path):  # the side process of an earlier attempt may still drain
                     self.has_turn = True
                     self._follow()
                 self.done.set()
@@ -145,6 +192,7 @@ class MirrorFollower:
             mirror.abandon()
             raise
         self._say_well_again()
+        self.trouble = mirror.kept_back
 
     def _keep_up(self, mirror: Mirror, followers: dict[str, Follower]) -> None:
         """Takes what is written until the log has ended."""
@@ -200,9 +248,7 @@ class MirrorFollower:
             for folder, follower in followers.items()
         }
         state = {"positions": positions, "mirror": mirror, "end": self._last_end}
-        unfinished = self._state_path.with_suffix(".new")
-        unfinished.write_bytes(orjson.dumps(state))
-        unfinished.replace(self._state_path)
+        write_atomically(self._state_path, orjson.dumps(state))
 
     def _say(self, error: BaseException) -> None:
         trouble = f"{type(error).__name__}: {error}"
@@ -219,26 +265,6 @@ class MirrorFollower:
         self.trouble = None
 
 
-def scalars_of(record: Record) -> dict[str, float]:
-    """The numbers that a mirror shows as curves; those of layers and ranks under names of their own."""
-    if record.kind in ("step", "eval", "epoch", "system"):
-        return {name: value for name, value in record.values.items() if isinstance(value, (int, float))}
-    if record.kind == "layers":
-        return {
-            f"layers/{statistic}/{name}": value
-            for statistic, row in record.values.items()
-            for name, value in row.items()
-            if isinstance(value, (int, float))
-        }
-    if record.kind == "ranks":
-        return {
-            f"ranks/{name}/{part}": value
-            for name, row in record.values.items()
-            for part, value in _spread(row).items()
-        }
-    return {}
-
-
 def shown_name(name: str, reserved: re.Pattern[str]) -> str:
     """The name under which a mirror shows what people have logged: `user/NAME` if it needs NAME itself.
 
@@ -246,25 +272,3 @@ def shown_name(name: str, reserved: re.Pattern[str]) -> str:
     """
     bare = re.sub(r"\A(user/)+", "", name)
     return f"user/{name}" if reserved.fullmatch(bare) else name
-
-
-def _spread(row: list[float]) -> dict[str, float]:
-    """Minimum, mean and maximum over ranks, and which rank holds the maximum; all NaN if one rank is."""
-    for rank, value in enumerate(row):
-        if math.isnan(value):
-            return {"min": value, "mean": value, "max": value, "max_rank": rank}
-    largest = max(row)
-    return {"min": min(row), "mean": sum(row) / len(row), "max": largest, "max_rank": row.index(largest)}
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Waits until no other process keeps this mirror: the one of an earlier attempt may still drain."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""Starts and ends the side process. Nothing that happens to it reaches the process that started it."""
+"""Starts the side process, watches it, and ends it. Nothing that happens to it reaches who started it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import psutil
 
 from harness.env import child_environment
 from harness.errors import TrackingError
-from harness.tracking.log import log_dir
+from harness.helper import start_helper
+from harness.runlog.paths import side_output_file
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
@@ -30,17 +33,13 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 # Where nothing else is set. wandb measures each call for its maker, up to a fifth of what the call costs, and
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
-# Not `-m`: the package need not be installed, and the working folder's modules are none of its business.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); "
-_FOLLOW = "from harness.priority import yield_to_others; yield_to_others(); "
-_FOLLOW += "from harness.tracking.side import main; "
-_FOLLOW += "main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))"
-_COMPLETE = "from harness.tracking.side import complete; "
-_COMPLETE += (
-    "complete(sys.argv[2], sys.argv[3], sys.argv[4] == 'rebuild', float(sys.argv[5]), int(sys.argv[6]))"
-)
+_SIDE = "harness.tracking.side"
 _GRACE_S = 60.0
 """What starting and ending a process may take on a busy machine."""
+LAST_WORDS_S = 5.0
+MOST_ENDS = 3
+MOST_ENDS_IN_S = 600.0
+"""A side process that has ended so often in that time is not started again."""
 
 
 def start_mirrors(
@@ -55,19 +54,15 @@ def start_mirrors(
             `wandb="offline"`.
     """
     settings = dataclasses.replace(settings or MirrorSettings(), **changes)
-    try:
-        if not settings.node:
-            settings.keep(Path(run_dir))
-        return MirrorHandle(*_spawn(Path(run_dir).resolve(), settings))
-    except OSError as error:
-        logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
-        return MirrorHandle(None, None)
+    with contextlib.suppress(OSError):  # the disk is full: then its own words are better than ours
+        settings.keep(Path(run_dir))
+    return MirrorHandle(_following("follow", Path(run_dir), settings))
 
 
 def start_sampler(run_dir: str | Path, settings: MirrorSettings | None = None) -> MirrorHandle:
     """Starts a side process that only samples its node. For one process on each node but that of rank 0."""
-    node = socket.gethostname()
-    return start_mirrors(run_dir, settings, tensorboard=False, wandb="off", alerts=(), node=node)
+    node = ["--node", socket.gethostname()]
+    return MirrorHandle(_following("sample", Path(run_dir), settings or MirrorSettings(), *node))
 
 
 def complete_mirrors(
@@ -84,8 +79,10 @@ def complete_mirrors(
         OSError: the process cannot be started.
         TrackingError: it ended too early, or not at all.
     """
-    arguments = (run_dir, settings.to_json(), "rebuild" if rebuild else "go on", timeout_s)
-    process, messages = _start(_COMPLETE, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    arguments = ["--timeout", timeout_s, *(["--rebuild"] if rebuild else [])]
+    process, messages = _start(
+        "complete", run_dir, settings, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
     repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
     repeating.start()
     try:
@@ -98,7 +95,7 @@ def complete_mirrors(
     if not said:
         raise TrackingError(
             f"the mirrors of {run_dir} are not complete: their process ended with {process.returncode}",
-            rule=f"what it said is in {log_dir(run_dir) / 'side.log'}",
+            rule=f"what it said is in {side_output_file(run_dir)}",
             remedy="try again later; nothing is lost",
         )
     outcome: dict[str, str | None] = orjson.loads(said)
@@ -106,12 +103,27 @@ def complete_mirrors(
 
 
 class MirrorHandle:
-    """The trainer's end of the side process."""
+    """The trainer's end of the side process.
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, messages: int | None) -> None:
-        self._process = process
-        if messages is not None:
-            threading.Thread(target=_repeat_messages, args=(messages,), daemon=True).start()
+    A thread waits for the process to end. One that was killed is started again and goes on where it was: its
+    mirrors lack nothing. The training thread has no part in that.
+
+    Args:
+        start: Starts the process; None if there is none.
+    """
+
+    def __init__(self, start: Callable[[], _Started] | None) -> None:
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_told = self._is_left = False
+        self._over = threading.Event()
+        """Set when nothing will be started again."""
+        messages = self._begin()
+        if messages is None:
+            self._over.set()
+        else:
+            threading.Thread(target=self._watch, args=(messages,), daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -122,47 +134,114 @@ class MirrorHandle:
         """Whether the side process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def leave(self) -> None:
+        """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
+        with self._lock:
+            self._is_told = True
+            self._tell()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Says that the log is complete and waits until the mirrors are; True if they are.
 
         After `timeout_s` the side process is left to finish by itself.
         """
-        if self._process is None:
-            return False
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
-                self._process.stdin.write(b"close\n")
-                self._process.stdin.close()
-        try:
-            return self._process.wait(timeout=timeout_s) == 0
-        except subprocess.TimeoutExpired:
+        self.leave()
+        if not self._over.wait(timeout_s):
+            with self._lock:
+                self._is_left = True
             logger.warning(
                 "the mirrors are still being completed after %.0f s; this goes on without us", timeout_s
             )
             return False
+        return self._process is not None and self._process.poll() == 0
+
+    def _begin(self) -> threading.Thread | None:
+        """Starts the process; gives the thread that repeats what it says, None if there is no process."""
+        if self._start is None:
+            return None
+        try:
+            self._process, messages = self._start()
+        except OSError as error:
+            logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
+            return None
+        _STARTED.append(self._process)
+        repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
+        repeating.start()
+        return repeating
+
+    def _tell(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it died, or was told already
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+
+    def _watch(self, messages: threading.Thread | None) -> None:
+        ends: list[float] = []
+        while messages is not None and self._process is not None:
+            exit_code = self._process.wait()
+            messages.join(LAST_WORDS_S)
+            if exit_code == 0:
+                break
+            now = time.monotonic()
+            ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
+            messages = self._begin_again(exit_code, is_hopeless=len(ends) >= MOST_ENDS)
+        self._over.set()
+
+    def _begin_again(self, exit_code: int, *, is_hopeless: bool) -> threading.Thread | None:
+        with self._lock:
+            if self._is_left:
+                return None
+            if is_hopeless:
+                logger.warning(
+                    "no mirrors any more: their process ended %d times, at last with %d; "
+                    "the log is kept, and `harness sync` makes them from it",
+                    MOST_ENDS,
+                    exit_code,
+                )
+                return None
+            messages = self._begin()
+            if self._is_told:
+                self._tell()
+        return messages
 
 
-def _spawn(run_dir: Path, settings: MirrorSettings) -> tuple[subprocess.Popen[bytes], int]:
+_Started = tuple["subprocess.Popen[bytes]", int]
+
+
+def _following(
+    task: str, run_dir: Path, settings: MirrorSettings, *arguments: object
+) -> Callable[[], _Started]:
     trainer = psutil.Process()
-    arguments = (run_dir, settings.to_json(), trainer.pid, trainer.create_time())
-    process, messages = _start(_FOLLOW, *arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    _STARTED.append(process)
-    return process, messages
+    given = ["--trainer", trainer.pid, "--trainer-start", trainer.create_time(), *arguments]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    return lambda: _start(task, run_dir.resolve(), settings, given, **streams, yields=True)
 
 
-def _start(program: str, *arguments: object, stdin: int, stdout: int) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, and where to read what it has to say to people. It is told that as its last argument."""
-    root = Path(__file__).resolve().parents[2]
+def _start(
+    task: str,
+    run_dir: Path,
+    settings: MirrorSettings,
+    arguments: Sequence[object],
+    *,
+    stdin: int,
+    stdout: int,
+    yields: bool = False,
+) -> _Started:
+    """The process, and where to read what it has to say to people."""
     messages, messages_out = os.pipe()
+    given = ["--run", run_dir, "--settings", settings.to_json(), "--messages", messages_out, *arguments]
+    if settings.mirrors:  # mirrors of their own are found where this process finds modules
+        given += ["--path", os.pathsep.join(sys.path)]
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM + program, *map(str, (root, *arguments, messages_out))],
+        process = start_helper(
+            _SIDE,
+            [task, *given],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
             pass_fds=[messages_out],
-            start_new_session=True,  # Ctrl-C in the trainer's terminal is not for it
-            env=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+            yields=yields,
+            environment=child_environment(_SPARING, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
     except OSError:
         os.close(messages)

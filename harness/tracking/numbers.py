@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from harness.errors import TrackingError
+from harness.runlog.names import Metric, Prefix
 from harness.tracking.boundary import words_of
 from harness.tracking.experiment import METRIC_NAMES
 from harness.tracking.lenient import flattened, named_values, text_of
@@ -35,8 +36,8 @@ def step_numbers(metrics: Any, values: Mapping[str, Any]) -> tuple[dict[str, flo
         named = {"loss": metrics}
     given, refused = numbers_of({**_COUNTED, **named, **values})
     numbers = {_logged_name(name): number for name, number in given.items()}
-    if numbers.get("time/step_s") == 0:
-        del numbers["time/step_s"]
+    if numbers.get(Metric.STEP_S) == 0:
+        del numbers[Metric.STEP_S]
     return {**numbers, **_clipped(numbers)}, refused
 
 
@@ -77,15 +78,15 @@ def whole_step(step: Any) -> int:
 
 
 def _logged_name(name: str) -> str:
-    return METRIC_NAMES.get(name) or (name if "/" in name else f"train/{name}")
+    return METRIC_NAMES.get(name) or (name if "/" in name else f"{Prefix.TRAIN}{name}")
 
 
 def _clipped(numbers: Mapping[str, float]) -> dict[str, float]:
     """The gradient norm after clipping, where it and the threshold are known."""
-    norm, threshold = numbers.get("train/grad_norm"), numbers.get("train/clip_threshold")
+    norm, threshold = numbers.get(Metric.GRAD_NORM), numbers.get(Metric.CLIP_THRESHOLD)
     if norm is None or threshold is None:
         return {}
-    return {"train/grad_norm_clipped": threshold if norm > threshold else norm}
+    return {Metric.GRAD_NORM_CLIPPED: threshold if norm > threshold else norm}
 
 
 def _number(value: Any) -> float:

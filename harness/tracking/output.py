@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.errors import TrackingError
+from harness.runlog.reader import Run
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.lenient import text_of
-from harness.tracking.log import RunLog
-from harness.tracking.mirrors import MirrorHandle, start_mirrors
 from harness.tracking.numbers import LAST_STEP, Refused, whole_step
 from harness.tracking.places import RunPlace
-from harness.tracking.reader import Run
+from harness.tracking.recorder import Recorder
 from harness.tracking.settings import MirrorSettings
 from harness.tracking.shared_place import SharedPlace
 
@@ -50,8 +49,7 @@ class Output:
         self.is_closed = False
         self.complaints = Complaints()
         self.wandb = "off"
-        self._log: RunLog | None = None
-        self._mirrors = MirrorHandle(None, None)
+        self._log: Recorder | None = None
         self._pid = os.getpid()
         self._config = config
         shared = SharedPlace(config)
@@ -70,7 +68,7 @@ class Output:
     @property
     def mirrors_running(self) -> bool:
         """Whether the side process lives."""
-        return self.writes and self._mirrors.is_alive()
+        return self._log is not None and self.is_own_process and self._log.mirrors_running
 
     def takes(self, is_asked_for: bool) -> bool:
         """Whether what is given has to be looked at: not on other ranks, nor where it is switched off."""
@@ -122,7 +120,6 @@ class Output:
         log, self._log = self._log, None
         if log is not None:
             self._close_log(log, state)
-            self._close_mirrors()
         self.is_closed = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,19 +128,16 @@ class Output:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_main=False, complaints=Complaints(), wandb="off")
-        self._log, self._mirrors, self._pid = None, MirrorHandle(None, None), os.getpid()
+        self._log, self._pid = None, os.getpid()
 
     @property
     def _complaints(self) -> Complaints:
         return self.complaints
 
     @harmless(lambda self: None)
-    def _close_log(self, log: RunLog, state: str) -> None:
-        log.close(state if state in ("finished", "stopped", "crashed") else "finished")
-
-    @harmless(lambda self: None)
-    def _close_mirrors(self) -> None:
-        self._mirrors.close(CLOSE_TIMEOUT_S)
+    def _close_log(self, log: Recorder, state: str) -> None:
+        is_known = state in ("finished", "stopped", "unstable", "crashed")
+        log.close(state if is_known else "finished", wait_s=CLOSE_TIMEOUT_S)
 
     def _open(self, place: RunPlace) -> int:
         """Opens the log, starts the mirrors; gives the step that comes next."""
@@ -152,7 +146,7 @@ class Output:
             "config": dataclasses.asdict(self._config),
             "checkpoint_dir": str(place.checkpoint_dir),
         }
-        self._log = RunLog(place.run_dir, info=info)
+        self._log = Recorder(place.run_dir, info=info)
         try:
             last_step = Run(place.run_dir).last_step
         except Exception as error:
@@ -163,7 +157,7 @@ class Output:
             ) from error
         settings = _settings(self._config, place)
         self.wandb = settings.wandb
-        self._mirrors = start_mirrors(place.run_dir, settings)
+        self._log.start_mirrors(settings)
         return 0 if last_step is None else min(last_step + 1, LAST_STEP)
 
 

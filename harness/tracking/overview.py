@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import re
 import time
@@ -16,33 +15,34 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.files import list_folder
-from harness.tracking.digest import Digest
-from harness.tracking.reader import Run, State, is_run, open_run
-from harness.tracking.sample import open_digest
+from harness.runlog.digest import Digest
+from harness.runlog.names import EventName, Metric
+from harness.runlog.preview import open_digest
+from harness.runlog.reader import Run, State, is_run, open_run
 from harness.tracking.text import age, damage, number, printable, table
 
 __all__ = [
-    "Glance",
-    "glance",
-    "glances",
-    "no_glance",
+    "RunRow",
     "no_summary",
     "run_name",
     "run_paths",
+    "run_row",
+    "run_rows",
     "runs_table",
     "show_run",
     "summarise",
+    "unreadable_row",
 ]
 
 logger = logging.getLogger(__name__)
 
 MAX_TAGS = 50
 _LOOKS_SPELLED = re.compile(r"\\x[89a-f][0-9a-f]")
-LOSSES = ("train/loss", "val/loss")
+LOSSES = (Metric.TRAIN_LOSS, Metric.VAL_LOSS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Glance:
+class RunRow:
     """A run in a few numbers: a row of a table."""
 
     path: Path
@@ -67,22 +67,22 @@ class Glance:
     """How much of the log these numbers stand for."""
 
 
-def glance(digest: Digest) -> Glance:
+def run_row(digest: Digest) -> RunRow:
     """The run's row."""
     tracking = _section(digest.info.get("config"), "tracking")
     total_steps = _section(digest.info.get("config"), "loop").get("steps")
     group, tags, host = tracking.get("group"), tracking.get("tags"), digest.info.get("host")
-    return Glance(
+    return RunRow(
         path=digest.path,
         state=digest.state(),
         attempts=len(digest.attempts),
         last_step=digest.last_step,
         total_steps=total_steps if type(total_steps) is int and 0 <= total_steps < 2**63 else None,
-        loss=digest.last("train/loss"),
-        val_loss=digest.last("val/loss"),
-        tokens_per_s=digest.last("speed/tokens_per_s"),
-        skips=digest.last("guard/skips"),
-        num_incidents=len(digest.events("incident")),
+        loss=digest.last(Metric.TRAIN_LOSS),
+        val_loss=digest.last(Metric.VAL_LOSS),
+        tokens_per_s=digest.last(Metric.TOKENS_PER_S),
+        skips=digest.last(Metric.SKIPS),
+        num_incidents=len(digest.events(EventName.INCIDENT)),
         group=_word(group) if group is not None else None,
         tags=tuple(_word(tag) for tag in tags[:MAX_TAGS]) if isinstance(tags, list) else (),
         host=_word(host) if host is not None else None,
@@ -93,11 +93,11 @@ def glance(digest: Digest) -> Glance:
     )
 
 
-def no_glance(path: Path) -> Glance:
+def unreadable_row(path: Path) -> RunRow:
     """The row of a run of which nothing can be told."""
-    unknown = dict.fromkeys(field.name for field in dataclasses.fields(Glance))
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(RunRow))
     known = {"path": path, "state": "unreadable", "attempts": 0, "num_incidents": 0, "tags": ()}
-    return Glance(**{**unknown, **known, "num_damaged": 0, "read_frac": 1.0})  # type: ignore[arg-type]
+    return RunRow(**{**unknown, **known, "num_damaged": 0, "read_frac": 1.0})  # type: ignore[arg-type]
 
 
 def _word(text: object) -> str:
@@ -123,12 +123,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "duration_s": (run.updated or 0.0) - (run.started or 0.0),
         "events": dict(Counter(event.name for event in run.events())),
         "num_nonfinite_steps": _num_nonfinite_steps(run),
-        "last": {name: run.last(name) for name in run.names() if not name.startswith(("layers/", "ranks/"))},
+        "last": {name: run.last(name) for name in run.names()},
     }
     for name in LOSSES:
-        values = run.scalars(name).values
-        finite = values[np.isfinite(values)]
-        summary[f"best_{name}"] = float(finite.min()) if len(finite) else None
+        lowest = run.bands(name, max_points=1).low
+        summary[f"best_{name}"] = float(lowest[0]) if np.isfinite(lowest).any() else None
     return summary
 
 
@@ -182,7 +181,7 @@ def run_name(path: Path, root: Path) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def glances(runs_dir: str | Path) -> list[Glance]:
+def run_rows(runs_dir: str | Path) -> list[RunRow]:
     """Every run in a folder and below, the one that logged last first."""
     root = Path(runs_dir)
     if not root.is_dir():
@@ -190,19 +189,19 @@ def glances(runs_dir: str | Path) -> list[Glance]:
     found = []
     for path in run_paths(root):
         try:
-            found.append(glance(open_digest(path)))
+            found.append(run_row(open_digest(path)))
         except FileNotFoundError:  # removed meanwhile
             continue
         except Exception as error:  # noqa: BLE001  (one odd run never hides the others)
             logger.warning("%s cannot be read: %s", printable(str(path)), printable(repr(error)))
-            found.append(no_glance(path))
+            found.append(unreadable_row(path))
     return sorted(found, key=lambda one: -(one.updated or 0.0))
 
 
 def runs_table(runs_dir: str | Path) -> str:
     """One line per run: state, step, losses, tokens/s, skips, age. For `harness runs`."""
     heads = ["run", "state", "step", "loss", "held out", "tokens/s", "skips", "incidents", "age"]
-    rows = [_row(one) for one in glances(runs_dir)]
+    rows = [_row(one) for one in run_rows(runs_dir)]
     return table(heads, rows) if rows else f"no runs in {runs_dir}"
 
 
@@ -214,7 +213,7 @@ def show_run(run_dir: str | Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _row(one: Glance) -> list[str]:
+def _row(one: RunRow) -> list[str]:
     """Of a long log only a sample has been read, so there may be more incidents than were seen."""
     incidents = str(one.num_incidents) if one.read_frac >= 1 else f"{one.num_incidents or ''}?"
     return [
@@ -246,18 +245,14 @@ def _heading(run: Run, summary: dict[str, Any]) -> str:
 def _metrics(run: Run) -> str:
     rows = []
     for name in run.names():
-        values = run.scalars(name).values
-        finite = values[np.isfinite(values)]
-        if not len(values):
-            continue
-        low, high = (finite.min(), finite.max()) if len(finite) else (math.nan, math.nan)
-        odd = len(values) - len(finite)
-        rows.append([name, number(values[-1]), number(low), number(high), str(len(values)), str(odd or "")])
+        for _, _, low, _, high, count, num_nan, num_inf in zip(*run.bands(name, max_points=1), strict=True):
+            odd = num_nan + num_inf
+            rows.append([name, number(run.last(name)), number(low), number(high), str(count), str(odd or "")])
     return table(["metric", "last", "smallest", "largest", "points", "non-finite"], rows) if rows else ""
 
 
 def _events(run: Run, longest: int = 20) -> str:
-    events = [event for event in run.events() if event.name != "checkpoint"]
+    events = [event for event in run.events() if event.name != EventName.CHECKPOINT]
     rows = [
         [
             event.name,
@@ -278,9 +273,11 @@ def _hparams(run: Run) -> str:
 
 def _num_nonfinite_steps(run: Run) -> int:
     """Steps at which the loss or a gradient element was not finite."""
-    loss = run.scalars("train/loss")
-    steps = set(loss.steps[~np.isfinite(loss.values)].tolist())
-    for name in ("guard/num_nan", "guard/num_inf"):
-        counts = run.scalars(name)
-        steps |= set(counts.steps[counts.values > 0].tolist())
-    return len(steps)
+    odd: set[int] = set()
+    for name in (Metric.TRAIN_LOSS, Metric.NUM_NAN, Metric.NUM_INF):
+        bands = run.bands(name, max_points=1)
+        has_any = bands.num_nan + bands.num_inf if name == Metric.TRAIN_LOSS else bands.high > 0
+        if has_any.any():  # else there is nothing that the log would have to be read for
+            steps, values, _ = run.scalars(name)
+            odd.update(steps[values > 0 if name != Metric.TRAIN_LOSS else ~np.isfinite(values)].tolist())
+    return len(odd)

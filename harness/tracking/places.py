@@ -9,12 +9,12 @@ from pathlib import Path
 
 from harness.errors import TrackingError
 from harness.files import read_file
+from harness.runlog.paths import checkpoints_dir, wandb_id_file
+from harness.runlog.preview import open_digest
+from harness.runlog.reader import is_run
 from harness.tracking.boundary import words_of
 from harness.tracking.experiment import ExperimentConfig
-from harness.tracking.log import log_dir
 from harness.tracking.names import folder_name
-from harness.tracking.reader import is_run
-from harness.tracking.sample import open_digest
 
 __all__ = ["RunPlace", "checkpoints_of", "find_place", "place_of"]
 
@@ -96,7 +96,7 @@ def checkpoints_of(run_dir: Path) -> Path:
     An `ExperimentTracker` keeps them in `model_save_dir`, beside the folder of runs unless it was set. A run
     that was moved or copied together with that folder is found there.
     """
-    own = run_dir / "checkpoints"
+    own = checkpoints_dir(run_dir)
     if own.is_dir() or not is_run(run_dir):
         return own
     info = open_digest(run_dir).info
@@ -123,7 +123,7 @@ def _logged_last(run_dir: Path, experiment: str) -> float | None:
 
 
 def _wandb_id(run_dir: Path) -> str | None:
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
+    kept = wandb_id_file(run_dir)
     try:
         return read_file(kept, most_bytes=LONGEST_ID_BYTES).decode(errors="replace")
     except OSError:

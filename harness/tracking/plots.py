@@ -1,44 +1,46 @@
-"""Pictures of a run: one page that shows whether it was healthy.
+"""The picture of a run: one page that shows whether it was healthy, in bounded memory however long the run.
 
-Drawn on `Figure` objects with their own canvas: no display, no global state of pyplot, safe in any thread.
+    plot_run("runs/quickstart", "runs/quickstart/curves.png")
+
+Drawn on a `Figure` with its own canvas: no display, no global state of pyplot, safe in any thread.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.tracking.reader import Run, open_run
+from harness.runlog.digest import Bands, Digest
+from harness.runlog.names import EventName, Metric
+from harness.runlog.preview import open_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "FAINT", "INK", "draw_run", "dress", "plot_run", "thinned"]
+__all__ = ["draw_run", "plot_run"]
 
 INK = "#1f2430"
 FAINT = "#8a91a0"
 GRID = "#e6e8ee"
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3566d6", "#e07b29", "#2c9a68", "#cf3a3a", "#7b52c4"
-COLOURS = (BLUE, ORANGE, GREEN, RED, VIOLET)
 EVENT_COLOURS = {
-    "incident": RED,
-    "fault": ORANGE,
-    "rollback": VIOLET,
-    "resume": GREEN,
-    "stop": INK,
-    "alert": ORANGE,
-    "outlier": FAINT,
+    EventName.INCIDENT: RED,
+    EventName.FAULT: ORANGE,
+    EventName.ROLLBACK: VIOLET,
+    EventName.RESUME: GREEN,
+    EventName.STOP: INK,
+    EventName.ALERT: ORANGE,
+    EventName.OUTLIER: FAINT,
 }
 """Events that are marked in the picture; checkpoints are too many to be."""
-MAX_POINTS = 4000
-"""More points than pixels are thinned, extremes kept."""
+MAX_POINTS = 2000
+"""More points than pixels are reduced to bands, extremes kept."""
 RAW_POINTS = 400
 """A curve of more points is drawn faintly, with its running median over it."""
 
@@ -49,19 +51,19 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
     Raises:
         TrackingError: there is no run in `run_dir`.
     """
-    figure = draw_run(open_run(run_dir))
+    figure = draw_run(open_whole(run_dir))
     figure.savefig(path, dpi=150)
     return Path(path)
 
 
-def draw_run(run: Run) -> Figure:
+def draw_run(run: Digest) -> Figure:
     """Loss, gradient norm and non-finite gradients over the steps, with the events; accuracy and learning
     rate where they were logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = [panel for panel in _PANELS if panel.always or len(run.scalars(panel.metric).steps)]
+    panels = [panel for panel in _PANELS if panel.always or len(_bands(run, panel.metric).steps)]
     heights = [panel.height for panel in panels]
     figure = Figure(figsize=(11, 0.9 + 1.04 * sum(heights)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -71,7 +73,7 @@ def draw_run(run: Run) -> Figure:
         panel.draw(axis, run)
     marked = _mark_events(axes, run)
     for axis in axes:
-        dress(axis)
+        _dress(axis)
     axes[-1].set_xlabel("step", color=FAINT)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
@@ -79,46 +81,41 @@ def draw_run(run: Run) -> Figure:
     return figure
 
 
-def _draw_loss(axis: Axes, run: Run) -> None:
-    train = _curve(axis, run, "train/loss", "training", BLUE)
-    val = run.scalars("val/loss")
-    if len(val.steps):
-        axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
-    _limit_to_bulk(axis, train, val.values)
+def _draw_loss(axis: Axes, run: Digest) -> None:
+    curves = [_curve(axis, run, Metric.TRAIN_LOSS, "training", BLUE), _held_out(axis, run, Metric.VAL_LOSS)]
+    _limit_to_bulk(axis, curves)
 
 
-def _draw_grad_norm(axis: Axes, run: Run) -> None:
+def _draw_grad_norm(axis: Axes, run: Digest) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    before = _curve(axis, run, "train/grad_norm", "before clipping", VIOLET)
-    after = _curve(axis, run, "train/grad_norm_clipped", "after clipping", GREEN)
-    shown = np.concatenate([before, after])
-    if np.any(shown[np.isfinite(shown)] > 0):
+    before = _curve(axis, run, Metric.GRAD_NORM, "before clipping", VIOLET)
+    after = _curve(axis, run, Metric.GRAD_NORM_CLIPPED, "after clipping", GREEN)
+    if any((bands.high > 0).any() for bands in (before, after)):
         axis.set_yscale("log", nonpositive="mask")  # the norm over no finite element is 0
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_lr(axis: Axes, run: Run) -> None:
-    lr = run.scalars("train/lr")
-    axis.plot(lr.steps, lr.values, color=BLUE, linewidth=1.6)
+def _draw_lr(axis: Axes, run: Digest) -> None:
+    lr = _bands(run, Metric.LR)
+    axis.plot(lr.steps, lr.mean, color=BLUE, linewidth=1.6)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
 
 
-def _draw_nonfinite(axis: Axes, run: Run) -> None:
+def _draw_nonfinite(axis: Axes, run: Digest) -> None:
     worst = 0.0
     for name, label, colour, marker in (
-        ("guard/num_nan", "NaN", RED, "o"),
-        ("guard/num_inf", "Inf", ORANGE, "D"),
+        (Metric.NUM_NAN, "NaN", RED, "o"),
+        (Metric.NUM_INF, "Inf", ORANGE, "D"),
     ):
-        counts = run.scalars(name)
-        struck = counts.values > 0
-        axis.vlines(counts.steps[struck], 0, counts.values[struck], color=colour, linewidth=1.2)
-        axis.plot(
-            counts.steps[struck], counts.values[struck], marker, color=colour, label=label, markersize=4
-        )
-        worst = max(worst, float(np.max(counts.values, initial=0.0)))
+        counts = _bands(run, name)
+        struck = counts.high > 0
+        steps, most = counts.steps[struck], counts.high[struck]
+        axis.vlines(steps, 0, most, color=colour, linewidth=1.2)
+        axis.plot(steps, most, marker, color=colour, label=label, markersize=4)
+        worst = max(worst, float(np.max(most, initial=0.0)))
     if worst:
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(0, 10 * worst)
@@ -128,63 +125,59 @@ def _draw_nonfinite(axis: Axes, run: Run) -> None:
         axis.text(0.5, 0.5, "none", color=FAINT, ha="center", va="center", transform=axis.transAxes)
 
 
-def _draw_accuracy(axis: Axes, run: Run) -> None:
-    _curve(axis, run, "train/accuracy", "training", BLUE)
-    val = run.scalars("val/accuracy")
-    if len(val.steps):
-        axis.plot(val.steps, val.values, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6)
+def _draw_accuracy(axis: Axes, run: Digest) -> None:
+    _curve(axis, run, Metric.TRAIN_ACCURACY, "training", BLUE)
+    _held_out(axis, run, Metric.VAL_ACCURACY)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
     label: str
     metric: str
-    draw: Callable[[Axes, Run], None]
+    draw: Callable[[Axes, Digest], None]
     height: float
     always: bool = True
 
 
 _PANELS = (
-    _Panel("loss", "train/loss", _draw_loss, 3.0),
-    _Panel("accuracy", "train/accuracy", _draw_accuracy, 1.8, always=False),
-    _Panel("gradient norm", "train/grad_norm", _draw_grad_norm, 2.2),
-    _Panel("learning rate", "train/lr", _draw_lr, 1.2, always=False),
-    _Panel("non-finite", "guard/num_nan", _draw_nonfinite, 1.2),
+    _Panel("loss", Metric.TRAIN_LOSS, _draw_loss, 3.0),
+    _Panel("accuracy", Metric.TRAIN_ACCURACY, _draw_accuracy, 1.8, always=False),
+    _Panel("gradient norm", Metric.GRAD_NORM, _draw_grad_norm, 2.2),
+    _Panel("learning rate", Metric.LR, _draw_lr, 1.2, always=False),
+    _Panel("non-finite", Metric.NUM_NAN, _draw_nonfinite, 1.2),
 )
 
 
-def _curve(axis: Axes, run: Run, name: str, label: str, colour: str) -> npt.NDArray[np.float64]:
-    """The metric, thinned, with a running median where it is long; returns its values."""
-    series = run.scalars(name)
-    steps, values = thinned(series.steps, series.values)
-    is_long = len(values) > RAW_POINTS
+def _bands(run: Digest, name: str) -> Bands:
+    return run.bands(name, max_points=MAX_POINTS)
+
+
+def _curve(axis: Axes, run: Digest, name: str, label: str, colour: str) -> Bands:
+    """The metric as a band with its mean, and with a running median where it is long; returns the band."""
+    bands = _bands(run, name)
+    is_long = len(bands.steps) > RAW_POINTS
+    axis.fill_between(bands.steps, bands.low, bands.high, color=colour, alpha=0.2, linewidth=0)
     axis.plot(
-        steps,
-        values,
+        bands.steps,
+        bands.mean,
         color=colour,
         alpha=0.3 if is_long else 1.0,
         linewidth=0.8 if is_long else 1.4,
         label=None if is_long else label,
     )
     if is_long:
-        axis.plot(steps, _running_median(values, len(values) // 60), color=colour, linewidth=1.6, label=label)
-    return series.values
+        median = _running_median(bands.mean, len(bands.mean) // 60)
+        axis.plot(bands.steps, median, color=colour, linewidth=1.6, label=label)
+    return bands
 
 
-def thinned(
-    steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """As few points as a picture can show: of each share the smallest and the largest, so that no spike is
-    lost."""
-    if len(values) <= MAX_POINTS:
-        return steps, values
-    edges = np.linspace(0, len(values), MAX_POINTS // 2 + 1).astype(int)
-    finite_low = np.where(np.isnan(values), np.inf, values)
-    finite_high = np.where(np.isnan(values), -np.inf, values)
-    low = [a + int(np.argmin(finite_low[a:b])) for a, b in itertools.pairwise(edges)]
-    high = [a + int(np.argmax(finite_high[a:b])) for a, b in itertools.pairwise(edges)]
-    kept = np.unique([*low, *high])
-    return steps[kept], values[kept]
+def _held_out(axis: Axes, run: Digest, name: str) -> Bands:
+    bands = _bands(run, name)
+    if len(bands.steps):
+        axis.plot(
+            bands.steps, bands.mean, "o-", color=ORANGE, label="held out", markersize=3.5, linewidth=1.6
+        )
+    return bands
 
 
 def _running_median(values: npt.NDArray[np.float64], half_width: int) -> npt.NDArray[np.float64]:
@@ -196,18 +189,20 @@ def _running_median(values: npt.NDArray[np.float64], half_width: int) -> npt.NDA
     return np.where(counts > 0, middle, np.nan)
 
 
-def _limit_to_bulk(axis: Axes, *curves: npt.NDArray[np.float64]) -> None:
+def _limit_to_bulk(axis: Axes, curves: Sequence[Bands]) -> None:
     """Keeps one monstrous value from flattening everything else; it leaves the picture at the top."""
-    values = np.concatenate(curves)
-    values = values[np.isfinite(values)]
-    if not len(values):
+    means, lows, highs = (
+        np.concatenate([getattr(bands, which) for bands in curves]) for which in ("mean", "low", "high")
+    )
+    if not np.isfinite(means).any():
         return
-    low, usual = values.min(), np.quantile(values, 0.99)
-    if values.max() > usual + 3 * (usual - low):
-        axis.set_ylim(low - 0.05 * (usual - low), usual + 0.5 * (usual - low))
+    low, usual = np.nanmin(lows), np.nanquantile(means, 0.99)
+    height = (usual - low) or 0.1 * abs(low) or 1.0  # a curve that is flat but for one value has none
+    if np.nanmax(highs) > usual + 3 * height:
+        axis.set_ylim(low - 0.05 * height, usual + 0.5 * height)
 
 
-def _mark_events(axes: npt.NDArray[np.object_], run: Run) -> list[str]:
+def _mark_events(axes: npt.NDArray[np.object_], run: Digest) -> list[str]:
     """Lines at the events' steps, one where several fall together; returns the kinds that are shown."""
     events = [e for e in run.events() if e.step is not None and e.name in EVENT_COLOURS]
     name_at: dict[int | None, str] = {}
@@ -221,8 +216,8 @@ def _mark_events(axes: npt.NDArray[np.object_], run: Run) -> list[str]:
     return [name for name in EVENT_COLOURS if name in name_at.values()]
 
 
-def dress(axis: Axes) -> None:
-    """The look that all pictures share."""
+def _dress(axis: Axes) -> None:
+    """The look that all panels share."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(FAINT)
     axis.grid(True, color=GRID, linewidth=0.8)
@@ -234,7 +229,7 @@ def dress(axis: Axes) -> None:
         axis.legend(frameon=False, fontsize=9, loc="best", ncols=3, labelcolor=INK)
 
 
-def _title(figure: Figure, run: Run, marked: list[str]) -> None:
+def _title(figure: Figure, run: Digest, marked: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     figure.suptitle(_headline(run), color=INK, fontsize=12, x=0.012, ha="left", parse_math=False)
@@ -249,12 +244,12 @@ def _title(figure: Figure, run: Run, marked: list[str]) -> None:
         figure.legend(handles=handles, loc="upper right", frameon=False, fontsize=9, ncols=6, labelcolor=INK)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: Digest) -> str:
     name = run.path.resolve().name
     parts = [name if len(name) <= 40 else name[:39] + "…", run.state()]
     if run.last_step is not None:
         parts.append(f"{run.last_step + 1} steps")
-    for metric, label in (("train/loss", "loss"), ("val/loss", "held out")):
+    for metric, label in ((Metric.TRAIN_LOSS, "loss"), (Metric.VAL_LOSS, "held out")):
         value = run.last(metric)
         if value is not None:
             parts.append(f"{label} {value:.4f}")

@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 
-from harness.tracking.nodes import NodeLog
+from harness.runlog.names import Prefix
+from harness.runlog.nodes import NodeLog
 
 __all__ = ["Sampler", "sample_forever"]
 
@@ -86,7 +87,7 @@ def sample_forever(
     sampler: Sampler, node_log: NodeLog, *, node: str, every_s: float, ended: threading.Event
 ) -> None:
     """Writes a `system` record every `every_s` seconds until `ended` is set."""
-    prefix = f"system/{node}/" if node else "system/"
+    prefix = f"{Prefix.SYSTEM}{node}/" if node else Prefix.SYSTEM
     while not ended.wait(every_s):
         node_log.write("system", {prefix + name: value for name, value in sampler.sample().items()})
 

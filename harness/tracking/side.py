@@ -1,15 +1,16 @@
 """The side process: follows a run's log into its mirrors, outlives the trainer, and then ends by itself.
 
 It is started by `mirrors.start_mirrors`, reads `close` from its standard input, and otherwise looks every
-second whether the trainer still lives. `mirrors.complete_mirrors` starts it for a run that has ended. One
-thread per mirror: a mirror that hangs holds up no other. It imports no torch.
+second whether the trainer still lives. `mirrors.complete_mirrors` starts it for a run that has ended,
+`mirrors.start_sampler` on other nodes, where there are no mirrors. One thread per mirror: a mirror that hangs
+holds up no other. It imports no torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
-import functools
 import logging
 import os
 import signal
@@ -17,25 +18,26 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import psutil
 
+from harness.atomic import replacing
 from harness.priority import pass_on_to, stop_yielding
+from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import log_dir, picture_file, side_output_file
+from harness.runlog.process import lives
+from harness.runlog.segments import segments
 from harness.tracking.alerts import AlertMirror
-from harness.tracking.log import log_dir
-from harness.tracking.mirror import Mirror, MirrorFollower
-from harness.tracking.nodes import NodeLog
-from harness.tracking.process import lives
+from harness.tracking.mirror import Mirror, MirroredRun, MirrorFollower
+from harness.tracking.registry import load, mirrors_of
 from harness.tracking.resources import Sampler, sample_forever
-from harness.tracking.segments import segments
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.tracking.settings import MirrorSettings
 
-__all__ = ["complete", "main"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,36 +51,78 @@ SYNC_EVERY_S = 30.0
 WATCH_S = 1.0
 
 
-def main(run_dir: str, settings_json: str, trainer_pid: int, trainer_start: float, messages_fd: int) -> None:
-    """Runs until the trainer is gone or said `close`, and all mirrors are complete or stuck."""
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    _settle_in(path, messages_fd)
+def main(arguments: Sequence[str]) -> None:
+    """The side process; see `mirrors` for what it is told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=["follow", "sample", "complete"])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--settings", type=MirrorSettings.from_json, required=True)
+    parser.add_argument("--messages", type=int, required=True, help="descriptor of a pipe to the trainer")
+    parser.add_argument("--path", default="", help="where else a user's mirrors are found")
+    parser.add_argument("--trainer", type=int, help="its process")
+    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the epoch")
+    parser.add_argument("--node", default="", help="with `sample`: stands in the names of the samples")
+    parser.add_argument("--rebuild", action="store_true", help="with `complete`")
+    parser.add_argument("--timeout", type=float, help="with `complete`: seconds for each mirror")
+    options = parser.parse_args(arguments)
+    sys.path += options.path.split(os.pathsep) if options.path else []
+    outcome_fd = os.dup(1)
+    _settle_in(options.run, options.messages)
+    if options.task == "complete":
+        troubles = _complete(options.run, options.settings, options.rebuild, options.timeout)
+        os.write(outcome_fd, orjson.dumps(troubles))
+    else:
+        task = _follow if options.task == "follow" else _sample
+        task(options.run, options.settings, _Trainer(options.trainer, options.trainer_start), options.node)
+    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+
+
+class _Trainer(NamedTuple):
+    """The process that this one was started for."""
+
+    pid: int
+    start: float
+
+    def wait(self, ended: threading.Event) -> None:
+        """Waits until it is gone or said `close`; sets `ended` then."""
+        threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
+        while not ended.wait(WATCH_S):
+            if not lives(self.pid, self.start):
+                ended.set()
+
+
+def _follow(path: Path, settings: MirrorSettings, trainer: _Trainer, node: str) -> None:
+    """Keeps the mirrors until the trainer has ended and all are complete or stuck."""
     ended, alerts_done = threading.Event(), threading.Event()
     node_log = NodeLog(path)
     alerts = _alerts_follower(path, settings, node_log, ended=ended)
     mirrors = _followers_for(path, settings, ended=alerts_done)
     for follower in (alerts, *mirrors):
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
-    _watch_node(path, settings, node_log, trainer_pid, ended)
-    threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
-    while not ended.wait(WATCH_S):
-        if not lives(trainer_pid, trainer_start):
-            ended.set()
+    _watch_node(path, settings, node_log, node, trainer.pid, ended)
+    threading.Thread(target=_sync_forever, args=(log_dir(path), ended), daemon=True).start()
+    trainer.wait(ended)
     _hurry()
     alerts.done.wait(ALERTS_S)
     alerts_done.set()  # now the mirrors can see the last alert too
-    _wait_for((alerts, *mirrors), run_dir)
-    os._exit(0)  # a hanging mirror's thread, or its library's, would keep the interpreter alive
+    if settings.picture:
+        _draw_picture(path)
+    _wait_for((alerts, *mirrors), path)
 
 
-def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, messages_fd: int) -> None:
-    """Brings the mirrors up to the end of a log that has ended, and ends.
+def _sample(path: Path, settings: MirrorSettings, trainer: _Trainer, node: str) -> None:
+    """Samples a node on which rank 0 is not, until its process there has ended."""
+    ended = threading.Event()
+    _watch_node(path, settings, NodeLog(path), node, trainer.pid, ended)
+    trainer.wait(ended)
 
-    Prints for each mirror null, or what keeps it from being complete after `timeout_s`; as JSON.
+
+def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: float) -> dict[str, str | None]:
+    """Brings the mirrors up to the end of a log that has ended.
+
+    Returns:
+        For each mirror None, or what keeps it from being complete after `timeout_s`.
     """
-    path, settings = Path(run_dir), MirrorSettings.from_json(settings_json)
-    outcome_fd = os.dup(1)
-    _settle_in(path, messages_fd)
     ended = threading.Event()
     ended.set()
     followers = _followers_for(path, settings, ended=ended)
@@ -87,19 +131,30 @@ def complete(run_dir: str, settings_json: str, rebuild: bool, timeout_s: float, 
             follower.forget()
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
     deadline = time.monotonic() + timeout_s
-    troubles = {follower.name: _trouble(follower, deadline) for follower in followers}
-    if any(troubles.values()):
+    troubles = {follower.name: _trouble(follower, deadline, timeout_s) for follower in followers}
+    if not all(follower.done.is_set() for follower in followers):
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
-    os.write(outcome_fd, orjson.dumps(troubles))
-    os._exit(0)
+    return troubles
 
 
-def _trouble(follower: MirrorFollower, deadline: float) -> str | None:
-    if follower.done.wait(max(0.0, deadline - time.monotonic())):
-        return None
-    return follower.trouble or ("it hangs" if follower.has_turn else "another process keeps it")
+def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str | None:
+    follower.done.wait(max(0.0, deadline - time.monotonic()))
+    if follower.done.is_set() or follower.trouble is not None:
+        return follower.trouble
+    return f"after {timeout_s:.0f} s " + ("it hangs" if follower.has_turn else "another process keeps it")
+
+
+def _draw_picture(run_dir: Path) -> None:
+    """Leaves `curves.png` in the run directory: whole, or the one before."""
+    from harness.tracking.plots import plot_run
+
+    try:
+        with replacing(picture_file(run_dir)) as unfinished:
+            plot_run(run_dir, unfinished)
+    except Exception as error:  # noqa: BLE001  (the mirrors are worth more)
+        logger.warning("%s cannot be drawn: %s: %s", picture_file(run_dir), type(error).__name__, error)
 
 
 def _hurry() -> None:
@@ -109,7 +164,7 @@ def _hurry() -> None:
         pass_on_to(child.pid)
 
 
-def _wait_for(followers: Sequence[MirrorFollower], run_dir: str) -> None:
+def _wait_for(followers: Sequence[MirrorFollower], run_dir: Path) -> None:
     ended_at = time.monotonic()
     for follower in followers:
         while not follower.done.wait(WATCH_S):
@@ -122,14 +177,13 @@ def _followers_for(
     run_dir: Path, settings: MirrorSettings, *, ended: threading.Event
 ) -> list[MirrorFollower]:
     """One follower for each mirror that the settings ask for."""
-    followers = []
-    if settings.tensorboard:
-        open_tensorboard = functools.partial(_open_tensorboard, run_dir, settings)
-        followers.append(MirrorFollower(run_dir, "tensorboard", open_tensorboard, ended=ended))
-    if settings.wandb != "off":
-        open_wandb = functools.partial(_open_wandb, run_dir, settings)
-        followers.append(MirrorFollower(run_dir, "wandb", open_wandb, ended=ended))
-    return followers
+    run = MirroredRun(run_dir, settings)
+
+    def follower(name: str) -> MirrorFollower:
+        # Loaded in the mirror's own thread: a library that cannot be imported is tried again too.
+        return MirrorFollower(run_dir, name, lambda state: load(name)(run, state), ended=ended)
+
+    return [follower(name) for name in mirrors_of(settings)]
 
 
 def _alerts_follower(
@@ -142,52 +196,35 @@ def _alerts_follower(
 
 
 def _watch_node(
-    run_dir: Path, settings: MirrorSettings, node_log: NodeLog, trainer_pid: int, ended: threading.Event
+    run_dir: Path,
+    settings: MirrorSettings,
+    node_log: NodeLog,
+    node: str,
+    trainer_pid: int,
+    ended: threading.Event,
 ) -> None:
-    """Samples the node, and forces the log onto the disk now and then on the trainer's behalf."""
+    """Samples this node; `node` stands in the names of its samples, empty on that of rank 0."""
     if settings.system_every_s > 0:
         sampler = Sampler(run_dir, pid=trainer_pid)
-        keywords = {"node": settings.node, "every_s": settings.system_every_s, "ended": ended}
+        keywords = {"node": node, "every_s": settings.system_every_s, "ended": ended}
         threading.Thread(
             target=sample_forever, args=(sampler, node_log), kwargs=keywords, daemon=True
         ).start()
-    threading.Thread(target=_sync_forever, args=(log_dir(run_dir), ended), daemon=True).start()
 
 
 def _sync_forever(folder: Path, ended: threading.Event) -> None:
+    """Forces the log onto the disk now and then, on the trainer's behalf."""
     while not ended.wait(SYNC_EVERY_S):
         for path in segments(folder)[-1:]:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
-def _open_tensorboard(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
-    from harness.tracking.tensorboard import TensorBoardMirror
-
-    return TensorBoardMirror(tensorboard_dir(run_dir, settings), run_dir=run_dir, state=state)
-
-
-def _open_wandb(run_dir: Path, settings: MirrorSettings, state: Mapping[str, Any]) -> Mirror:
-    from harness.tracking.wandb import WandbMirror
-
-    return WandbMirror(settings, run_dir=run_dir, run_id=_run_id(run_dir, settings), state=state)
-
-
-def _run_id(run_dir: Path, settings: MirrorSettings) -> str:
-    """The same for every attempt and every later `harness sync`."""
-    kept = log_dir(run_dir) / "mirrors" / "wandb-run-id"
-    if settings.run_id is not None:
-        return settings.run_id
-    if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:12])
-    return kept.read_text()
-
-
 def _settle_in(run_dir: Path, messages_fd: int) -> None:
     """Leaves the trainer's terminal alone, and sends messages for people back to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the trainer may still write its last words after these
-    output = os.open(log_dir(run_dir) / "side.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    output = os.open(side_output_file(run_dir), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     harness = logging.getLogger("harness")
@@ -196,6 +233,7 @@ def _settle_in(run_dir: Path, messages_fd: int) -> None:
     local.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s %(message)s"))
     harness.addHandler(local)
     os.set_blocking(messages_fd, False)
+    os.set_inheritable(messages_fd, False)
     harness.addHandler(_Messenger(messages_fd))
     threading.excepthook = lambda arguments: traceback.print_exception(arguments.exc_value)
 

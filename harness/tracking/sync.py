@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from harness.errors import TrackingError
-from harness.tracking.log import log_dir
+from harness.runlog.reader import open_run
 from harness.tracking.mirrors import complete_mirrors
-from harness.tracking.reader import open_run
+from harness.tracking.registry import only
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["sync_run"]
@@ -25,6 +24,7 @@ def sync_run(
     *,
     rebuild: bool = False,
     timeout_s: float = TIMEOUT_S,
+    mirrors: Sequence[str] = (),
     **changes: Any,
 ) -> list[str]:
     """Brings the mirrors that the settings name up to the log's end. Idempotent.
@@ -35,6 +35,7 @@ def sync_run(
         rebuild: Begins again from the log's first record. W&B rows of a run that was offline are sent to
             the same run under the same numbers, so that none is there twice.
         timeout_s: How long a mirror may take, or be in another process's hands.
+        mirrors: Only these, by name, whether the run had them or not; default: what the settings name.
         **changes: Fields of `MirrorSettings`, such as `wandb="online"`.
 
     Returns:
@@ -49,23 +50,14 @@ def sync_run(
             f"{run_dir} is still running", rule="a running trainer's side process keeps the mirrors"
         )
     settings = dataclasses.replace(settings or MirrorSettings.kept(Path(run_dir)), **changes)
+    if mirrors:
+        settings = only(settings, mirrors)
     outcome = complete_mirrors(Path(run_dir).resolve(), settings, rebuild=rebuild, timeout_s=timeout_s)
     for name, trouble in outcome.items():
         if trouble is not None:
             raise TrackingError(
-                f"{name} of {run_dir} is not complete after {timeout_s:.0f} s",
+                f"{name} of {run_dir} is not complete",
                 rule=trouble,
                 remedy="try again later; nothing is lost",
             )
-    if settings.wandb == "online" and _is_kept_offline(Path(run_dir)):
-        raise TrackingError(
-            f"Weights & Biases is not reachable: {run_dir} is still kept offline",
-            rule="an upload needs an account and a network",
-            remedy="`wandb login`, then try again",
-        )
     return list(outcome)
-
-
-def _is_kept_offline(run_dir: Path) -> bool:
-    state = orjson.loads((log_dir(run_dir) / "mirrors" / "wandb.json").read_bytes())
-    return bool(state["mirror"].get("mode") == "offline")

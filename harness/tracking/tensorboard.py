@@ -22,10 +22,11 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-from harness.tracking.codec import Record
-from harness.tracking.log import log_dir, media_bytes
-from harness.tracking.mirror import StartAgain, scalars_of, shown_name
-from harness.tracking.segments import Follower
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir, media_bytes
+from harness.runlog.scalars import scalars_of
+from harness.runlog.segments import Follower
+from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
 
 __all__ = ["TensorBoardMirror", "trace_graph"]
 
@@ -36,22 +37,17 @@ _IS_RESERVED = re.compile(r"run|hparams|end|events/.*", re.DOTALL)
 _KINDS = {**dict.fromkeys(_OWN_KINDS | {"text"}, "text"), "image": "image", "histogram": "histogram"}
 
 
-class TensorBoardMirror:
-    """Shows the log in `folder`: scalars, events and texts, images, histograms, the model's graph.
-
-    Args:
-        folder: What `tensorboard --logdir` is given, or a folder in it.
-        run_dir: Where files that records refer to are found.
-        state: What the last `commit` returned; empty starts anew.
+class TensorBoardMirror(Mirror):
+    """Shows the log in one event file: scalars, events and texts, images, histograms, the model's graph.
 
     Raises:
         StartAgain: the event file is shorter than it was at the last commit, or gone.
     """
 
-    def __init__(self, folder: Path, *, run_dir: Path, state: Mapping[str, Any]) -> None:
+    def __init__(self, run: MirroredRun, state: Mapping[str, Any]) -> None:
+        self._run_dir = run.directory
+        self._folder = folder = run.tensorboard_dir
         folder.mkdir(parents=True, exist_ok=True)
-        self._run_dir = run_dir
-        self._folder = folder
         self._waiting: list[bytes] = []
         if state and not _is_sound(state):
             raise StartAgain
@@ -100,12 +96,6 @@ class TensorBoardMirror:
         self._waiting = []
         state = {"file": self._path.name, "size": self._size, "step": self._step}
         return {**state, "kinds": self._kinds, "newest": self._newest, "cut": self._cut}
-
-    def idle(self) -> None:
-        """Nothing is watched here."""
-
-    def abandon(self) -> None:
-        """Nothing is held open between commits."""
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
         if self._cut:

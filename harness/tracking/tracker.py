@@ -10,20 +10,18 @@ with tracking is said and never raised into the training loop.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import logging
 import math
-import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from harness.env import launched
 from harness.errors import ConfigError
+from harness.runlog.names import Prefix
+from harness.runlog.paths import picture_file
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
 from harness.tracking.checkpointing import Checkpoints, CheckpointStore, Training
@@ -32,7 +30,9 @@ from harness.tracking.lenient import plain_values, text_of
 from harness.tracking.metrics_queue import MetricsQueue
 from harness.tracking.numbers import LAST_STEP, numbers_of, step_numbers, whole_step
 from harness.tracking.output import Output
-from harness.tracking.reader import Run
+from harness.tracking.recorder import tensors_of
+from harness.tracking.tracker_lifetime import Lifetime
+from harness.tracking.tracker_views import Views
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,16 +47,9 @@ def _nothing(tracker: object) -> None:
     return None
 
 
-def _no_usage(tracker: object) -> dict[str, float]:
-    return {}
-
-
-def _no_path(tracker: object) -> Path | str | None:
-    return None
-
-
-class ExperimentTracker:
-    """Logs an experiment.
+class ExperimentTracker(Lifetime, Views):
+    """Logs an experiment: the interface for a loop of your own. (`harness train` has a `Journal`; what both
+    say goes through a `Recorder`, under the same names.)
 
     No method raises but `load_checkpoint`, whose answer training cannot do without. What
     cannot be logged is said once of each kind. A copy of a tracker in another process, forked or pickled,
@@ -93,17 +86,9 @@ class ExperimentTracker:
         self._checkpoints = Checkpoints(checkpoints, self._output)
         self._step = self._output.first_step
         self._began = time.time()
-        # Weak, so that being registered does not keep a forgotten tracker alive.
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
-        if self.is_main:
-            atexit.register(self._at_exit)
-            if self.config.notes:
-                self.log_text("notes", self.config.notes)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's directory; its log and pictures lie there."""
-        return self._output.place.run_dir
+        self._close_at_exit()
+        if self.is_main and self.config.notes:
+            self.log_text("notes", self.config.notes)
 
     @property
     def step(self) -> int:
@@ -139,7 +124,9 @@ class ExperimentTracker:
         """Logs metrics of a whole epoch, at the step that was logged last."""
         if self._output.takes(self.config.log_metrics):
             numbers, refused = numbers_of(metrics)
-            named = {name if "/" in name else f"epoch/{name}": value for name, value in numbers.items()}
+            named = {
+                name if "/" in name else f"{Prefix.EPOCH}{name}": value for name, value in numbers.items()
+            }
             number, refused_epoch = numbers_of({"epoch": epoch})
             self._output.leave_out("log_epoch", {**refused, **refused_epoch})
             self._output.write("epoch", {**number, **named}, step=self._last_step)
@@ -185,10 +172,7 @@ class ExperimentTracker:
             return
         from harness.tracking.histograms import histograms
 
-        named = list(model.named_parameters())
-        tensors = {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
-        if parameters:
-            tensors |= {f"parameters/{name}": p for name, p in named}
+        tensors = tensors_of(model, parameters=parameters)
         try:
             counted = histograms(tensors)
         except Exception:  # noqa: BLE001  (one tensor cannot be counted: now they are taken one by one)
@@ -228,23 +212,6 @@ class ExperimentTracker:
         step = whole_step(step)
         self._step = step
         self._output.rewind(step)
-
-    @harmless(lambda self: self._no_picture())
-    def create_visualization(self, save_path: str | Path | None = None) -> dict[str, Any]:
-        """Draws loss, accuracy, gradient norm and non-finite values so far, and logs the picture.
-
-        Returns:
-            `figure` (matplotlib), `metrics_summary` (as `get_experiment_summary`), `path` of the file or
-            None; rank 0 writes it.
-        """
-        from harness.tracking.plots import draw_run
-
-        figure = draw_run(Run(self.run_dir))
-        path = None
-        if save_path is not None and self.is_main and self._output.is_own_process:
-            path = self._save_figure(figure, save_path)
-        self.log_images("visualization", figure)
-        return {"figure": figure, "metrics_summary": self.get_experiment_summary(), "path": path}
 
     @harmless(lambda self: False)
     def should_save(self, step: int | None = None) -> bool:
@@ -308,33 +275,6 @@ class ExperimentTracker:
         """
         return self._checkpoints.load(name, model)
 
-    @harmless(lambda self: self._no_summary())
-    def get_experiment_summary(self) -> dict[str, Any]:
-        """Name, state, number of steps, last and best values, and how often things happened."""
-        from harness.tracking.overview import summarise
-
-        return {"experiment": self.config.experiment_name, **summarise(Run(self.run_dir))}
-
-    def get_system_status(self) -> dict[str, Any]:
-        """Whether log and mirrors work, and where they are."""
-        place = self._output.place
-        return {
-            "is_main": self.is_main,
-            "logging": self._output.writes,
-            "mirrors_running": self._output.mirrors_running,
-            "tensorboard_dir": str(place.tensorboard_dir) if self.config.enable_tensorboard else None,
-            "wandb": self._output.wandb,
-            "run_dir": str(self.run_dir),
-            "step": self._step,
-            "running_s": time.time() - self._began,
-        }
-
-    @harmless(_no_usage)
-    def get_resource_usage(self) -> dict[str, float]:
-        """What this process and its node use at the moment; a few milliseconds."""
-        usage: dict[str, float] = self._sampler.sample()
-        return usage
-
     @harmless(lambda self: self.run_dir)
     def save_config(self, path: str | Path) -> Path:
         """Writes the configuration as JSON or YAML; a bare name goes to `config_save_dir`, where
@@ -352,24 +292,13 @@ class ExperimentTracker:
         """Ends the run: a last picture, the log's end, complete mirrors. Idempotent."""
         if self._output.is_closed or not self._output.is_own_process:
             return
-        atexit.unregister(self._at_exit)
+        self._forget_exit()
         try:
             self._checkpoints.close()
             if self._output.writes and self.config.log_images and self._step > 0:
-                self.create_visualization(self.run_dir / "curves.png")
+                self.create_visualization(picture_file(self.run_dir))
         finally:
             self._output.close(state)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close("finished")
-        else:
-            self.close("stopped" if issubclass(kind, KeyboardInterrupt) else "crashed")
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, in which it is silent."""
@@ -379,14 +308,7 @@ class ExperimentTracker:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_main=False)
         self.metrics_queue = MetricsQueue(self.log_training_step)
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself, as of a file: a run has one writer."""
-        return self
+        self._close_at_exit()
 
     @property
     def _complaints(self) -> Complaints:
@@ -395,12 +317,6 @@ class ExperimentTracker:
     @property
     def _last_step(self) -> int:
         return max(self._step - 1, 0)
-
-    @functools.cached_property
-    def _sampler(self) -> Any:
-        from harness.tracking.resources import Sampler
-
-        return Sampler(self.run_dir if self.is_main else Path.cwd())
 
     def _epoch_of(self, epoch: Any) -> int:
         numbers, refused = numbers_of({"epoch": epoch})
@@ -423,30 +339,7 @@ class ExperimentTracker:
 
         self._output.write("graph", {"file": trace(model, example_input, self.run_dir)})
 
-    @harmless(_no_path)
-    def _save_figure(self, figure: Any, path: str | Path) -> Path | str | None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
-
     @harmless(_nothing)
     def _save_config(self, path: Path) -> None:
         if self.is_main and self._output.is_own_process:
             self.config.save(path)
-
-    def _no_summary(self) -> dict[str, Any]:
-        from harness.tracking.overview import no_summary
-
-        return {"experiment": self.config.experiment_name, **no_summary(self.run_dir)}
-
-    def _no_picture(self) -> dict[str, Any]:
-        from matplotlib.figure import Figure
-
-        return {"figure": Figure(), "metrics_summary": self._no_summary(), "path": None}
-
-
-def _close_at_exit(tracker: weakref.ref[ExperimentTracker]) -> None:
-    """For those who forget to close: the run ended well unless an exception ended the program."""
-    live = tracker()
-    if live is not None:
-        live.close("crashed" if hasattr(sys, "last_value") else "finished")

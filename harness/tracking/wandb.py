@@ -26,10 +26,11 @@ from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from harness.priority import pass_on_to
-from harness.tracking.codec import Record
-from harness.tracking.log import media_bytes
-from harness.tracking.mirror import StartAgain, scalars_of, shown_name
-from harness.tracking.settings import MirrorSettings, tensorboard_dir
+from harness.runlog.codec import Record
+from harness.runlog.events import Alert, read_event
+from harness.runlog.paths import media_bytes, wandb_dir
+from harness.runlog.scalars import scalars_of
+from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
 
 __all__ = ["WandbMirror"]
 
@@ -38,30 +39,23 @@ logger = logging.getLogger(__name__)
 _IS_RESERVED = re.compile(r"step|attempt|time|_.*|", re.DOTALL)
 """What every row carries, what W&B keeps for itself (`_step`, `_timestamp`, `_runtime`), and no name."""
 
+_OFFLINE = (
+    "Weights & Biases is not reachable, so the run is still kept offline: `wandb login`, then try again"
+)
 INIT_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
 """How long wandb may write nothing. It writes every 15 s, or when 32 KiB are full: some forty rows, which it
 manages in this time with a thousandth of a core."""
 
 
-class WandbMirror:
-    """Shows the log as a W&B run; offline runs lie in `run_dir/wandb`.
+class WandbMirror(Mirror):
+    """Shows the log as a W&B run; offline runs lie in `wandb` in the run directory."""
 
-    Args:
-        settings: Project, group, tags and so on.
-        run_dir: The run.
-        run_id: Identifies the W&B run over restarts.
-        state: What the last `commit` returned; empty starts with the first row.
-    """
-
-    def __init__(
-        self, settings: MirrorSettings, *, run_dir: Path, run_id: str, state: Mapping[str, Any]
-    ) -> None:
-        self._settings = settings
-        self._run_dir = run_dir
+    def __init__(self, run: MirroredRun, state: Mapping[str, Any]) -> None:
+        self._mirrored = run
         self._ordinal: int = state.get("ordinal", 0)
         self._step: int = state.get("step", 0)
-        self._run, self._mode = _start(settings, run_dir, run_id)
+        self._run, self._mode = _start(run)
         self._file = _RunFile(Path(self._run.settings.sync_file))
         self._last_row = 0
         self._waiting_since: float | None = None
@@ -106,9 +100,6 @@ class WandbMirror:
             raise TimeoutError("wandb does not write its file")
         return None
 
-    def idle(self) -> None:
-        """Nothing is watched here."""
-
     def abandon(self) -> None:
         """A run that is not finished would keep its id from the next one."""
         with contextlib.suppress(Exception):
@@ -116,15 +107,19 @@ class WandbMirror:
         _tear_down()
 
     def close(self, end: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed."""
+        """Finishes the W&B run, which uploads what is left; as failed if the trainer crashed or
+        gave up."""
         state = "crashed" if end is None else end.get("state", "finished")
         self._run.summary["state"] = state
-        if self._settings.wandb_tensorboard and self._settings.tensorboard:
-            folder = tensorboard_dir(self._run_dir, self._settings)
+        settings = self._mirrored.settings
+        if settings.wandb_tensorboard and settings.tensorboard:
+            folder = self._mirrored.tensorboard_dir
             self._run.save(str(folder / "*.tfevents.*"), base_path=str(folder.parent), policy="now")
-        self._run.finish(exit_code=1 if state == "crashed" else 0)
+        self._run.finish(exit_code=1 if state in ("crashed", "unstable") else 0)
         while (written := self.commit()) is None:
             time.sleep(0.05)
+        if settings.wandb == "online" and self._mode == "offline":
+            self.kept_back = _OFFLINE
         return written
 
     def _row(self, record: Record) -> dict[str, Any]:
@@ -133,7 +128,9 @@ class WandbMirror:
         if record.kind == "text":
             return {name: str(text) for name, text in record.values.items()}
         if record.kind == "image":
-            files = {name: media_bytes(self._run_dir, image) for name, image in record.values.items()}
+            files = {
+                name: media_bytes(self._mirrored.directory, image) for name, image in record.values.items()
+            }
             return {name: wandb.Image(Image.open(io.BytesIO(data))) for name, data in files.items() if data}
         if record.kind == "histogram":
             return {
@@ -147,10 +144,9 @@ class WandbMirror:
         if record.kind == "system":
             samples = {shown_name(name, _IS_RESERVED): x for name, x in scalars_of(record).items()}
             self._run.log(samples, step=self._ordinal + 1, commit=False)
-        elif record.values.get("name") == "alert":
-            level = {"info": "INFO", "error": "ERROR"}.get(str(record.values.get("level")), "WARN")
-            title = f"alert: {record.values.get('rule')}"
-            self._run.alert(title=title, text=str(record.values.get("message")), level=level)
+        elif isinstance(alert := read_event(record.values), Alert):
+            level = {"info": "INFO", "error": "ERROR"}.get(str(alert.level), "WARN")
+            self._run.alert(title=f"alert: {alert.rule}", text=str(alert.message), level=level)
 
 
 class _RunFile:
@@ -204,11 +200,11 @@ class _RunFile:
                 self._last_row = max(self._last_row, record.history.step.num)
 
 
-def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.Run, str]:
+def _start(mirrored: MirroredRun) -> tuple[wandb.Run, str]:
     """Starts the run online if that is asked for and possible, else offline; says which."""
-    if settings.wandb == "online":
+    if mirrored.settings.wandb == "online":
         try:
-            run = _init(settings, run_dir, run_id, None)  # WANDB_MODE may still say otherwise
+            run = _init(mirrored, None)  # WANDB_MODE may still say otherwise
             return run, "offline" if run.offline else "online"
         except WandbError as error:
             reason = str(error).split("\n")[0]
@@ -216,30 +212,29 @@ def _start(settings: MirrorSettings, run_dir: Path, run_id: str) -> tuple[wandb.
                 "Weights & Biases is not reachable (%s): the run is kept offline in %s; "
                 "`wandb login`, then `harness sync` uploads it",
                 reason,
-                run_dir / "wandb",
+                wandb_dir(mirrored.directory),
             )
-    return _init(settings, run_dir, run_id, "offline"), "offline"
+    return _init(mirrored, "offline"), "offline"
 
 
-def _init(settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None) -> wandb.Run:
-    with _within(settings.wandb_start_s):
-        run = _begun(settings, run_dir, run_id, mode)
+def _init(mirrored: MirroredRun, mode: Literal["offline"] | None) -> wandb.Run:
+    with _within(mirrored.settings.wandb_start_s):
+        run = _begun(mirrored, mode)
     for child in psutil.Process().children():  # wandb's own process, which begins a session
         pass_on_to(child.pid)
     return run
 
 
-def _begun(
-    settings: MirrorSettings, run_dir: Path, run_id: str, mode: Literal["offline"] | None
-) -> wandb.Run:
+def _begun(mirrored: MirroredRun, mode: Literal["offline"] | None) -> wandb.Run:
+    settings = mirrored.settings
     return wandb.init(
         project=_cleaned(settings.project, r"[/\\#?%:\x00-\x1f]", 128) or "harness",
-        name=_cleaned(settings.name or run_dir.resolve().name, r"[\x00-\x1f]", 128),
-        id=run_id,
+        name=_cleaned(mirrored.name, r"[\x00-\x1f]", 128),
+        id=mirrored.id,
         group=_cleaned(settings.group or "", r"[\x00-\x1f]", 128) or None,
         tags=[tag for tag in (_cleaned(tag, r"[\x00-\x1f]", 64) for tag in settings.tags) if tag],
         notes=settings.notes or None,
-        dir=str(run_dir),
+        dir=str(mirrored.directory),
         mode=mode,
         resume="allow",
         reinit="create_new",

@@ -10,22 +10,23 @@ from typing import TextIO
 
 import numpy as np
 
-from harness.tracking.reader import Run, open_run
+from harness.runlog.names import EventName, Metric, Prefix
+from harness.runlog.reader import Run, open_run
 from harness.tracking.text import age, number, printable, sparkline
 
 __all__ = ["frame", "watch_run"]
 
 WATCHED = (
-    ("train/loss", "loss"),
-    ("val/loss", "held out"),
-    ("train/accuracy", "accuracy"),
-    ("train/grad_norm", "gradient norm"),
-    ("train/lr", "learning rate"),
-    ("speed/tokens_per_s", "tokens/s"),
-    ("time/step_s", "step time"),
-    ("guard/skips", "skips"),
-    ("system/cpu_frac", "cpu"),
-    ("system/gpu0/util_frac", "gpu 0"),
+    (Metric.TRAIN_LOSS, "loss"),
+    (Metric.VAL_LOSS, "held out"),
+    (Metric.TRAIN_ACCURACY, "accuracy"),
+    (Metric.GRAD_NORM, "gradient norm"),
+    (Metric.LR, "learning rate"),
+    (Metric.TOKENS_PER_S, "tokens/s"),
+    (Metric.STEP_S, "step time"),
+    (Metric.SKIPS, "skips"),
+    (Metric.CPU_FRAC, "cpu"),
+    (f"{Prefix.SYSTEM}gpu0/util_frac", "gpu 0"),
 )
 NUM_EVENTS = 5
 
@@ -62,13 +63,14 @@ def frame(run: Run, width: int = 100) -> str:
     lines = [f"{printable(run.path.resolve().name)}  {run.state()}  {steps}  (last word {quiet} ago)"]
     names = set(run.names())
     lines += [_metric(run, name, label, width) for name, label in WATCHED if name in names]
-    for event in [e for e in run.events() if e.name != "checkpoint"][-NUM_EVENTS:]:
+    for event in [e for e in run.events() if e.name != EventName.CHECKPOINT][-NUM_EVENTS:]:
         at = "" if event.step is None else f" at step {event.step}"
         lines.append(printable(f"! {event.name}{at}  {event.text}", longest=max(20, width)))
     return "\n".join(lines)
 
 
 def _metric(run: Run, name: str, label: str, width: int) -> str:
-    values = run.scalars(name).values
-    drawn = sparkline(np.asarray(values), max(10, width - 30))
-    return f"{label:<14} {number(float(values[-1])) if len(values) else '-':>10}  {drawn}"
+    bands = run.bands(name)
+    means = np.where(bands.num_nan + bands.num_inf, np.nan, bands.mean)
+    drawn = sparkline(means, max(10, width - 30))
+    return f"{label:<14} {number(run.last(name)):>10}  {drawn}"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
 import torch
+from torch import nn
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
-from harness.config import TrainConfig
+from harness.config import GuardConfig, TrainConfig
 from harness.data import Loader, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
@@ -26,13 +27,19 @@ from harness.dist import (
     report_once,
     use_threads,
 )
-from harness.errors import ConfigError, HarnessError, InstabilityError
+from harness.errors import ConfigError, HarnessError
+from harness.runlog import events
+from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
-from harness.tracking import plot_run
+from harness.stability.checks.all import Checks, load_checks
+from harness.stability.detectors import configured_rule
+from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
-from harness.training.debug import debugger_on, debugging, with_every_check
-from harness.training.directory import prepare_directory, write_atomically
+from harness.training.debug import Debugger, debugging, with_every_check
+from harness.training.directory import prepare_directory
+from harness.training.end import Start, end_run
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -40,8 +47,7 @@ from harness.training.optim import build_optimizer
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import StepRunner
-from harness.training.stop import StopRequest
-from harness.training.summary import TrainResult, render_summary
+from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
 
@@ -50,11 +56,20 @@ __all__ = ["build_run", "train"]
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, tell: Callable[[HarnessError], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[HarnessError], None] | None = None,
+    stop: StopRequest | None = None,
+) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
     Args:
+        callbacks: Called at set points of the loop, after those that `config.callbacks` names; the same on
+            all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
+        stop: Where the caller handles signals; default: they are handled here, in the main thread.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
@@ -63,20 +78,102 @@ def train(config: TrainConfig, *, tell: Callable[[HarnessError], None] | None = 
     config.check_world(env.launched().world_size)
     if config.debug:
         config = with_every_check(config)
-    with open_world(config.parallel) as world, StopRequest() as stop, debugging(config.debug):
+    with (
+        StopRequest() if stop is None else nullcontext(stop) as stopping,
+        open_world(config.parallel, stopping=lambda: stopping.requested) as world,
+        debugging(config.debug),
+    ):
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
+        if world.is_main and env.shares_agent_store():
+            logger.warning(
+                "a node that comes back will not be taken in: torchrun was started without"
+                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files in launch/ set"
+            )
         _set_determinism(config)
-        return _train(config, world, stop, tell)
+        return _train(config, world, stopping, callbacks, tell)
 
 
-def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
+def build_run(
+    config: TrainConfig, world: World, stop: StopRequest, callbacks: Sequence[Callback] = ()
+) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     precision = _precision(config, world)
+    inputs = _agreed_inputs(config, world)
+    task = inputs.task
+    directory, steps_before = from_main(lambda: prepare_directory(config))
+    if config.loop.compile:
+        task.model.compile()
+    model = distribute(task.model, config.parallel, world)
+    optimizer = build_optimizer(model, config.optim)
+    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    loader = _loader(config, world, inputs)
+    counters = Counters()
+    ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
+    called = Callbacks([*inputs.callbacks, *callbacks])
+    checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
+    saved = {
+        "model": plain(model),
+        "optimizer": optimizer,
+        "loader": loader,
+        "guard": guard,
+        "ladder": ladder,
+        "counters": counters,
+        "callbacks": called,
+        "rng": Rng(),
+    }
+    # Each rank draws its own dropout; initialisation, above, was the same on all.
+    seed_everything(config.seed + 1 + world.rank)
+    resumed_from = checkpointer.load(saved)
+    inputs.faults.begin_at(counters.step, directory / "faults")
+    schedule = _settle_schedule(config, counters, steps_before=steps_before)
+    attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
+    journal = on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    called.own = [journal, Debugger()] if config.debug else [journal]
+    run = Run(
+        config=config,
+        world=world,
+        directory=directory,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        runner=_step_runner(config, world, inputs, model, guard, precision),
+        guard=guard,
+        ladder=ladder,
+        checkpointer=checkpointer,
+        saved=saved,
+        counters=counters,
+        saved_step=-1 if resumed_from is None else counters.step,
+        journal=journal,
+        stop=stop,
+        precision=precision,
+        schedule_steps=counters.schedule_steps,
+        callbacks=called,
+    )
+    return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What a run is made of besides its settings, found equal on all ranks before anything is written."""
+
+    task: Task
+    callbacks: Sequence[Callback]
+    """Those that the configuration names."""
+    fingerprints: dict[str, str]
+    """Of the data sets."""
+    faults: FaultInjector
+
+
+def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
+    """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
     files = agree_on_files(config)
     task = on_all_ranks(lambda: build_task(config, files=files))
+    on_all_ranks(lambda: _check_names(config.guard))
+    callbacks = on_all_ranks(lambda: load_callbacks(config))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
         lambda: FaultInjector(
@@ -86,126 +183,32 @@ def build_run(config: TrainConfig, world: World, stop: StopRequest) -> Run:
             sample=lambda: fetch(task.train_data, [0]),
         )
     )
-    directory, steps_before = from_main(lambda: prepare_directory(config))
-    if config.loop.compile:
-        task.model.compile()
-    model = distribute(task.model, config.parallel, world)
-    optimizer = build_optimizer(model, config.optim)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = _loader(config, world, task, fingerprints)
-    counters = Counters()
-    ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
-    checkpointer = Checkpointer.from_config(directory / "checkpoints", config.checkpoint)
-    saved = {
-        "model": plain(model),
-        "optimizer": optimizer,
-        "loader": loader,
-        "guard": guard,
-        "ladder": ladder,
-        "counters": counters,
-        "rng": Rng(),
-    }
-    # Each rank draws its own dropout; initialisation, above, was the same on all.
-    seed_everything(config.seed + 1 + world.rank)
-    resumed_from = checkpointer.load(saved)
-    faults.begin_at(counters.step)
-    schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    run = Run(
-        config=config,
-        world=world,
-        directory=directory,
-        task=task,
-        model=model,
-        optimizer=optimizer,
-        loader=loader,
-        runner=StepRunner(
-            model=model,
-            task=task,
-            guard=guard,
-            faults=faults,
-            unused=UnusedParameters(model),
-            device=world.device,
-            precision=precision,
-            world_size=world.world_size,
-            nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
-        ),
-        guard=guard,
-        ladder=ladder,
-        checkpointer=checkpointer,
-        saved=saved,
-        counters=counters,
-        saved_step=-1 if resumed_from is None else counters.step,
-        journal=_journal(
-            config,
-            world,
-            directory,
-            counters=counters,
-            resumed_from=resumed_from,
-            flops_per_token=task.flops_per_token,
-            fingerprints=fingerprints,
-            schedule=schedule,
-            loader=loader,
-        ),
-        stop=stop,
-        precision=precision,
-        schedule_steps=counters.schedule_steps,
-        on_incident=debugger_on if config.debug else None,
-    )
-    return run
+    return _Inputs(task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults)
 
 
 def _train(
-    config: TrainConfig, world: World, stop: StopRequest, tell: Callable[[HarnessError], None] | None
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    callbacks: Sequence[Callback],
+    tell: Callable[[HarnessError], None] | None,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
     with report_once(tell):
-        run = build_run(config, world, stop)
-    first_tokens, started = run.counters.tokens, time.perf_counter()
-    status = "crashed"
+        run = build_run(config, world, stop, callbacks)
+    start, ending, error = Start.of(run), Ending(status="finished"), None
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         # Before anything is closed, which may take one rank longer than another.
         with report_once(tell):
             try:
-                status = train_loop(run)
+                ending = train_loop(run)
             finally:
                 run.journal.leave_terminal()
-    except InstabilityError as error:
-        status = "stopped"
-        run.journal.event("stop", run.counters.step, reason=str(error))
-        raise
-    finally:
-        run.guard.close()
-        run.loader.close()
-        run.checkpointer.close()
-        run.journal.close(status)
-    seconds = time.perf_counter() - started
-    counters = run.counters
-    result = TrainResult(
-        status=status,
-        steps=counters.step,
-        tokens=counters.tokens,
-        tokens_per_s=(counters.tokens - first_tokens) / seconds,
-        seconds=seconds,
-        last_val_loss=counters.last_val_loss,
-        best_val_loss=counters.best_val_loss,
-        num_skips=counters.num_skips,
-        num_clips=counters.num_clips,
-        incidents=counters.incidents,
-        num_outliers=counters.num_outliers,
-        directory=run.directory,
-    )
-    if run.world.is_main:
-        _leave_summary(result, run.config)
-    return result
-
-
-def _leave_summary(result: TrainResult, config: TrainConfig) -> None:
-    text = orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2).decode()
-    write_atomically(result.directory / "summary.json", text)
-    plot_run(result.directory, result.directory / "curves.png")
-    logger.info("%s", render_summary(result, tensorboard=config.tracking.tensorboard))
+    except BaseException as failure:  # noqa: BLE001  (raised again, once the run has been ended)
+        error = failure
+    return end_run(run, ending, error, start)
 
 
 def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: int) -> str:
@@ -219,50 +222,65 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-def _journal(
-    config: TrainConfig,
-    world: World,
-    directory: Path,
-    *,
-    counters: Counters,
-    resumed_from: int | None,
-    flops_per_token: float | None,
-    fingerprints: dict[str, str],
-    schedule: str,
-    loader: Loader,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """How this attempt begins."""
+
+    counters: Counters
+    resumed_from: int | None
+    schedule: str
+    """What the learning-rate schedule means for it, in words."""
+    loader: Loader
+
+
+def _open_journal(
+    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
 ) -> Journal:
-    def open_journal() -> Journal:
-        if not world.is_main:
-            return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
-        peak = peak_flops(world.device)
-        mfu_per_speed = flops_per_token / (peak * world.world_size) if flops_per_token and peak else None
-        about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
-        about["schedule_steps"] = counters.schedule_steps
-        versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        journal = MainJournal(
-            directory,
-            config,
-            first_step=counters.step,
-            about={**about, "versions": versions, "data": fingerprints},
-            mfu_per_speed=mfu_per_speed,
-            step_indices=loader.step_indices,
-        )
-        if resumed_from is not None:
-            journal.event("resume", counters.step, checkpoint=resumed_from)
-            journal.say(f"going on at step {counters.step} of {config.loop.steps}")
-        if counters.step < config.loop.steps:
-            journal.say(schedule)
-        for fault in config.faults:
-            journal.event("fault", fault.step, what=describe(fault))
-        return journal
-
-    return on_all_ranks(open_journal)
+    """This rank's journal; the main one says how the attempt begins."""
+    if not world.is_main:
+        return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
+    step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
+    about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
+    about["schedule_steps"] = attempt.counters.schedule_steps
+    versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    journal = MainJournal(
+        directory,
+        config,
+        first_step=step,
+        about={**about, "versions": versions, "data": inputs.fingerprints},
+        mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
+        step_indices=attempt.loader.step_indices,
+    )
+    if attempt.resumed_from is not None:
+        journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
+        journal.say(f"going on at step {step} of {config.loop.steps}")
+    if step < config.loop.steps:
+        journal.say(attempt.schedule)
+    for fault in config.faults:
+        journal.event(events.Fault(what=describe(fault)), fault.step)
+    return journal
 
 
-def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[str, str]) -> Loader:
+def _step_runner(
+    config: TrainConfig, world: World, inputs: _Inputs, model: nn.Module, guard: StepGuard, precision: str
+) -> StepRunner:
+    return StepRunner(
+        model=model,
+        task=inputs.task,
+        guard=guard,
+        faults=inputs.faults,
+        unused=UnusedParameters(model),
+        device=world.device,
+        precision=precision,
+        world_size=world.world_size,
+        nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
+    )
+
+
+def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
     share = config.loop.global_batch // world.world_size
     return Loader(
-        task.train_data,
+        inputs.task.train_data,
         global_batch=config.loop.global_batch,
         micro_batch=config.loop.micro_batch or share,
         rank=world.rank,
@@ -270,7 +288,7 @@ def _loader(config: TrainConfig, world: World, task: Task, fingerprints: dict[st
         seed=config.seed,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
-        fingerprints=fingerprints,
+        fingerprints=inputs.fingerprints,
         allow_change=config.data.allow_change,
     )
 
@@ -287,6 +305,13 @@ def _precision(config: TrainConfig, world: World) -> str:
             )
         return known[by_accelerate]
     return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _check_names(guard: GuardConfig) -> None:
+    """Makes what the guard will be made of once, so that a wrong name or value is said before anything is
+    written."""
+    configured_rule(guard)
+    Checks(guard, load_checks(guard))
 
 
 def _set_determinism(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from harness import env
+from harness.runlog.names import Metric
 
 __all__ = ["Console"]
 
@@ -34,8 +35,8 @@ class Console:
     def step(self, step: int, values: Mapping[str, float], *, tokens_per_s: float, left_s: float) -> None:
         """Shows the state after `step`, 0-based, was finished."""
         text = (
-            f"loss {values['train/loss']:.4f}  norm {values['train/grad_norm']:.3g}  "
-            f"lr {values['train/lr']:.2e}  {_count(tokens_per_s)} tok/s  skips {values['guard/skips']:.0f}"
+            f"loss {values[Metric.TRAIN_LOSS]:.4f}  norm {values[Metric.GRAD_NORM]:.3g}  "
+            f"lr {values[Metric.LR]:.2e}  {_count(tokens_per_s)} tok/s  skips {values[Metric.SKIPS]:.0f}"
         )
         if self._bar is not None:
             self._bar.update(step + 1 - self._bar.n)

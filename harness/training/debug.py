@@ -13,8 +13,9 @@ import torch
 from harness.config import TrainConfig
 from harness.errors import TaskError
 from harness.records import StepRecord
+from harness.training.callbacks import Callback, Training
 
-__all__ = ["debugger_on", "debugging", "with_every_check"]
+__all__ = ["Debugger", "debugging", "with_every_check"]
 
 
 def with_every_check(config: TrainConfig) -> TrainConfig:
@@ -41,7 +42,9 @@ def debugging(on: bool) -> Iterator[None]:
             raise
 
 
-def debugger_on(record: StepRecord) -> None:
+class Debugger(Callback):
     """Opens the debugger at an incident, where there is a terminal to type at."""
-    if sys.stdin.isatty():
-        pdb.set_trace(header=f"step {record.step}: {record.reason}")
+
+    def on_step(self, run: Training, record: StepRecord) -> None:
+        if record.reason is not None and sys.stdin.isatty():
+            pdb.set_trace(header=f"step {record.step}: {record.reason}")

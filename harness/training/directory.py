@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from harness.atomic import write_atomically
 from harness.config import LoopConfig, TrainConfig, check_same_run, dump_yaml, flatten, read_yaml
 from harness.errors import ConfigError
-from harness.tracking.attempts import newest_attempt, schedule_steps
+from harness.runlog.attempts import newest_attempt, schedule_steps
+from harness.runlog.paths import CONFIG_FILE, config_file
 
-__all__ = ["CONFIG_FILE", "prepare_directory", "write_atomically"]
-
-CONFIG_FILE = "config.yaml"
+__all__ = ["prepare_directory"]
 
 
 def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
@@ -26,7 +25,7 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
             configuration, or it cannot be written.
     """
     directory = Path(config.runs_dir) / config.name
-    saved = directory / CONFIG_FILE
+    saved = config_file(directory)
     steps_before = config.loop.steps
     try:
         if saved.exists():
@@ -36,7 +35,7 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
         else:
             _check_may_start(config, directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, dump_yaml(config))
+        write_atomically(saved, dump_yaml(config), sync=True)
     except OSError as error:
         raise ConfigError(
             f"cannot write to the run directory {directory}: {error.strerror}",
@@ -51,19 +50,9 @@ def _schedule_before(directory: Path) -> int:
     logged = schedule_steps(newest_attempt(directory))
     if logged is not None:
         return logged
-    before = flatten(read_yaml(directory / CONFIG_FILE))
+    before = flatten(read_yaml(config_file(directory)))
     steps: int = before.get("schedule.steps") or before.get("loop.steps", LoopConfig().steps)
     return steps
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a reader, or a crash, sees the old content or the new and nothing else."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _check_may_resume(config: TrainConfig, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from harness.config import TrainConfig
 from harness.data import LossSum, Task, evaluation_batches, run_loss, seed_everything, to_device
 from harness.dist import World, all_reduce_sum, plain
 from harness.errors import ConfigError
+from harness.runlog.names import Metric
 from harness.training.buffers import buffers_of_rank_0, constant_buffers
 from harness.training.step import autocast
 
@@ -28,7 +29,8 @@ def evaluate(
     *,
     precision: str,
     num_samples: int | None = None,
-) -> dict[str, float]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`.
 
     The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
@@ -37,9 +39,11 @@ def evaluate(
 
     Args:
         num_samples: How many, over all ranks; default: `loop.eval_samples`.
+        interrupted: Asked before each batch: whether to leave off; on all ranks equally often and alike.
 
     Returns:
-        The same numbers on every rank. A few collectives; synchronises with the device.
+        The same numbers on every rank; None if it was interrupted. A few collectives; synchronises with the
+        device.
 
     Raises:
         ConfigError: the forward pass or the loss changes parameters, or buffers too large to be copied.
@@ -55,6 +59,8 @@ def evaluate(
             rank=world.rank,
             world_size=world.world_size,
         ):
+            if interrupted():
+                return None
             with autocast(world.device, precision):
                 loss = run_loss(task, network, to_device(batch, world.device))
             if counts:
@@ -83,9 +89,9 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _metrics(loss: float, accuracy: float, bytes_per_token: float | None) -> dict[str, float]:
-    metrics = {"val/loss": loss, "val/perplexity": _exp(loss), "val/accuracy": accuracy}
+    metrics = {Metric.VAL_LOSS: loss, Metric.VAL_PERPLEXITY: _exp(loss), Metric.VAL_ACCURACY: accuracy}
     if bytes_per_token is not None:
-        metrics["val/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        metrics[Metric.VAL_BITS_PER_BYTE] = loss / math.log(2) / bytes_per_token
     return metrics
 
 

@@ -2,7 +2,8 @@
 
 They strike where real ones do: a gradient inside the backward pass, before any reduction; an activation in
 the forward pass; the loss; the input. Off unless `faults` are configured, and loud when they are: what cannot
-strike is refused before the run, and what did not strike in its micro-batch after all is said.
+strike is refused before the run, and what did not strike in its micro-batch after all is said. A fault
+strikes once in a run, whatever rolls back or starts again after it: what has struck is noted there.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,14 +42,19 @@ class _Strike:
     """A fault in force, and whether it has struck."""
 
     fault: FaultConfig
+    note: Path | None
+    """The file that tells later attempts that it has struck."""
     struck: bool = False
     hooked: bool = False
 
     def hit(self) -> FaultConfig:
-        """Notes, and says once, that the fault strikes."""
+        """Notes, and says once, that the fault strikes; before it does, for it may end this process."""
         if not self.struck:
             self.struck = True
             logger.warning("fault strikes: %s", describe(self.fault))
+            if self.note is not None:
+                self.note.parent.mkdir(exist_ok=True)
+                self.note.touch()
         return self.fault
 
 
@@ -77,20 +85,36 @@ class FaultInjector:
             _check_batch(sample())
         self._mine = [fault for fault in faults if fault.rank == rank]
         self._loss_faults: list[_Strike] = []
-        for fault in self._mine:
-            logger.warning("fault armed: %s", describe(fault))
+        self._notes: Path | None = None
 
-    def begin_at(self, step: int) -> None:
-        """Drops the faults of the steps before `step`, which a run that goes on has behind it."""
-        for fault in [fault for fault in self._mine if fault.step < step]:
-            logger.warning("fault is past, %d steps are done: %s", step, describe(fault))
+    def begin_at(self, step: int, notes: Path | None = None) -> None:
+        """Drops what a run that goes on has behind it: faults of the steps before `step`, and those that have
+        struck in an earlier attempt.
+
+        Args:
+            notes: Folder in the run's directory where is noted what has struck.
+        """
+        self._notes = notes
+        for fault in list(self._mine):
+            note = self._note(fault)
+            if fault.step < step:
+                logger.warning("fault is past, %d steps are done: %s", step, describe(fault))
+            elif note is not None and note.exists():
+                logger.warning("fault has struck in an earlier attempt: %s", describe(fault))
+            else:
+                logger.warning("fault armed: %s", describe(fault))
+                continue
             self._mine.remove(fault)
+
+    def _note(self, fault: FaultConfig) -> Path | None:
+        name = re.sub(r"[^\w.]+", "-", describe(fault))
+        return None if self._notes is None else self._notes / name
 
     @contextmanager
     def armed(self, step: int, micro_batch: int, batch: Batch) -> Iterator[None]:
         """Within it the faults of this step and micro-batch are in force; `batch` may be changed by them."""
         due = [fault for fault in self._mine if (fault.step, fault.micro_batch) == (step, micro_batch)]
-        strikes = [_Strike(fault) for fault in due]
+        strikes = [_Strike(fault, self._note(fault)) for fault in due]
         with ExitStack() as stack:
             for strike in strikes:
                 self._mine.remove(strike.fault)  # once: a rollback passes the same step again

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,20 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.records import StepRecord
+from harness.runlog import events
+from harness.runlog.names import Metric, Prefix
 from harness.stability import Incident
-from harness.tracking import MirrorSettings, RunLog, start_mirrors, start_sampler
+from harness.tracking import MirrorSettings, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
+from harness.tracking.recorder import Recorder, tensors_of
+from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
+from harness.training.saved_event import saved_event
+from harness.training.summary import Ending
 
-__all__ = ["InFlight", "Journal", "MainJournal", "NodeJournal"]
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """What the host knows of a step in flight: its record is still on its way."""
-
-    step_s: float
-    """Wall time of the step."""
-    samples: tuple[int, int]
-    """First and one past the last position of its samples in the order of the data."""
+__all__ = ["Journal", "MainJournal", "NodeJournal"]
 
 
 def _nothing(journal: object) -> None:
@@ -46,35 +41,26 @@ def _no_samples(journal: object) -> Sequence[int]:
     return ()
 
 
-class Journal:
+class Journal(Callback):
     """Says nothing; what every rank but 0 has."""
 
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
-        """One finished step."""
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics after the step numbered `step`."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Further numbers of a step, by the names that log and mirrors show."""
 
     def histograms(self, step: int, model: nn.Module) -> None:
         """How gradients and parameters are distributed; synchronises rank 0 with its device."""
 
-    def saved(self, outcome: SaveOutcome) -> None:
-        """A checkpoint that is committed, or that failed."""
-
-    def event(self, /, name: str, step: int, **details: Any) -> None:
+    def event(self, what: events.LoggedEvent, step: int) -> None:
         """Something that happened."""
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
 
-    def rewind(self, step: int) -> None:
-        """The run goes back to before `step`: what was logged of it and later ones is an abandoned branch."""
-
     def leave_terminal(self) -> None:
         """Ends the line of progress: what comes next is somebody else's."""
 
-    def close(self, status: str) -> None:
-        """The end of this attempt; mirrors are drained."""
+    def close(self, ending: Ending) -> None:
+        """The end of this attempt. The side process is told, and not waited for."""
 
 
 class NodeJournal(Journal):
@@ -83,8 +69,8 @@ class NodeJournal(Journal):
     def __init__(self, directory: Path, config: TrainConfig) -> None:
         self._sampler = start_sampler(directory, MirrorSettings.from_config(config))
 
-    def close(self, status: str) -> None:
-        self._sampler.close(timeout_s=5.0)
+    def close(self, ending: Ending) -> None:
+        self._sampler.leave()
 
 
 class MainJournal(Journal):
@@ -113,10 +99,10 @@ class MainJournal(Journal):
         """
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = RunLog(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about})
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
-        self._mirrors = start_mirrors(directory, MirrorSettings.from_config(config))
+        self._log.start_mirrors(MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
@@ -127,10 +113,12 @@ class MainJournal(Journal):
         self._window_steps = 0
 
     @harmless(_nothing)
-    def step(self, record: StepRecord, counters: Counters, *, lr: float, in_flight: InFlight) -> None:
-        values = step_values(record, counters, lr=lr, step_s=in_flight.step_s)
+    def on_step(self, run: Training, record: StepRecord) -> None:
+        in_flight = run.in_flight[record.step]
+        lr = run.learning_rate(record.step)
+        values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
         if self._mfu_per_speed is not None:
-            values["speed/mfu_frac"] = values["speed/tokens_per_s"] * self._mfu_per_speed
+            values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
         if len(record.per_rank) > 1:
             self._log.write("ranks", rank_values(record), step=record.step)
@@ -139,21 +127,9 @@ class MainJournal(Journal):
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
         if incident is not None:
-            kind = "outlier batch" if incident.is_outlier else incident_kind(record)
-            details = {"kind": kind, "loss": record.loss, "grad_norm": record.grad_norm}
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
-            self._log.write(
-                "event",
-                {
-                    "name": "outlier" if incident.is_outlier else "incident",
-                    "summary": incident.summary(),
-                    **details,
-                    **dataclasses.asdict(incident),
-                    "module": incident.module,
-                },
-                step=record.step,
-            )
+            self._log.write("event", incident_event(incident, record).to_values(), step=record.step)
         self._show(record, values, in_flight.step_s)
 
     @harmless(_no_samples)
@@ -173,82 +149,79 @@ class MainJournal(Journal):
         self._window_s, self._window_tokens, self._window_steps = 0.0, 0, 0
 
     @harmless(_nothing)
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_eval(self, run: Training, step: int, metrics: Mapping[str, float]) -> None:
         self._log.write("eval", metrics, step=step)
-        shown = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name.removeprefix(Prefix.VAL)} {value:.4f}" for name, value in metrics.items())
         self._console.say(f"after {step + 1} steps: held-out {shown}")
 
     @harmless(_nothing)
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._log.write("step", values, step=step)
+
+    @harmless(_nothing)
     def histograms(self, step: int, model: nn.Module) -> None:
-        named = list(model.named_parameters())
-        tensors = {f"parameters/{name}": parameter.detach() for name, parameter in named}
-        tensors |= {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
-        self._log.write("histogram", histograms(tensors), step=step)
+        self._log.write("histogram", histograms(tensors_of(model)), step=step)
 
     @harmless(_nothing)
-    def saved(self, outcome: SaveOutcome) -> None:
+    def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
         last_step = max(0, outcome.step - 1)
-        self._log.write("step", {"time/checkpoint_blocked_s": outcome.blocked_s}, step=last_step)
-        details = {"num_steps": outcome.step, "blocked_s": outcome.blocked_s, "seconds": outcome.seconds}
-        if outcome.error is None:
-            self.event("checkpoint", last_step, size_bytes=outcome.size_bytes, **details)
-        else:
-            self.event("checkpoint_failed", last_step, error=str(outcome.error), **details)
+        self._log.write("step", {Metric.CHECKPOINT_BLOCKED_S: outcome.blocked_s}, step=last_step)
+        self.event(saved_event(outcome), last_step)
 
     @harmless(_nothing)
-    def event(self, /, name: str, step: int, **details: Any) -> None:
-        self._log.write("event", {"name": name, **details}, step=step)
+    def event(self, what: events.LoggedEvent, step: int) -> None:
+        self._log.write("event", what.to_values(), step=step)
 
     @harmless(_nothing)
     def say(self, text: str) -> None:
         self._console.say(text)
 
     @harmless(_nothing)
-    def rewind(self, step: int) -> None:
-        self._log.rewind(step)
+    def on_rollback(self, run: Training, rollback: Rollback) -> None:
+        self._log.rewind(rollback.step)
+        record = rollback.record
+        what = events.Rollback(
+            failed_step=record.step, reason=record.reason, skipped_samples=rollback.skipped_samples
+        )
+        self.event(what, rollback.step)
 
     @harmless(_nothing)
     def leave_terminal(self) -> None:
         self._console.close()
 
-    def close(self, status: str) -> None:
+    def close(self, ending: Ending) -> None:
         self.leave_terminal()
-        self._close_log(status)
-        self._close_mirrors(status)
+        self._close_log(ending)
 
     @harmless(_nothing)
-    def _close_log(self, status: str) -> None:
-        self._log.close(status)
-
-    @harmless(_nothing)
-    def _close_mirrors(self, status: str) -> None:
-        # Who waits for the words of an error is not kept; the mirrors are completed without us.
-        self._mirrors.close(timeout_s=5.0 if status == "crashed" else 30.0)
+    def _close_log(self, ending: Ending) -> None:
+        about = {"reason": ending.reason, "rank": ending.rank}
+        self._log.close(ending.status, {name: value for name, value in about.items() if value is not None})
 
 
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:
     """A step's scalars under the names that log and mirrors show."""
     return {
-        "train/loss": record.loss,
-        "train/perplexity": math.exp(min(record.loss, 700.0)),
-        "train/accuracy": record.num_correct / record.num_tokens if record.num_tokens else 0.0,
-        "train/grad_norm": record.grad_norm,
-        "train/grad_norm_clipped": record.grad_norm * record.clip_coef,
-        "train/clip_coef": record.clip_coef,
-        "train/lr": lr,
-        "train/tokens": counters.tokens,
-        "guard/num_nan": record.num_nan,
-        "guard/num_inf": record.num_inf,
-        "guard/num_zero": record.num_zero,
-        "guard/max_abs": record.max_abs,
-        "guard/skips": counters.num_skips,
-        "guard/clip_frac": counters.num_clips / (record.step + 1),
-        "guard/loss_scale": record.loss_scale,
-        "guard/spike_score": record.spike_score,
-        "time/step_s": step_s,
-        "time/data_wait_s": max((row.data_wait_s for row in record.per_rank), default=0.0),
-        "time/compute_s": max((row.compute_s for row in record.per_rank), default=0.0),
-        "speed/tokens_per_s": record.num_tokens / step_s if step_s else 0.0,
+        Metric.TRAIN_LOSS: record.loss,
+        Metric.TRAIN_PERPLEXITY: math.exp(min(record.loss, 700.0)),
+        Metric.TRAIN_ACCURACY: record.num_correct / record.num_tokens if record.num_tokens else 0.0,
+        Metric.GRAD_NORM: record.grad_norm,
+        Metric.GRAD_NORM_CLIPPED: record.grad_norm * record.clip_coef,
+        Metric.CLIP_COEF: record.clip_coef,
+        Metric.LR: lr,
+        Metric.TOKENS: counters.tokens,
+        Metric.NUM_NAN: record.num_nan,
+        Metric.NUM_INF: record.num_inf,
+        Metric.NUM_ZERO: record.num_zero,
+        Metric.MAX_ABS: record.max_abs,
+        Metric.SKIPS: counters.num_skips,
+        Metric.CLIP_FRAC: counters.num_clips / (record.step + 1),
+        Metric.LOSS_SCALE: record.loss_scale,
+        Metric.SPIKE_SCORE: record.spike_score,
+        Metric.STEP_S: step_s,
+        Metric.DATA_WAIT_S: max((row.data_wait_s for row in record.per_rank), default=0.0),
+        Metric.COMPUTE_S: max((row.compute_s for row in record.per_rank), default=0.0),
+        Metric.TOKENS_PER_S: record.num_tokens / step_s if step_s else 0.0,
     }
 
 
@@ -276,3 +249,15 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def incident_event(incident: Incident, record: StepRecord) -> events.Incident:
+    """An incident, or an outlier batch, as the log keeps it."""
+    about = {field.name: getattr(incident, field.name) for field in dataclasses.fields(incident)}
+    del about["step"]  # its record has that
+    about["culprits"] = tuple(dataclasses.asdict(culprit) for culprit in incident.culprits)
+    about |= {"summary": incident.summary(), "module": incident.module}
+    about |= {"loss": record.loss, "grad_norm": record.grad_norm}
+    if incident.is_outlier:
+        return events.Outlier(kind="outlier batch", **about)
+    return events.Incident(kind=incident_kind(record), **about)

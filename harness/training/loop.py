@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from harness.checkpoint import Checkpointer
+from harness.checkpoint import Checkpointer, SaveOutcome
 from harness.config import TrainConfig
 from harness.data import Loader, Task
-from harness.dist import World, plain
+from harness.dist import World, any_rank, barrier, gather, plain
 from harness.records import StepRecord
+from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
+from harness.stop import StopRequest
+from harness.training.callbacks import Callbacks, InFlight
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
-from harness.training.journal import InFlight, Journal
+from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
 from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
-from harness.training.stop import StopRequest
+from harness.training.summary import Ending
 
-__all__ = ["Run", "Status", "train_loop", "train_step"]
-
-Status = str
-"""How an attempt ended: `finished` or `stopped`."""
+__all__ = ["Run", "train_loop", "train_step"]
 
 
 @dataclass(kw_only=True)
@@ -53,11 +55,16 @@ class Run:
     precision: str
     schedule_steps: int
     """Length of the learning-rate schedule, whatever the length of the run."""
-    on_incident: Callable[[StepRecord], None] | None = None
+    callbacks: Callbacks
+    """What is called at set points of the loop: the journal, and those of the user."""
     in_flight: dict[int, InFlight] = field(default_factory=dict)
-    """The steps whose records are still on their way, by number."""
+    """The steps whose records have not been handled, by number."""
     saved_step: int = -1
     """Finished steps at the last save."""
+    ended_saves: deque[SaveOutcome] = field(default_factory=deque)
+    """The saves that have ended on this rank, and of which the callbacks have not been told."""
+    num_saves: int = 0
+    """Of how many saves the callbacks have been told, in this attempt."""
     handled_samples: int = 0
     """Where the samples of the last step whose record was handled end in the order of the data."""
 
@@ -68,23 +75,34 @@ class Run:
             step, peak=config.optim.lr, num_steps=self.schedule_steps, schedule=config.schedule
         )
 
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        """Puts scalars into the run's log and its mirrors; rank 0's, other ranks' calls do nothing."""
+        self.journal.scalars(step, values)
 
-def train_loop(run: Run) -> Status:
+
+def train_loop(run: Run) -> Ending:
     """Trains until the last step, or until a rank was asked to stop; then commits a checkpoint.
+
+    When it returns, no rank needs another one any more.
 
     Raises:
         InstabilityError: the ladder's last rung; on all ranks at the same step.
         CheckpointError: no checkpoint could be written for too long; on all ranks at the same step.
         ConfigError: DDP waited for the gradient of a parameter that took no part in the loss; on all ranks.
+        TaskError: a callback raised something.
     """
-    stopped = False
-    if run.counters.step < run.config.loop.steps:
+    stopped = _any_asked_to_stop(run)
+    if run.counters.step < run.config.loop.steps and not stopped:
         run.loader.start()
         rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
+        stopped = _evaluation_is_owed(run) and not _evaluate(run)
     while run.counters.step < run.config.loop.steps and not stopped:
         stopped = train_step(run)
     run.runner.unused.refuse()
-    return _finish(run, stopped)
+    ending = _finish(run, stopped)
+    run.callbacks.on_end(run, ending.status)
+    barrier()
+    return ending
 
 
 def train_step(run: Run) -> bool:
@@ -111,6 +129,7 @@ def train_step(run: Run) -> bool:
         compute_s=compute_s,
         data_wait_s=data_wait_s,
         stop_requested=run.stop.requested or bool(run.runner.unused.found),
+        num_saves=run.num_saves + len(run.ended_saves),
     )
     if _is_due(run, run.config.tracking.histograms_every):
         run.journal.histograms(step, plain(run.model))
@@ -124,11 +143,11 @@ def train_step(run: Run) -> bool:
         run.guard.flush()
     stopped = _handle_records(run, run.guard.drain())
     if run.counters.step == step + 1:  # and not rolled back
-        if evaluating:
-            _evaluate(run)
-        if saving:
+        if evaluating and not stopped:
+            stopped = not _evaluate(run)
+        if saving and not stopped:  # a run that stops saves last thing
             _save(run)
-    _note_saves(run)
+    run.ended_saves.extend(run.checkpointer.outcomes())
     return stopped
 
 
@@ -142,22 +161,37 @@ def _handle_records(run: Run, records: list[StepRecord]) -> bool:
     stopped = False
     for record in records:
         run.counters.count(record)
-        in_flight = run.in_flight.pop(record.step)
-        run.handled_samples = in_flight.samples[1]
-        run.journal.step(record, run.counters, lr=run.learning_rate(record.step), in_flight=in_flight)
+        _tell_of_saves(run, min(row.num_saves for row in record.per_rank) - run.num_saves)
+        run.callbacks.on_step(run, record)
+        run.handled_samples = run.in_flight.pop(record.step).samples[1]
         run.checkpointer.observe(record.step + 1, incident=record.reason is not None)
-        if run.on_incident is not None and record.reason is not None:
-            run.on_incident(record)
         stopped = stopped or any(row.stop_requested for row in record.per_rank)
         if run.ladder.observe(record) == "rollback":
             break  # the records that follow are of the branch that was left
     return stopped
 
 
-def _evaluate(run: Run) -> None:
-    metrics = evaluate(run.model, run.task, run.config, run.world, precision=run.precision)
-    run.counters.count_evaluation(metrics["val/loss"])
-    run.journal.evaluation(run.counters.step - 1, metrics)
+def _any_asked_to_stop(run: Run) -> bool:
+    """The same on all ranks; a collective, for where no step is there to tell the others."""
+    return any_rank(run.stop.requested)
+
+
+def _evaluation_is_owed(run: Run) -> bool:
+    """Whether the attempt before was stopped between a step and the evaluation after it."""
+    return _is_due(run, run.config.loop.eval_every) and 0 < run.counters.step != run.counters.val_step
+
+
+def _evaluate(run: Run) -> bool:
+    """Evaluates; False if a rank was asked to stop before it was done, and then nothing has changed."""
+    interrupted = functools.partial(_any_asked_to_stop, run)
+    metrics = evaluate(
+        run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
+    )
+    if metrics is None:
+        return False
+    run.counters.count_evaluation(metrics[Metric.VAL_LOSS])
+    run.callbacks.on_eval(run, run.counters.step - 1, metrics)
+    return True
 
 
 def _save(run: Run) -> None:
@@ -165,22 +199,26 @@ def _save(run: Run) -> None:
     run.saved_step = run.counters.step
 
 
-def _note_saves(run: Run) -> None:
-    for outcome in run.checkpointer.outcomes():
-        run.journal.saved(outcome)
+def _tell_of_saves(run: Run, count: int) -> None:
+    """Tells of the next `count` saves that have ended, which all ranks know of by now."""
+    for _ in range(count):
+        run.num_saves += 1
+        run.callbacks.on_saved(run, run.ended_saves.popleft())
 
 
-def _finish(run: Run, stopped: bool) -> Status:
+def _finish(run: Run, stopped: bool) -> Ending:
     """Handles the records that are left, evaluates a finished run, and commits the last checkpoint."""
     run.guard.flush()
     _handle_records(run, run.guard.drain())
     finished = run.counters.step >= run.config.loop.steps
     if finished and run.counters.val_step != run.counters.step:
-        _evaluate(run)
+        finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run)
     try:
         run.checkpointer.wait()
     finally:
-        _note_saves(run)
-    return "finished" if finished else "stopped"
+        run.ended_saves.extend(run.checkpointer.outcomes())
+        _tell_of_saves(run, len(run.ended_saves))
+    reasons = gather(lambda: run.stop.reason)
+    return Ending.of_loop(finished=finished, stop_reasons=reasons)

@@ -6,6 +6,7 @@ import dataclasses
 
 from harness.errors import CheckpointError
 from harness.records import StepRecord
+from harness.training.callbacks import Rollback
 from harness.training.loop import Run
 
 __all__ = ["roll_back"]
@@ -34,8 +35,5 @@ def roll_back(run: Run, record: StepRecord) -> bool:
         run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position
     )
     run.loader.skip(skipped)
-    run.journal.rewind(step)
-    run.journal.event(
-        "rollback", step, failed_step=record.step, reason=record.reason, skipped_samples=skipped
-    )
+    run.callbacks.on_rollback(run, Rollback(step=step, record=record, skipped_samples=skipped))
     return True

@@ -1,21 +1,56 @@
-"""The end of an attempt: what was reached, and where to look."""
+"""What an attempt came to: how it ended, what was reached, and where to look."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
-__all__ = ["TrainResult", "render_summary"]
+from harness.errors import HarnessError, InstabilityError
+from harness.runlog.paths import checkpoints_dir, log_dir, picture_file, tensorboard_dir
+
+__all__ = ["Ending", "Status", "TrainResult", "render_summary"]
+
+Status = Literal["finished", "stopped", "unstable", "crashed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How an attempt ended, and why."""
+
+    status: Status
+    reason: str | None = None
+    """Who asked for a stop, or what went wrong; None of a finished run."""
+    rank: int | None = None
+    """Where that arose; None: on all ranks, or not known."""
+
+    @classmethod
+    def of_loop(cls, *, finished: bool, stop_reasons: Sequence[str | None]) -> Self:
+        """Of a loop that came to its end, from what each rank was asked."""
+        if finished:
+            return cls(status="finished")
+        asked = {rank: reason for rank, reason in enumerate(stop_reasons) if reason is not None}
+        rank, reason = next(iter(asked.items()), (None, None))
+        return cls(status="stopped", reason=reason, rank=None if len(asked) == len(stop_reasons) else rank)
+
+    @classmethod
+    def of_error(cls, error: BaseException) -> Self:
+        """Of a loop, or of a part that could not be closed, that raised `error`."""
+        words = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        ranks = error.ranks if isinstance(error, HarnessError) else None
+        status: Status = "unstable" if isinstance(error, InstabilityError) else "crashed"
+        return cls(status=status, reason=words, rank=min(ranks) if ranks else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """What `train` returns, on every rank, and what `summary.json` holds."""
 
-    status: str
-    """`finished`, or `stopped` with a checkpoint to go on from."""
+    status: Status
+    """`finished`, or `stopped` with a checkpoint to go on from; in the file also `unstable` and `crashed`."""
     steps: int
     """Steps of the run so far, earlier attempts and skipped steps included."""
     tokens: int
@@ -31,6 +66,10 @@ class TrainResult:
     directory: Path
     num_outliers: int = 0
     """Outlier batches, which are no incidents."""
+    reason: str | None = None
+    """The signal that stopped it, or what went wrong."""
+    rank: int | None = None
+    """The rank on which that arose; None: all, or not known."""
 
     def to_json(self) -> dict[str, object]:
         """Plain data; numbers that JSON has no name for become None."""
@@ -45,16 +84,21 @@ def render_summary(result: TrainResult, *, tensorboard: bool) -> str:
     """The summary as lines of text."""
     incidents = ", ".join(f"{count} x {kind}" for kind, count in result.incidents.items()) or "none"
     lines = [
-        f"{result.status}: {result.steps} steps, {result.tokens:,} tokens, "
+        f"{_status(result)}: {result.steps} steps, {result.tokens:,} tokens, "
         f"{result.tokens_per_s:,.0f} tokens/s, {result.seconds:.0f} s",
         f"  held-out loss  last {result.last_val_loss:.4f}, best {result.best_val_loss:.4f}",
         f"  skipped steps  {result.num_skips}    clipped steps  {result.num_clips}",
         f"  incidents      {incidents}    outlier batches  {result.num_outliers}",
-        f"  log            {result.directory / 'log'}",
-        f"  checkpoints    {result.directory / 'checkpoints'}",
-        f"  picture        {result.directory / 'curves.png'}",
+        f"  log            {log_dir(result.directory)}",
+        f"  checkpoints    {checkpoints_dir(result.directory)}",
+        f"  picture        {picture_file(result.directory)}",
     ]
     lines.append(f"  look at it     harness show {result.directory}")
     if tensorboard:
-        lines.append(f"  TensorBoard    tensorboard --logdir {result.directory / 'tensorboard'}")
+        lines.append(f"  TensorBoard    tensorboard --logdir {tensorboard_dir(result.directory)}")
     return "\n".join(lines)
+
+
+def _status(result: TrainResult) -> str:
+    on_rank = "" if result.rank is None else f" on rank {result.rank}"
+    return result.status if result.reason is None else f"{result.status} by {result.reason}{on_rank}"

@@ -18,6 +18,7 @@ from harness.tracking.checkpointing import SaveEnd
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.model_state import nonfinite_tensors
 from harness.tracking.tracker import ExperimentTracker as BareTracker
+from harness.training.saved_event import saved_event
 
 __all__ = ["ExperimentTracker", "TrackerCheckpoints"]
 
@@ -58,8 +59,7 @@ class TrackerCheckpoints:
 
     def ended(self) -> list[SaveEnd]:
         """The saves that have ended since the last call, in order. Local."""
-        outcomes = self._checkpointer.outcomes()
-        return [SaveEnd(one.step, None if one.error is None else str(one.error)) for one in outcomes]
+        return [SaveEnd(outcome.step, saved_event(outcome)) for outcome in self._checkpointer.outcomes()]
 
     def load(self, wanted: Wanted) -> dict[str, Any]:
         """The state of the checkpoint that is meant; without a name the newest that is finite, if one is.

@@ -11,33 +11,41 @@ PACKAGE = ROOT / "harness"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 
 FLOORS = {
+    "atomic": 0,
     "errors": 0,
     "files": 0,
     "env": 0,
+    "locks": 0,
     "logs": 0,
-    "parent": 0,
     "priority": 0,
     "records": 0,
+    "stop": 0,
     "wrappers": 0,
-    "config": 1,
-    "dist": 2,
-    "data": 3,
-    "models": 3,
-    "stability": 3,
-    "checkpoint": 3,
-    "tracking": 3,
-    "training": 4,
-    "integrations": 4,
-    "dashboard": 4,
-    "cli": 5,
-    "train": 6,
+    "helper": 1,
+    "helper_main": 1,
+    "parent": 1,
+    "runlog": 1,
+    "config": 2,
+    "dist": 3,
+    "user_code": 3,
+    "data": 4,
+    "models": 4,
+    "stability": 4,
+    "checkpoint": 4,
+    "tracking": 4,
+    "training": 5,
+    "integrations": 5,
+    "dashboard": 5,
+    "cli": 6,
+    "train": 7,
 }
 
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
     "triton": {"harness/stability/kernels.py"},
-    "tensorboard": {"harness/tracking/tensorboard.py"},
+    "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
+    "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
@@ -68,7 +76,9 @@ MAY_SYNCHRONISE = {
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
-    "harness/stability/replicas.py",  # names the differing one among numbers that are on the host
+    "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host
+    "harness/stability/checks/replicas.py",
+    "harness/stability/checks/rows.py",
     "harness/stability/reference.py",  # tensors on the CPU only
     "harness/training/evaluate.py",  # the one read of an evaluation
 }
@@ -108,7 +118,7 @@ def test_every_room_has_a_floor() -> None:
 
 
 def test_the_ground_floor_needs_the_standard_library_alone() -> None:
-    for name in ("errors", "env", "files", "logs", "parent", "priority", "records", "wrappers"):
+    for name in (name for name, floor in FLOORS.items() if floor <= 1 and name != "runlog"):
         foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
         assert not foreign & {"torch", "numpy", "yaml", "orjson", "harness.config"}, name
 
@@ -153,17 +163,12 @@ def test_device_values_are_read_in_named_places_only() -> None:
 
 
 # A page that shows runs cannot change them: it reads the log, and starts programs like anybody else.
-DASHBOARD_MAY_USE = {
-    "attempts",
-    "compare",
-    "digest",
-    "kept",
-    "overview",
-    "process",
-    "reader",
-    "sample",
-    "text",
-}
+DASHBOARD_MAY_USE = {"compare", "overview", "text"}
+
+
+def test_what_a_run_leaves_behind_is_read_without_torch() -> None:
+    for path in (path for path in MODULES if room_of(path) == "runlog"):
+        assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_the_dashboard_reads_logs_and_nothing_else() -> None:
@@ -172,3 +177,46 @@ def test_the_dashboard_reads_logs_and_nothing_else() -> None:
         assert not {parts[0] for parts in names} & {"torch"}, path
         used = {parts[2] for parts in names if parts[:2] == ["harness", "tracking"] and len(parts) > 2}
         assert used <= DASHBOARD_MAY_USE, path
+
+
+def strings_of(path: Path) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() -> None:
+    lockers = {str(path) for path in MODULES if "fcntl" in set(imports(path))}
+    assert lockers == {"harness/locks.py"}
+    folders = {"harness/checkpoint/store.py", "harness/data/corpus.py", "harness/dashboard/forks.py"}
+    renamers = {str(path) for path in MODULES if {"rename", "link"} & attribute_names(path)}
+    assert renamers <= folders | {"harness/atomic.py"}  # what is renamed elsewhere is a folder
+    assert {str(path) for path in MODULES if {".new", ".tmp", ".unfinished"} & strings_of(path)} <= {
+        "harness/atomic.py"
+    }
+    assert not {str(path) for path in MODULES if "-c" in strings_of(path)}
+
+
+# What a run's directory holds, as `harness.runlog.paths` alone spells it.
+FILES = {
+    "config.yaml", "log", "tensorboard", "wandb", "nodes", "media", "mirrors", "settings.json",
+    "wandb-run-id", "side.log", "checkpoints", "summary.json", "curves.png", "report.html",
+    "manifest.json", "healthy",
+}  # fmt: skip
+
+
+def joined_to_paths(path: Path) -> set[str]:
+    """The texts that a file appends to paths by `/`."""
+    tree = ast.parse((ROOT / path).read_text())
+    divisions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+    ]
+    return {node.right.value for node in divisions if isinstance(node.right, ast.Constant)}
+
+
+def test_the_files_of_a_run_are_named_in_one_place() -> None:
+    for path in (path for path in MODULES if path != Path("harness/runlog/paths.py")):
+        assert not joined_to_paths(path) & FILES, path

@@ -403,6 +403,18 @@ def test_wandbs_process_has_the_name_by_which_it_is_ended() -> None:
     assert "wandb-core" in programs, users_of("wandb-core")
 
 
+def test_trackios_database_takes_a_row_once() -> None:
+    pytest.importorskip("trackio", reason="see tests/integration/test_tracking_trackio.py")
+    from trackio.media import utils
+    from trackio.sqlite_storage import SQLiteStorage
+
+    has(utils, "get_project_media_path")
+    has(SQLiteStorage, "bulk_log", "bulk_log_system", "bulk_alert", "init_db", "get_log_count")
+    has(SQLiteStorage, "validate_project_name", "get_project_db_path")
+    assert {"log_ids", "run_id", "config"} <= set(inspect.signature(SQLiteStorage.bulk_log).parameters)
+    assert "INSERT OR IGNORE" in inspect.getsource(SQLiteStorage.bulk_log), users_of("bulk_log")
+
+
 def test_gradios_queue_waits_as_long_as_it_is_told() -> None:
     assert "self._queue = queueing.Queue(" in gradios("blocks.py"), users_of("_queue")
     text = gradios("queueing.py")

@@ -8,6 +8,7 @@ import harness
 
 def test_the_public_names_are_these() -> None:
     assert sorted(harness.__all__) == [
+        "Callback",
         "Checkpointer",
         "ExperimentConfig",
         "ExperimentTracker",

@@ -175,5 +175,5 @@ def watched_page(context: BrowserContext) -> Iterator[Page]:
 
 
 def _note_foreign(url: str, troubles: list[str]) -> None:
-    if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")):
+    if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "data:", "blob:", "about:")):
         troubles.append(f"asked for {url}")

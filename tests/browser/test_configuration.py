@@ -1,4 +1,4 @@
-"""The configuration as a form: filled in, refused, kept, taken up again, and spelled as a command."""
+"""The configuration as a form: filled in, refused, saved, loaded again, and written as a command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_cannot_be_run_is_refused_in_the_words_of_the_command_line(form: Pa
         fill(form, key, value)
         expect(form.locator("#verdict")).to_have_text(" ".join(str(refused.value).replace("`", "'").split()))
         fill(form, key, str({"loop.steps": 8, "optim.lr": 0.5}[key]))
-        expect(form.locator("#verdict")).to_have_text("This can be run.")
+        expect(form.locator("#verdict")).to_have_text("This configuration is valid.")
     expect(form.locator(".cm-content").first).to_contain_text("lr: 0.5")
 
 
@@ -43,7 +43,7 @@ def test_the_form_is_kept_in_configs_and_taken_up_again(form: Page, place: Place
     assert TrainConfig.from_file(file) == parse_arguments(["--loop.steps=77", f"--name={NAME}"])
     fill(form, "loop.steps", "78")
     form.locator("#save").click()
-    expect(toast(form)).to_contain_text("is there already")
+    expect(toast(form)).to_contain_text("already exists")
     form.locator("#save-name textarea, #save-name input").fill("../kept")
     form.locator("#save").click()
     expect(toast(form)).to_contain_text("without slashes")
@@ -67,10 +67,10 @@ def test_a_file_that_appears_in_configs_can_be_started_from(form: Page, place: P
     expect(toast(form)).to_contain_text("stps")
 
 
-def test_the_command_is_spelled_for_every_launcher(form: Page) -> None:
+def test_the_command_is_shown_for_every_launcher(form: Page) -> None:
     fill(form, "name", "a name; $(id)")
     go_to(form, "Training")
-    form.get_by_role("button", name=re.compile("^The command")).click()
+    form.get_by_role("button", name=re.compile("^Command to start")).click()
     command = form.locator("#command .cm-content")
     for launcher, words in (
         ("python", "python"),
@@ -79,10 +79,10 @@ def test_the_command_is_spelled_for_every_launcher(form: Page) -> None:
         ("slurm", "sbatch --nodes 1 --gpus-per-node 1 launch/slurm.sbatch"),
     ):
         choose(form, "#launcher", launcher)
-        form.locator("#spell").click()
+        form.locator("#show-command").click()
         expect(command).to_contain_text(words)
         expect(command).to_contain_text("'--name=a name; $(id)'")
     form.locator("#nodes input").fill("2")
     choose(form, "#launcher", "python")
-    form.locator("#spell").click()
+    form.locator("#show-command").click()
     expect(toast(form)).to_contain_text("2 processes without a launcher")

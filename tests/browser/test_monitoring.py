@@ -57,7 +57,7 @@ def test_a_run_that_trains_is_seen_live_and_its_nan_is_named(
     expect(monitor).to_have_attribute("data-state", "running")
     page.wait_for_function(f"{LAST_STEP} > 0")  # it says that it runs before it trains
     before = page.evaluate(LAST_STEP)
-    page.wait_for_function(f"before => {LAST_STEP} > before", arg=before, timeout=2000)
+    page.wait_for_function(f"before => {LAST_STEP} > before", arg=before)
     row = monitor.locator(".h-incidents tbody tr").first
     expect(row).to_contain_text("non-finite gradient")
     expect(row.locator("td").nth(0)).to_have_text("30")

@@ -8,13 +8,16 @@ import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urljoin
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness.tracking.reader import open_run as open_log
+from harness.runlog.paths import tensorboard_dir
+from harness.runlog.reader import open_run as open_log
 from tests.browser.actions import choose, fill, go_to, toast
 from tests.browser.conftest import Dashboard, Place, watched_page
+from tests.support.runs import wait_for
 
 START_MS = 60_000
 LAST_OF_LOSS = "Number(document.querySelector('figure[data-plot=loss]').dataset.last)"
@@ -65,7 +68,7 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     fill(page, "name", NAME)
     fill(page, "loop.steps", "100000")
     fill(page, "faults", "[{step: 5, kind: nan, target: gradient}]")
-    expect(page.locator("#verdict")).to_have_text("This can be run.")
+    expect(page.locator("#verdict")).to_have_text("This configuration is valid.")
     go_to(page, "Training")
     page.locator("#start").click()
     expect(toast(page)).to_contain_text(f"{NAME} is started")
@@ -82,7 +85,7 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     expect(incident.nth(3)).to_have_text("token_embedding.weight")
     last_step = "Number(document.querySelector('harness-monitor').dataset.lastStep)"
     before = page.evaluate(last_step)
-    page.wait_for_function(f"before => {last_step} > before", arg=before, timeout=2000)
+    page.wait_for_function(f"before => {last_step} > before", arg=before)
 
     # Somebody else stops it, from a page that was opened later.
     with watched_page(page.context) as other:
@@ -91,10 +94,12 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
         choose(other, "#controlled-run", NAME)
         expect(printed(other)).to_contain_text("step ")
         other.locator("#stop").click()
-        expect(toast(other)).to_contain_text(f"{NAME} finishes its step")
+        expect(toast(other)).to_contain_text(f"{NAME} will finish its step")
     go_to(page, "Training")
-    expect(printed(page)).to_contain_text("stopped:", timeout=30_000)
-    reached = int(re.findall(r"stopped: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", ""))
+    expect(printed(page)).to_contain_text("stopped by SIGTERM:", timeout=30_000)
+    reached = int(
+        re.findall(r"stopped by SIGTERM: ([\d,]+) steps", printed(page).inner_text())[0].replace(",", "")
+    )
     assert losses(place.runs / NAME) == list(range(reached))
     go_to(page, "Monitoring")
     expect(monitor).to_have_attribute("data-state", "stopped")
@@ -139,26 +144,35 @@ def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
     expect(toast(page)).to_contain_text("there is no program")
     choose(page, "#controlled-run", trained[0])
     page.locator("#fork").click()
-    expect(toast(page)).to_contain_text("is there already")
+    expect(toast(page)).to_contain_text("already exists")
 
 
 def test_tensorboard_is_started_for_a_run_and_stopped(
-    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+    page: Page, dashboard: Dashboard, place: Place, trained: tuple[str, str]
 ) -> None:
+    mirror = tensorboard_dir(place.runs / trained[0])
+    wait_for(mirror.is_dir, timeout_s=60, what="the mirror, which is written beside the training")
     page.goto(dashboard.address)
     go_to(page, "TensorBoard")
     choose(page, "#tensorboard-runs", trained[0])
     page.keyboard.press("Escape")
     page.locator("#tensorboard-start").click()
-    link = page.locator("#tensorboards a")
+    link = page.locator("#tensorboard-link a")
     expect(link).to_be_visible(timeout=START_MS)
-    address = link.get_attribute("href")
-    assert address is not None
-    with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=10) as answer:
-        tags = json.load(answer)
-    assert list(tags) == [trained[0]]
-    assert "train/loss" in tags[trained[0]]
+    address = urljoin(dashboard.address, link.get_attribute("href"))
+
+    def tags() -> dict[str, list[str]]:
+        with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=10) as answer:
+            return dict(json.load(answer))
+
+    wait_for(lambda: bool(tags()), timeout_s=10, what="the run in TensorBoard")
+    assert list(tags()) == [trained[0]]
+    assert "train/loss" in tags()[trained[0]]
+    with page.expect_popup() as opened:
+        link.click()
+    expect(opened.value.get_by_text(trained[0]).first).to_be_visible(timeout=START_MS)
+    opened.value.close()
     page.locator("#tensorboard-stop").click()
-    expect(page.locator("#tensorboards")).to_contain_text("none is running")
+    expect(page.locator("#tensorboard-link")).to_contain_text("TensorBoard is not running")
     with pytest.raises(OSError):
         urllib.request.urlopen(address, timeout=5)

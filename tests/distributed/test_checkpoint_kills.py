@@ -79,7 +79,7 @@ def die_at_event(rank: int, world_size: int, directory: str, number: int) -> Non
 
         def count(event: str, args: tuple[Any, ...]) -> None:
             nonlocal left
-            if event in _EVENTS and threading.current_thread().name == "checkpoint":
+            if event in _EVENTS and threading.current_thread().name.startswith("checkpoint"):
                 left -= 1
                 if left < 0:
                     os.kill(os.getpid(), signal.SIGKILL)

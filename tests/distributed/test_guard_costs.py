@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.stability import StepGuard, rank_statistics, samples, sources
+from harness.stability import Check, Reading, StepGuard, rank_statistics, sources
+from harness.stability.checks import samples
+from harness.stability.checks.base import Arrived, StepView
 from tests.support.distributed import run_ranks
 from tests.support.guarded import OPTIMIZERS, batch, make_model
 
@@ -139,7 +141,45 @@ def _collectives(rank: int, wrap: str, width: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_a_step_costs_one_gather_whose_size_knows_nothing_of_the_model(wrap: str) -> None:
-    assert rank_statistics.NUM_FIELDS <= 17
+    assert rank_statistics.NUM_FIELDS <= 18
     plain, with_rows = (1, rank_statistics.NUM_FIELDS), (1, rank_statistics.NUM_FIELDS + 6 * 6)
     expected = [with_rows, plain, plain, plain, with_rows, plain]
     assert run_ranks(_two_sizes, 2, wrap) == [[expected, expected]] * 2
+
+
+class _Counts(Check):
+    """A check of a user's own, due in every third step."""
+
+    name, every = "counts", 3
+
+    def measure(self, view: StepView) -> Tensor:
+        return view.rows[:, 4].sum()
+
+    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
+        return Reading(values={"mine/zeros": float(numbers.sum())})
+
+
+def _with_all_checks(rank: int, world_size: int, wrap: str) -> list[int]:
+    model = make_model()
+    model = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    every = {"per_parameter_every": 1, "sample_every": 1, "replicas_every": 1}
+    guard = StepGuard(model, optimizer, checks=[_Counts()], **every)
+    seen = []
+    for step in range(4):
+        loss = nn.functional.mse_loss(model(batch(step, rank)[0]), batch(step, rank)[1])
+        loss.backward()
+        with CommDebugMode() as comm:
+            guard.step(loss)
+            guard.drain()
+        optimizer.zero_grad()
+        seen.append(comm.get_total_counts())
+    records = guard.drain(wait=True)
+    assert [bool(record.sampled) for record in records[-2:]] == [True, True]
+    assert "mine/zeros" in records[-1].measured
+    return seen
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_whatever_is_due_travels_in_the_one_gather(wrap: str) -> None:
+    assert run_ranks(_with_all_checks, 2, wrap) == [[1, 1, 1, 1]] * 2

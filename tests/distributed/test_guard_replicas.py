@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability import StepGuard
-from harness.stability.replicas import checksums, find_differing
+from harness.stability.checks.replicas import checksums, find_differing
 from tests.support.distributed import run_ranks
 from tests.support.guarded import OPTIMIZERS, batch, make_model
 

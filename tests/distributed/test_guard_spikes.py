@@ -238,17 +238,25 @@ def test_what_a_step_did_to_the_weights_is_sampled() -> None:
     model = make_model(width=16)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     guard = StepGuard(model, optimizer, sample_every=2, max_norm=None)
-    for step in range(3):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def train(step: int) -> None:
         loss = nn.functional.mse_loss(model(batch(step)[0]), batch(step)[1])
         loss.backward()
         guard.step(loss)
         optimizer.zero_grad()
+
+    for step in range(2):
+        train(step)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(2)
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {p: optimizer.state[p]["exp_avg_sq"].clone() for p in model.parameters()}
+    train(3)
     records = guard.drain(wait=True)
-    assert [bool(r.sampled) for r in records] == [True, False, True]
-    for name, parameter in model.named_parameters():
-        sample = records[2].sampled[name]
-        moment = optimizer.state[parameter]["exp_avg_sq"]
+    assert [bool(r.sampled) for r in records] == [False, True, False, True]
+    for name, live in model.named_parameters():
+        parameter, moment = after[name], moments[live]
+        sample = records[3].sampled[name]
         assert sample.weight_norm == pytest.approx(parameter.norm().item(), rel=1e-6)
         assert sample.update_norm == pytest.approx((parameter - before[name]).norm().item(), rel=1e-4)
         assert sample.update_ratio == pytest.approx(sample.update_norm / sample.weight_norm)
@@ -288,8 +296,9 @@ def test_a_skipped_step_has_no_update_and_tiny_gradients_count_as_underflow() ->
         parameter.grad = torch.full_like(parameter, 1e-5)
     model[0].weight.grad.view(-1)[0] = math.nan
     guard.step(torch.tensor(1.0))
-    (record,) = guard.drain(wait=True)
-    sample = record.sampled["2.weight"]
+    guard.step(torch.tensor(1.0))
+    record, following = guard.drain(wait=True)
+    sample = following.sampled["2.weight"]
     assert (record.verdict, sample.update_norm, sample.underflow_frac) == ("skip", 0.0, 1.0)
     assert sample.second_moment_max is None
 

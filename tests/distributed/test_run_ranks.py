@@ -52,4 +52,4 @@ def test_ranks_that_hang_are_killed() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed, match="still running"):
         run_ranks(_hang, 2, timeout_s=2.0)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50  # they sleep for 60

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.tracking import open_run, output
+from harness.tracking import open_run, recorder
 from harness.tracking.mirrors import MirrorHandle
 from tests.support.distributed import run_ranks
 
@@ -69,7 +69,7 @@ tracker.close()
 
 def run_description(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
     os.chdir(folder)
-    output.start_mirrors = lambda *_, **__: MirrorHandle(None, None)  # tested elsewhere
+    recorder.start_mirrors = lambda *_, **__: MirrorHandle(None)  # tested elsewhere
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     model = DistributedDataParallel(plain) if torch.distributed.is_initialized() else plain
@@ -96,7 +96,7 @@ def run_description(rank: int, world_size: int, folder: str, changes: dict[str, 
 
 def test_the_description_runs_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(output, "start_mirrors", output.start_mirrors)
+    monkeypatch.setattr(recorder, "start_mirrors", recorder.start_mirrors)
     for first in (0, 7):
         changes = {"resume_run": True} if first else {}
         answers = run_description(0, 1, str(tmp_path), changes)

@@ -9,7 +9,7 @@ import torch
 
 from harness.data import Batch, LossSum
 from harness.dist import World
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training.evaluate import evaluate
 from tests.support.own_tasks import own_config, points_task, squared_error
 from tests.support.runs import program, tiny

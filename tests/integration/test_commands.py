@@ -78,6 +78,14 @@ def test_sync_completes_the_mirrors_that_the_run_had(
     assert list((tmp_path / "runs/tiny/tensorboard").glob("events.*"))
 
 
+def test_sync_makes_a_mirror_that_the_run_did_not_have(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no mirrors" in said(capsys, "sync", str(runs / "seed1"))
+    assert "tensorboard" in said(capsys, "sync", str(runs / "seed1"), "--mirror", "tensorboard")
+    assert list((runs / "seed1/tensorboard").glob("events.*"))
+
+
 def weights(runs: Path) -> torch.nn.Module:
     config = tiny_config(runs.parent)
     model = build_model(config.model, sequence_length=config.data.sequence_length)

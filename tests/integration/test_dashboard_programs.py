@@ -19,8 +19,8 @@ from harness.dashboard.checkpoints import checkpoints
 from harness.dashboard.forks import fork
 from harness.dashboard.records import Program
 from harness.errors import CheckpointError, ConfigError, TrackingError
-from harness.tracking.process import identity
-from harness.tracking.reader import open_run
+from harness.runlog.process import identity
+from harness.runlog.reader import open_run
 from tests.support.runs import ROOT, tiny_config, wait_for
 
 LONG = ["--loop.steps=1000000", "--checkpoint.every=0", "--loop.eval_every=0"]
@@ -160,15 +160,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "overrides", "step", "rule"),
     [
-        ("new", {"model.dim": 64}, 4, "goes on with the model"),
-        ("new", {"seed": 5}, 4, "goes on with the model"),
-        ("new", {"optim.weight_decay": 0.0}, 4, "goes on with the model"),
-        ("new", {"loop.global_batch": 16}, 4, "goes on with the model"),
+        ("new", {"model.dim": 64}, 4, "resumed with the model"),
+        ("new", {"seed": 5}, 4, "resumed with the model"),
+        ("new", {"optim.weight_decay": 0.0}, 4, "resumed with the model"),
+        ("new", {"loop.global_batch": 16}, 4, "resumed with the model"),
         ("new", {"loop.steps": 0}, None, "greater than 0"),
         ("new", {"no.such": 0}, None, "unknown key"),
         ("new", {}, 5, "no checkpoint of step 5"),
-        ("tiny", {}, 4, "there already"),
-        ("tiny", {}, None, "there already"),
+        ("tiny", {}, 4, "already exists"),
+        ("tiny", {}, None, "already exists"),
         ("../new", {}, 4, "below"),
         (".dashboard", {}, 4, "below"),
         ("x" * 300, {}, 4, "below"),
@@ -314,7 +314,7 @@ def test_a_run_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     log = tmp_path / "runs/far/log"
     log.mkdir(parents=True)
     values = {**identity(), "machine": "another", "host": "far", "pid": os.getpid()}
-    from harness.tracking.codec import encode
+    from harness.runlog.codec import encode
 
     (log / "00000000.jsonl").write_bytes(encode("run", values, attempt=0, step=None, time=time.time()))
     with pytest.raises(TrackingError, match=f"running on far.*kill -TERM {os.getpid()}"):

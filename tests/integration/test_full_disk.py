@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import CheckpointError
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
 from tests.support.runs import tiny_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from tests.support.runs import PROGRAM, ROOT, program, tiny
 
 BIN = Path(sys.executable).parent

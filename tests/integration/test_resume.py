@@ -11,11 +11,12 @@ import torch
 from harness.checkpoint import Checkpointer
 from harness.cli.train import EXIT_STOPPED
 from harness.models import build_model
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
+from tests.support.launch import launch
 from tests.support.runs import PROGRAM, program, start, tiny, tiny_config
 
-TWO = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
 
 
 def losses(runs: Path) -> list[float]:
@@ -44,13 +45,13 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
 ) -> None:
     common = [f"--parallel.strategy={strategy}", "--model.dropout=0.1", "--loop.micro_batch=2"]
     whole = tiny(tmp_path, *common, f"--runs_dir={tmp_path / 'whole'}")
-    code, output = program(whole, launcher=TWO)
+    code, output = launch(whole)
     assert code == 0, output
     broken = tiny(tmp_path, *common, f"--runs_dir={tmp_path / 'broken'}")
     fault = f"--faults=[{{step: 9, rank: {victim}, kind: kill}}]"
-    code, _ = program([*broken, fault], launcher=TWO)
+    code, _ = program([*broken, fault], launcher=TORCHRUN)
     assert code != 0
-    code, output = program(broken, launcher=TWO)
+    code, output = launch(broken)
     assert code == 0, output
     # The save after 8 steps may or may not have been committed when the kill came.
     assert re.search("going on at step [48] of 12", output)

@@ -1,15 +1,15 @@
 """The ladder in a real run: back to a healthy checkpoint, past the data that broke it, and at last a stop."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from harness.errors import InstabilityError
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import train
-from tests.support.runs import program, tiny, tiny_config
+from tests.support.launch import launch
+from tests.support.runs import tiny, tiny_config
 
 GUARD = ["--guard.rollback_skip_steps=6", "--guard.rollback_cooldown_steps=3", "--checkpoint.healthy_after=2"]
 LENGTH = ["--loop.steps=24", "--guard.max_consecutive_skips=2"]
@@ -41,7 +41,7 @@ def test_a_run_that_does_not_recover_is_stopped_with_a_report(tmp_path: Path) ->
         train(tiny_config(tmp_path, *arguments))
     assert caught.value.exit_code == 3
     run = open_run(tmp_path / "runs/tiny")
-    assert run.state() == "stopped"
+    assert run.state() == "unstable"
     assert "in a row were skipped" in run.events("stop")[0].details["reason"]
 
 
@@ -54,11 +54,10 @@ def test_without_a_healthy_checkpoint_the_run_is_stopped(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_both_ranks_roll_back_when_one_is_at_fault(strategy: str, tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
     arguments = tiny(
         tmp_path, *GUARD, *LENGTH, nans(range(13, 16), rank=1), f"--parallel.strategy={strategy}"
     )
-    code, output = program(arguments, launcher=launcher)
+    code, output = launch(arguments)
     assert code == 0, output
     run = open_run(tmp_path / "runs/tiny")
     assert len(run.events("rollback")) == 1

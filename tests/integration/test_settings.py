@@ -8,7 +8,7 @@ import pytest
 
 from harness.checkpoint.store import Store
 from harness.config import TrainConfig
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from harness.training import TrainResult, train
 from tests.support.runs import tiny_config
 
@@ -70,7 +70,7 @@ def test_an_fp16_overflow_is_skipped_and_halves_the_loss_scale(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
 def test_handwritten_digits_are_learned(kind: str, tmp_path: Path) -> None:
     config = TrainConfig.from_file(
-        Path(__file__).parents[2] / "configs/digits.yaml",
+        "digits",
         [
             f"runs_dir={tmp_path}",
             f"model.kind={kind}",

@@ -465,8 +465,8 @@ def test_losses_are_the_same_bits_with_every_tracker_broken(
         tracker.log_images("broken", object())
 
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
-        patch.setattr("harness.tracking.segments.os.write", refuse_every_second)
-        patch.setattr("harness.tracking.segments.RETRY_S", 0.0)
+        patch.setattr("harness.runlog.segments.os.write", refuse_every_second)
+        patch.setattr("harness.runlog.segments.RETRY_S", 0.0)
         assert train(log) == bare
     tracker.close()
     assert open_run(tracker.run_dir).scalars("train/loss").values.tolist() == bare

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from harness.runlog.digest import Digest
+from harness.runlog.nodes import NodeLog
+from harness.runlog.reader import open_run
 from harness.tracking import RunLog, sync_run
-from harness.tracking.digest import Digest
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
 from tests.support.events import shown_scalars
 from tests.support.wandb_offline import history
 

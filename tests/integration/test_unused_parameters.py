@@ -1,14 +1,12 @@
-"""A model with a parameter that its loss does not depend on, as its author meets it: under torchrun."""
+"""A model with a parameter that its loss does not depend on, as its author meets it: in a whole program."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from harness.tracking.reader import open_run
-from tests.support.runs import program, tiny
-
-TWO = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
+from harness.runlog.reader import open_run
+from tests.support.launch import launch
+from tests.support.runs import tiny
 
 TASK = """
 import torch
@@ -44,11 +42,11 @@ def test_an_unused_parameter_of_one_rank_ends_the_run_by_name_and_find_unused_tr
     (tmp_path / "own_task.py").write_text(TASK)
     arguments = tiny(tmp_path, "--task=own_task:build", "--checkpoint.every=0", "--loop.eval_every=0")
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
-    code, output = program(arguments, launcher=TWO, PYTHONPATH=path)
+    code, output = launch(arguments, PYTHONPATH=path)
     assert code != 0
     said = "ConfigError: the loss does not depend on spare.weight, spare.bias on rank 1: DDP reduces"
     assert output.count(said) == 1, output
     assert "--parallel.find_unused true" in output
-    code, output = program([*arguments, "--parallel.find_unused"], launcher=TWO, PYTHONPATH=path)
+    code, output = launch([*arguments, "--parallel.find_unused"], PYTHONPATH=path)
     assert code == 0, output
     assert open_run(tmp_path / "runs/tiny").last_step == 11

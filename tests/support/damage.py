@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import TrainConfig, dump_yaml
+from harness.runlog.nodes import NodeLog
 from harness.tracking import RunLog
-from harness.tracking.nodes import NodeLog
 
 __all__ = ["ALIAS_BOMB", "damaged_run", "sound_run"]
 

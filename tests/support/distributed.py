@@ -19,12 +19,21 @@ from typing import Any
 import torch
 import torch.distributed
 
-__all__ = ["RanksFailed", "run_ranks"]
+__all__ = ["CONTEXT", "RanksFailed", "join", "run_ranks"]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports torch once and forks each rank from there: a rank starts in milliseconds.
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.support.distributed"]
+CONTEXT = multiprocessing.get_context("forkserver")
+# The server imports once what ranks import, and forks each of them from there: a rank starts in milliseconds.
+# Nothing of this may start a thread. (torch.optim imports torch._dynamo when a first optimizer is made, which
+# takes longer than most of what ranks do here.)
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "harness.training",
+        "pytest",
+        "tests.support.distributed",
+    ]
 )
 
 
@@ -49,17 +58,21 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [
-            _CONTEXT.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=True)
+            CONTEXT.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
-        hung = _join(ranks, timeout_s)
+        hung = join(ranks, timeout_s)
         return _collect(ranks, hung, Path(folder), timeout_s)
 
 
-def _join(ranks: list[Any], timeout_s: float) -> list[int]:
-    """Waits for all ranks; once one has failed, the others get a short grace before they are killed."""
+def join(ranks: list[Any], timeout_s: float) -> list[int]:
+    """Waits for all ranks; once one has failed, the others get a short grace before they are killed.
+
+    Returns:
+        The ranks that were killed.
+    """
     deadline = time.monotonic() + timeout_s
     running = dict(enumerate(ranks))
     while running and time.monotonic() < deadline:

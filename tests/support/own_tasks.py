@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from harness.config import TrainConfig, parse_arguments
 from harness.data import LossSum, Task
 from harness.dist import World
+from harness.stop import StopRequest
 from harness.tracking.mirrors import MirrorHandle
+from harness.training import Callback
 from harness.training.build import build_run
 from harness.training.loop import Run, train_loop
-from harness.training.stop import StopRequest
+from harness.training.summary import Ending
 
 __all__ = ["ALONE", "Drawing", "Points", "own_config", "points_task", "run_loop", "squared_error"]
 
@@ -85,16 +87,16 @@ def own_config(folder: Path, build: Callable[[TrainConfig], Any], *more: str) ->
     return parse_arguments([*(f"--{key}={value}" for key, value in settings.items()), *more])
 
 
-def run_loop(config: TrainConfig, world: World = ALONE) -> Run:
+def run_loop(config: TrainConfig, world: World = ALONE, callbacks: Sequence[Callback] = ()) -> Run:
     """Builds a run and trains it to its end; without mirrors and pictures, which take longer than that."""
-    no_mirrors = patch("harness.training.journal.start_mirrors", lambda *_: MirrorHandle(None, None))
+    no_mirrors = patch("harness.tracking.recorder.start_mirrors", lambda *_: MirrorHandle(None))
     with no_mirrors, StopRequest() as stop:
-        run = build_run(config, world, stop)
+        run = build_run(config, world, stop, callbacks)
         try:
             train_loop(run)
         finally:
             run.guard.close()
             run.loader.close()
             run.checkpointer.close()
-            run.journal.close("test")
+            run.journal.close(Ending(status="finished"))
         return run

@@ -18,10 +18,12 @@ from starlette.testclient import TestClient
 
 from harness.cli.main import main
 from harness.dashboard import server
-from harness.dashboard.catalogue import Catalogue
-from harness.dashboard.surveyor import Surveyor
+from harness.dashboard.indexer import Indexer
+from harness.dashboard.run_index import RunIndex
 from harness.errors import HarnessError
-from harness.tracking.segments import Follower, node_folders
+from harness.runlog.segments import Follower, node_folders
+from harness.tracking.mirror import MirroredRun
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 
 __all__ = ["Answer", "Question", "Readers"]
@@ -58,9 +60,9 @@ class Readers:
     def __init__(self, root: Path) -> None:
         self.root = root
         app = FastAPI()
-        app.add_exception_handler(HarnessError, server._say_what_is_wrong)  # type: ignore[arg-type]
-        self.catalogue = Catalogue(root)
-        server._add_data(app, self.catalogue)
+        app.add_exception_handler(HarnessError, server._error_response)  # type: ignore[arg-type]
+        self.run_index = RunIndex(root, search_every_s=0.0)  # runs are asked for as soon as they are made
+        server._add_data(app, self.run_index)
         self._client = TestClient(app)
 
     def table(self) -> dict[str, dict[str, Any]]:
@@ -69,17 +71,17 @@ class Readers:
 
         def tell(answer: dict[str, Any]) -> None:
             answer = json.loads(json.dumps(answer, default=str).encode())  # as it goes through the pipe
-            if "glance" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
-                rows[answer["run"]] = answer["glance"]
+            if "row" in answer and rows.get(answer["run"], {}).get("state") != "unreadable":
+                rows[answer["run"]] = answer["row"]
 
-        surveyor = Surveyor(self.root, self.root / ".dashboard" / "digests", tell)
-        surveyor.look()
-        while surveyor.has_unread:
-            surveyor.read_on(1.0)
+        indexer = Indexer(self.root, self.root / ".dashboard" / "digests", tell)
+        indexer.refresh()
+        while indexer.has_unread:
+            indexer.read_on(1.0)
         return rows
 
     def questions(self, run: str, other: str, out: Path) -> list[Question]:
-        """All there is to ask of a run but its report; `other` is compared with it, `out` takes exports."""
+        """All there is to ask of a run; `other` is compared with it, `out` takes exports."""
         addresses = [
             Question(f"/api/{path} {parameters}", functools.partial(self._asked, path, parameters))
             for path, parameters in self._addresses(run, other)
@@ -87,10 +89,6 @@ class Readers:
         commands = [self._question(command) for command in self._commands(run, other, out)]
         mirror = Question(f"TensorBoard's mirror of {run}", functools.partial(self._mirrored, run, out))
         return [*addresses, *commands, mirror]
-
-    def report(self, run: str, out: Path) -> Question:
-        """The report, which takes as long as matplotlib takes."""
-        return self._question(["report", run, "-o", str(out / "report.html")])
 
     def all_runs(self) -> Question:
         """The table of the command line."""
@@ -108,6 +106,7 @@ class Readers:
             *(("run", {"run": run, **sight, "axis": axis}) for axis in ("tokens", "hours", "clock")),
             ("run", {"run": run, **sight, "first": 3, "last": 9}),
             ("curves", {"run": run, "name": names, "first": -(10**30), "last": 10**30}),
+            ("settings", {"run": run}),
             ("compare", {"run": [other, run]}),
             ("output", {"run": run}),
             ("output", {"run": run, "offset": 10**18}),
@@ -120,6 +119,7 @@ class Readers:
             ["compare", run, other],
             ["export", run, "--format", "csv", "-o", str(out / "metrics.csv")],
             ["export", run, "--format", "json", "-o", str(out / "metrics.json")],
+            ["report", run, "-o", str(out / "report.html")],
             ["verify", run],
         ]
 
@@ -140,7 +140,7 @@ class Readers:
 
 
 def _mirror(run_dir: Path, folder: Path) -> None:
-    mirror = TensorBoardMirror(folder, run_dir=run_dir, state={})
+    mirror = TensorBoardMirror(MirroredRun(run_dir, MirrorSettings(tensorboard_dir=str(folder))), {})
     for place in node_folders(run_dir / "log"):
         follower = Follower(run_dir / "log" / place)
         while records := follower.read():

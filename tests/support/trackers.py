@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import ExperimentTracker
-from harness.tracking import ExperimentConfig, output
+from harness.tracking import ExperimentConfig, recorder
 from harness.tracking.mirrors import MirrorHandle
 
 __all__ = ["alone", "config_in"]
@@ -14,11 +14,11 @@ __all__ = ["alone", "config_in"]
 
 def alone(folder: Path, *, rank: int | None = None, **changes: Any) -> ExperimentTracker:
     """A tracker whose folders lie in `folder`, without mirrors and pictures."""
-    start, output.start_mirrors = output.start_mirrors, lambda *_, **__: MirrorHandle(None, None)
+    start, recorder.start_mirrors = recorder.start_mirrors, lambda *_, **__: MirrorHandle(None)
     try:
         return ExperimentTracker(config_in(folder, **changes), rank=rank)
     finally:
-        output.start_mirrors = start
+        recorder.start_mirrors = start
 
 
 def config_in(folder: Path, **changes: Any) -> ExperimentConfig:

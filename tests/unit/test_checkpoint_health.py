@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from harness.checkpoint import Checkpointer
+from harness.checkpoint.store import Saved, Store
 from harness.errors import CheckpointError
 from tests.support.checkpoints import TinyRun, digest
 
@@ -22,6 +25,7 @@ def save(checkpointer: Checkpointer, step: int, **options: Any) -> None:
 def observe(checkpointer: Checkpointer, first: int, last: int, *, incident: bool = False) -> None:
     for step in range(first, last + 1):
         checkpointer.observe(step, incident=incident)
+    checkpointer.wait()
 
 
 def healthy_steps(directory: Path) -> list[int]:
@@ -176,6 +180,57 @@ def test_a_rollback_without_a_healthy_checkpoint_says_so(tmp_path: Path) -> None
         save(checkpointer, 1)
         with pytest.raises(CheckpointError, match="no healthy checkpoint"):
             checkpointer.rollback({"x": None})
+
+
+def on_a_slow_disk(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[str]]:
+    """Marks and deletions wait for the event; in which threads they were done."""
+    goes_on, threads = threading.Event(), list[str]()
+    for name in ("mark_healthy", "delete"):
+        action = getattr(Store, name)
+
+        def slow(store: Store, saved: Saved, action: Any = action) -> None:
+            threads.append(threading.current_thread().name)
+            assert goes_on.wait(30)
+            action(store, saved)
+
+        monkeypatch.setattr(Store, name, slow)
+    return goes_on, threads
+
+
+def test_training_waits_for_no_mark_and_no_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, threads = on_a_slow_disk(monkeypatch)
+    with Checkpointer(tmp_path, keep_last=1, healthy_after=1) as checkpointer:
+        checkpointer.save(1, {"x": 1})
+        while not checkpointer.outcomes():
+            time.sleep(0.01)
+        for step in (2, 3):
+            checkpointer.observe(step)  # marks step 1, which takes until `goes_on`
+        checkpointer.save(3, {"x": 3})  # its deletions too
+        checkpointer.observe(4)
+        assert healthy_steps(tmp_path) == []
+        goes_on.set()
+        checkpointer.wait()
+        assert healthy_steps(tmp_path) == [1]  # step 3 was not there yet when step 4 was observed
+        assert checkpointer.steps() == [1, 3]
+        checkpointer.observe(5)
+        checkpointer.save(5, {"x": 5})
+        checkpointer.wait()
+        assert checkpointer.steps() == [3, 5]  # the last healthy one, and the newest
+        assert healthy_steps(tmp_path) == [3]
+    assert set(threads) == {"checkpoint-tasks"}
+
+
+def test_the_disk_holds_no_more_than_one_save_that_is_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, _ = on_a_slow_disk(monkeypatch)
+    with Checkpointer(tmp_path, keep_last=1, when_busy="drop") as checkpointer:
+        for step in range(1, 20):
+            checkpointer.save(step, {"x": step})
+            time.sleep(0.02)
+        assert len(list(tmp_path.glob("step-*"))) == 2
+        goes_on.set()
+    assert len(list(tmp_path.glob("step-*"))) == 1
 
 
 def test_memory_is_reused_and_bounded(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def printed(
         monkeypatch.setenv(name, str(value))
     with reporting() as outcome:
         if early:
-            outcome.tell(error)
+            outcome.report(error)
         raise error
     assert outcome.exit_code == 2
     return capsys.readouterr().err

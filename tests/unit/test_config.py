@@ -6,12 +6,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import TrainConfig, check_same_run, dump_yaml, flatten, parse_arguments, to_dict
+from harness.config import (
+    AlertConfig,
+    FaultConfig,
+    TrackingConfig,
+    TrainConfig,
+    check_same_run,
+    dump_yaml,
+    flatten,
+    parse_arguments,
+    to_dict,
+)
 from harness.config.keys import key_types, switches
 from harness.config.parser import argument_parser, parse
+from harness.config.presets import preset_file, preset_names
 from harness.errors import ConfigError
 
-PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PRESETS = [preset_file(name) for name in preset_names()]
 
 
 def test_overrides_win_over_the_file_in_the_order_given(tmp_path: Path) -> None:
@@ -26,6 +37,19 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config))
     assert TrainConfig.from_file(file) == config
+
+
+def test_a_section_knows_the_name_under_which_its_keys_stand() -> None:
+    config = TrainConfig(
+        faults=(FaultConfig(step=0),), tracking=TrackingConfig(alerts=(AlertConfig(kind="above"),))
+    )
+    holders = {"": config, "faults": config.faults[0], "tracking.alerts": config.tracking.alerts[0]}
+    named = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sections = {name: value for name, value in named.items() if dataclasses.is_dataclass(value)}
+    assert len(sections) == 9
+    assert {name: section.SECTION for name, section in {**sections, **holders}.items()} == {
+        name: name for name in {**sections, **holders}
+    }
 
 
 def test_from_file_takes_overrides(tmp_path: Path) -> None:
@@ -45,7 +69,7 @@ def test_the_presets_that_users_are_promised_exist() -> None:
 
 
 def test_the_quickstart_preset_is_the_default_run() -> None:
-    assert TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml") == TrainConfig()
+    assert TrainConfig.from_file("quickstart") == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +95,7 @@ def test_the_quickstart_preset_is_the_default_run() -> None:
         (["--guard.spike_warmup", "-1"], ["guard.spike_warmup", "-1"]),
         (["--guard.absurd_norm_ratio", "1"], ["guard.absurd_norm_ratio", "greater than 1", "null or 0"]),
         (["--guard.absurd_norm_ratio", "inf"], ["guard.absurd_norm_ratio", "inf"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "presets basic, ddp_cpu, debug"]),
         (["stray"], ["stray"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -103,7 +127,7 @@ def test_a_wrong_file_is_named(content: str, words: list[str], tmp_path: Path) -
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can() -> None:
-    config = TrainConfig.from_file(PRESETS[0].parent / "quickstart.yaml", ["loop.micro_batch=3"])
+    config = TrainConfig.from_file("quickstart", ["loop.micro_batch=3"])
     with pytest.raises(ConfigError, match=r"world size x loop.micro_batch = 2 x 3.*--loop.global_batch 18"):
         config.check_world(2)
 

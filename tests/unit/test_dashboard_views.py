@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from harness.dashboard.views import Axis, curves_view, layers_view, run_view
+from harness.dashboard.views import MAX_EVENTS, Axis, curves_view, layers_view, run_view
+from harness.runlog import digest as digests
+from harness.runlog.digest import Digest
 from harness.tracking import RunLog
-from harness.tracking import digest as digests
-from harness.tracking.digest import Digest
 
 server = pytest.importorskip("harness.dashboard.server", reason="pip install 'stability-harness[dashboard]'")
 
@@ -27,6 +27,11 @@ def digest(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             log.write("step", {"train/loss": odd, "train/tokens": 100 * (step + 1)}, step=step)
             log.write("layers", {"grad_norm": {"w": odd, "b": 1.0}}, step=step)
             log.write("ranks", {"loss": [1.0, odd]}, step=step)
+        log.write("eval", {"val/loss": 2.0}, step=20)
+        log.write("eval", {"val/loss": 3.0}, step=39)
+        log.write("event", {"name": "rollback"}, step=6)
+        for _ in range(MAX_EVENTS):
+            log.write("event", {"name": "checkpoint"}, step=6)
         log.write("event", {"name": "incident", "loss": math.nan, "samples": [1, 2]}, step=7)
     one = Digest(tmp_path)
     one.refresh()
@@ -49,7 +54,7 @@ def test_curves_are_numbers_on_every_axis(axis: Axis, within: tuple[int, int] | 
         assert len(place["x"]) == len(place["steps"]) == len(curve["mean"]) <= 10
         assert all(isinstance(x, (int, float)) for x in place["x"] + place["steps"])
         assert place["x"] == sorted(place["x"])
-        assert sum(count for _, *counts in curve["odd"] for count in counts) == 2
+        assert sum(count for _, *counts in curve["nonfinite"] for count in counts) == 2
     expected = {"step": (within or (0, 39))[0], "tokens": 100 * ((within or (0, 39))[0] + 1)}
     assert view["xs"][0]["x"][0] == pytest.approx(expected.get(axis, view["xs"][0]["x"][0]), rel=0.2, abs=2)
     assert view["curves"]["nothing"]["mean"] == []
@@ -64,3 +69,11 @@ def test_layers_and_the_run_are_numbers_and_words(digest: Digest) -> None:
     assert run["last"]["train/loss"] == 39.0
     assert run["ranks"] == {"loss": [1.0, 39.0]}
     assert run["incidents"][0]["samples"] == [1, 2]
+    assert run["best_val_loss"] == 2.0
+    assert run["nonfinite_steps"]["num"] == 2
+
+
+def test_checkpoints_push_nothing_else_out_of_the_events(digest: Digest) -> None:
+    run = run_view(digest)
+    assert [event["name"] for event in run["events"]] == ["rollback", "incident"]
+    assert run["event_counts"] == {"rollback": 1, "incident": 1, "checkpoint": MAX_EVENTS}

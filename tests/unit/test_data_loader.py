@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-import time
 from itertools import chain
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from harness.data import Loader, evaluation_batches
 from harness.errors import ConfigError, DataError
+from tests.support.runs import wait_for
 
 
 class Numbers:
@@ -162,10 +162,7 @@ def test_closing_ends_the_workers_and_the_loader_goes_on_afterwards() -> None:
     assert len(multiprocessing.active_children()) >= 2
     workers = multiprocessing.active_children()
     loader.close()
-    deadline = time.monotonic() + 5
-    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(worker.is_alive() for worker in workers)
+    wait_for(lambda: not any(worker.is_alive() for worker in workers), what="the workers' end")
     assert ids(loader.next()) == REFERENCE[1]
     loader.close()
 

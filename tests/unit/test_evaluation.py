@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from harness.config import TrainConfig
 from harness.data import LossSum, Task
 from harness.errors import ConfigError
+from harness.runlog.reader import open_run
 from harness.stability import StepGuard
-from harness.tracking.reader import open_run
 from harness.training.evaluate import evaluate
 from harness.training.tasks import build_task
 from tests.support.own_tasks import (

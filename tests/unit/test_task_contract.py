@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harness.config import TrainConfig
 from harness.data import LossSum, Task
 from harness.errors import HarnessError, TaskError
-from harness.tracking.reader import open_run
+from harness.runlog.reader import open_run
 from tests.support.own_tasks import Points, own_config, points_task, run_loop, squared_error
 
 Pair = namedtuple("Pair", "x y")

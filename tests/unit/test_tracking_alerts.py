@@ -15,11 +15,11 @@ import pytest
 
 from harness.config import AlertConfig
 from harness.errors import ConfigError
+from harness.runlog.codec import Record
+from harness.runlog.nodes import NodeLog
+from harness.runlog.reader import open_run
+from harness.runlog.writer import RunLog
 from harness.tracking.alerts import AlertMirror, Rule, Webhook
-from harness.tracking.codec import Record
-from harness.tracking.log import RunLog
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
 
 
 def step(number: int, value: float, name: str = "train/loss", time: float | None = None) -> Record:
@@ -175,10 +175,9 @@ def test_a_webhook_that_hangs_holds_up_nobody_and_says_what_it_drops(
 ) -> None:
     slow = Receiver(delay_s=3.0)
     webhook = Webhook(slow.url)
-    began = time.monotonic()
     for i in range(150):
         webhook.post({"i": i})
-    assert time.monotonic() - began < 0.5
+    assert len(slow.received) < 5  # each takes 3 s
     assert any("does not keep up" in message for message in caplog.messages)
     slow.close()
 

@@ -29,9 +29,10 @@ import torch
 
 from harness import ExperimentTracker
 from harness.errors import TrackingError
-from harness.tracking import TrainingMetrics, open_run, places, reader, shared_place
-from harness.tracking.digest import Digest
-from harness.tracking.sample import open_digest
+from harness.runlog import reader
+from harness.runlog.digest import Digest
+from harness.runlog.preview import open_digest
+from harness.tracking import TrainingMetrics, open_run, places, shared_place
 from tests.support.trackers import alone
 
 

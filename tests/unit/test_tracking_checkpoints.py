@@ -188,6 +188,9 @@ def test_the_log_tells_of_a_checkpoint_once_it_is_there_and_of_each_that_failed(
     ]
     assert all(event.details["epoch"] == 1 for event in events)
     assert all(("error" in event.details) == (event.name == "checkpoint_failed") for event in events)
+    # As the trainer tells of one.
+    told = {"num_steps", "blocked_s", "seconds", "size_bytes"}
+    assert all(told <= set(event.details) for event in events if event.name == "checkpoint")
 
 
 def test_every_save_that_fails_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from harness.errors import TrackingError
-from harness.tracking.codec import MAX_ELEMENTS, decode, encode
+from harness.runlog.codec import MAX_ELEMENTS, decode, encode
 
 
 def there_and_back(values: dict[Any, Any]) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.tracking import digest as digests
-from harness.tracking.digest import Bands, Digest
-from harness.tracking.kept import keep, kept_path, restored
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.nodes import NodeLog
-from harness.tracking.reader import open_run
-from harness.tracking.sample import sample
-from harness.tracking.segments import segments
-from harness.tracking.series import Series
+from harness.runlog import digest as digests
+from harness.runlog.digest import Bands, Digest
+from harness.runlog.digest_cache import digest_file, load_digest, save_digest
+from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import log_dir
+from harness.runlog.preview import sample
+from harness.runlog.reader import open_run
+from harness.runlog.segments import segments
+from harness.runlog.series import Series
+from harness.runlog.writer import RunLog
 
 
 def read(run_dir: Path) -> Digest:
@@ -136,18 +137,18 @@ def test_a_log_read_as_it_grows_gives_what_reading_it_at_once_gives(
 
 def test_a_digest_that_was_kept_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "MOST", 64)
-    run_dir, path = tmp_path / "run", kept_path(tmp_path / "kept", "a/b\udcff")
+    run_dir, path = tmp_path / "run", digest_file(tmp_path / "kept", "a/b\udcff")
     random_log(run_dir, 3)
     with RunLog(run_dir, info={"config": {"x": math.nan}}) as log:
         log.write("hparams", {"lr": math.inf})
         log.write("event", {"name": "incident", "loss": math.nan}, step=100)
         log.write("ranks", {"loss": [1.0, math.nan]}, step=101)
     first = read(run_dir)
-    assert keep(first, path)
+    assert save_digest(first, path)
     with RunLog(run_dir) as log:
         for step in range(50):
             log.write("step", {"train/loss": float(step), "new": 1.0}, step=500 + step)
-    second = restored(run_dir, path)
+    second = load_digest(run_dir, path)
     assert second is not None
     assert 0 < second.read_frac < 1
     assert second.refresh()
@@ -167,19 +168,19 @@ def headed(header: bytes) -> bytes:
 def test_a_kept_digest_that_is_damaged_or_of_another_log_is_none(tmp_path: Path) -> None:
     run_dir, path = tmp_path / "run", tmp_path / "kept.digest"
     random_log(run_dir, 0)
-    assert restored(run_dir, path) is None
-    assert keep(read(run_dir), path)
+    assert load_digest(run_dir, path) is None
+    assert save_digest(read(run_dir), path)
     whole = path.read_bytes()
     cut = (b"", whole[:10], whole[:200], whole[:-40], whole[:-80], whole + bytes(80))
     wrong = (b"x" + whole[1:], whole[:25] + b"}" * 500, headed(b"[]"), headed(b'{"head": "", "places": []}'))
     for damaged in (*cut, *wrong):
         path.write_bytes(damaged)
-        assert restored(run_dir, path) is None
+        assert load_digest(run_dir, path) is None
     path.write_bytes(whole)
     for file in segments(log_dir(run_dir)):
         file.unlink()
     random_log(run_dir, 0)
-    assert restored(run_dir, path) is None
+    assert load_digest(run_dir, path) is None
 
 
 def test_a_run_begun_anew_under_the_same_name_is_shown_from_its_beginning(tmp_path: Path) -> None:

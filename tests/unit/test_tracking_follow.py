@@ -12,14 +12,15 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from harness.runlog.codec import Record
+from harness.runlog.writer import RunLog
 from harness.tracking import mirror as mirror_module
-from harness.tracking.codec import Record
-from harness.tracking.log import RunLog
-from harness.tracking.mirror import MirrorFollower, StartAgain
+from harness.tracking.mirror import Mirror, MirroredRun, MirrorFollower, StartAgain
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 
 
-class Shelf:
+class Shelf(Mirror):
     """A mirror that keeps steps in a list, and fails whenever its dice say so."""
 
     def __init__(self, kept: list[int], dice: random.Random, state: Mapping[str, Any]) -> None:
@@ -86,6 +87,10 @@ def test_a_state_file_that_is_damaged_means_beginning_again(tmp_path: Path) -> N
     assert kept == [0]
 
 
+def shown_in(folder: Path) -> MirroredRun:
+    return MirroredRun(folder, MirrorSettings(tensorboard_dir=str(folder)))
+
+
 def step(number: int) -> Record:
     return Record("step", 0, number, 1000.0 + number, {"train/loss": float(number)})
 
@@ -97,12 +102,12 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_what_tensorboard_got_after_the_last_commit_is_cut_off_again(tmp_path: Path) -> None:
-    first = TensorBoardMirror(tmp_path, run_dir=tmp_path, state={})
+    first = TensorBoardMirror(shown_in(tmp_path), {})
     first.take(step(0))
     state = first.commit()
     first.take(step(1))
     first.commit()  # it dies before this state is kept
-    again = TensorBoardMirror(tmp_path, run_dir=tmp_path, state=state)
+    again = TensorBoardMirror(shown_in(tmp_path), state)
     for number in (1, 2):
         again.take(step(number))
     again.commit()
@@ -110,17 +115,17 @@ def test_what_tensorboard_got_after_the_last_commit_is_cut_off_again(tmp_path: P
 
 
 def test_an_event_file_that_lost_its_end_is_built_again(tmp_path: Path) -> None:
-    mirror = TensorBoardMirror(tmp_path, run_dir=tmp_path, state={})
+    mirror = TensorBoardMirror(shown_in(tmp_path), {})
     mirror.take(step(0))
     state = mirror.commit()
     [path] = tmp_path.glob("*tfevents*")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StartAgain):
-        TensorBoardMirror(tmp_path, run_dir=tmp_path, state=state)
+        TensorBoardMirror(shown_in(tmp_path), state)
 
 
 def test_other_peoples_event_files_are_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "events.out.tfevents.1.host"
     other.write_text("theirs")
-    TensorBoardMirror(tmp_path, run_dir=tmp_path, state={})
+    TensorBoardMirror(shown_in(tmp_path), {})
     assert other.read_text() == "theirs"

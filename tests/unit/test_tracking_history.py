@@ -10,11 +10,14 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from harness.tracking.codec import encode
-from harness.tracking.digest import Digest
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.reader import open_run
-from harness.tracking.segments import Follower, SegmentWriter
+from harness.runlog.codec import encode
+from harness.runlog.digest import Digest
+from harness.runlog.paths import log_dir
+from harness.runlog.reader import open_run
+from harness.runlog.segments import Follower, SegmentWriter
+from harness.runlog.writer import RunLog
+from harness.tracking.mirror import MirroredRun
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 from tests.support.events import shown_scalars
 
@@ -36,7 +39,7 @@ def write_steps(log: RunLog, steps: range, value: float = 0.0) -> None:
 
 def mirrored(run_dir: Path) -> dict[int, float]:
     """`train/loss` as TensorBoard shows it."""
-    mirror = TensorBoardMirror(run_dir / "tensorboard", run_dir=run_dir, state={})
+    mirror = TensorBoardMirror(MirroredRun(run_dir, MirrorSettings()), {})
     follower = Follower(log_dir(run_dir))
     while records := follower.read():
         for record in records:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from harness.errors import TrackingError
-from harness.tracking.codec import Record
-from harness.tracking.log import RunLog, log_dir
-from harness.tracking.segments import Follower, segments
+from harness.runlog.codec import Record
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import Follower, segments
+from harness.runlog.writer import RunLog
 
 
 def everything(run_dir: Path) -> list[Record]:
@@ -192,8 +193,8 @@ def test_a_disk_that_refuses_and_recovers_loses_and_tears_nothing(
         budget[0] -= len(taken)
         return write(fd, taken)
 
-    monkeypatch.setattr("harness.tracking.segments.os.write", stingy)
-    monkeypatch.setattr("harness.tracking.segments.RETRY_S", 0.0)
+    monkeypatch.setattr("harness.runlog.segments.os.write", stingy)
+    monkeypatch.setattr("harness.runlog.segments.RETRY_S", 0.0)
     for step in range(5):
         log.write("step", {"loss": float(step)}, step=step)
     assert losses(tmp_path) == []

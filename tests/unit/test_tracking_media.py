@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from harness.errors import TrackingError
-from harness.tracking import log, media
-from harness.tracking.codec import Record
+from harness.runlog import paths
+from harness.runlog.codec import Record
+from harness.tracking import media
 from harness.tracking.media import save_image, to_picture
+from harness.tracking.mirror import MirroredRun
 from harness.tracking.names import folder_name
+from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
 
 
@@ -85,9 +88,11 @@ def test_no_longer_file_than_a_mirror_holds_becomes_part_of_one(
     kept = save_image(tmp_path, np.random.default_rng(0).random((64, 64)))
     size = (tmp_path / kept["file"]).stat().st_size
     for limit, is_taken in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(log, "MEDIA_BYTES", limit)
+        monkeypatch.setattr(paths, "MEDIA_BYTES", limit)
         monkeypatch.setattr(media, "MEDIA_BYTES", limit)
-        mirror = TensorBoardMirror(tmp_path / f"shown{limit}", run_dir=tmp_path, state={})
+        mirror = TensorBoardMirror(
+            MirroredRun(tmp_path, MirrorSettings(tensorboard_dir=str(tmp_path / f"shown{limit}"))), {}
+        )
         mirror.take(Record("image", 0, 1, 1.0, {"picture": kept}))
         mirror.take(Record("graph", 0, 1, 1.0, {"file": kept["file"]}))
         mirror.close(None)
@@ -106,5 +111,5 @@ def test_only_regular_files_of_the_run_are_media(name: str, tmp_path: Path) -> N
     (run_dir / "link").symlink_to(tmp_path / "outside")
     os.mkfifo(run_dir / "pipe")
     (run_dir / "fine").write_text("x")
-    assert log.media_bytes(run_dir, {"file": name}) is None
-    assert log.media_bytes(run_dir, {"file": "fine"}) == b"x"
+    assert paths.media_bytes(run_dir, {"file": name}) is None
+    assert paths.media_bytes(run_dir, {"file": "fine"}) == b"x"

@@ -1,4 +1,4 @@
-"""What people look at: table, overview, comparison, terminal, export, report, picture."""
+"""What people look at: table, overview, comparison, terminal, export, picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ import pytest
 from PIL import Image
 
 from harness.errors import TrackingError
+from harness.runlog.preview import open_whole
+from harness.runlog.reader import open_run
 from harness.tracking import RunLog, plot_run
 from harness.tracking.compare import compare_runs, compare_text
 from harness.tracking.export import export_run
-from harness.tracking.overview import glances, runs_table, show_run, summarise
-from harness.tracking.plots import draw_run, thinned
-from harness.tracking.reader import open_run
-from harness.tracking.report import write_report
+from harness.tracking.overview import run_rows, runs_table, show_run, summarise
+from harness.tracking.plots import draw_run
 from harness.tracking.text import age, number, sparkline
 from harness.tracking.watch import frame, watch_run
 
@@ -59,7 +58,7 @@ def test_the_table_has_a_line_per_run_the_newest_first(tmp_path: Path) -> None:
     for name in ("first", "second"):
         make_run(tmp_path / "group" / name)
     (tmp_path / "no run").mkdir()
-    assert [one.path.name for one in glances(tmp_path)] == ["second", "first"]
+    assert [one.path.name for one in run_rows(tmp_path)] == ["second", "first"]
     heads, _, *rows = runs_table(tmp_path).split("\n")
     assert heads.split()[:4] == ["run", "state", "step", "loss"]
     assert [row.split()[:4] for row in rows] == [[n, "finished", "29", "2.1"] for n in ("second", "first")]
@@ -140,64 +139,18 @@ def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
         assert "\x1b" not in text
 
 
-class Outside(HTMLParser):
-    """Everything in a page that would load something or run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "iframe"):
-            self.found.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href") and not (value or "").startswith("data:"):
-                self.found.append(f"{name}={value}")
-
-
-def test_the_report_is_one_file_that_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "<b>a & b", odd=4)
-    page = write_report(run_dir).read_text()
-    outside = Outside()
-    outside.feed(page)
-    assert outside.found == []
-    assert "<script>" not in page
-    assert "&lt;script&gt;b&lt;/script&gt;" in page
-    assert page.count("data:image/svg+xml;base64,") == 3  # training, layers, ranks
-    for title in (
-        "Training",
-        "Incidents and other events",
-        "Layers",
-        "Ranks",
-        "Last values",
-        "Configuration",
-    ):
-        assert f"<h2>{title}</h2>" in page
-
-
-def test_a_run_that_logged_nothing_has_a_report_and_a_picture(tmp_path: Path) -> None:
+def test_a_run_that_logged_nothing_has_a_picture(tmp_path: Path) -> None:
     RunLog(tmp_path / "a").close()
-    assert "finished" in write_report(tmp_path / "a").read_text()
     with Image.open(plot_run(tmp_path / "a", tmp_path / "a.png")) as picture:
         assert picture.size[0] == 1650
 
 
 def test_the_picture_has_a_panel_for_what_was_logged_and_marks_the_events(tmp_path: Path) -> None:
-    figure = draw_run(open_run(make_run(tmp_path / "a", odd=4)))
+    figure = draw_run(open_whole(make_run(tmp_path / "a", odd=4)))
     labels = [axis.get_ylabel() for axis in figure.axes]
     assert labels == ["loss", "gradient norm", "learning rate", "non-finite"]
     assert figure.axes[1].get_yscale() == "log"
     assert "1 incident" in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def test_thinning_keeps_extremes_and_does_not_mind_nan() -> None:
-    values = np.zeros(100_000)
-    values[[777, 55_555]] = [9.0, -9.0]
-    values[60_000:70_000] = np.nan
-    steps, kept = thinned(np.arange(100_000), values)
-    assert len(kept) <= 4000
-    assert {9.0, -9.0} <= set(kept.tolist())
-    assert np.all(np.diff(steps) > 0)
 
 
 def test_numbers_ages_and_sparklines() -> None:

@@ -4,17 +4,25 @@ import { element, number, tick } from "./format.js";
 
 export const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#ff8ab7"];
 const MARKS = {
-  incident: "#e5484d",
-  rollback: "#f76b15",
-  fault: "#8e4ec6",
-  alert: "#ffb224",
-  stop: "#889096",
-  resume: "#3e63dd",
-  checkpoint_failed: "#e5484d",
-  outlier: "#b9bbc6",
+  INCIDENT: "#e5484d",
+  ROLLBACK: "#f76b15",
+  FAULT: "#8e4ec6",
+  ALERT: "#ffb224",
+  STOP: "#889096",
+  RESUME: "#3e63dd",
+  CHECKPOINT_FAILED: "#e5484d",
+  OUTLIER: "#b9bbc6",
 };
 const NON_FINITE = "#d6009a";
 const HEIGHT = 200;
+
+// The events that are marked in pictures, each with its colour; `names` are what events are called.
+export function marksOf(events, names) {
+  const colours = new Map(Object.entries(MARKS).map(([key, colour]) => [names[key], colour]));
+  return events
+    .filter((event) => colours.has(event.name) && !event.abandoned)
+    .map((event) => ({ ...event, colour: colours.get(event.name), isSolid: event.name === names.INCIDENT }));
+}
 
 // Exponential moving average without the bias towards its first value.
 function smoothed(values, weight) {
@@ -57,7 +65,7 @@ export class Chart {
     this.sync = sync;
     this.log = plot.log || false;
     this.marks = [];
-    this.odd = [];
+    this.nonfinite = [];
     this.key = "";
     this.body = element("div", { class: "h-chart-body" });
     this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
@@ -84,9 +92,9 @@ export class Chart {
     if (this.last) this.draw(...this.last);
   }
 
-  // view: the server's answer about curves. events: those of the run. options: { smoothing }.
-  draw(view, events, options) {
-    this.last = [view, events, options];
+  // view: the server's answer about curves. marks: those of the run's events. options: { smoothing }.
+  draw(view, marks, options) {
+    this.last = [view, marks, options];
     const present = this.plot.lines.filter((line) => view.xs[(view.curves[line.name] || {}).x]?.x.length);
     this.node.classList.toggle("h-empty", present.length === 0);
     this.toggle.classList.toggle("h-on", this.log);
@@ -95,16 +103,13 @@ export class Chart {
       this.clear();
       return;
     }
-    const { series, bands, tables } = this.layout(view, present, options);
+    const { series, bands, tables } = this.plotData(view, present, options);
     const data = window.uPlot.join(tables);
     const axis = view.xs[view.curves[present[0].name].x];
-    this.marks = events
-      .filter((event) => event.name in MARKS && !event.abandoned)
-      .map((event) => ({ ...event, x: placeOf(event.step, axis) }))
-      .filter((mark) => mark.x != null);
-    this.odd = present.flatMap((line) => {
+    this.marks = marks.map((mark) => ({ ...mark, x: placeOf(mark.step, axis) })).filter((mark) => mark.x != null);
+    this.nonfinite = present.flatMap((line) => {
       const curve = view.curves[line.name];
-      return curve.odd.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
+      return curve.nonfinite.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
     });
     this.axis = axis;
     const key = JSON.stringify([series.map((one) => one.label), this.log, view.axis, document.body.classList.contains("dark")]);
@@ -118,11 +123,11 @@ export class Chart {
     this.node.dataset.points = Math.max(...present.map((line) => view.xs[view.curves[line.name].x].x.length));
     this.node.dataset.first = axis.steps[0];
     this.node.dataset.last = axis.steps[axis.steps.length - 1];
-    this.node.dataset.odd = this.odd.length;
+    this.node.dataset.nonfinite = this.nonfinite.length;
     this.node.dataset.marks = this.marks.length;
   }
 
-  layout(view, present, { smoothing }) {
+  plotData(view, present, { smoothing }) {
     const scale = this.log ? positive : (values) => values;
     const series = [{ label: view.axis }];
     const bands = [];
@@ -169,7 +174,7 @@ export class Chart {
       ],
       cursor: { sync: { key: this.sync }, drag: { x: true, y: false, setScale: false } },
       legend: { live: true },
-      hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.tell(u)] },
+      hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.showTip(u)] },
     };
   }
 
@@ -187,8 +192,8 @@ export class Chart {
     ctx.lineWidth = ratio;
     for (const mark of this.marks) {
       const x = Math.round(u.valToPos(mark.x, "x", true));
-      ctx.strokeStyle = MARKS[mark.name] + "aa";
-      ctx.setLineDash(mark.name === "incident" ? [] : [4 * ratio, 4 * ratio]);
+      ctx.strokeStyle = mark.colour + "aa";
+      ctx.setLineDash(mark.isSolid ? [] : [4 * ratio, 4 * ratio]);
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
@@ -197,7 +202,7 @@ export class Chart {
     ctx.setLineDash([]);
     if (this.plot.threshold && this.plot.threshold.value != null) {
       const y = Math.round(u.valToPos(this.plot.threshold.value, "y", true));
-      ctx.strokeStyle = MARKS.incident + "88";
+      ctx.strokeStyle = MARKS.INCIDENT + "88";
       ctx.setLineDash([2 * ratio, 3 * ratio]);
       ctx.beginPath();
       ctx.moveTo(bbox.left, y);
@@ -205,8 +210,8 @@ export class Chart {
       ctx.stroke();
     }
     ctx.fillStyle = NON_FINITE;
-    for (const odd of this.odd) {
-      const x = u.valToPos(odd.x, "x", true);
+    for (const point of this.nonfinite) {
+      const x = u.valToPos(point.x, "x", true);
       const size = 5 * ratio;
       ctx.beginPath();
       ctx.moveTo(x - size, bbox.top);
@@ -218,12 +223,12 @@ export class Chart {
   }
 
   // What is marked under the pointer, as the chart's title.
-  tell(u) {
+  showTip(u) {
     const left = u.cursor.left;
     const near = (x) => left >= 0 && Math.abs(u.valToPos(x, "x") - left) < 5;
     const texts = [
       ...this.marks.filter((mark) => near(mark.x)).map((mark) => `${mark.name} at step ${mark.step}: ${mark.text}`),
-      ...this.odd.filter((odd) => near(odd.x)).map((odd) => `${odd.label}: ${odd.nan} NaN, ${odd.inf} infinite`),
+      ...this.nonfinite.filter((point) => near(point.x)).map((point) => `${point.label}: ${point.nan == null ? "not finite" : `${point.nan} NaN, ${point.inf} infinite`}`),
     ];
     u.over.title = texts.slice(0, 6).join("\n");
   }

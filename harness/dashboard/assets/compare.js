@@ -4,7 +4,7 @@ import { ask } from "./api.js";
 import { Chart } from "./chart.js";
 import { element, number, table } from "./format.js";
 
-const METRICS = ["train/loss", "val/loss", "train/grad_norm", "train/lr", "train/accuracy", "speed/tokens_per_s"];
+const METRICS = ["TRAIN_LOSS", "VAL_LOSS", "GRAD_NORM", "LR", "TRAIN_ACCURACY", "TOKENS_PER_S"];
 
 export class Comparison {
   constructor(runs) {
@@ -17,9 +17,10 @@ export class Comparison {
   }
 
   async load() {
-    await Promise.all(METRICS.map((metric) => this.add(metric)));
+    const { metric } = await ask("names");
+    await Promise.all(METRICS.map((name) => this.add(metric[name])));
     try {
-      this.tell(await ask("compare", { run: this.runs }));
+      this.render(await ask("compare", { run: this.runs }));
     } catch (error) {
       this.words.textContent = error.message;
     }
@@ -55,7 +56,7 @@ export class Comparison {
     chart.draw(view, [], { smoothing: 0 });
   }
 
-  tell(answer) {
+  render(answer) {
     const partings = answer.partings.map((parting) => {
       const [first, second] = parting.runs;
       if (parting.error) return element("p", {}, `${first} and ${second}: ${parting.error}`);

@@ -27,7 +27,7 @@ export class HeatMap {
     this.canvas = element("canvas", { class: "h-heat" });
     this.tip = element("div", { class: "h-heat-tip" }, "one row per parameter; a click shows its history");
     this.node = element("div", { class: "h-heat-box" }, this.canvas, this.tip);
-    this.canvas.addEventListener("mousemove", (event) => this.tell(event));
+    this.canvas.addEventListener("mousemove", (event) => this.showTip(event));
     this.canvas.addEventListener("click", (event) => {
       const place = this.placeOf(event);
       if (place) this.onpick(this.view.names[place.row]);
@@ -71,7 +71,7 @@ export class HeatMap {
     return this.view.names[row] === undefined || this.view.steps[column] === undefined ? null : { row, column };
   }
 
-  tell(event) {
+  showTip(event) {
     const place = this.placeOf(event);
     if (!place) return;
     const { names, steps, values, nonfinite, statistic } = this.view;

@@ -1,9 +1,10 @@
 // One run, live: its state, its curves, its layers, its incidents and its checkpoints.
 
-import { ask, opened, repeat } from "./api.js";
-import { Chart } from "./chart.js";
+import { ask } from "./api.js";
+import { Chart, marksOf } from "./chart.js";
 import { badge, bytes, clock, duration, element, number, table } from "./format.js";
 import { HeatMap } from "./heatmap.js";
+import { opened, repeat } from "./page.js";
 
 const SAMPLES_SHOWN = 8;
 
@@ -17,35 +18,36 @@ function samplesOf(incident) {
   return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
 }
 
-const PLOTS = (run) => [
-  { title: "loss", lines: [{ name: "train/loss", label: "training" }, { name: "val/loss", label: "held out", colour: "#ff725c" }] },
-  { title: "accuracy", lines: [{ name: "train/accuracy", label: "training" }, { name: "val/accuracy", label: "held out", colour: "#ff725c" }] },
-  { title: "learning rate", lines: [{ name: "train/lr", label: "learning rate" }] },
+// The pictures of a run; `names` are those of metrics as the server gives them.
+const PLOTS = ({ metric, prefix }, maxNorm) => [
+  { title: "loss", lines: [{ name: metric.TRAIN_LOSS, label: "training" }, { name: metric.VAL_LOSS, label: "held out", colour: "#ff725c" }] },
+  { title: "accuracy", lines: [{ name: metric.TRAIN_ACCURACY, label: "training" }, { name: metric.VAL_ACCURACY, label: "held out", colour: "#ff725c" }] },
+  { title: "learning rate", lines: [{ name: metric.LR, label: "learning rate" }] },
   {
     title: "gradient norm",
-    lines: [{ name: "train/grad_norm", label: "before clipping" }, { name: "train/grad_norm_clipped", label: "after clipping", colour: "#3ca951" }],
-    threshold: { value: run.max_norm },
+    lines: [{ name: metric.GRAD_NORM, label: "before clipping" }, { name: metric.GRAD_NORM_CLIPPED, label: "after clipping", colour: "#3ca951" }],
+    threshold: { value: maxNorm },
     log: true,
   },
-  { title: "NaN and Inf in gradients", lines: [{ name: "guard/num_nan", label: "NaN" }, { name: "guard/num_inf", label: "Inf", colour: "#ff725c" }] },
-  { title: "skipped steps", lines: [{ name: "guard/skips", label: "skips" }] },
-  { title: "clipped share", lines: [{ name: "guard/clip_frac", label: "share of steps clipped" }] },
-  { title: "spike score", lines: [{ name: "guard/spike_score", label: "robust z" }] },
-  { title: "loss scale", lines: [{ name: "guard/loss_scale", label: "loss scale" }], log: true },
-  { title: "tokens per second", lines: [{ name: "speed/tokens_per_s", label: "tokens/s" }] },
-  { title: "model FLOP utilisation", lines: [{ name: "speed/mfu_frac", label: "MFU" }] },
+  { title: "NaN and Inf in gradients", lines: [{ name: metric.NUM_NAN, label: "NaN" }, { name: metric.NUM_INF, label: "Inf", colour: "#ff725c" }] },
+  { title: "skipped steps", lines: [{ name: metric.SKIPS, label: "skips" }] },
+  { title: "clipped share", lines: [{ name: metric.CLIP_FRAC, label: "share of steps clipped" }] },
+  { title: "spike score", lines: [{ name: metric.SPIKE_SCORE, label: "robust z" }] },
+  { title: "loss scale", lines: [{ name: metric.LOSS_SCALE, label: "loss scale" }], log: true },
+  { title: "tokens per second", lines: [{ name: metric.TOKENS_PER_S, label: "tokens/s" }] },
+  { title: "model FLOP utilisation", lines: [{ name: metric.MFU_FRAC, label: "MFU" }] },
   {
     title: "time per step (s)",
     lines: [
-      { name: "time/step_s", label: "step" },
-      { name: "time/compute_s", label: "compute" },
-      { name: "time/data_wait_s", label: "waiting for data" },
-      { name: "time/checkpoint_blocked_s", label: "blocked by checkpoints" },
+      { name: metric.STEP_S, label: "step" },
+      { name: metric.COMPUTE_S, label: "compute" },
+      { name: metric.DATA_WAIT_S, label: "waiting for data" },
+      { name: metric.CHECKPOINT_BLOCKED_S, label: "blocked by checkpoints" },
     ],
   },
   ...["compute_s", "data_wait_s", "loss", "grad_norm"].map((name) => ({
     title: `ranks: ${name.replace("_s", " (s)").replace("_", " ")}`,
-    lines: ["max", "mean", "min"].map((part) => ({ name: `ranks/${name}/${part}`, label: part })),
+    lines: ["max", "mean", "min"].map((part) => ({ name: `${prefix.RANKS}${name}/${part}`, label: part })),
   })),
 ];
 
@@ -55,7 +57,7 @@ class Monitor extends HTMLElement {
     this.built = true;
     this.settings = { axis: "step", smoothing: 0, within: null };
     this.charts = [];
-    this.asked = null;
+    this.requested = null;
     this.turn = 0;
     this.head = element("div", { class: "h-head" });
     this.note = element("div", { class: "h-note", role: "status" });
@@ -66,10 +68,12 @@ class Monitor extends HTMLElement {
     this.checkpoints = element("div", {});
     this.events = element("div", {});
     this.ranks = element("div", {});
+    this.lastValues = element("div", {});
+    this.configuration = element("div", {});
     this.layerChart = element("div", { class: "h-grid" });
     this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
-    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.lookAgain() });
-    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.lacks() && this.lookAgain() }, element("summary", {}, title), ...nodes);
+    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.requestRefresh() });
+    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.isIncomplete() && this.requestRefresh() }, element("summary", {}, title), ...nodes);
     this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
     this.append(
       this.head,
@@ -83,6 +87,8 @@ class Monitor extends HTMLElement {
       section("Host and devices", false, this.system),
       section("More metrics", false, this.search, this.more),
       section("Events", false, this.events),
+      section("Last values", false, this.lastValues),
+      section("Configuration", false, this.configuration),
     );
     this.addEventListener("harness-trouble", (event) => (this.note.textContent = event.detail));
     this.poll = repeat(this, 1200, () => this.refresh());
@@ -105,9 +111,10 @@ class Monitor extends HTMLElement {
     this.settings.within = null;
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
-    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.layerChart, this.statistic]) node.replaceChildren();
+    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
+    delete this.configuration.dataset.attempts;
     this.dataset.run = id || "";
-    this.lookAgain();
+    this.requestRefresh();
   }
 
   get run() {
@@ -117,7 +124,7 @@ class Monitor extends HTMLElement {
   controls() {
     const axis = element(
       "select",
-      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.lookAgain()) },
+      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.requestRefresh()) },
       [["step", "by step"], ["tokens", "by tokens"], ["hours", "by hours"], ["clock", "by time of day"]].map(([value, text]) => element("option", { value }, text)),
     );
     const smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "smoothing", oninput: () => {
@@ -140,11 +147,11 @@ class Monitor extends HTMLElement {
   zoom(within) {
     this.settings.within = within;
     this.reset.disabled = !within;
-    this.lookAgain();
+    this.requestRefresh();
   }
 
   // Something else is to be seen: an answer that is under way is not the last word.
-  lookAgain() {
+  requestRefresh() {
     this.turn += 1;
     this.version = null;
     this.poll.soon();
@@ -157,41 +164,45 @@ class Monitor extends HTMLElement {
       return;
     }
     const { turn } = this;
-    this.asked = this.sights();
+    this.names ??= await ask("names");
+    this.requested = this.visibleParts();
     const { axis, within } = this.settings;
-    const answer = await ask("run", { run, seen: this.version, ...this.asked, axis, first: within?.[0], last: within?.[1], points: 400 });
+    const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
     this.note.textContent = "";
     if (answer.unchanged) return;
     this.data = answer;
     this.version = turn === this.turn ? answer.version : null;
     this.dataset.state = answer.state;
-    this.tell();
+    this.renderSummary();
     this.makeCharts();
     this.drawCharts();
     this.drawLayers();
+    await this.renderSettings(run);
     this.dataset.lastStep = answer.last_step;
     this.dataset.ready = "true";
-    if (this.lacks()) this.lookAgain();
+    if (this.isIncomplete()) this.requestRefresh();
   }
 
   // What can be seen, and only that is asked for: a closed section costs nothing.
-  sights() {
+  visibleParts() {
     const charts = this.data ? this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null) : [];
-    const names = charts.length ? charts.flatMap((chart) => chart.names) : PLOTS({}).flatMap((plot) => plot.lines.map((line) => line.name));
+    const names = charts.length ? charts.flatMap((chart) => chart.names) : PLOTS(this.names).flatMap((plot) => plot.lines.map((line) => line.name));
     const hasLayers = this.heat.node.closest("details").open;
     return { name: [...new Set(names)], statistic: hasLayers ? this.statistic.value || "grad_norm" : null };
   }
 
   // Whether something can be seen that was not asked for.
-  lacks() {
+  isIncomplete() {
     if (!this.data) return false;
-    const { name, statistic } = this.sights();
-    return name.some((one) => !this.asked.name.includes(one)) || (statistic !== null && statistic !== this.asked.statistic && this.data.statistics.includes(statistic));
+    const { name, statistic } = this.visibleParts();
+    return !this.hasSettings() || name.some((one) => !this.requested.name.includes(one)) || (statistic !== null && statistic !== this.requested.statistic && this.data.statistics.includes(statistic));
   }
 
-  tell() {
+  renderSummary() {
     const { data } = this;
+    const { event, metric } = this.names;
+    const nonfinite = data.nonfinite_steps;
     const steps = data.last_step == null ? 0 : data.last_step + 1;
     const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
     const last = (name) => number(data.last[name]);
@@ -202,35 +213,53 @@ class Monitor extends HTMLElement {
         "div",
         { class: "h-facts" },
         fact("steps", number(steps) + (data.total_steps ? ` / ${number(data.total_steps)}` : "")),
-        fact("loss", last("train/loss")),
-        fact("held out", last("val/loss")),
-        fact("gradient norm", last("train/grad_norm")),
-        fact("tokens/s", last("speed/tokens_per_s")),
-        fact("skips", last("guard/skips")),
-        fact("incidents", number(data.event_counts.incident || 0)),
-        fact("outlier batches", number(data.event_counts.outlier || 0)),
-        fact("rollbacks", number(data.event_counts.rollback || 0)),
+        fact("loss", last(metric.TRAIN_LOSS)),
+        fact("held out", last(metric.VAL_LOSS)),
+        fact("best held out", number(data.best_val_loss)),
+        fact("gradient norm", last(metric.GRAD_NORM)),
+        fact("tokens/s", last(metric.TOKENS_PER_S)),
+        fact("skips", last(metric.SKIPS)),
+        fact("steps with NaN or Inf", (nonfinite.is_exact ? "" : "≥ ") + number(nonfinite.num)),
+        fact("incidents", number(data.event_counts[event.INCIDENT] || 0)),
+        fact("outlier batches", number(data.event_counts[event.OUTLIER] || 0)),
+        fact("rollbacks", number(data.event_counts[event.ROLLBACK] || 0)),
         fact("attempts", number(data.attempts)),
         fact("running for", duration(data.updated - data.started)),
+        fact("started", clock(data.started)),
         fact("host", data.host || "–"),
       ),
+      element("div", { class: "h-note" }, data.command.join(" ")),
       share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide" }),
     );
     const words = [];
     if (data.is_sample) words.push(`this is a sample of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
     if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
     this.note.textContent = words.join("; ");
-    this.tellIncidents();
-    this.tellCheckpoints();
+    this.renderIncidents();
+    this.renderCheckpoints();
     this.events.replaceChildren(
       table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
     );
+    this.lastValues.replaceChildren(table(["metric", "value"], Object.entries(data.last).map(([name, value]) => [name, number(value)])));
     const ranks = Object.entries(data.ranks || {});
     const world = Math.max(0, ...ranks.map(([, row]) => row.length));
     this.ranks.replaceChildren(table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
   }
 
-  tellIncidents() {
+  // A new attempt may have set something else.
+  hasSettings() {
+    return !this.configuration.closest("details").open || this.configuration.dataset.attempts === String(this.data.attempts);
+  }
+
+  async renderSettings(run) {
+    if (this.hasSettings()) return;
+    const settings = await ask("settings", { run });
+    if (run !== this.wanted) return;
+    this.configuration.replaceChildren(table(["setting", "value"], settings));
+    this.configuration.dataset.attempts = this.data.attempts;
+  }
+
+  renderIncidents() {
     const { incidents } = this.data;
     if (!incidents.length) {
       this.incidents.replaceChildren(element("p", { class: "h-note" }, "none"));
@@ -251,7 +280,7 @@ class Monitor extends HTMLElement {
     this.incidents.replaceChildren(table(["step", "kind", "rank", "parameter", "micro-batch", "NaN", "Inf", "samples", "guard", "reason"], rows, { class: "h-table h-incidents" }));
   }
 
-  tellCheckpoints() {
+  renderCheckpoints() {
     const rows = this.data.checkpoints.slice().reverse().map((one) => [
       one.num_steps,
       element("span", { class: `h-health h-${one.health}` }, one.health),
@@ -264,6 +293,7 @@ class Monitor extends HTMLElement {
   }
 
   makeCharts() {
+    const { prefix } = this.names;
     const known = new Set(this.charts.map((chart) => chart.plot.title));
     const make = (plot, parent) => {
       if (known.has(plot.title)) return;
@@ -272,9 +302,9 @@ class Monitor extends HTMLElement {
       this.charts.push(chart);
       parent.append(chart.node);
     };
-    for (const plot of PLOTS(this.data)) make(plot, this.grid);
-    for (const name of this.data.names.filter((one) => one.startsWith("system/")).slice(0, 60))
-      make({ title: name.replace("system/", ""), lines: [{ name, label: name.split("/").pop() }] }, this.system);
+    for (const plot of PLOTS(this.names, this.data.max_norm)) make(plot, this.grid);
+    for (const name of this.data.names.filter((one) => one.startsWith(prefix.SYSTEM)).slice(0, 60))
+      make({ title: name.slice(prefix.SYSTEM.length), lines: [{ name, label: name.split("/").pop() }] }, this.system);
     this.showMore(false);
   }
 
@@ -292,12 +322,13 @@ class Monitor extends HTMLElement {
       this.charts.push(chart);
       this.more.append(chart.node);
     }
-    if (redraw) this.lookAgain();
+    if (redraw) this.requestRefresh();
   }
 
   drawCharts() {
-    const { curves, events } = this.data;
-    for (const chart of this.charts) if (chart.names.some((name) => name in curves.curves)) chart.draw(curves, events, this.settings);
+    const { curves } = this.data;
+    const marks = marksOf(this.data.events, this.names.event);
+    for (const chart of this.charts) if (chart.names.some((name) => name in curves.curves)) chart.draw(curves, marks, this.settings);
   }
 
   drawLayers() {
@@ -309,13 +340,13 @@ class Monitor extends HTMLElement {
   }
 
   pick(layer) {
-    const name = `layers/${this.statistic.value}/${layer}`;
+    const name = `${this.names.prefix.LAYERS}${this.statistic.value}/${layer}`;
     this.charts.filter((chart) => chart.plot.layer).forEach((chart) => chart.remove());
     this.charts = this.charts.filter((chart) => !chart.plot.layer);
     const chart = new Chart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, { onzoom: (range) => this.zoom(range) });
     this.charts.push(chart);
     this.layerChart.append(chart.node);
-    this.lookAgain();
+    this.requestRefresh();
   }
 }
 

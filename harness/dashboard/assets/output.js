@@ -1,7 +1,8 @@
 // What a program that was started here has printed, as it comes.
 
-import { ask, repeat } from "./api.js";
+import { ask } from "./api.js";
 import { element } from "./format.js";
+import { repeat } from "./page.js";
 
 const LONGEST = 200000;
 

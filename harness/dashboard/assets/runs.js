@@ -1,8 +1,9 @@
 // The table of all runs: filter, sort, group, open one, compare several.
 
-import { ask, open, repeat } from "./api.js";
+import { ask } from "./api.js";
 import { badge, duration, element, number } from "./format.js";
 import { Comparison } from "./compare.js";
+import { open, repeat } from "./page.js";
 
 const COLUMNS = [
   ["name", "run"],

@@ -50,6 +50,9 @@ class SpikeRule(abc.ABC):
     a rule that is loaded from a checkpoint goes on bit for bit.
     """
 
+    SECTION = "guard.spike_args"
+    """Where its arguments are set, for `harness.config.checks`."""
+
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.config.checks import require_positive
 from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["PersistentRule"]
@@ -32,6 +33,7 @@ class PersistentRule(SpikeRule):
     ) -> None:
         super().__init__()
         self.factor, self.in_a_row, self.window, self.loss_cap = factor, in_a_row, window, loss_cap
+        require_positive(self, "factor", "in_a_row", "window", "loss_cap")
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.int64, device=device)

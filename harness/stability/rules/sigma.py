@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.config.checks import require, require_positive
 from harness.stability.rules.base import SpikeDetection, SpikeRule, no_limit, shifted
 
 __all__ = ["SigmaRule"]
@@ -26,6 +27,8 @@ class SigmaRule(SpikeRule):
     def __init__(self, *, threshold: float = 6.0, window: int = 128) -> None:
         super().__init__()
         self.threshold, self.window = threshold, window
+        require_positive(self, "threshold")
+        require(self, "window", window >= 2, "it has to be 2 or more")
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         return {

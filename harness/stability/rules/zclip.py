@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.config.checks import require, require_positive
 from harness.stability.rules.base import SpikeDetection, SpikeRule
 
 __all__ = ["ZClipRule"]
@@ -31,6 +32,8 @@ class ZClipRule(SpikeRule):
     def __init__(self, *, threshold: float = 2.5, decay: float = 0.97, warmup: int = 25) -> None:
         super().__init__()
         self.threshold, self.decay, self.warmup = threshold, decay, warmup
+        require_positive(self, "threshold", "warmup")
+        require(self, "decay", 0 < decay < 1, "it lies between 0 and 1")
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,0 +1,49 @@
+"""File work that nobody waits for: one task after the other, in a thread that lives while there are any."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Tasks"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Does what it is given in order. On a shared disk even an empty file can take seconds."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._is_working = False
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Hands a task over; it should not raise, and what it raises is logged."""
+        with self._changed:
+            self._waiting.append(task)
+            if self._is_working:
+                return
+            self._is_working = True
+        # A daemon: a disk that hangs must not keep the process from ending. `join` is called at exit.
+        threading.Thread(target=self._work, name="checkpoint-tasks", daemon=True).start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits until all is done that was given so far; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_working, timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._is_working = False
+                    self._changed.notify_all()
+                    return
+                task = self._waiting.popleft()
+            try:
+                task()
+            except Exception as error:  # noqa: BLE001  (said; the tasks behind it are worth no less for that)
+                logger.warning("looking after old checkpoints failed: %s: %s", type(error).__name__, error)

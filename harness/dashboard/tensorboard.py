@@ -1,0 +1,161 @@
+"""TensorBoard for chosen runs: one process, reached through the dashboard, and so by those whom it lets in.
+
+It listens on a Unix socket in a folder that only this user can enter. Its log directory is a folder of links
+to the runs' own `tensorboard` folders, which it searches again every few seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from harness.env import program_environment
+from harness.errors import ConfigError, LaunchError, TrackingError
+from harness.helper import start_helper
+from harness.runlog.paths import tensorboard_dir
+
+__all__ = ["TensorBoard"]
+
+START_S = 60.0
+STOP_S = 5.0
+_PASSED_ON = ("content-type", "cache-control", "expires", "location", "content-security-policy")
+"""Headers of an answer that reach the browser."""
+
+
+class TensorBoard:
+    """The dashboard's TensorBoard. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="harness-tensorboard-")
+        self._logdir = Path(self._folder.name, "runs")
+        self._socket = Path(self._folder.name, "socket")
+        self._output = Path(self._folder.name, "output.log")
+        self._runs: list[str] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        transport = httpx.AsyncHTTPTransport(uds=str(self._socket))
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://tensorboard", timeout=60.0)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs that it shows; none if it does not run."""
+        return tuple(self._runs) if self._is_running() else ()
+
+    def show(self, runs: Mapping[str, Path]) -> None:
+        """Shows these runs too; starts the process if it does not run, and waits until it answers.
+
+        Args:
+            runs: Run directories by their path below the folder of runs.
+
+        Raises:
+            TrackingError: none of them has a TensorBoard folder, or one of these holds a link.
+            LaunchError: it does not answer within a minute.
+        """
+        _check(runs)
+        with self._lock:
+            if not self._is_running():
+                self._stop()  # what is left of one that ended by itself
+            for name in runs.keys() - set(self._runs):
+                link = self._logdir / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(tensorboard_dir(runs[name]))
+                self._runs.append(name)
+            if not self._is_running():
+                self._start()
+
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
+        with self._lock:
+            self._stop()
+
+    def close(self) -> None:
+        """Ends the process and removes what it left behind. Idempotent."""
+        self.stop()
+        self._folder.cleanup()
+
+    async def forward(self, request: Request) -> Response:
+        """Asks TensorBoard and returns its answer; 503 if it does not run."""
+        url = httpx.URL(path="/" + request.path_params["path"], query=request.url.query.encode())
+        headers = {"accept-encoding": "identity", "content-type": request.headers.get("content-type", "")}
+        try:
+            answer = await self._client.request(
+                request.method, url, content=await request.body(), headers=headers
+            )
+        except httpx.TransportError:
+            return PlainTextResponse("TensorBoard is not running; start it on the dashboard's page", 503)
+        passed_on = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
+        return Response(answer.content, answer.status_code, passed_on)
+
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        try:
+            with self._output.open("wb") as output:
+                self._process = start_helper(
+                    "harness.dashboard.tensorboard_server",
+                    ["--logdir", self._logdir, "--socket", self._socket],
+                    stdin=subprocess.PIPE,
+                    stdout=output.fileno(),
+                    stderr=output,
+                    environment=program_environment(),
+                )
+        except OSError as error:
+            raise LaunchError(f"TensorBoard cannot be started: {error.strerror or error}") from error
+        deadline = time.monotonic() + START_S
+        while not self._socket.exists():
+            if time.monotonic() > deadline or not self._is_running():
+                self._stop()
+                printed = self._output.read_text(errors="replace").strip().splitlines()
+                raise LaunchError(
+                    f"TensorBoard does not answer: {printed[-1][:300] if printed else 'it printed nothing'}",
+                    rule=f"it has {START_S:g} s to begin",
+                    remedy="try `tensorboard --logdir runs` in a terminal",
+                )
+            time.sleep(0.05)
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        self._runs = []
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._socket.unlink(missing_ok=True)
+        shutil.rmtree(self._logdir, ignore_errors=True)
+
+
+def _check(runs: Mapping[str, Path]) -> None:
+    if not runs:
+        raise ConfigError("no run is chosen for TensorBoard", rule="it shows one or more")
+    for name, directory in runs.items():
+        _check_files(name, tensorboard_dir(directory))
+    if not any(tensorboard_dir(directory).is_dir() for directory in runs.values()):
+        raise TrackingError(
+            f"{', '.join(runs)[:200]}: no folder `tensorboard` in any of them",
+            rule="TensorBoard shows the runs' mirrors",
+            remedy="`harness sync RUN --mirror tensorboard` makes one from a run's log",
+        )
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """TensorBoard follows links and waits for pipes, and it answers over HTTP."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+            raise TrackingError(
+                f"{name[:200]}: {path.relative_to(folder.parent)} is a link, or no regular file",
+                rule="the dashboard shows nothing from outside the folder of runs",
+                remedy="put the file itself there, or start `tensorboard` in a terminal",
+            )

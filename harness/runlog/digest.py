@@ -1,0 +1,419 @@
+"""A run as curves of bounded length: what a screen can show, with no spike left out.
+
+    digest = Digest("runs/quickstart")
+    digest.refresh()
+    bands = digest.bands("train/loss", max_points=800)
+
+Each point stands for some consecutive steps and carries the smallest, the mean and the largest value of them
+and how many were not finite. Memory is bounded by the number of metrics, not by the length of the run; where
+somebody looks closely, the steps themselves are read from the log again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.files import file_status, open_file
+from harness.runlog.blocks import CLOCK, SYSTEM, Block, Blocks, measured
+from harness.runlog.codec import Record, decode
+from harness.runlog.names import Prefix
+from harness.runlog.paths import log_dir
+from harness.runlog.segments import Follower, Position, node_folders, segment_name, segments
+from harness.runlog.series import Layers, Series, last_of_each_step
+from harness.runlog.timeline import Timeline, line_of, newest_steps
+from harness.runlog.traces import (
+    ENTRY,
+    Entries,
+    Trace,
+    entries_of,
+    merged,
+    one_after_another,
+    reduced,
+    visible,
+)
+
+__all__ = ["NO_ENTRIES", "Bands", "Digest", "group_starts", "log_signature"]
+
+READ_BYTES = 4 << 20
+CLOSE_BYTES = 32 << 20
+"""As much of a log is read again for one close look."""
+MOST, MOST_OF_LAYERS = 8192, 2048
+MAX_COLUMNS = 400
+HEAD_BYTES = 1024
+
+
+class Bands(NamedTuple):
+    """One metric, reduced: equally long arrays, ordered by step."""
+
+    steps: npt.NDArray[np.int64]
+    """The first step that a point stands for."""
+    times: npt.NDArray[np.float64]
+    """Its time, in seconds since the epoch."""
+    low: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    """Over finite values; NaN where there is none."""
+    num_points: npt.NDArray[np.int64]
+    num_nan: npt.NDArray[np.int64]
+    num_inf: npt.NDArray[np.int64]
+
+
+class Digest(Timeline):
+    """A run whose metrics, those of layers and ranks included, are handed out as bands.
+
+    Nothing is read before `refresh`.
+
+    Attributes:
+        read_frac: How much of the log has been read.
+        num_bytes: Size in memory, about.
+        is_sample: Whether only some places of the log were read, so that a spike may be missing.
+    """
+
+    is_sample = False
+
+    def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
+        super().__init__(run_dir, within=within)
+        self.read_frac = 0.0
+        self.num_bytes = 0
+        self._head = b""
+        self._followers: dict[str, Follower] = {}
+        self._traces: dict[str, Trace] = {}
+        self._blocks = Blocks(log_dir(run_dir), within=within)
+        self._last_steps: dict[int, int] = {}
+        self._ranks: Record | None = None
+
+    def refresh(self, *, budget_s: float | None = None) -> bool:
+        """Reads what is new, for `budget_s` at most; True when there is no more."""
+        deadline = np.inf if budget_s is None else time.monotonic() + budget_s
+        self._begin_anew_if_replaced()
+        is_complete = True
+        for folder in self._folders():
+            follower = self._followers.setdefault(folder, self._follower(folder, Position()))
+            while records := follower.read(READ_BYTES):
+                place = (folder, follower.began, follower.position)
+                self._take(records, self._blocks.note(*place, self._last_steps))
+                if time.monotonic() > deadline:
+                    is_complete = False
+                    break
+        self.read_frac = 1.0 if is_complete else self._share_read()
+        self.num_bytes = self._size()
+        return is_complete
+
+    def bytes_behind(self) -> int:
+        """How much of the log there is still to read."""
+        return sum(size for _, size in self._unread())
+
+    def log_bytes(self) -> int:
+        """Size of the whole log."""
+        return sum(size for size, _ in self._unread())
+
+    @property
+    def num_damaged(self) -> int:
+        """Complete lines that are no records; a healthy log has none."""
+        return sum(follower.num_damaged for follower in self._followers.values())
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step of the timeline."""
+        steps = self._shown(CLOCK)["high"]
+        return int(steps.max()) if len(steps) else None
+
+    def names(self) -> list[str]:
+        """All metrics, those of layers and ranks included, sorted."""
+        return sorted(name for name in self._traces if name != CLOCK)
+
+    def scalar_names(self) -> list[str]:
+        """The metrics that were logged as such: without those that are made of layers and ranks, sorted."""
+        return [name for name in Digest.names(self) if not name.startswith((Prefix.LAYERS, Prefix.RANKS))]
+
+    def last(self, name: str) -> float | None:
+        """The metric's newest value."""
+        if name not in self._traces:
+            return None
+        trace = self._traces[name]
+        is_of_newest_attempt = int(trace.newest["attempt"]) == max(self.attempts, default=SYSTEM)
+        if is_of_newest_attempt and trace.newest["last_step"] == trace.last_step:
+            return float(trace.newest["last"])
+        shown = self._shown(name)
+        return float(shown["last"][-1]) if len(shown) else None
+
+    def ranks(self) -> dict[str, list[float]]:
+        """Every rank's values at the newest step that has them; none right after a rollback."""
+        record = self._ranks
+        if record is None or (record.step or 0) >= self.limits().get(record.attempt, np.inf):
+            return {}
+        return record.values
+
+    def bands(self, name: str, *, within: tuple[int, int] | None = None, max_points: int = 2000) -> Bands:
+        """A metric, reduced to at most `max_points` points; empty arrays if it was never logged.
+
+        Args:
+            name: As logged, or `layers/STATISTIC/PARAMETER`, `ranks/QUANTITY/max` and so on.
+            within: First and last step; None for all.
+            max_points: Where there are more steps, neighbouring ones share a point.
+        """
+        shown = self._shown(name, within=within, close_below=max_points)
+        starts = group_starts(len(shown), max_points)
+        count = reduced(shown["num_finite"], starts, np.add)
+        num_nan, num_inf = (reduced(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
+        low, total, high = (
+            np.where(count == 0, np.nan, reduced(shown[name], starts, how))
+            for name, how in (("low", np.minimum), ("total", np.add), ("high", np.maximum))
+        )
+        return Bands(
+            shown["first_step"][starts],
+            shown["time"][starts],
+            low,
+            total / np.maximum(count, 1),
+            high,
+            count + num_nan + num_inf,
+            num_nan,
+            num_inf,
+        )
+
+    def layers(
+        self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
+    ) -> Layers:
+        """A statistic of every parameter, reduced to the largest value of each column.
+
+        A column in which a parameter was not finite is infinite there.
+        """
+        prefix = f"{Prefix.LAYERS}{statistic}/"
+        all_bands = {
+            name.removeprefix(prefix): self.bands(name, within=within, max_points=max_columns or MAX_COLUMNS)
+            for name in self._traces
+            if name.startswith(prefix)
+        }
+        steps = np.unique(np.concatenate([bands.steps for bands in all_bands.values()] or [_NO_STEPS]))
+        values = np.full((len(steps), len(all_bands)), np.nan)
+        for column, bands in enumerate(all_bands.values()):
+            odd = bands.num_nan + bands.num_inf > 0
+            values[np.searchsorted(steps, bands.steps), column] = np.where(odd, np.inf, bands.high)
+        return Layers(steps, list(all_bands), values)
+
+    def dump(self) -> tuple[dict[str, Any], list[Entries]]:
+        """All that is known of the log so far, as plain JSON data and arrays; `restore` takes it back."""
+        about = {
+            "head": self._head.hex(),
+            "places": {
+                folder: (follower.position.segment, follower.position.offset, follower.num_damaged)
+                for folder, follower in self._followers.items()
+            },
+            "folders": self._blocks.folders,
+            "blocks": [tuple(block) for block in self._blocks.blocks],
+            "last_steps": list(self._last_steps.items()),
+            "ranks": None if self._ranks is None else line_of(self._ranks),
+            "traces": [
+                (name, trace.width, len(trace.entries), trace.num_rest)
+                for name, trace in self._traces.items()
+            ],
+        }
+        return {**about, "timeline": self._account()}, [trace.entries for trace in self._traces.values()]
+
+    def restore(self, about: Mapping[str, Any], entries: Entries) -> bool:
+        """Takes back what `dump` told, its arrays in one; False if it was of another log, or only a part."""
+        self._head = bytes.fromhex(about["head"])
+        places = {
+            folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
+        }
+        is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
+        if not is_whole or not self._read_head().startswith(self._head) or not self._holds(places):
+            return False
+        for folder, (position, num_damaged) in places.items():
+            self._followers[folder] = self._follower(folder, position)
+            self._followers[folder].num_damaged = num_damaged
+        self._blocks.folders = about["folders"]
+        self._blocks.blocks = [Block(*block) for block in about["blocks"]]
+        self._last_steps = dict(about["last_steps"])
+        self._ranks = None if about["ranks"] is None else decode(about["ranks"].encode())
+        begin = 0
+        for name, width, size, num_rest in about["traces"]:
+            mine = entries[begin : begin + size]
+            self._traces[name] = Trace.restored(mine, width=width, num_rest=num_rest, most=_most(name))
+            begin += size
+        self._take_account(about["timeline"])
+        self.read_frac, self.num_bytes = self._share_read(), self._size()
+        return True
+
+    def _holds(self, places: Mapping[str, tuple[Position, int]]) -> bool:
+        """Whether the log reaches as far as it did."""
+        for folder, (position, _) in places.items():
+            sizes = {path.name: size for path, size in self._segments(folder)}
+            if sizes.get(segment_name(position.segment), 0) < position.offset:
+                return False
+        return True
+
+    def _take(self, records: list[Record], block: int) -> None:
+        for record in records:
+            self._note(record)
+            if record.kind == "ranks":
+                self._ranks = record
+        for attempt, metrics in measured(records, self._last_steps):
+            for name, series in metrics.items():
+                self._add(name, attempt, series, block)
+
+    def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
+        self._trace(name).add(entries_of(series, attempt=attempt, block=block))
+
+    def _trace(self, name: str) -> Trace:
+        if name not in self._traces:
+            self._traces[name] = Trace(_most(name))
+        return self._traces[name]
+
+    def _shown(self, name: str, *, within: tuple[int, int] | None = None, close_below: int = 0) -> Entries:
+        """The metric's entries on the timeline, ordered by step.
+
+        Args:
+            within: First and last step; None for all.
+            close_below: Where there are fewer entries than that, the steps themselves are read.
+        """
+        trace = self._traces.get(name)
+        if trace is None:
+            return NO_ENTRIES
+        entries = self._dated(trace.entries)
+        whole, cut = visible(entries, self.limits(), within)
+        touched = entries if whole.all() else entries[whole | cut]
+        if trace.width == 1 or not len(touched):
+            return _in_order(touched)
+        if len(touched) < close_below and self._is_near(touched):
+            return _in_order(self._points(name, touched, within))
+        if whole.all():
+            return _in_order(entries)
+        pieces = [self._points(name, entries[at : at + 1], within) for at in np.flatnonzero(cut)]
+        return _in_order(one_after_another([entries[whole], *(_as_one(piece) for piece in pieces)]))
+
+    def _is_near(self, entries: Entries) -> bool:
+        """Whether little enough of the log has to be read to see the points of these entries."""
+        return self._blocks.size(self._blocks_of(entries)) <= CLOSE_BYTES
+
+    def _blocks_of(self, entries: Entries) -> list[int]:
+        spans = zip(entries["first_block"].tolist(), entries["last_block"].tolist(), strict=True)
+        return sorted({number for first, last in spans for number in self._blocks.between(first, last)})
+
+    def _points(self, name: str, entries: Entries, within: tuple[int, int] | None) -> Entries:
+        """The points that some entries stand for, read from the log again; those that are shown.
+
+        Entries that are too many bytes of log apart are taken as they are.
+        """
+        if not self._is_near(entries):
+            return entries
+        attempts = np.unique(entries["attempt"]).tolist()
+        points = [
+            entries_of(series, attempt=attempt, block=number)
+            for number in self._blocks_of(entries)
+            for attempt in attempts
+            if (series := self._blocks.read(number).get((attempt, name))) is not None
+        ]
+        if not points:
+            return NO_ENTRIES
+        found = self._dated(one_after_another(points))
+        whole, _ = visible(found, self.limits(), within)
+        lowest, highest = entries["first_step"].min(), entries["last_step"].max()
+        shown: Entries = found[whole & (found["first_step"] >= lowest) & (found["first_step"] <= highest)]
+        return shown
+
+    def _dated(self, entries: Entries) -> Entries:
+        """Samples of a node are taken by time: each gets the step that was the newest at that moment."""
+        is_sample = entries["attempt"] == SYSTEM
+        if not is_sample.all():
+            own: Entries = entries[~is_sample]  # somebody's metric may have a sample's name
+            return own
+        clock = self._traces[CLOCK].entries if CLOCK in self._traces else NO_ENTRIES
+        dated = entries.copy()
+        if len(clock):
+            newest = np.searchsorted(np.maximum.accumulate(clock["time"]), entries["time"], side="right") - 1
+            steps = newest_steps(clock["first_step"], clock["attempt"], self._first_steps)
+            dated["first_step"] = dated["last_step"] = steps[newest.clip(0)]
+        return dated
+
+    def _follower(self, folder: str, position: Position) -> Follower:
+        return Follower(log_dir(self.path) / folder, position, within=self.within)
+
+    def _folders(self) -> list[str]:
+        return node_folders(log_dir(self.path), within=self.within)
+
+    def _segments(self, folder: str) -> list[tuple[Path, int]]:
+        """The segments of a folder and their sizes in bytes."""
+        paths = segments(log_dir(self.path) / folder, within=self.within)
+        return [(path, file_status(path, within=self.within).st_size) for path in paths]
+
+    def _unread(self) -> Iterator[tuple[int, int]]:
+        """Size of every segment, and how much of it is still to be read."""
+        for folder in self._folders():
+            place = self._followers[folder].position if folder in self._followers else Position()
+            for path, size in self._segments(folder):
+                number = int(path.stem)
+                read = size if number < place.segment else place.offset if number == place.segment else 0
+                yield size, max(0, size - read)
+
+    def _size(self) -> int:
+        return ENTRY.itemsize * sum(trace.size for trace in self._traces.values())
+
+    def _share_read(self) -> float:
+        sizes = list(self._unread())
+        return 1.0 - sum(unread for _, unread in sizes) / max(1, sum(size for size, _ in sizes))
+
+    def _begin_anew_if_replaced(self) -> None:
+        """A run may have been deleted, and another begun under its name."""
+        head = self._read_head()
+        if self._head and not head.startswith(self._head):
+            type(self).__init__(self, self.path, within=self.within)
+        if len(self._head) < HEAD_BYTES:
+            self._head = head
+
+    def _read_head(self) -> bytes:
+        """The beginning of the log, by which it is known."""
+        for path in segments(log_dir(self.path), within=self.within)[:1]:
+            with contextlib.suppress(OSError), open_file(path, within=self.within) as file:
+                return file.read(HEAD_BYTES)
+        return b""
+
+
+_NO_STEPS = np.empty(0, dtype=np.int64)
+NO_ENTRIES = np.empty(0, dtype=ENTRY)
+
+
+def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, int]:
+    """Something that changes whenever the log grows, and how many bytes it has."""
+    log = log_dir(run_dir)
+    files = [
+        (str(path), file_status(path, within=within))
+        for folder in node_folders(log, within=within)
+        for path in segments(log / folder, within=within)
+    ]
+    known_by = repr([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    num_bytes = sum(status.st_size for _, status in files)
+    return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:32], num_bytes
+
+
+def _most(name: str) -> int:
+    return MOST_OF_LAYERS if name.startswith(Prefix.LAYERS) else MOST
+
+
+def _as_one(entries: Entries) -> Entries:
+    return merged(entries, group_starts(len(entries), 1))
+
+
+def _in_order(entries: Entries) -> Entries:
+    """By step; of points with the same step the one written last."""
+    steps = entries["first_step"]
+    if (steps[1:] > steps[:-1]).all():  # as it nearly always is
+        return entries
+    is_points = bool((entries["num_finite"] + entries["num_nan"] + entries["num_inf"] == 1).all())
+    if is_points:
+        return entries[last_of_each_step(steps, np.ones(len(steps), dtype=np.bool_))]
+    return entries[np.argsort(steps, kind="stable")]
+
+
+def group_starts(length: int, most: int) -> npt.NDArray[np.int64]:
+    """Where each of at most `most` equal parts begins."""
+    width = max(1, -(-length // most))
+    return np.arange(0, length, width, dtype=np.int64)

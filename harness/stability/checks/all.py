@@ -1,0 +1,114 @@
+"""The checks of a guard: the bundled ones, and those of a user's own by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+from harness.config import GuardConfig
+from harness.errors import ConfigError
+from harness.stability.checks.attention import AttentionCheck
+from harness.stability.checks.base import Arrived, Check, Reading, StepView
+from harness.stability.checks.replicas import ReplicaCheck
+from harness.stability.checks.rows import RowsCheck
+from harness.stability.checks.samples import SamplesCheck
+from harness.stability.packing import Packet
+from harness.user_code import load_function, user_code
+
+__all__ = ["Checks", "load_checks"]
+
+BUNDLED: tuple[Callable[[GuardConfig], Check], ...] = (RowsCheck, AttentionCheck, ReplicaCheck, SamplesCheck)
+
+
+class Checks:
+    """All of them as one.
+
+    Args:
+        users: Those of a user, whose errors are made `TaskError`s.
+
+    Raises:
+        ConfigError: two have one name, or one is no `Check`.
+    """
+
+    def __init__(self, config: GuardConfig, users: Sequence[Check] = ()) -> None:
+        self._checks: dict[str, Check] = {}
+        self._users = {id(check) for check in users}
+        for check in (*(make(config) for make in BUNDLED), *users):
+            if check.name in self._checks or check.name in ("rank_statistics", "summary"):
+                raise ConfigError(f"two checks are called {check.name!r}", rule="each has a name of its own")
+            self._checks[check.name] = check
+
+    @contextmanager
+    def watch_forward(self, step: int) -> Iterator[None]:
+        """Around a forward pass of `step`."""
+        with ExitStack() as stack:
+            for check in self._checks.values():
+                if check.is_due(step):
+                    stack.enter_context(check.watch_forward())
+            yield
+
+    def watches(self, step: int) -> bool:
+        """Whether any check is due, so that a view of the step is worth making."""
+        return any(check.is_due(step) or check.is_measured(step) for check in self._checks.values())
+
+    def measure(self, view: StepView) -> tuple[Packet, Packet]:
+        """What is measured in the step: what all ranks send, and what is the same on all replicas."""
+        sent: Packet = {}
+        same: Packet = {}
+        for name, check in self._checks.items():
+            if not check.is_measured(view.step):
+                continue
+            with self._code_of(check, "measure"):
+                numbers = check.measure(view)
+                if numbers is not None:
+                    numbers = numbers.double() if numbers.is_floating_point() else numbers.long()
+                    (same if check.same_on_replicas else sent)[name] = numbers
+        return sent, same
+
+    def before_update(self, view: StepView) -> None:
+        """Just before the optimizer's step."""
+        for check in self._checks.values():
+            if check.is_due(view.step):
+                with self._code_of(check, "before_update"):
+                    check.before_update(view)
+
+    def read(self, packet: Packet, arrived: Arrived) -> list[Reading]:
+        """What the numbers in `packet`, on the host, mean."""
+        readings = []
+        for name, check in self._checks.items():
+            if name in packet:
+                with self._code_of(check, "read"):
+                    readings.append(check.read(packet[name], arrived))
+        return readings
+
+    def forget(self) -> None:
+        """The run goes on from another state."""
+        for check in self._checks.values():
+            check.forget()
+
+    def _code_of(self, check: Check, method: str) -> AbstractContextManager[None]:
+        if id(check) not in self._users:
+            return nullcontext()
+        return user_code(f"the check {check.name}.{method}", rule="what a check raises ends the run")
+
+
+def load_checks(config: GuardConfig) -> list[Check]:
+    """Those that `config.checks` names.
+
+    Raises:
+        ConfigError: one cannot be found, or is no `Check`.
+        TaskError: its code raised something.
+    """
+    return [_loaded(spec, config) for spec in config.checks]
+
+
+def _loaded(spec: str, config: GuardConfig) -> Check:
+    make = load_function(spec, key="guard.checks")
+    with user_code(f"check {spec!r}", rule="it takes the GuardConfig and returns a Check"):
+        check = make(config)
+    if not isinstance(check, Check):
+        raise ConfigError(
+            f"check {spec!r} gave a {type(check).__name__}",
+            rule="it is a subclass of harness.stability.Check, or a function (GuardConfig) that returns one",
+        )
+    return check

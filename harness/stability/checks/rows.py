@@ -1,0 +1,54 @@
+"""Statistics of each parameter's gradient; of an incident they are there whatever the cadence."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from harness.config import GuardConfig
+from harness.records import ParameterRow
+from harness.stability.checks.base import Arrived, Check, Reading, StepView
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO
+
+__all__ = ["ROWS", "RowsCheck"]
+
+ROWS = "rows"
+
+
+class RowsCheck(Check):
+    """Fills `StepRecord.per_parameter`."""
+
+    name = ROWS
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.every = config.per_parameter_every
+
+    def measure(self, view: StepView) -> Tensor:
+        return view.rows
+
+    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
+        """Of `[W, P, 6]`."""
+        # Replicas hold the same reduced gradient; the shards of the first make up the whole.
+        shards = numbers.view(arrived.num_replicas, -1, *numbers.shape[1:])[0]
+        # Behind the NUM_COLUMNS of a rank's own gradient stands the reduced gradient's sum of squares.
+        norms = (shards[:, :, NUM_COLUMNS].sum(0).sqrt() / arrived.divisor).tolist()
+        totals = numbers.sum(0).tolist()
+        largest = (numbers[:, :, MAX_ABS].amax(0) / arrived.divisor).tolist()
+        rows = {
+            name: ParameterRow(
+                grad_norm=norms[row],
+                max_abs=largest[row],
+                num_nan=_count(totals[row][NUM_NAN]),
+                num_inf=_count(totals[row][NUM_INF]),
+                num_zero=_count(totals[row][NUM_ZERO]),
+                num_elements=arrived.layout.sizes[row],
+            )
+            for row, name in enumerate(arrived.layout.names)
+        }
+        return Reading(fields={"per_parameter": rows})
+
+
+def _count(value: float) -> int:
+    """A count as an integer; -1: not measured."""
+    return -1 if math.isnan(value) else int(value)

@@ -1,0 +1,180 @@
+"""Runs that are stopped and killed at chosen moments, and what has become of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+from harness.checkpoint import Checkpointer
+from harness.cli.train import EXIT_STOPPED
+from harness.runlog.reader import open_run
+from tests.support.runs import PROGRAM, start, tiny, wait_for
+
+__all__ = ["LAUNCHERS", "Launched", "Stop", "begin", "judge_stop", "send"]
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"],
+    "accelerate": [
+        *(str(BIN / "accelerate"), "launch", "--num_processes=1", "--num_machines=1"),
+        *("--dynamo_backend=no", "--mixed_precision=no"),
+    ],
+}
+NUM_RANKS = {"python": 1, "torchrun": 2, "accelerate": 1}
+_TIMEOUT_S = 180.0
+"""A busy machine takes a minute to start two processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A run under a launcher."""
+
+    launcher: str
+    process: subprocess.Popen[str]
+    run_dir: Path
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes that live, without launcher and side processes."""
+        with contextlib.suppress(psutil.Error):
+            main = psutil.Process(self.process.pid)
+            family = [main] if self.launcher == "python" else main.children(recursive=True)
+            return [process for process in family if _runs_program(process)]
+        return []
+
+    def wait_for_ranks(self) -> list[psutil.Process]:
+        """All of them, once each handles signals."""
+        wanted = NUM_RANKS[self.launcher]
+        wait_for(
+            lambda: self._has_ended() or len([r for r in self.ranks() if _handles_stop(r)]) == wanted,
+            timeout_s=_TIMEOUT_S,
+            what="the start",
+        )
+        assert not self._has_ended(), self.process.communicate()[0]
+        return self.ranks()
+
+    def wait_for_step(self, step: int, *, attempt: int = 0) -> None:
+        """Until the log holds `step` in this attempt."""
+        text = f'"kind":"step","attempt":{attempt},"step":{step},'
+        wait_for(lambda: self._has_ended() or text in self._log(), timeout_s=_TIMEOUT_S, what=f"step {step}")
+
+    def wait_for_any_step(self, step: int) -> None:
+        """Until the log holds `step`, or a later one, in whatever attempt."""
+        wait_for(lambda: self._has_ended() or self._last_step() >= step, timeout_s=_TIMEOUT_S, what="a step")
+
+    def wait_for_save(self) -> None:
+        """Until a checkpoint is being written."""
+        wait_for(
+            lambda: self._has_ended() or any(self.run_dir.glob("checkpoints/.saving-*")),
+            timeout_s=_TIMEOUT_S,
+            what="a save",
+        )
+
+    def _last_step(self) -> int:
+        return max(
+            map(int, re.findall(r'"kind":"step","attempt":\d+,"step":(\d+),', self._log())), default=-1
+        )
+
+    def _log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.run_dir.glob("log/*.jsonl")))
+
+    def _has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+
+def begin(
+    launcher: str, folder: Path, *more: str, name: str = "tiny", options: tuple[str, ...] = ()
+) -> Launched:
+    """Starts the tiny run, or one that differs by `more`, under a launcher with further options."""
+    process = start([*LAUNCHERS[launcher], *options, PROGRAM, *tiny(folder, f"--name={name}", *more)])
+    return Launched(launcher, process, folder / "runs" / name)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How a run ended that was asked to."""
+
+    exit_code: int
+    seconds: float
+    """From the signal to the last rank's end."""
+    steps: int
+    """That the last checkpoint holds."""
+    logged_steps: int
+    summary: dict[str, Any]
+    output: str
+
+    def troubles(self, launcher: str, number: int) -> list[str]:
+        """What is not as it should be."""
+        wanted = {"python": EXIT_STOPPED, "torchrun": 1}.get(launcher)
+        if number in (signal.SIGKILL, signal.SIGUSR1) and launcher == "torchrun":
+            wanted = None  # the launcher's own way of ending
+        found = {
+            "exit code": wanted not in (None, self.exit_code) or self.exit_code == 0,
+            "status": self.summary.get("status") != "stopped",
+            "reason": not str(self.summary.get("reason")).startswith("SIG"),
+            "unsaved steps": self.logged_steps != self.steps or self.summary.get("steps") != self.steps,
+        }
+        return [f"{name}: {self}" for name, is_wrong in found.items() if is_wrong]
+
+
+def send(run: Launched, number: int) -> None:
+    """Signals the launcher; gone already is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(run.process.pid, number)
+
+
+def judge_stop(run: Launched, number: int, *, twice: bool = False) -> Stop:
+    """Sends the signal to the launcher, waits for every rank's end, and looks at what is left."""
+    ranks = run.ranks()
+    sent = time.monotonic()
+    send(run, number)
+    if twice:
+        time.sleep(0.2)
+        send(run, number)
+    wait_for(lambda: not any(map(_lives, ranks)), timeout_s=_TIMEOUT_S, what="the end of all ranks")
+    seconds = time.monotonic() - sent
+    output, _ = run.process.communicate(timeout=_TIMEOUT_S)
+    with Checkpointer(run.run_dir / "checkpoints") as checkpoints:
+        saved = checkpoints.steps()
+    summary = run.run_dir / "summary.json"
+    return Stop(
+        exit_code=run.process.returncode,
+        seconds=seconds,
+        steps=saved[-1] if saved else -1,
+        logged_steps=len(open_run(run.run_dir).scalars("train/loss").values) if saved else 0,
+        summary=orjson.loads(summary.read_bytes()) if summary.exists() else {},
+        output=output,
+    )
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _runs_program(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        command = process.cmdline()
+        return command[1:2] == [PROGRAM] or command[2:3] == [PROGRAM]
+    return False
+
+
+def _handles_stop(process: psutil.Process) -> bool:
+    """Whether SIGTERM and SIGUSR1 have a handler, as Linux tells it."""
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        return all(caught >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGUSR1))
+    return False
