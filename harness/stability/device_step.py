@@ -126,10 +126,20 @@ class DeviceStep:
         with self._checks.watch_forward(self.number):
             yield
 
-    def make(self, scaler: GradScaler | None, *, nominal_tokens: float, host_fields: Sequence[float]) -> Made:
+    def make(
+        self,
+        loss: Tensor | None,
+        scaler: GradScaler | None,
+        *,
+        is_whole_step: bool,
+        nominal_tokens: float,
+        host_fields: Sequence[float],
+    ) -> Made:
         """Makes the step at hand.
 
         Args:
+            loss: The mean of the last micro-batch; None: all were noted.
+            is_whole_step: The loop has told of no other.
             scaler: What scaled the loss, if anything but the guard did.
             nominal_tokens: What the loss was divided by before the backward pass; 0: its own tokens.
             host_fields: The rank statistics after FAULTS.
@@ -139,6 +149,8 @@ class DeviceStep:
         """
         is_new_layout = self._follow_optimizers()
         scaled = self._scaled_gradients(scaler)
+        if loss is not None:
+            self.micro_batches.add_mean(loss, 1.0, is_whole_step=is_whole_step)
         is_unscaled = scaled is not None and scaled.is_unscaled
         local = self.source.local_rows(unscaled_by=self.loss_scale.value_t if is_unscaled else None)
         reduced = self.source.reduced_rows()

@@ -239,11 +239,10 @@ class StepGuard:
             self._is_within_accumulation = loss is not None
             return
         with torch.no_grad():
-            if loss is not None:
-                is_only_one = not self._is_within_accumulation
-                self._device.micro_batches.add_mean(loss, 1.0, is_whole_step=is_only_one)
             made = self._device.make(
+                loss,
                 self._scaler(scaler),
+                is_whole_step=not self._is_within_accumulation,
                 nominal_tokens=nominal_tokens or 0.0,
                 host_fields=(compute_s, data_wait_s, float(stop_requested), float(num_saves)),
             )
