@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from harness.records import StepRecord
     from harness.stability import StepGuard
     from harness.tracking import ExperimentConfig, TrainingMetrics
+    from harness.tracking.tracker_checkpoints import ExperimentTracker
     from harness.training import Callback, TrainResult, train
-    from harness.training.tracker_checkpoints import ExperimentTracker
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _HOMES = {
     "Callback": "harness.training",
     "Checkpointer": "harness.checkpoint",
     "ExperimentConfig": "harness.tracking",
-    "ExperimentTracker": "harness.training.tracker_checkpoints",
+    "ExperimentTracker": "harness.tracking.tracker_checkpoints",
     "StepGuard": "harness.stability",
     "StepRecord": "harness.records",
     "TrainConfig": "harness.config",

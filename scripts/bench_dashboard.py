@@ -162,7 +162,7 @@ def showing(runs: Path, *, num_runs: int) -> dict[str, dict[str, float]]:
         table_s = wait_for(lambda: len(dashboard.ask("runs")["runs"]) == num_runs + 1)
         rows["never read before"] = {"start (s)": dashboard.start_s, "table (s)": table_s}
         rows["never read before"] |= first_picture(chromium, dashboard)
-        wait_for(lambda: not dashboard.ask("run", run=LONG)["is_sample"], every_s=1.0)
+        wait_for(lambda: not dashboard.ask("run", run=LONG)["is_preview"], every_s=1.0)
         rows["never read before"]["read whole (s)"] = time.perf_counter() - began
         rows["read"] = first_picture(chromium, dashboard)
         rows["read"] |= zip(("server (MB)", "its reader (MB)"), dashboard.memory_mb(), strict=False)

@@ -11,11 +11,19 @@ docs/benchmarks/reading.json and .md.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_dashboard import Dashboard, wait_for
 
 from harness.runlog.codec import encode
 from harness.runlog.events import Checkpoint, Incident, Rollback
@@ -25,6 +33,7 @@ from harness.runlog.paths import log_dir, nodes_dir
 from harness.runlog.process import identity
 from harness.runlog.segments import SegmentWriter
 
+ROOT = Path(__file__).parents[1]
 STEPS_PER_SAMPLE, STEPS_PER_EVAL, STEPS_PER_CHECKPOINT = 100, 1000, 10_000
 STEP_S = 0.1
 PLAIN = [
@@ -95,3 +104,105 @@ def _write_steps(log: _Writer, rng: np.random.Generator, steps: range, parts_at:
         if step % STEPS_PER_CHECKPOINT == STEPS_PER_CHECKPOINT - 1:
             log.write("event", Checkpoint(num_steps=step + 1, seconds=1.0).to_values(), step)
             log.write("event", Incident(kind="spike", rank=0, reason="spike").to_values(), step)
+
+
+def commands(folder: Path, out: Path) -> dict[str, list[str]]:
+    """What people type, and the picture that a training draws at its end."""
+    a, b = str(folder / "a"), str(folder / "b")
+    return {
+        "harness show": ["show", a],
+        "harness watch --once": ["watch", "--once", a],
+        "harness compare": ["compare", a, b],
+        "harness report": ["report", a, "-o", str(out / "report.html")],
+        "harness export csv": ["export-metrics", a, str(out / "a.csv")],
+        "picture": ["picture", a, str(out / "curves.png")],
+        "ExperimentTracker's resume": ["last-step", a],
+    }
+
+
+def run_one(arguments: list[str]) -> None:
+    """One command, in this process."""
+    what, *paths = arguments
+    if what == "picture":
+        from harness.tracking import plot_run
+
+        plot_run(paths[0], paths[1])
+    elif what == "export-metrics":
+        from harness.tracking.export import export_run
+
+        export_run(paths[0], paths[1])
+    elif what == "last-step":
+        from harness.tracking import Run
+
+        assert Run(paths[0]).last_step
+    else:
+        from harness.cli.main import main
+
+        sys.argv = ["harness", *arguments]
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            main()
+
+
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Wall time, processor time and largest memory of a process that runs it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, __file__, "--one", *arguments], env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{arguments} ended with {process.returncode}")
+    return {
+        "seconds": time.perf_counter() - began,
+        "processor (s)": usage.ru_utime + usage.ru_stime,
+        "memory (MB)": usage.ru_maxrss / 1e3,
+    }
+
+
+def dashboards_first_answer(folder: Path) -> dict[str, dict[str, float]]:
+    """From a start that has never seen the runs: the first answer, a sample, then the whole log."""
+    shutil.rmtree(folder / ".dashboard", ignore_errors=True)
+    began = time.perf_counter()
+    dashboard = Dashboard(folder)
+    wait_for(lambda: len(dashboard.ask("runs")["runs"]) == 2)
+    dashboard.ask("run", run="a")
+    rows = {"dashboard's first answer": {"seconds": time.perf_counter() - began, **_peak_mb(dashboard)}}
+    wait_for(lambda: not dashboard.ask("run", run="a")["is_preview"], every_s=1.0)
+    rows["dashboard, read whole"] = {"seconds": time.perf_counter() - began, **_peak_mb(dashboard)}
+    dashboard.close()
+    return rows
+
+
+def _peak_mb(dashboard: Dashboard) -> dict[str, float]:
+    """Of the server, or of the process that reads logs for it, whichever is larger."""
+    status = [Path(f"/proc/{process.pid}/status").read_text() for process in dashboard.all()]
+    return {"memory (MB)": max(int(text.partition("VmHWM:")[2].split()[0]) for text in status) / 1e3}
+
+
+def main() -> None:
+    """Makes the runs unless they are there, and looks at them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        run_one(options.one)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary) / "runs"
+        for name, parts_at in (("a", options.steps + 1), ("b", options.steps // 2)):
+            if not log_dir(folder / name).exists():
+                make_run(folder / name, options.steps, parts_at=parts_at)
+        num_bytes = sum(path.stat().st_size for path in log_dir(folder / "a").glob("*.jsonl"))
+        rows = {name: measured(each) for name, each in commands(folder, Path(temporary)).items()}
+        rows |= dashboards_first_answer(folder)
+    import torch  # not in the processes that are measured
+    from results import write_results
+
+    about = {"steps": options.steps, "log (MB)": round(num_bytes / 1e6)}
+    write_results("reading", rows, device=torch.device("cpu"), about=about)
+
+
+if __name__ == "__main__":
+    main()

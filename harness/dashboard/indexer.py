@@ -33,7 +33,7 @@ from harness.files import read_file
 from harness.runlog.digest import Digest, log_signature
 from harness.runlog.digest_cache import digest_file, load_digest, save_digest
 from harness.runlog.paths import log_dir
-from harness.runlog.preview import LONG_BYTES, sample
+from harness.runlog.preview import LONG_BYTES, preview
 from harness.tracking.overview import RunRow, run_name, run_paths, run_row, unreadable_row
 from harness.tracking.text import printable
 
@@ -171,8 +171,8 @@ class Indexer:
         digest = self._open.get(run)
         if digest is None and size > PREVIEW_BYTES:
             self._unread[run] = time.monotonic()
-            preview = sample(path, num_places=0, tail_bytes=PREVIEW_BYTES, within=self._root)
-            self._send_row(run, run_row(preview))
+            first = preview(path, num_places=0, tail_bytes=PREVIEW_BYTES, within=self._root)
+            self._send_row(run, run_row(first))
         elif digest is not None and digest.bytes_behind() > LONG_BYTES:
             self._unread[run] = time.monotonic()
         else:

@@ -326,7 +326,7 @@ def _last_attempt(directory: Path, within: Path | None) -> _Attempt:
     within = within or directory.parent
     if not is_run(directory, within=within):
         return _Attempt({}, ended=True, runs_elsewhere=False)
-    # A sample of a long log has both ends of it, which is where this stands.
+    # A preview of a long log has both ends of it, which is where this stands.
     log = open_digest(directory, within=within)
     elsewhere = is_alive(log.info) is None and log.state() == "running"
     return _Attempt(log.info, ended=log.end is not None, runs_elsewhere=elsewhere, updated=log.updated or 0.0)

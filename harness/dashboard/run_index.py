@@ -39,7 +39,7 @@ MEMORY_BYTES = 512 << 20
 """Of digests; beyond that the least recently used ones are dropped, and read again when they are needed."""
 SEARCH_EVERY_S = 0.5
 REFRESH_EVERY_S = 1.0
-SAMPLE_EVERY_S = 10.0
+PREVIEW_EVERY_S = 10.0
 STOP_S = 5.0
 
 
@@ -137,7 +137,7 @@ class RunIndex:
     def reading(self, run: str) -> Iterator[Digest]:
         """The run's digest, brought up to the end of the log, for this thread alone.
 
-        Of a long log that has not been read yet it is a sample, whose `read_frac` says how far the indexer
+        Of a long log that has not been read yet it is a preview, whose `read_frac` says how far the indexer
         has come.
 
         Raises:
@@ -168,10 +168,10 @@ class RunIndex:
             raise FileNotFoundError(errno.ENOENT, "it is not there any more")
         if not shared.can_be_refreshed():
             shared.replace(open_digest(path, cached=digest_file(self._cache, run), within=self.root))
-            if shared.digest.is_sample:
+            if shared.digest.is_preview:
                 self._send({"prioritize": run})
         shared.digest.refresh()
-        if shared.digest.is_sample:
+        if shared.digest.is_preview:
             row = (self._rows or {}).get(run, {})
             shared.digest.read_frac = min(0.999, row.get("read_frac", 0.0))
         return shared.digest
@@ -246,7 +246,7 @@ class _SharedDigest:
         self._opened = time.monotonic()
 
     def can_be_refreshed(self) -> bool:
-        """Whether there is little to read on; a sample stays as it is, and is soon taken anew."""
+        """Whether there is little to read on; a preview stays as it is, and is soon made anew."""
         if self._opened is None or self.digest.bytes_behind() > LONG_BYTES:
             return False
-        return not self.digest.is_sample or time.monotonic() - self._opened < SAMPLE_EVERY_S
+        return not self.digest.is_preview or time.monotonic() - self._opened < PREVIEW_EVERY_S

@@ -55,7 +55,7 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "updated": digest.updated,
         "attempts": len(digest.attempts),
         "read_frac": digest.read_frac,
-        "is_sample": digest.is_sample,
+        "is_preview": digest.is_preview,
         "num_damaged": digest.num_damaged,
         "host": _cut(digest.info.get("host")),
         "command": [_words(part) for part in digest.info.get("command", [])[:MAX_DETAILS]],

@@ -74,10 +74,10 @@ class Digest(Timeline):
     Attributes:
         read_frac: How much of the log has been read.
         num_bytes: Size in memory, about.
-        is_sample: Whether only some places of the log were read, so that a spike may be missing.
+        is_preview: Whether only some places of the log were read, so that a spike may be missing.
     """
 
-    is_sample = False
+    is_preview = False
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
@@ -322,9 +322,9 @@ class Digest(Timeline):
 
     def _dated(self, entries: Entries) -> Entries:
         """Samples of a node are taken by time: each gets the step that was the newest at that moment."""
-        is_sample = entries["attempt"] == SYSTEM
-        if not is_sample.all():
-            own: Entries = entries[~is_sample]  # somebody's metric may have a sample's name
+        of_node = entries["attempt"] == SYSTEM
+        if not of_node.all():
+            own: Entries = entries[~of_node]  # somebody's metric may have a sample's name
             return own
         clock = self._traces[CLOCK].entries if CLOCK in self._traces else NO_ENTRIES
         dated = entries.copy()

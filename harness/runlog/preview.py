@@ -15,7 +15,7 @@ from harness.runlog.reader import is_run, no_run, unreadable
 from harness.runlog.segments import LONGEST_LINE_BYTES
 from harness.runlog.traces import Entries
 
-__all__ = ["LONG_BYTES", "open_digest", "open_whole", "sample"]
+__all__ = ["LONG_BYTES", "open_digest", "open_whole", "preview"]
 
 LONG_BYTES = 32 << 20
 """So much of a log is read while somebody waits."""
@@ -26,7 +26,7 @@ HEAD_LINES = 20
 TAIL_BYTES = 256 << 10
 
 
-def sample(
+def preview(
     run_dir: str | Path,
     *,
     num_places: int = NUM_PLACES,
@@ -35,18 +35,18 @@ def sample(
 ) -> Digest:
     """A digest of records from evenly spaced places, and of the newest ones; takes a fraction of a second.
 
-    Spikes and events between those places are missing: `is_sample` says so.
+    Spikes and events between those places are missing: `is_preview` says so.
 
     Args:
         num_places: From how many places between the first records and the newest.
         tail_bytes: How much of the log's end is read.
         within: See `harness.files.open_file`.
     """
-    return _Sample(run_dir, num_places, tail_bytes, within)
+    return _Preview(run_dir, num_places, tail_bytes, within)
 
 
 def open_digest(run_dir: str | Path, *, cached: Path | None = None, within: Path | None = None) -> Digest:
-    """The run's digest, read to the end of its log; of a log with more than `LONG_BYTES` to read a sample.
+    """The run's digest, read to the end of its log; of a log with more than `LONG_BYTES` to read a preview.
 
     Args:
         cached: File in which an earlier reading may have been saved; see `digest_cache.save_digest`.
@@ -55,7 +55,7 @@ def open_digest(run_dir: str | Path, *, cached: Path | None = None, within: Path
     earlier = load_digest(Path(run_dir), cached, within=within) if cached is not None else None
     digest = earlier or Digest(run_dir, within=within)
     if digest.bytes_behind() > LONG_BYTES:
-        return sample(run_dir, within=within)
+        return preview(run_dir, within=within)
     digest.refresh()
     return digest
 
@@ -76,8 +76,8 @@ def open_whole(run_dir: str | Path) -> Digest:
     return digest
 
 
-class _Sample(Digest):
-    is_sample = True
+class _Preview(Digest):
+    is_preview = True
 
     def __init__(self, run_dir: str | Path, num_places: int, tail_bytes: int, within: Path | None) -> None:
         super().__init__(run_dir, within=within)
@@ -103,7 +103,7 @@ class _Sample(Digest):
         self.read_frac = min(0.999, num_bytes / max(1, total))
 
     def refresh(self, *, budget_s: float | None = None) -> bool:
-        """What was sampled stays as it is."""
+        """What was read stays as it is."""
         return True
 
     def bytes_behind(self) -> int:

@@ -6,10 +6,13 @@ program wrote, or that was damaged and is JSON all the same, is none.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "SCALAR_KINDS", "is_sound"]
+from harness.errors import TrackingError
+
+__all__ = ["LAST_STEP", "MAX_DEPTH", "MAX_ELEMENTS", "SCALAR_KINDS", "checked_step", "is_sound"]
 
 SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 MAX_DEPTH = 16
@@ -38,6 +41,21 @@ _FIELDS_OF_RUN: Mapping[str, type | tuple[type, ...]] = {
     "world_size": int,
     "checkpoint_dir": str,
 }
+
+
+def checked_step(step: Any) -> int:
+    """A step's number as a record holds it.
+
+    Raises:
+        TrackingError: it is no whole number, negative, or has more than 63 bits.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= LAST_STEP:
+        raise TrackingError(f"the step is {str(step)[:60]}", rule="it is a whole number in [0, 2^63)")
+    return number
 
 
 def is_sound(kind: Any, attempt: Any, step: Any, time: Any, values: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from harness.runlog.codec import KINDS, decode, encode
 from harness.runlog.paths import log_dir, writer_lock
 from harness.runlog.process import identity
 from harness.runlog.segments import SEGMENT_BYTES, SegmentWriter, segments
+from harness.runlog.soundness import checked_step
 
 __all__ = ["RunLog"]
 
@@ -75,7 +75,7 @@ class RunLog:
         if kind not in KINDS:
             raise TrackingError(f"the record's kind is {kind!r}", rule=f"it is one of {sorted(KINDS)}")
         if step is not None:
-            step = _whole(step)
+            step = checked_step(step)
         with self._mutex:
             self._append(kind, values, step)
 
@@ -85,7 +85,7 @@ class RunLog:
         After a rollback this begins a new attempt; right after a restart it only marks where the attempt
         begins. Readers show the abandoned records on request.
         """
-        step = _whole(step)
+        step = checked_step(step)
         with self._mutex:
             if self._has_steps:
                 self.attempt += 1
@@ -143,16 +143,6 @@ def _explained(folder: Path) -> Iterator[None]:
             rule="a run needs a directory that it may write to",
             remedy="choose another folder for runs, or mend its permissions",
         ) from error
-
-
-def _whole(step: Any) -> int:
-    try:
-        step = operator.index(step)
-    except TypeError as error:
-        raise TrackingError(f"the step is {step!r}", rule="it has to be a whole number") from error
-    if not 0 <= step < 2**63:
-        raise TrackingError(f"the step is {step}", rule="it has to be in [0, 2^63)")
-    return int(step)
 
 
 def _last_attempt(folder: Path) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from harness.tracking.plots import plot_run
     from harness.tracking.settings import MirrorSettings
     from harness.tracking.sync import sync_run
-    from harness.tracking.tracker import ExperimentTracker
+    from harness.tracking.tracker_checkpoints import ExperimentTracker
 
 __all__ = [
     "ExperimentConfig",
@@ -35,7 +35,7 @@ __all__ = [
 
 _HOMES = {
     "ExperimentConfig": "harness.tracking.experiment",
-    "ExperimentTracker": "harness",  # the one with checkpoints, which are wired in above this floor
+    "ExperimentTracker": "harness.tracking.tracker_checkpoints",
     "MirrorHandle": "harness.tracking.mirrors",
     "MirrorSettings": "harness.tracking.settings",
     "Run": "harness.runlog.reader",

@@ -10,15 +10,15 @@ from typing import Any
 
 from harness.errors import TrackingError
 from harness.runlog.names import Metric, Prefix
+from harness.runlog.soundness import checked_step
 from harness.tracking.boundary import words_of
 from harness.tracking.experiment import METRIC_NAMES
 from harness.tracking.lenient import flattened, named_values, text_of
 
-__all__ = ["LAST_STEP", "Refused", "numbers_of", "step_numbers", "whole_step"]
+__all__ = ["Refused", "numbers_of", "step_numbers", "whole_step"]
 
 Refused = dict[str, str]
 """Names of the values that are no numbers, and why."""
-LAST_STEP = 2**63 - 1
 _COUNTED = {"nan_count": 0, "inf_count": 0, "clipping_applied": False}
 """What a step has unless it says otherwise."""
 
@@ -68,13 +68,10 @@ def whole_step(step: Any) -> int:
         TrackingError: it is none, negative, or has more than 63 bits.
     """
     try:
-        whole = operator.index(step)
+        return checked_step(operator.index(step))
     except TypeError:
         number = _number(step)
-        whole = int(number) if number == number // 1 else -1
-    if not 0 <= whole <= LAST_STEP:
-        raise TrackingError(f"the step is {text_of(step)[:60]}", rule="it is a whole number in [0, 2^63)")
-    return whole
+        return checked_step(int(number) if number == number // 1 else text_of(step))
 
 
 def _logged_name(name: str) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 from harness.errors import TrackingError
 from harness.runlog.reader import Run
+from harness.runlog.soundness import LAST_STEP
 from harness.tracking.boundary import Complaints, harmless, words_of
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.lenient import text_of
-from harness.tracking.numbers import LAST_STEP, Refused, whole_step
+from harness.tracking.numbers import Refused, whole_step
 from harness.tracking.places import RunPlace
 from harness.tracking.recorder import Recorder
 from harness.tracking.settings import MirrorSettings

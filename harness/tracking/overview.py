@@ -214,7 +214,7 @@ def show_run(run_dir: str | Path) -> str:
 
 
 def _row(one: RunRow) -> list[str]:
-    """Of a long log only a sample has been read, so there may be more incidents than were seen."""
+    """Of a long log only a preview has been read, so there may be more incidents than were seen."""
     incidents = str(one.num_incidents) if one.read_frac >= 1 else f"{one.num_incidents or ''}?"
     return [
         one.path.resolve().name,

@@ -91,9 +91,12 @@ def _draw_grad_norm(axis: Axes, run: Digest) -> None:
 
     before = _curve(axis, run, Metric.GRAD_NORM, "before clipping", VIOLET)
     after = _curve(axis, run, Metric.GRAD_NORM_CLIPPED, "after clipping", GREEN)
-    if any((bands.high > 0).any() for bands in (before, after)):
+    shown = np.concatenate([before.low, before.high, after.low, after.high])
+    positive = shown[shown > 0]
+    if len(positive):
+        is_narrow = positive.max() < 1000 * positive.min()
         axis.set_yscale("log", nonpositive="mask")  # the norm over no finite element is 0
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
 

@@ -22,13 +22,14 @@ from harness.env import launched
 from harness.errors import ConfigError
 from harness.runlog.names import Prefix
 from harness.runlog.paths import picture_file
+from harness.runlog.soundness import LAST_STEP
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.checkpoint_names import checkpoint_name
 from harness.tracking.checkpointing import Checkpoints, CheckpointStore, Training
 from harness.tracking.experiment import ExperimentConfig, TrainingMetrics
 from harness.tracking.lenient import plain_values, text_of
 from harness.tracking.metrics_queue import MetricsQueue
-from harness.tracking.numbers import LAST_STEP, numbers_of, step_numbers, whole_step
+from harness.tracking.numbers import numbers_of, step_numbers, whole_step
 from harness.tracking.output import Output
 from harness.tracking.recorder import tensors_of
 from harness.tracking.tracker_lifetime import Lifetime

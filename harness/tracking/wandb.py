@@ -43,6 +43,7 @@ _OFFLINE = (
     "Weights & Biases is not reachable, so the run is still kept offline: `wandb login`, then try again"
 )
 INIT_TIMEOUT_S = 30.0
+"""How long a server may be out of reach; half of `wandb_start_s` where that is less."""
 WRITE_TIMEOUT_S = 60.0
 """How long wandb may write nothing. It writes every 15 s, or when 32 KiB are full: some forty rows, which it
 manages in this time with a thousandth of a core."""
@@ -241,7 +242,7 @@ def _begun(mirrored: MirroredRun, mode: Literal["offline"] | None) -> wandb.Run:
         settings=wandb.Settings(
             console="off",
             silent=True,
-            init_timeout=INIT_TIMEOUT_S,
+            init_timeout=min(INIT_TIMEOUT_S, settings.wandb_start_s / 2),
             save_code=False,
             disable_git=True,
             x_disable_stats=True,  # it would watch the side process; `resources` watches the node

@@ -24,10 +24,10 @@ from harness.tracking import MirrorSettings, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
 from harness.tracking.recorder import Recorder, tensors_of
+from harness.tracking.saved_event import saved_event
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
-from harness.training.saved_event import saved_event
 from harness.training.summary import Ending
 
 __all__ = ["Journal", "MainJournal", "NodeJournal"]

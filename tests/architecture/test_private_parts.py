@@ -445,6 +445,7 @@ def test_launchers_and_wandb_set_these_variables() -> None:
     from accelerate.utils import launch
     from torch.distributed import argparse_util
     from torch.distributed.elastic.agent.server import local_elastic_agent
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     set_by: dict[str, Any] = {
         "WANDB_SERVICE": wandb.env,
@@ -452,6 +453,8 @@ def test_launchers_and_wandb_set_these_variables() -> None:
         "PET_": argparse_util,
         "ACCELERATE_USE_CPU": launch,
         "ACCELERATE_MIXED_PRECISION": launch,
+        "ACCELERATE_DYNAMO_BACKEND": launch,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": dynamic_rendezvous,
     }
     for name, module in set_by.items():
         assert name in inspect.getsource(module), f"{module.__name__} has no {name}: {users_of(name)}"

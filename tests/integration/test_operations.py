@@ -49,8 +49,8 @@ def test_a_stop_while_the_run_starts_is_committed_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_ranks_start_again_under_the_same_agent_bit_for_bit(tmp_path: Path) -> None:
     run_whole(tmp_path, "ddp")
-    kills = kill_run(tmp_path, "killed", random.Random(0), most_kills=3)
-    assert kills.total() == 3
+    kills = kill_run(tmp_path, "killed", random.Random(0), most_kills=2)
+    assert kills.total() == 2
 
 
 @pytest.mark.slow

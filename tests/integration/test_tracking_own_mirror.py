@@ -18,6 +18,7 @@ from harness.runlog.codec import Record
 from harness.tracking import RunLog, start_mirrors, start_sampler, sync_run
 from harness.tracking import mirrors as mirrors_module
 from harness.tracking.mirror import Mirror, MirroredRun
+from tests.support.side_process import let_it_take_its_share
 
 NAME = f"{__name__}:LossFile"
 QUIET: dict[str, Any] = {"system_every_s": 0.0, "alerts": (), "tensorboard": False}
@@ -25,13 +26,7 @@ QUIET: dict[str, Any] = {"system_every_s": 0.0, "alerts": (), "tensorboard": Fal
 
 @pytest.fixture(autouse=True)
 def takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where tests keep every core busy, a process that gives way would take a minute to start."""
-    started = mirrors_module.start_helper
-
-    def start(*arguments: Any, **keywords: Any) -> Any:
-        return started(*arguments, **{**keywords, "yields": False})
-
-    monkeypatch.setattr(mirrors_module, "start_helper", start)
+    let_it_take_its_share(monkeypatch)
 
 
 class LossFile(Mirror):

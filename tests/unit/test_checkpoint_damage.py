@@ -15,7 +15,7 @@ from harness.checkpoint import Checkpointer, PerRank, verify
 from harness.errors import CheckpointError
 from tests.support.distributed import run_ranks
 
-NUM_DAMAGES = 1200
+NUM_DAMAGES = 400  # 1,200 pass as well
 STEPS = (1, 2, 3)
 
 

@@ -173,9 +173,9 @@ def test_a_flagged_step_is_limited_to_the_usual_norm_and_others_are_not() -> Non
     assert judge(rule, (3.0, 2.5)).norm_limit.item() == pytest.approx(1.0, abs=SIGMA)
 
 
-@pytest.mark.slow
-def test_twenty_thousand_steps_of_noise_are_all_clean() -> None:
-    assert flagged_steps(make_rule("robust"), noise(20_000)) == []
+def test_five_thousand_steps_of_noise_are_all_clean() -> None:
+    """Of 20,000, and of noise of other kinds, `scripts/bench_detectors.py` says it."""
+    assert flagged_steps(make_rule("robust"), noise(5_000)) == []
 
 
 # --- its two tiers

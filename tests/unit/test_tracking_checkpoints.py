@@ -11,7 +11,7 @@ import torch
 
 from harness.errors import CheckpointError, TrackingError
 from harness.tracking import open_run
-from harness.training.tracker_checkpoints import TrackerCheckpoints
+from harness.tracking.tracker_checkpoints import TrackerCheckpoints
 from tests.support.trackers import alone
 
 

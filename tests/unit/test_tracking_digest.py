@@ -14,7 +14,7 @@ from harness.runlog.digest import Bands, Digest
 from harness.runlog.digest_cache import digest_file, load_digest, save_digest
 from harness.runlog.nodes import NodeLog
 from harness.runlog.paths import log_dir
-from harness.runlog.preview import sample
+from harness.runlog.preview import preview
 from harness.runlog.reader import open_run
 from harness.runlog.segments import segments
 from harness.runlog.series import Series
@@ -229,8 +229,8 @@ def test_a_sample_covers_the_run_and_says_that_it_is_one(tmp_path: Path) -> None
     with RunLog(tmp_path, segment_bytes=400_000) as log:
         for step in range(20_000):
             log.write("step", {"train/loss": 1.0 / (1 + step), "x": 0.0}, step=step)
-    some, whole = sample(tmp_path), read(tmp_path)
-    assert (some.is_sample, whole.is_sample) == (True, False)
+    some, whole = preview(tmp_path), read(tmp_path)
+    assert (some.is_preview, whole.is_preview) == (True, False)
     assert 0 < some.read_frac < 0.5
     assert (some.last_step, some.state()) == (19_999, "finished")
     assert some.last("train/loss") == whole.last("train/loss")
@@ -269,8 +269,8 @@ def test_a_sample_shows_no_branch_that_a_rollback_left_wherever_the_rewind_lies(
                 step -= draw.randint(2000, 3500)
                 log.rewind(step)
     truth = open_run(tmp_path)
-    first = sample(tmp_path, num_places=100, tail_bytes=1000)
-    assert first.is_sample
+    first = preview(tmp_path, num_places=100, tail_bytes=1000)
+    assert first.is_preview
     assert first.last_step == truth.last_step
     shown, whole = first.bands("train/loss"), truth.scalars("train/loss")
     wrong = np.sum(shown.mean != whole.values[shown.steps])

@@ -232,7 +232,7 @@ class Monitor extends HTMLElement {
       share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide" }),
     );
     const words = [];
-    if (data.is_sample) words.push(`this is a sample of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
+    if (data.is_preview) words.push(`this is a preview of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
     if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
     this.note.textContent = words.join("; ");
     this.renderIncidents();

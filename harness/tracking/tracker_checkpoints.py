@@ -17,8 +17,8 @@ from harness.tracking.checkpoint_names import Wanted, checkpoint_name
 from harness.tracking.checkpointing import SaveEnd
 from harness.tracking.experiment import ExperimentConfig
 from harness.tracking.model_state import nonfinite_tensors
+from harness.tracking.saved_event import saved_event
 from harness.tracking.tracker import ExperimentTracker as BareTracker
-from harness.training.saved_event import saved_event
 
 __all__ = ["ExperimentTracker", "TrackerCheckpoints"]
 
