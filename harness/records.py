@@ -75,8 +75,9 @@ class Culprit:
     """A rank whose share of a step went wrong."""
 
     rank: int
-    micro_batch: int
-    """The first that left something bad; of a spike the one that changed the gradient most."""
+    micro_batch: int | None
+    """The first that left something bad; of a spike the one that changed the gradient most. None: the loop
+    does not tell the guard of micro-batches."""
     samples: tuple[int, ...] = ()
     """Indices of the micro-batch's samples in the data set, where the loop tells."""
 
@@ -115,6 +116,7 @@ class StepRecord:
     finite loss, for a fault of the backward pass spreads towards the input; the first under a loss that is
     not finite, which poisons them all."""
     micro_batch: int | None = None
+    """The culprit's; None where there is none, or the loop does not tell the guard of micro-batches."""
     culprits: tuple[Culprit, ...] = ()
     """All ranks whose own loss or gradient was not finite, by micro-batch and rank, so that the first is
     `rank`; or the one rank that stands out in a spike."""

@@ -23,7 +23,7 @@ class GuardConfig:
     SECTION = "guard"
 
     max_norm: float | None = 1.0
-    """Gradients are scaled down to this L2 norm; null: never."""
+    """Gradients are scaled down to this L2 norm; null or 0: never."""
     nonfinite: Literal["skip", "stop"] = "skip"
     """On a NaN or Inf in any rank's loss or gradient: leave the step out, or end the run."""
     spike: Literal["off", "warn", "clip", "skip"] = "warn"
@@ -90,7 +90,7 @@ class GuardConfig:
             "it has to be odd, or 0 for never: an even cadence misses an error of period two",
         )
         if self.max_norm is not None:
-            require_positive(self, "max_norm")
+            require_not_negative(self, "max_norm")
 
     def _check_spikes(self) -> None:
         require(

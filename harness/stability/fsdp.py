@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from harness.dist import local_part
 from harness.errors import ConfigError
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
-from harness.stability.sources import GradientStatistics, RowTable
+from harness.stability.sources import GradientStatistics, RowTable, unscaled
 from harness.stability.statistics import bucket_statistics, tensor_statistics
 
 __all__ = ["FsdpSource"]
@@ -49,7 +49,6 @@ class FsdpSource:
         mesh = _mesh(layout.parameters)
         self.num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         self.num_shards = mesh.size() // self.num_replicas
-        self.measures_backward = self.num_shards > 1
         self.group: dist.ProcessGroup | None = _whole_group(mesh)
         self._statistics = GradientStatistics()
         self._plan_of: dict[tuple[int, ...], _Plan] = {}
@@ -75,14 +74,14 @@ class FsdpSource:
         statistics = tensor_statistics([gradient for _, gradient in pairs], extremes=False)
         return self._table.spread([p for p, _ in pairs], statistics)
 
-    def local_rows(self) -> Tensor:
+    def local_rows(self, *, unscaled_by: Tensor | None = None) -> Tensor:
         """Of a gradient that is reduce-scattered in several pieces (of a micro-batch each, of a module that
         was called twice) squares and counts of NaN and Inf are added up, as if the pieces were orthogonal."""
         if self.num_shards == 1:
             return self._table.measure(extremes=self.extremes)
         for group in self._groups:
             group.refuse_replacement()
-        return self._statistics.rows(self._table)
+        return unscaled(self._statistics.rows(self._table), unscaled_by)
 
     def reduced_rows(self) -> Tensor:
         return self._table.measure(extremes=False)

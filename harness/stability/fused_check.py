@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from harness.dist import local_part
-from harness.records import StepRecord
 from harness.stability.rank_statistics import Fault
 from harness.stability.verdict import Decision
 
@@ -63,13 +62,13 @@ class FusedCheck:
         seen = ignored_skip * Fault.IGNORED_SKIP + ignored_clip * Fault.IGNORED_CLIP
         torch.maximum(self.faults_t, seen.double(), out=self.faults_t)
 
-    def observe(self, record: StepRecord) -> None:
-        """Takes the records of the run in order; what was checked and followed is not checked again."""
-        if self._checked_from is None or record.step < self._checked_from:
+    def observe(self, step: int, *, skipped: bool, clip_coef: float) -> None:
+        """Takes what became of the steps, in order; what was checked and followed is not checked again."""
+        if self._checked_from is None or step < self._checked_from:
             return
-        if record.skipped:
+        if skipped:
             self._unproven.discard("skip")
-        elif record.clip_coef < 1 / NOTICEABLE:
+        elif clip_coef < 1 / NOTICEABLE:
             self._unproven.discard("clip")
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from harness.errors import ConfigError
-from harness.stability.layout import MAX_ABS, NUM_COLUMNS, SUM_SQUARES
 
 __all__ = ["ScaledGradients", "refuse_forgotten_scaler"]
 
@@ -70,12 +69,6 @@ class ScaledGradients:
             state["stage"] = OptState.STEPPED
         if self._updates:
             self._scaler.update()
-
-    def unscaled(self, rows: Tensor) -> Tensor:
-        """`[P, 5]` as taken in the backward pass, of the gradients as they are after `unscale_`."""
-        divisor = torch.ones(NUM_COLUMNS, dtype=rows.dtype, device=rows.device)
-        divisor[SUM_SQUARES], divisor[MAX_ABS] = self.scale_t.double().square(), self.scale_t
-        return rows / divisor
 
 
 def refuse_forgotten_scaler() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import EllipsisType, TracebackType
 from typing import Any, Literal
@@ -16,27 +15,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from harness.config import GuardConfig
-from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
 from harness.records import StepRecord
-from harness.stability.attach import source_of
-from harness.stability.buffers import Buffers
 from harness.stability.checks.all import Checks, load_checks
-from harness.stability.checks.attention import is_compiled
-from harness.stability.checks.base import Check, StepView
-from harness.stability.grad_scaler import ScaledGradients, refuse_forgotten_scaler
-from harness.stability.graphed import Graphed
+from harness.stability.checks.base import Check
+from harness.stability.device_step import DeviceStep
+from harness.stability.grad_scaler import refuse_forgotten_scaler
 from harness.stability.hooks import CommHook
-from harness.stability.layout import SUM_SQUARES, Layout
-from harness.stability.loss_scale import LossScale
-from harness.stability.micro_batches import MicroBatches
-from harness.stability.monitor import Monitor
+from harness.stability.incidents import Incident
+from harness.stability.layout import Layout
+from harness.stability.monitor import Monitor, Settled
 from harness.stability.optimizers import Optimizers
-from harness.stability.packing import Packet, pack, unpack
-from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
-from harness.stability.stepper import OptimizerStepper
-from harness.stability.verdict import Decider, Decision
-from harness.stability.watch import Watch
+from harness.stability.policy import Ladder
 
 __all__ = ["StepGuard"]
 
@@ -49,13 +39,14 @@ class StepGuard:
         loss.backward()
         guard.step(loss)                  # in place of clip_grad_norm_ and optimizer.step()
         optimizer.zero_grad()
-        for record in guard.drain():      # what happened `lag_steps` ago
-            ...
 
     A step with a NaN or an Inf in any rank's loss or gradient changes neither parameters nor optimizer state
-    on any rank, and what its forward passes did to the model's buffers is undone. Nothing here synchronises
-    with the device but `drain`, optimizers that are not fused, the step in which a fused one makes its state,
-    and buffers that change their shape.
+    on any rank, and what its forward passes did to the model's buffers is undone. An incident is said in the
+    log as it becomes known, `lag_steps` later; too many of them end the run, on all ranks at the same step.
+    Every step has a record (`drain`).
+
+    A step waits for the device to finish the one `lag_steps` before. Nothing else synchronises but optimizers
+    that are not fused, the step in which a fused one makes its state, and buffers that change their shape.
 
     Args:
         model: A plain module, or one under DDP or FSDP2 (`fully_shard`).
@@ -64,7 +55,7 @@ class StepGuard:
             layers thawed, parameters replaced. What no optimizer holds is left alone, and said once. Fused
             Adam, AdamW, SGD and Adagrad need no host. Other optimizers over other parts of the model may
             have guards of their own; a later guard of the same parameters closes the earlier one.
-        max_norm: The gradient is scaled down to this L2 norm; None: never.
+        max_norm: The gradient is scaled down to this L2 norm; None or 0: never.
         nonfinite: Whether a step that is not finite is left out, or ends the run (its record says `stop`).
         spike: What to do about a finite but extraordinary loss or norm.
         comm_hook: How DDP reduces a bucket, called with the process group and the bucket;
@@ -72,6 +63,10 @@ class StepGuard:
         precision: Of the arithmetic of forward and backward. With float16 the guard keeps a dynamic loss
             scale: pass losses through `scale` before `backward`.
         group: For a plain model whose gradients the caller reduces over these ranks before `step`.
+        ladder: Whether too many skipped steps end the run (`Ladder`). False: the caller sees to it.
+        rollback: Brings the run back to where it was sound, on all ranks: loads model, optimizer and guard,
+            and steps over the data that broke them. It gets the record of the last step; False: it cannot.
+        on_incident: Called with each incident as it becomes known, on all ranks.
         checks: Measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
@@ -91,6 +86,9 @@ class StepGuard:
         comm_hook: CommHook | None = None,
         precision: torch.dtype = torch.float32,
         group: dist.ProcessGroup | None = None,
+        ladder: bool = True,
+        rollback: Callable[[StepRecord], bool] | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
         checks: Sequence[Check | str] = (),
         **settings: Any,
     ) -> None:
@@ -99,38 +97,28 @@ class StepGuard:
             max_norm=max_norm, nonfinite=nonfinite, spike=spike, checks=named, **settings
         )
         given = [check for check in checks if not isinstance(check, str)]
-        self._checks = Checks(self.config, [*load_checks(self.config), *given])
+        all_checks = Checks(self.config, [*load_checks(self.config), *given])
         self._optimizers = Optimizers(optimizer)
-        self._watch = Watch(model, self._optimizers, on_close=self._release)
-        self._source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
-        device = self.layout.parameters[0].device
-        self._stepper = OptimizerStepper(self._optimizers, device=device)
-        self._loss_scale = LossScale(
-            self.config.init_loss_scale,
-            growth_steps=self.config.loss_scale_growth_steps,
-            device=device,
-            enabled=precision == torch.float16,
+        self._device = DeviceStep(
+            model,
+            self._optimizers,
+            self.config,
+            checks=all_checks,
+            comm_hook=comm_hook,
+            precision=precision,
+            group=group,
         )
-        self._decider = Decider(self.config, num_replicas=self._source.num_replicas)
-        self._is_compiled = is_compiled(model)
-        self._buffers = Buffers(model)
-        self._precision = precision
+        source = self._device.source
         self._monitor = Monitor(
-            group=self._source.group,
-            num_replicas=self._source.num_replicas,
+            group=source.group,
+            num_replicas=source.num_replicas,
             lag_steps=self.config.lag_steps,
-            checks=self._checks,
+            checks=all_checks,
         )
-        self._step = 0
-        self._micro_batches = MicroBatches(device)
-        self._rank_statistics = Graphed(functools.partial(_rank_statistics, self._micro_batches))
-        self._decision = Graphed(
-            functools.partial(_decide, self._decider, self._loss_scale), state=self._decider.size.live_state
-        )
+        self._ladder = Ladder(self.config, rollback=rollback) if ladder else None
+        self._on_incident = on_incident
         self._may_have_forgotten_scaler = True
-        self._is_gated = False
-        self._take_layout()
-        self._start_step()
+        self._is_within_accumulation = False
 
     @classmethod
     def from_config(
@@ -143,65 +131,74 @@ class StepGuard:
         comm_hook: CommHook | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> StepGuard:
-        """The guard that `config` describes; `precision` is fp32, bf16 or fp16."""
+        """The guard that `config` describes, for a caller with a `Ladder` of its own; `precision` is fp32,
+        bf16 or fp16."""
         settings = {field.name: getattr(config, field.name) for field in fields(config)}
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        return cls(model, optimizer, comm_hook=comm_hook, precision=dtype, group=group, **settings)
+        return cls(
+            model, optimizer, comm_hook=comm_hook, precision=dtype, group=group, ladder=False, **settings
+        )
 
     @property
     def loss_scale(self) -> Tensor:
         """The current loss scale, 0-d fp32 on the device; 1 without loss scaling."""
-        return self._loss_scale.value_t
+        return self._device.loss_scale.value_t
+
+    @property
+    def applied(self) -> Tensor:
+        """Whether the last step changed the weights: 0-d bool on the device, for averages, counters and
+        schedules that have to agree with skips: `average.lerp_(p, 0.01 * guard.applied)`. False before the
+        first step. Does not synchronise."""
+        return self._device.applied_t
 
     @property
     def next_step(self) -> int:
         """Number of the step that the next call of `step` takes."""
-        return self._step
+        return self._device.number
 
     def scale(self, loss: Tensor) -> Tensor:
         """What to call `backward` on: `loss` times the loss scale, or `loss` itself without loss scaling."""
-        return loss * self._loss_scale.value_t if self._loss_scale.enabled else loss
+        return loss * self.loss_scale if self._device.loss_scale.enabled else loss
 
     def accumulate(
         self,
-        loss_sum: Tensor,
-        num_tokens: Tensor | float = 1,
+        loss: Tensor,
+        num_tokens: Tensor | float | None = None,
         *,
+        weight: Tensor | float = 1.0,
         num_correct: Tensor | float = 0,
         is_last: bool = False,
     ) -> None:
         """Notes a micro-batch after its backward pass, and what it did to the gradient.
 
         Args:
-            loss_sum: Sum of the loss over the micro-batch's tokens, of one element, not scaled.
-            num_tokens: How many tokens that were.
-            num_correct: How many of them were predicted right; only passed on to the records.
+            loss: Of one element, not scaled by a loss scale: the sum over the micro-batch's `num_tokens`
+                tokens, or without them its mean, before it is multiplied by a weight.
+            num_tokens: How many tokens that were; of all micro-batches of a step or of none.
+            weight: What the mean is multiplied by before `backward`: `1 / G` for G micro-batches. The
+                record's loss is the weighted mean.
+            num_correct: How many of the tokens were predicted right; only passed on to the records.
             is_last: Spares a pass over the gradients, because `step` follows. Under DDP and FSDP2 the guard
                 sees by itself that a micro-batch was reduced.
 
         Raises:
             ConfigError: the loss is not a tensor with one real number in it, or a count is not one number.
         """
-        self._require_open()
+        self._device.require_open()
         with torch.no_grad():
-            self._micro_batches.add(loss_sum, num_tokens, num_correct)
+            if num_tokens is None:
+                self._device.micro_batches.add_mean(loss, weight)
+            else:
+                self._device.micro_batches.add_sum(loss, num_tokens, num_correct)
             if not is_last:
-                self._micro_batches.note_gradient(
-                    self._source.micro_batch_rows(), self._micro_batches.num - 1
-                )
+                self._device.note_gradient()
 
-    @contextmanager
-    def watch_forward(self) -> Iterator[None]:
+    def watch_forward(self) -> AbstractContextManager[None]:
         """Put the forward pass into it, and every so many steps checks look at it: every `sample_every` steps
         at the largest attention logit of each layer. Optional; of a model that was compiled before it was
         guarded they see nothing, and one that is compiled later is compiled twice."""
-        if self._is_compiled:
-            yield
-            return
-        with self._checks.watch_forward(self._step):
-            yield
+        return self._device.watch_forward()
 
-    @torch.no_grad()
     def step(
         self,
         loss: Tensor | None = None,
@@ -216,9 +213,11 @@ class StepGuard:
         """Judges the gradients that lie in the model, clips them, and applies them or leaves them out.
 
         Args:
-            loss: This rank's mean loss, not scaled, of a step with a single batch; with several, call
-                `accumulate` after each instead. Within `accelerator.accumulate`, of each micro-batch: with
-                an optimizer prepared by accelerate the step is made when accelerate makes one.
+            loss: This rank's mean loss, not scaled, of a step with a single batch. Of several micro-batches
+                it may be the last one's: the verdict holds for all that lies in the gradients, but the record
+                has this loss and names no micro-batch. With `accumulate` after each it has all of it. Within
+                `accelerator.accumulate`, each micro-batch's: with an optimizer prepared by accelerate the
+                step is made when accelerate makes one.
             scaler: The loop's own GradScaler, if it scales this loss: its scale is taken out of the gradients
                 here, with or without `unscale_` before, and `scaler.update()` follows as ever. One that is
                 in use and not handed over is an error; None says that it scales another loss.
@@ -229,91 +228,67 @@ class StepGuard:
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
                 GradScaler is in use that was not handed over; the optimizer holds a parameter that is not the
-                model's, or that DDP does not reduce; some ranks alone have called `drain`; the guard was
-                closed.
+                model's, or that DDP does not reduce; the guard was closed.
+            InstabilityError: too many steps were skipped, with a report; on all ranks at the same step.
         """
-        self._require_open()
+        self._device.require_open()
         self._require_one_loss(loss)
         if self._optimizers.is_accumulating:
-            self._note_micro_batch(loss)
+            if loss is not None:
+                self.accumulate(loss)
+            self._is_within_accumulation = loss is not None
             return
-        is_new_layout = self._follow_optimizers()
-        scaled = self._scaled_gradients(scaler)
-        if loss is not None:
-            self.accumulate(loss, is_last=True)
-        local, reduced = self._source.local_rows(), self._source.reduced_rows()
-        is_unscaled = scaled is not None and scaled.is_unscaled
-        if scaled is not None and is_unscaled and self._source.measures_backward:
-            local = scaled.unscaled(local)
-        host_values_t = self._from_host(
-            float(self._fault()),
-            compute_s,
-            data_wait_s,
-            float(stop_requested),
-            float(num_saves),
-            self._monitor.num_drained,
-            *self._micro_batches.host_values(),
-            float(is_unscaled),
-            nominal_tokens or 0.0,
-        )
-        rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
-        (statistics,) = self._rank_statistics(
-            local, reduced, host_values_t, self._stepper.fused_check.faults_t
-        )
-        view = self._view(rows)
-        sent, same = ({}, {}) if view is None else self._checks.measure(view)
-        packet = self._gather({"rank_statistics": statistics, **sent}, same)
-        decision = Decision(*self._decision(packet["rank_statistics"], host_values_t))
-        packet["summary"] = decision.summary
-        if view is not None:
-            self._checks.before_update(view)
-        self._stepper.step(self._step, decision)
-        if scaled is not None:
-            scaled.note_outcome(decision.overflowed_t)
-        self._buffers.restore_if_skipped(decision.skip_t)
-        if is_new_layout:
-            self._buffers.take_snapshot()  # those of modules that are new too
-        self._monitor.push(self._step, packet, layout=self.layout, rows=rows, counts_tokens=loss is None)
-        self._loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
-        self._step += 1
+        with torch.no_grad():
+            made = self._device.make(
+                loss,
+                self._scaler(scaler),
+                is_whole_step=not self._is_within_accumulation,
+                nominal_tokens=nominal_tokens or 0.0,
+                host_fields=(compute_s, data_wait_s, float(stop_requested), float(num_saves)),
+            )
+            self._monitor.push(self._device.number, made)
+        self._device.number += 1
         self._start_step()
+        self._respond(self._monitor.settle())
+
+    def flush(self) -> None:
+        """Waits for the steps that are still in flight, on all ranks: incidents among them are said, and the
+        ladder acts. Leaving `with guard:` does it too."""
+        self._respond(self._monitor.settle(wait=True))
 
     def drain(self, wait: bool = False) -> list[StepRecord]:
         """Records of the steps up to `lag_steps` ago, or with `wait` of all, that were not drained before.
 
-        Equal on all ranks, which all have to call it at the same steps. What is not drained is kept up to
-        64 MiB; then the oldest steps are dropped, which is said once.
-
-        Raises:
-            ConfigError: only some ranks called it.
+        Equal on all ranks; each may call it when it likes. With `wait` and without `flush` a step that was
+        skipped in the last `lag_steps` has no `per_parameter`, which takes all ranks. What is not drained is
+        kept up to 64 MiB; then the oldest steps are dropped, which is said once.
         """
-        records = self._monitor.drain(wait=wait)
-        for record in records:
-            self._stepper.fused_check.observe(record)
-        return records
+        return self._monitor.drain(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, without the records still to drain. Does not synchronise."""
         return {
-            "step": self._step,
-            "loss_scale": self._loss_scale.state_dict(),
-            **self._decider.size.state_dict(),
+            "step": self._device.number,
+            "loss_scale": self._device.loss_scale.state_dict(),
+            **self._device.size.state_dict(),
+            **({} if self._ladder is None else {"ladder": self._ladder.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave and forgets records of steps that were not drained."""
-        self._step = state["step"]
-        self._loss_scale.load_state_dict(state["loss_scale"])
-        self._decider.size.load_state_dict(state)
+        self._device.number = state["step"]
+        self._device.loss_scale.load_state_dict(state["loss_scale"])
+        self._device.size.load_state_dict(state)
+        if self._ladder is not None and "ladder" in state:
+            self._ladder.load_state_dict(state["ladder"])
         self._monitor.clear()
-        self._checks.forget()
-        self._buffers.take_snapshot()
+        self._device.forget()
         self._start_step()
 
     def close(self) -> None:
         """Stops measuring; hooks that cannot be taken out go on reducing as before. Idempotent. A `step`
         after it is an error: the loop has to call the optimizer itself again."""
-        self._watch.close("it was closed")
+        self._device.close("it was closed")
 
     def __enter__(self) -> StepGuard:
         return self
@@ -321,75 +296,30 @@ class StepGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None:  # else the other ranks are elsewhere
+                self.flush()
+        finally:
+            self.close()
 
     @property
     def layout(self) -> Layout:
         """Which parameter is which row of the statistics, as of the last step."""
-        return self._watch.layout
+        return self._device.layout
 
-    def _release(self) -> None:
-        self._source.close()
-        self._buffers.close()
-        self._monitor.clear()
-
-    def _note_micro_batch(self, loss: Tensor | None) -> None:
-        """Within accelerate's accumulation, before the last micro-batch of a step."""
-        if loss is not None:
-            self.accumulate(loss)
-        self._is_gated = loss is not None
-
-    def _take_layout(self) -> None:
-        self._source.watch(self.layout)
-        self._stepper.reset()
-        self._watch.claim()
-
-    def _follow_optimizers(self) -> bool:
-        """Takes in what they hold now, and refuses what is not reduced; whether they hold anything else."""
-        has_changed = self._watch.follow()
-        if has_changed:
-            self._take_layout()
-        self._watch.require_reduced(self._source)
-        self._watch.warn_of_unused_gradients()
-        return has_changed
-
-    def _scaled_gradients(self, scaler: GradScaler | EllipsisType | None) -> ScaledGradients | None:
-        """What the loop's GradScaler, if it has one, did to the gradients."""
-        if isinstance(scaler, EllipsisType):
-            scaler = self._optimizers.grad_scaler
-            if scaler is None and self._may_have_forgotten_scaler:
-                refuse_forgotten_scaler()
-        self._may_have_forgotten_scaler = False
-        if scaler is None or not scaler.is_enabled():
-            self._loss_scale.follow(None)
-            return None
-        by_accelerate = scaler is self._optimizers.grad_scaler
-        scaled = ScaledGradients(scaler, self._optimizers.unwrapped, updates=by_accelerate)
-        self._loss_scale.follow(scaled.scale_t)
-        return scaled
-
-    def _fault(self) -> Fault:
-        fault = Fault(0) if self._source.is_reduced else Fault.UNREDUCED
-        if all(p.grad is None for p in self.layout.parameters):
-            fault |= Fault.NO_GRADIENT
-        return fault
-
-    def _start_step(self) -> None:
-        self._is_gated = False
-        self._source.start_step()
-        self._source.extremes = self._step % self.config.extremes_every == 0
-        self._micro_batches.clear()
-
-    def _require_open(self) -> None:
-        if self._watch.closed_because is not None:
-            raise ConfigError(
-                f"the guard cannot be used any more: {self._watch.closed_because}",
-                rule="a closed guard measures nothing, and what is not measured is not applied",
-                remedy="make a new StepGuard, or call the optimizer yourself",
-            )
+    def _respond(self, settled: Iterable[Settled]) -> None:
+        """Acts on steps that are known by now, as all ranks do."""
+        for one in settled:
+            self._device.stepper.fused_check.observe(one.step, skipped=one.skipped, clip_coef=one.clip_coef)
+            incident = None if one.record is None else Incident.of(one.record)
+            if incident is not None and self._on_incident is not None:
+                self._on_incident(incident)
+            if self._ladder is not None and self._ladder.observe(one.record) == "rollback":
+                self._monitor.clear()  # the steps that follow are of the branch that was left
+                return
 
     def _require_one_loss(self, loss: Tensor | None) -> None:
-        noted = self._micro_batches.num > 0 and not self._is_gated
+        noted = self._device.micro_batches.num > 0 and not self._is_within_accumulation
         if (loss is None) != noted:
             raise ConfigError(
                 "step() was called without a loss" if loss is None else "step() was given a loss once more",
@@ -397,69 +327,15 @@ class StepGuard:
                 remedy="call step(loss); or, with micro-batches, accumulate(...) after each and then step()",
             )
 
-    def _from_host(self, *values: float) -> Tensor:
-        """Host values, `[n]` float64 on the device, without a synchronisation."""
-        on_cuda = self._loss_scale.value_t.is_cuda
-        host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
-        return host.to(self._loss_scale.value_t.device, non_blocking=True)
+    def _start_step(self) -> None:
+        self._is_within_accumulation = False
+        self._device.start()
 
-    def _view(self, rows: Tensor) -> StepView | None:
-        """What checks see of the step; None if none is due."""
-        if not self._checks.watches(self._step):
-            return None
-        return StepView(
-            step=self._step,
-            layout=self.layout,
-            rows=rows,
-            state_of=self._optimizers.state_of,
-            precision=self._precision,
-            num_replicas=self._source.num_replicas,
-        )
-
-    def _gather(self, packet: Packet, same_on_replicas: Packet) -> Packet:
-        """The step's one collective: everything from all ranks, in one message."""
-        if self._source.group is None:
-            return {name: tensor[None] for name, tensor in (packet | same_on_replicas).items()}
-        num_shards = self._source.num_shards
-        # A replica that is not sharded holds all of what is the same on all of them, and need not send it.
-        flat, spec = pack(packet | same_on_replicas if num_shards > 1 else packet)
-        gathered = unpack(all_gather(flat, group=self._source.group), spec)
-        for name, tensor in same_on_replicas.items():
-            gathered[name] = gathered[name][:num_shards] if num_shards > 1 else tensor[None]
-        return gathered
-
-
-def _rank_statistics(
-    micro_batches: MicroBatches, local: Tensor, reduced: Tensor, host_values_t: Tensor, faults_t: Tensor
-) -> tuple[Tensor]:
-    """This rank's statistics.
-
-    Args:
-        host_values_t: The host fields, `MicroBatches.host_values`, whether the loop has unscaled the
-            gradients, and the nominal tokens.
-        faults_t: 0-d, to be added to the faults among the host fields.
-    """
-    host_fields, loss, number = host_values_t[:-2].split([NUM_HOST_FIELDS, 3, 1])
-    host_fields = torch.cat([host_fields[:1] + faults_t, host_fields[1:]])
-    micro_batches.note_gradient(local, number[0])
-    statistics = build_rank_statistics(
-        local,
-        reduced,
-        loss=micro_batches.loss_t + loss,
-        micro_batch=micro_batches.suspect_t,
-        host_fields=host_fields,
-    )
-    return (statistics,)
-
-
-def _decide(
-    decider: Decider, loss_scale: LossScale, per_rank: Tensor, host_values_t: Tensor
-) -> tuple[Tensor, ...]:
-    """The fields of a `Decision`."""
-    decision = decider.decide(
-        per_rank,
-        loss_scale_t=loss_scale.value_t,
-        is_unscaled_t=host_values_t[-2] > 0,
-        nominal_tokens_t=host_values_t[-1],
-    )
-    return tuple(getattr(decision, field.name) for field in fields(Decision))
+    def _scaler(self, scaler: GradScaler | EllipsisType | None) -> GradScaler | None:
+        """What scaled the loss: what was handed over, or accelerate's; a forgotten one is refused, once."""
+        if isinstance(scaler, EllipsisType):
+            scaler = self._optimizers.grad_scaler
+            if scaler is None and self._may_have_forgotten_scaler:
+                refuse_forgotten_scaler()
+        self._may_have_forgotten_scaler = False
+        return scaler

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.errors import ConfigError
 from harness.stability.inert import Hook
 from harness.stability.layout import Layout
-from harness.stability.sources import GradientStatistics, RowTable
+from harness.stability.sources import GradientStatistics, RowTable, unscaled
 from harness.stability.statistics import bucket_statistics
 
 __all__ = ["CommHook", "DdpSource"]
@@ -44,7 +44,6 @@ class DdpSource:
     def __init__(self, ddp: DistributedDataParallel, layout: Layout, *, comm_hook: CommHook | None) -> None:
         self.group: dist.ProcessGroup | None = ddp.process_group
         self.num_replicas, self.num_shards = ddp.process_group.size(), 1
-        self.measures_backward = True
         self.extremes = True
         _refuse_other_reductions(ddp)
         self._ddp = weakref.ref(ddp)  # the hook that outlives this source must not keep the model
@@ -69,15 +68,14 @@ class DdpSource:
             return self._table.measure(extremes=False)
         return self._with_unreduced(self._statistics.rows(self._table))
 
-    def local_rows(self) -> Tensor:
+    def local_rows(self, *, unscaled_by: Tensor | None = None) -> Tensor:
         ddp = self._ddp()
         if ddp is not None:
             _refuse_join(ddp)
-        return (
-            self._with_unreduced(self._statistics.rows(self._table))
-            if self._statistics
-            else self._table.empty()
-        )
+        if not self._statistics:
+            return self._table.empty()
+        # What is not reduced is measured where it lies, so what was done to it is in it already.
+        return self._with_unreduced(unscaled(self._statistics.rows(self._table), unscaled_by))
 
     def reduced_rows(self) -> Tensor:
         return self._table.measure(extremes=False)

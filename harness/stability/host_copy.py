@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy"]
+__all__ = ["HostCopy", "is_capturing"]
 
 
 class HostCopy:
@@ -32,10 +32,15 @@ class HostCopy:
         """Whether `wait` would return at once. Does not synchronise."""
         if not self._on_cuda:
             return True
-        return not torch.cuda.is_current_stream_capturing() and self._event.query()
+        return not is_capturing() and self._event.query()
 
     def wait(self) -> Tensor:
         """The numbers, on the host."""
         if self._on_cuda:
             self._event.synchronize()
         return self._host
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing may be waited for."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -11,8 +11,9 @@ from harness.records import Culprit, StepRecord, Verdict
 __all__ = ["Incident", "SamplesOf", "report"]
 
 SamplesOf = Callable[[int | None, int | None], Sequence[int]]
-"""Indices in the data set of the samples of a step: of this rank's micro-batch of this number, or, called
-with None, of the whole global batch."""
+"""Indices in the data set of the samples of a step: of this rank's micro-batch of this number (None: of all
+that the rank had, where the loop does not tell the guard of micro-batches), or, without a rank, of the whole
+global batch."""
 
 SHOWN = 8
 """Samples, and ranks, that a summary lists."""
@@ -81,12 +82,17 @@ class Incident:
         place += [] if self.parameter is None else [self.parameter]
         place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
         place += _listed("samples", list(map(str, self.sample_indices)))
-        others = [f"{one.rank} in micro-batch {one.micro_batch}" for one in self.culprits[1:]]
+        others = [_who(one) for one in self.culprits[1:]]
         place += _listed("also rank", others)
         where = f" ({', '.join(place)})" if place else ""
         if self.verdict in ("skip", "stop"):
             return f"step {self.step} {self.done}: {self.reason}{where}"
         return f"step {self.step}: {self.reason}; {self.done}{where}"
+
+
+def _who(culprit: Culprit) -> str:
+    within = "" if culprit.micro_batch is None else f" in micro-batch {culprit.micro_batch}"
+    return f"{culprit.rank}{within}"
 
 
 def _done(record: StepRecord) -> str:

@@ -57,19 +57,23 @@ class Ladder:
         self.num_rollbacks = 0
         self._num_applied_since_rollback = config.rollback_cooldown_steps
 
-    def observe(self, record: StepRecord) -> Action:
-        """Takes the next record; says whether the run was rolled back.
+    def observe(self, record: StepRecord | None) -> Action:
+        """Takes the next record (None: of a step that was applied, without a reason to say anything); says
+        whether the run was rolled back.
 
         Raises:
             InstabilityError: the last rung, with a report of the latest incidents.
         """
+        if record is None:
+            self._count(skipped=False, may_be_cured=False)
+            return "go_on"
         incident = Incident.of(record)
         if incident is not None:
             self._incidents.append(incident)
             _say(incident.summary())
-        self._count(record)
+        self._count(skipped=record.skipped, may_be_cured=_loss_scale_may_cure(record))
         self._refuse(record)
-        trouble = self._trouble()
+        trouble = self._trouble() if record.skipped else None
         return self._climb(record, trouble) if trouble else "go_on"
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,13 +94,13 @@ class Ladder:
         self.num_rollbacks = state["num_rollbacks"]
         self._num_applied_since_rollback = state["num_applied_since_rollback"]
 
-    def _count(self, record: StepRecord) -> None:
-        if record.skipped:
+    def _count(self, *, skipped: bool, may_be_cured: bool) -> None:
+        if skipped:
             self.num_skips += 1
         else:
             self._num_applied_since_rollback += 1
             self.num_consecutive_skips = 0
-        counts = record.skipped and not _loss_scale_may_cure(record)
+        counts = skipped and not may_be_cured
         self._recent.append(counts)
         self.num_consecutive_skips += counts
 
@@ -122,9 +126,11 @@ class Ladder:
             raise self._error(f"{trouble}, after {self.num_rollbacks} rollbacks")
         if self._num_applied_since_rollback < self._config.rollback_cooldown_steps:
             raise self._error(f"{trouble}, {self._num_applied_since_rollback} steps after a rollback")
+        num_rollbacks, num_skips = self.num_rollbacks, self.num_skips
         if not self._rollback(record):
             raise self._error(f"{trouble}, and there is no healthy checkpoint to go back to")
-        self.num_rollbacks += 1
+        # Whatever was loaded with the rest, rollbacks and skips are not undone.
+        self.num_rollbacks, self.num_skips = num_rollbacks + 1, num_skips
         self._recent.clear()
         self.num_consecutive_skips = self._num_applied_since_rollback = 0
         _say(f"rolled back at step {record.step} (rollback {self.num_rollbacks}): {trouble}")

@@ -1,4 +1,4 @@
-"""Rank statistics: what one rank knows of its share of a step, as `[18]` float64, before anything is decided.
+"""Rank statistics: what one rank knows of its share of a step, as `[17]` float64, before anything is decided.
 
 Legend: P parameters, W ranks. Everything stays on the device; nothing here synchronises.
 """
@@ -16,7 +16,6 @@ __all__ = [
     "COMPUTE_S",
     "CORRECT",
     "DATA_WAIT_S",
-    "DRAINED",
     "FAULTS",
     "LOSS_SUM",
     "MICRO_BATCH",
@@ -47,9 +46,8 @@ __all__ = [
     DATA_WAIT_S,
     STOP_REQUESTED,
     NUM_SAVES,
-    DRAINED,
-) = range(NUM_COLUMNS, NUM_COLUMNS + 13)
-NUM_FIELDS = NUM_COLUMNS + 13
+) = range(NUM_COLUMNS, NUM_COLUMNS + 12)
+NUM_FIELDS = NUM_COLUMNS + 12
 
 NUM_HOST_FIELDS = NUM_FIELDS - FAULTS
 """The fields from FAULTS on are known on the host."""

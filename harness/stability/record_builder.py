@@ -31,7 +31,7 @@ from harness.stability.rank_statistics import (
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
-__all__ = ["RecordBuilder", "is_skip"]
+__all__ = ["RecordBuilder", "clip_coef", "is_notable", "is_skip"]
 
 SKIP = VERDICTS.index("skip")
 
@@ -72,8 +72,8 @@ class _StepNumbers:
     def culprits(self) -> tuple[Culprit, ...]:
         """All ranks to blame, the first first."""
         rank = self.outstanding
-        blamed = self.bad or ([] if rank is None else [(int(self.per_rank[rank][MICRO_BATCH]), rank)])
-        return tuple(Culprit(rank=rank, micro_batch=micro_batch) for micro_batch, rank in blamed)
+        blamed = [r for _, r in self.bad] or ([] if rank is None else [rank])
+        return tuple(Culprit(rank=r, micro_batch=_micro_batch(self.per_rank[r])) for r in blamed)
 
     @property
     def outstanding(self) -> int | None:
@@ -94,6 +94,19 @@ class _StepNumbers:
 def is_skip(packet: Packet) -> bool:
     """Whether a step, its packet in host memory, left everything untouched."""
     return int(packet["summary"][0]) >= SKIP
+
+
+def is_notable(packet: Packet) -> bool:
+    """Whether the record of a step has a reason, or may have one: checks have measured something. The step's
+    packet is in host memory."""
+    summary = Summary(*packet["summary"].tolist())
+    measured = packet.keys() - {"summary", "rank_statistics"}
+    return bool(is_skip(packet) or summary.is_spike or summary.norms_differ or measured)
+
+
+def clip_coef(packet: Packet) -> float:
+    """What the gradient was multiplied by."""
+    return Summary(*packet["summary"].tolist()).clip_coef
 
 
 class RecordBuilder:
@@ -154,7 +167,7 @@ class RecordBuilder:
         if rank is not None:
             row = int(numbers.per_rank[rank][PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, int(numbers.per_rank[rank][MICRO_BATCH])
+            return rank, name, _micro_batch(numbers.per_rank[rank])
         # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
         if numbers.total(REDUCED_BAD):
             bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
@@ -191,6 +204,11 @@ def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) 
         stop_requested=bool(one[STOP_REQUESTED]),
         num_saves=int(one[NUM_SAVES]),
     )
+
+
+def _micro_batch(one: list[float]) -> int | None:
+    """The one to blame; None: the loop does not tell them apart."""
+    return int(one[MICRO_BATCH]) if one[MICRO_BATCH] >= 0 else None
 
 
 def _is_bad(one: list[float]) -> bool:

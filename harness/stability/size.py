@@ -87,7 +87,7 @@ class SizeCheck:
             trusted: 0-d bool, neither holds a NaN or an Inf.
         """
         is_absurd, credible_norm = self._credible.check(norm, trusted)
-        maximum = torch.full_like(norm, torch.inf if self._config.max_norm is None else self._config.max_norm)
+        maximum = torch.full_like(norm, self._config.max_norm or torch.inf)
         if self._rule is None:
             return _without_rule(maximum, is_absurd, credible_norm)
         detection = self._rule.detect(norm.log(), loss, trusted & ~is_absurd)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.dist import local_part
-from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, Layout
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.statistics import tensor_statistics
 
-__all__ = ["GradientSource", "GradientStatistics", "PlainSource", "RowTable", "gradients_of"]
+__all__ = ["GradientSource", "GradientStatistics", "PlainSource", "RowTable", "gradients_of", "unscaled"]
 
 
 class GradientSource(Protocol):
@@ -29,8 +29,6 @@ class GradientSource(Protocol):
     """Copies of each element among them."""
     num_shards: int
     """Pieces of each copy, on neighbouring ranks of the group."""
-    measures_backward: bool
-    """Whether `local_rows` were taken during the backward pass, rather than where gradients lie now."""
     extremes: bool
     """Whether max-abs and zeros are measured too; to be set before the backward pass."""
 
@@ -38,8 +36,13 @@ class GradientSource(Protocol):
         """`[P, 5]`, without extremes, of what this rank has accumulated so far. Costs a pass over the
         gradient unless this micro-batch was reduced, and so measured, already."""
 
-    def local_rows(self) -> Tensor:
-        """`[P, 5]` of this rank's accumulated gradient, before any reduction."""
+    def local_rows(self, *, unscaled_by: Tensor | None = None) -> Tensor:
+        """`[P, 5]` of this rank's accumulated gradient, before any reduction.
+
+        Args:
+            unscaled_by: 0-d, what the gradients have been divided by since the backward pass; so is what was
+                measured during it.
+        """
 
     def reduced_rows(self) -> Tensor:
         """`[P, 5]`, without extremes, of what the optimizer will use here."""
@@ -67,7 +70,6 @@ class PlainSource:
     def __init__(self, layout: Layout, *, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.num_replicas, self.num_shards = 1 if group is None else group.size(), 1
-        self.measures_backward = False
         self.extremes = True
         self._rows: Tensor | None = None
         self.watch(layout)
@@ -79,7 +81,7 @@ class PlainSource:
     def micro_batch_rows(self) -> Tensor:
         return self._table.measure(extremes=False)
 
-    def local_rows(self) -> Tensor:
+    def local_rows(self, *, unscaled_by: Tensor | None = None) -> Tensor:
         if self._rows is None:
             self._rows = self._table.measure(extremes=self.extremes)
         return self._rows
@@ -227,6 +229,15 @@ def _sum_of_pieces(some: Tensor, others: Tensor) -> Tensor:
     total[:, MAX_ABS] = torch.maximum(some[:, MAX_ABS], others[:, MAX_ABS])
     total[:, NUM_ZERO] = torch.minimum(some[:, NUM_ZERO], others[:, NUM_ZERO])
     return total
+
+
+def unscaled(rows: Tensor, by: Tensor | None) -> Tensor:
+    """`[P, 5]` of gradients, as they are once each element is divided by `by`, 0-d; None: they are not."""
+    if by is None:
+        return rows
+    divisor = torch.ones(NUM_COLUMNS, dtype=rows.dtype, device=rows.device)
+    divisor[SUM_SQUARES], divisor[MAX_ABS] = by.double().square(), by
+    return rows / divisor
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:

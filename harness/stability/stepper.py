@@ -66,6 +66,8 @@ class OptimizerStepper:
         skip, divisor = False, 1.0
         if len(by_device) < len(self._optimizers.unwrapped):
             skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
+        for optimizer in self._optimizers.unwrapped:
+            _tell_scheduler(optimizer)
         with self.fused_check.checking(step, by_device, decision):
             for optimizer in self._optimizers.unwrapped:
                 if optimizer in by_device or (optimizer in fused and not skip):
@@ -118,6 +120,13 @@ class _Stateless:
             stateful = [g for g in groups if not (isinstance(self._optimizer, SGD) and g["momentum"] == 0)]
             self._missing = [p for group in stateful for p in group["params"] if not state.get(p)]
         return any(p.grad is not None for p in self._missing)
+
+
+def _tell_scheduler(optimizer: Any) -> None:
+    """A schedule goes on with every step, skipped ones too, and torch's warns if the first step of all that
+    it sees is none of the optimizer's."""
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        optimizer._opt_called = True
 
 
 @contextmanager

@@ -139,7 +139,9 @@ def train_step(run: Run) -> bool:
     evaluating = _is_due(run, run.config.loop.eval_every)
     saving = _is_due(run, run.config.checkpoint.every)
     is_last = run.counters.step == run.config.loop.steps
-    stopped = _handle_records(run, run.guard.drain(wait=evaluating or saving or is_last))
+    if evaluating or saving or is_last:
+        run.guard.flush()
+    stopped = _handle_records(run, run.guard.drain())
     if run.counters.step == step + 1:  # and not rolled back
         if evaluating and not stopped:
             stopped = not _evaluate(run)
@@ -206,7 +208,8 @@ def _tell_of_saves(run: Run, count: int) -> None:
 
 def _finish(run: Run, stopped: bool) -> Ending:
     """Handles the records that are left, evaluates a finished run, and commits the last checkpoint."""
-    _handle_records(run, run.guard.drain(wait=True))
+    run.guard.flush()
+    _handle_records(run, run.guard.drain())
     finished = run.counters.step >= run.config.loop.steps
     if finished and run.counters.val_step != run.counters.step:
         finished = not stopped and _evaluate(run)

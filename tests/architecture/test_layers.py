@@ -36,6 +36,7 @@ FLOORS = {
     "checkpoint": 4,
     "tracking": 5,
     "training": 6,
+    "integrations": 6,
     "dashboard": 6,
     "cli": 7,
     "train": 8,
@@ -51,6 +52,8 @@ SOLE_IMPORTERS = {
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
+    "transformers": {"harness/integrations/transformers.py"},
+    "lightning": {"harness/integrations/lightning.py"},
 }
 
 COLLECTIVES = {

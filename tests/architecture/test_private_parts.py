@@ -229,6 +229,14 @@ def test_optimizers_keep_their_step_hooks(parameter: nn.Parameter) -> None:
         handle.remove()
 
 
+def test_schedulers_ask_whether_the_optimizer_was_called(parameter: nn.Parameter) -> None:
+    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    has(optimizer.step, "_wrapped_by_lr_sched")
+    optimizer._opt_called = True
+    schedule.step()  # a warning would be an error
+
+
 def test_optimizers_in_the_backward_pass_leave_a_mark(parameter: nn.Parameter) -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 
@@ -237,12 +245,31 @@ def test_optimizers_in_the_backward_pass_leave_a_mark(parameter: nn.Parameter) -
 
 
 def test_accelerates_optimizer_keeps_what_it_wraps() -> None:
-    optimizer = pytest.importorskip("accelerate.optimizer")
-    state = pytest.importorskip("accelerate.state")
+    from accelerate import optimizer, state
+
     has(optimizer, "AcceleratedOptimizer")
     kept = set(optimizer.AcceleratedOptimizer.__init__.__code__.co_names)
     assert {"optimizer", "scaler", "gradient_state"} <= kept, users_of("gradient_state")
     assert "sync_gradients" in state.GradientState.__init__.__code__.co_names, users_of("sync_gradients")
+
+
+def test_transformers_trainer_clips_and_saves_in_these() -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    has(transformers.Trainer, "_clip_grad_norm", "_get_grad_norm")
+    has(transformers.Trainer, "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler")
+    called = inspect.getsource(transformers.Trainer)
+    for name in ("_clip_grad_norm(model)", "_get_grad_norm(model, grad_norm=grad_norm)"):
+        assert called.count(f"grad_norm = self.{name}") == 1, users_of("_clip_grad_norm")
+
+
+def test_lightnings_precision_calls_the_hooks_before_a_step() -> None:
+    precision = pytest.importorskip("lightning.pytorch.plugins.precision", reason="pip install lightning")
+    has(precision.Precision, "_after_closure")
+    assert list(inspect.signature(precision.Precision._after_closure).parameters) == [
+        "self",
+        "model",
+        "optimizer",
+    ]
 
 
 def test_foreach_kernels() -> None:

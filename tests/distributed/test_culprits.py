@@ -37,7 +37,7 @@ def find_bad(rank: int, world_size: int, strategy: str) -> list[str]:
     world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
     model = distribute(nn.Linear(4, 1), ParallelConfig(strategy=strategy), world)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    guard = StepGuard(model, optimizer, lag_steps=1)
+    guard = StepGuard(model, optimizer, lag_steps=1, ladder=False)
     share = MICRO_BATCH * MICRO_BATCHES
     loader = Loader(
         Numbers(),

@@ -74,7 +74,7 @@ class Trainee:
             fully_shard(model)
         self.rank, self.world_size = rank, world_size
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.guard = StepGuard(self.model, self.optimizer, **SETTINGS)
+        self.guard = StepGuard(self.model, self.optimizer, ladder=False, **SETTINGS)
         self.faults = FaultInjector(faults, model=plain(self.model), rank=rank)
 
     def step(self, data: int, *, fault: FaultConfig | None = None) -> StepRecord:

@@ -85,7 +85,8 @@ def _train(rank: int, world_size: int, culprit: int, bad_micro_batch: int) -> li
             twin_guard.step()
             reference.zero_grad()
     assert worst_difference(snapshot(model, optimizer), snapshot(twin, reference)) == ""
-    return guard.drain(wait=True)
+    guard.flush()
+    return guard.drain()
 
 
 @pytest.mark.parametrize(("culprit", "bad_micro_batch"), [(0, 2), (1, 0)])

@@ -128,7 +128,8 @@ def _train(
             twin_guard.step()
             reference.zero_grad()
     assert worst_difference(snapshot(model, optimizer), snapshot(twin, reference)) == ""
-    return guard.drain(wait=True)
+    guard.flush()
+    return guard.drain()
 
 
 @pytest.mark.parametrize(("mesh_shape", "culprit", "bad"), [((2,), 1, 1), ((2, 2), 3, 2)])

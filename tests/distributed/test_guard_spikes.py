@@ -25,7 +25,7 @@ class _Run:
     def __init__(self, **settings: Any) -> None:
         self.model = make_model()
         self.optimizer = OPTIMIZERS["adamw"](self.model.parameters())
-        self.guard = StepGuard(self.model, self.optimizer, lag_steps=0, **settings)
+        self.guard = StepGuard(self.model, self.optimizer, lag_steps=0, ladder=False, **settings)
         self.generator = torch.Generator().manual_seed(0)
 
     def step(self, *, factor: float = 1.0, nan: bool = False) -> StepRecord:
@@ -216,7 +216,7 @@ def test_a_nan_does_not_blind_the_rule(steps_between: int) -> None:
 def test_the_rules_memory_survives_a_restart() -> None:
     run = _warm(spike="skip")
     state = run.guard.state_dict()
-    run.guard = StepGuard(run.model, run.optimizer, lag_steps=0, max_norm=None, spike="skip")
+    run.guard = StepGuard(run.model, run.optimizer, lag_steps=0, ladder=False, max_norm=None, spike="skip")
     run.guard.load_state_dict(state)
     assert run.step(factor=100.0).is_spike
 

@@ -145,7 +145,7 @@ def test_a_large_constant_buffer_is_a_constant_for_the_guard_after_an_evaluation
             loss.backward()
             guard.step(loss)
             optimizer.zero_grad()
-        return [name for buffer in guard._buffers._constants for _, name in buffer.places]
+        return [name for buffer in guard._device.buffers._constants for _, name in buffer.places]
 
     assert steps(12) == ["mask"]
     evaluate(task.model, task, config, ALONE, precision="fp32", num_samples=4)

@@ -221,7 +221,7 @@ def test_a_large_constant_is_left_out_and_taken_in_again_once_it_changes() -> No
 
     for number in range(STEPS_UNTIL_CONSTANT + 2):
         step(batch(number)[0])
-    assert not guard._buffers._blocks  # nothing is copied any more
+    assert not guard._device.buffers._blocks  # nothing is copied any more
     model.change = lambda module, inputs: module.table.add_(1.0)
     step(batch(20)[0])
     step(torch.full((5, 4), math.nan))
