@@ -5,8 +5,8 @@
     bands = digest.bands("train/loss", max_points=800)
 
 Each point stands for some consecutive steps and carries the smallest, the mean and the largest value of them
-and how many were not finite. Memory is bounded by the number of metrics, not by the length of the run; where
-somebody looks closely, the steps themselves are read from the log again.
+and how many were not finite. Memory is bounded by the number of metrics and attempts, not by the length of
+the run; where somebody looks closely, the steps themselves are read from the log again.
 """
 
 from __future__ import annotations
@@ -237,7 +237,13 @@ class Digest(Timeline):
         begin = 0
         for name, width, size, num_rest in about["traces"]:
             mine = entries[begin : begin + size]
-            self._traces[name] = Trace.restored(mine, width=width, num_rest=num_rest, most=_most(name))
+            self._traces[name] = Trace.restored(
+                mine,
+                width=width,
+                num_rest=num_rest,
+                most=_most(name),
+                replaces=_replaces(name, int(mine["attempt"][0])),
+            )
             begin += size
         self._take_account(about["timeline"])
         self.read_frac, self.num_bytes = self._share_read(), self._size()
@@ -261,12 +267,9 @@ class Digest(Timeline):
                 self._add(name, attempt, series, block)
 
     def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
-        self._trace(name).add(entries_of(series, attempt=attempt, block=block))
-
-    def _trace(self, name: str) -> Trace:
         if name not in self._traces:
-            self._traces[name] = Trace(_most(name))
-        return self._traces[name]
+            self._traces[name] = Trace(_most(name), replaces=_replaces(name, attempt))
+        self._traces[name].add(entries_of(series, attempt=attempt, block=block))
 
     def _shown(self, name: str, *, within: tuple[int, int] | None = None, close_below: int = 0) -> Entries:
         """The metric's entries on the timeline, ordered by step.
@@ -355,7 +358,7 @@ class Digest(Timeline):
                 yield size, max(0, size - read)
 
     def _size(self) -> int:
-        return ENTRY.itemsize * sum(trace.size for trace in self._traces.values())
+        return sum(trace.num_bytes for trace in self._traces.values())
 
     def _share_read(self) -> float:
         sizes = list(self._unread())
@@ -396,6 +399,11 @@ def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, in
 
 def _most(name: str) -> int:
     return MOST_OF_LAYERS if name.startswith(Prefix.LAYERS) else MOST
+
+
+def _replaces(name: str, attempt: int) -> bool:
+    """Whether a later point of a step replaces an earlier one; samples and ticks of the clock have a time."""
+    return name != CLOCK and attempt != SYSTEM
 
 
 def _as_one(entries: Entries) -> Entries:
