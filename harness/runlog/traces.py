@@ -15,7 +15,17 @@ import numpy.typing as npt
 
 from harness.runlog.series import Series
 
-__all__ = ["ENTRY", "Entries", "Trace", "entries_of", "merged", "one_after_another", "reduced", "visible"]
+__all__ = [
+    "ENTRY",
+    "TOTAL_SCALE",
+    "Entries",
+    "Trace",
+    "entries_of",
+    "merged",
+    "one_after_another",
+    "reduced",
+    "visible",
+]
 
 ENTRY = np.dtype(
     [
@@ -29,14 +39,16 @@ ENTRY = np.dtype(
         ("last_step", "<i8"),
         ("time", "<f8"),  # of the first point
         ("low", "<f8"),  # inf without a finite point
-        ("total", "<f8"),  # of finite points, as is `high`, which is -inf without one
-        ("high", "<f8"),
+        ("total", "<f8"),  # of finite points, times `TOTAL_SCALE`
+        ("high", "<f8"),  # -inf without a finite point
         ("last", "<f8"),
     ]
 )
 Entries = npt.NDArray[np.void]
 """Of dtype `ENTRY`, one dimension, in the order of writing."""
 
+TOTAL_SCALE = 2.0**-64
+"""With it no total of as many points as a log can hold is more than a float."""
 OVERHEAD_BYTES = 1024
 """Of a trace: its object, its arrays' headers and its name."""
 _NONE = np.empty(0, dtype=ENTRY)
@@ -165,7 +177,8 @@ def _last_of_steps(points: Entries) -> Entries:
         return points
     order = np.lexsort((steps, attempts))
     is_same = (steps[order][1:] == steps[order][:-1]) & (attempts[order][1:] == attempts[order][:-1])
-    return points[np.sort(order[np.append(~is_same, True)])]
+    last: Entries = points[np.sort(order[np.append(~is_same, True)])]
+    return last
 
 
 def one_after_another(parts: Sequence[Entries]) -> Entries:
@@ -194,7 +207,7 @@ def entries_of(series: Series, *, attempt: int, block: int) -> Entries:
     entries["first_step"] = entries["last_step"] = steps
     entries["time"] = times
     entries["low"] = np.where(finite, values, np.inf)
-    entries["total"] = np.where(finite, values, 0.0)
+    entries["total"] = np.where(finite, values, 0.0) * TOTAL_SCALE
     entries["high"] = np.where(finite, values, -np.inf)
     entries["last"] = values
     return entries
