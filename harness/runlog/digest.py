@@ -47,6 +47,7 @@ READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
 """As much of a log is read again for one close look."""
 MOST, MOST_OF_LAYERS = 8192, 2048
+MOST_EVENTS = 10_000
 MAX_COLUMNS = 400
 MAX_NAMES = 50_000
 """Metrics of a run, those of layers and ranks included; some kB each."""
@@ -82,6 +83,7 @@ class Digest(Timeline):
     """
 
     is_preview = False
+    most_events = MOST_EVENTS
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
@@ -379,7 +381,7 @@ class Digest(Timeline):
                 yield size, max(0, size - read)
 
     def _size(self) -> int:
-        return sum(trace.num_bytes for trace in self._traces.values())
+        return self._events_bytes + sum(trace.num_bytes for trace in self._traces.values())
 
     def _share_read(self) -> float:
         sizes = list(self._unread())
