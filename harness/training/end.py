@@ -58,6 +58,8 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         _judge_restart(error, run.counters.step > start.step)
     if ending.status == "unstable":
         run.journal.event(events.Stop(reason=ending.reason), run.counters.step)
+    for outcome in (*run.ended_saves, *run.checkpointer.outcomes()):
+        run.journal.on_saved(run, outcome)  # the callbacks cannot be told: other ranks may not know of it
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
     result = _result(run, ending, start)

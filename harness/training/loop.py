@@ -217,10 +217,8 @@ def _finish(run: Run, stopped: bool) -> Ending:
         finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run, when_busy="wait")  # dropped, it would be missing for good
-    try:
-        run.checkpointer.wait()
-    finally:
-        run.ended_saves.extend(run.checkpointer.outcomes())
-        _tell_of_saves(run, len(run.ended_saves))
+    run.checkpointer.wait()
+    run.ended_saves.extend(run.checkpointer.outcomes())
+    _tell_of_saves(run, len(run.ended_saves))
     reasons = gather(lambda: run.stop.reason)
     return Ending.of_loop(finished=finished, stop_reasons=reasons)

@@ -1,4 +1,4 @@
-"""What a run that ends claims to have saved is on disk, whatever the save before, the disk or a rollback did."""
+"""What a run that ends says it has saved is on disk, whatever the disk or a rollback did before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 from harness import Callback, TrainConfig
 from harness.checkpoint import writer
 from harness.data import Task
+from harness.errors import CheckpointError
+from harness.runlog.reader import open_run
+from harness.training import train
 from harness.training.loop import Run
 from tests.support.own_tasks import own_config, points_task, run_loop
 
@@ -77,3 +80,20 @@ def test_a_stop_right_after_a_rollback_keeps_what_was_skipped(tmp_path: Path, in
     after = run_loop(config, callbacks=[Starts()])
     assert after.ladder.num_rollbacks == 1
     assert after.counters.num_skips == stopped.counters.num_skips
+
+
+def test_a_last_save_that_fails_is_in_the_log_and_its_error_is_the_one_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailsToo(Callback):
+        def on_saved(self, run: Any, outcome: Any) -> None:
+            raise ValueError("of this hook")
+
+    def full(*args: Any) -> Any:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(writer, "write_shard", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        train(own_config(tmp_path, points), callbacks=[FailsToo()])
+    [failed] = open_run(tmp_path / "runs" / "own").events("checkpoint_failed")
+    assert "the disk is full" in str(failed)
