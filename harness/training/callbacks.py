@@ -188,7 +188,7 @@ class Callbacks(Callback):
         for callback in (*self.own, *self._users.values()):
             try:
                 callback.on_end(run, status)
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("%s.on_end failed", type(callback).__qualname__)
 
     def state_dict(self) -> dict[str, Any]:
