@@ -39,7 +39,7 @@ from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
-from harness.training.end import Start, end_run
+from harness.training.end import Start, end_run, judge_restart
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -204,6 +204,9 @@ def _train(
         with report_once(tell):
             try:
                 ending = train_loop(run)
+            except HarnessError as failure:
+                judge_restart(failure, run.counters.step > start.step)
+                raise
             finally:
                 run.journal.leave_terminal()
     except BaseException as failure:  # noqa: BLE001  (raised again, once the run has been ended)
