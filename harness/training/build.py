@@ -112,7 +112,9 @@ def build_run(
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
+    checkpointer = Checkpointer.from_config(
+        checkpoints_dir(directory), config.checkpoint, timeout_s=config.parallel.timeout_s
+    )
     saved = {
         "model": plain(model),
         "optimizer": optimizer,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -71,14 +72,19 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
 
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     """Closes all but the journal; the error that came first, of the loop or of a part."""
-    for close in (run.guard.close, run.loader.close, run.checkpointer.close):
+    parts: dict[str, Callable[[], None]] = {
+        "guard": run.guard.close,
+        "loader": run.loader.close,
+        "checkpointer": lambda: run.checkpointer.close(after_error=error is not None),
+    }
+    for part, close in parts.items():
         try:
             close()
         except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
-                logger.error("%s failed too: %s", close.__qualname__, failure)
+                logger.error("closing the %s failed too: %s", part, failure)
     return error
 
 
