@@ -1,4 +1,4 @@
-"""The TensorBoard process that `tensorboard` starts: TensorBoard itself, on a Unix socket."""
+"""The TensorBoard process that `tensorboard` starts: TensorBoard itself, on a Unix socket alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--logdir", required=True)
     parser.add_argument("--socket", required=True, help="path at which to listen")
     options = parser.parse_args(arguments)
-    from tensorboard import program
+    from tensorboard import default, program
     from werkzeug.serving import make_server
 
     class Server:
@@ -31,8 +31,10 @@ def main(arguments: Sequence[str]) -> None:
             return f"unix://{options.socket}"
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for every request
-    server = program.TensorBoard(server_class=Server)
-    server.configure(logdir=options.logdir)
+    # Static plugins only: the others open files that a run names (the projector does), or are anybody's.
+    server = program.TensorBoard(plugins=default.get_static_plugins(), server_class=Server)
+    # Fast loading is a data server, which listens on a TCP port and answers whoever asks.
+    server.configure(logdir=options.logdir, load_fast="false")
     server.launch()
     sys.stdin.buffer.read()
     os._exit(0)
