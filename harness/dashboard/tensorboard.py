@@ -6,7 +6,8 @@ to the runs' own `tensorboard` folders, which it searches again every few second
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
 import subprocess
 import tempfile
 import threading
@@ -27,6 +28,8 @@ __all__ = ["TensorBoard"]
 
 START_S = 60.0
 STOP_S = 5.0
+MAX_NAME_BYTES = 255
+"""Of a file, on all usual file systems."""
 _PASSED_ON = ("content-type", "cache-control", "expires", "location", "content-security-policy")
 """Headers of an answer that reach the browser."""
 
@@ -64,10 +67,9 @@ class TensorBoard:
         with self._lock:
             if not self._is_running():
                 self._stop()  # what is left of one that ended by itself
+                self._logdir.mkdir(exist_ok=True)
             for name in runs.keys() - set(self._runs):
-                link = self._logdir / name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(tensorboard_dir(runs[name]))
+                (self._logdir / _link_name(name)).symlink_to(tensorboard_dir(runs[name]))
                 self._runs.append(name)
             if not self._is_running():
                 self._start()
@@ -134,7 +136,16 @@ class TensorBoard:
                 process.kill()
                 process.wait()
         self._socket.unlink(missing_ok=True)
-        shutil.rmtree(self._logdir, ignore_errors=True)
+        for link in self._logdir.glob("*"):
+            link.unlink()
+
+
+def _link_name(run: str) -> str:
+    """What TensorBoard calls a run. One part of a path, as runs may lie in each other: `a/b` is `a%2Fb`."""
+    name = run.replace("%", "%25").replace("/", "%2F")
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        return hashlib.sha256(os.fsencode(run)).hexdigest()
+    return "%2E" if name == "." else name  # the folder of runs is itself a run
 
 
 def _check(runs: Mapping[str, Path]) -> None:
