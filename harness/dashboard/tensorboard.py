@@ -17,7 +17,8 @@ from pathlib import Path
 
 import httpx
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
@@ -28,6 +29,9 @@ __all__ = ["TensorBoard"]
 
 START_S = 60.0
 STOP_S = 5.0
+ANSWER_S = 60.0
+MAX_BODY_BYTES = 16 << 20
+"""Of a request; TensorBoard's own page asks with lists of runs and tags."""
 MAX_NAME_BYTES = 255
 """Of a file, on all usual file systems."""
 _PASSED_ON = ("content-type", "cache-control", "expires", "location", "content-security-policy")
@@ -46,7 +50,7 @@ class TensorBoard:
         self._runs: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         transport = httpx.AsyncHTTPTransport(uds=str(self._socket))
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://tensorboard", timeout=60.0)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://tensorboard", timeout=ANSWER_S)
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -85,17 +89,28 @@ class TensorBoard:
         self._folder.cleanup()
 
     async def forward(self, request: Request) -> Response:
-        """Asks TensorBoard and returns its answer; 503 if it does not run."""
-        url = httpx.URL(path="/" + request.path_params["path"], query=request.url.query.encode())
-        headers = {"accept-encoding": "identity", "content-type": request.headers.get("content-type", "")}
+        """Asks TensorBoard and passes its answer on piece by piece.
+
+        503 if it does not run, 504 if it does not answer in time, 413 for a body that is too large, 404 for
+        what can be no address.
+        """
         try:
-            answer = await self._client.request(
-                request.method, url, content=await request.body(), headers=headers
-            )
+            url = httpx.URL(path="/" + request.path_params["path"], query=request.url.query.encode())
+            body = await _body(request)
+            headers = [
+                (b"accept-encoding", b"identity"),
+                (b"content-type", request.headers.get("content-type", "").encode("latin-1")),
+            ]
+            asked = self._client.build_request(request.method, url, content=body, headers=headers)
+            return _PassedOn(await self._client.send(asked, stream=True))
+        except httpx.InvalidURL:
+            return PlainTextResponse("there is no such page", 404)
+        except _TooLargeError:
+            return PlainTextResponse(f"a request may have {MAX_BODY_BYTES} bytes", 413)
+        except httpx.TimeoutException:
+            return PlainTextResponse(f"TensorBoard did not answer within {ANSWER_S:g} s", 504)
         except httpx.TransportError:
             return PlainTextResponse("TensorBoard is not running; start it on the dashboard's page", 503)
-        passed_on = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
-        return Response(answer.content, answer.status_code, passed_on)
 
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -138,6 +153,34 @@ class TensorBoard:
         self._socket.unlink(missing_ok=True)
         for link in self._logdir.glob("*"):
             link.unlink()
+
+
+class _TooLargeError(Exception):
+    """The body of a request has more than `MAX_BODY_BYTES`."""
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise _TooLargeError
+    return bytes(body)
+
+
+class _PassedOn(StreamingResponse):
+    """TensorBoard's answer, piece by piece; lets go of it also where the browser leaves before its end."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        headers = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
+        super().__init__(answer.aiter_raw(), answer.status_code, headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()
 
 
 def _link_name(run: str) -> str:

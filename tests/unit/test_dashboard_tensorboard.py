@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the dashboard needs `pip install 'stability-harness[dashboard]'`")
 
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from torch.utils.tensorboard import SummaryWriter
@@ -89,7 +92,58 @@ def test_no_plugin_reads_files_that_a_run_names(browser: TestClient) -> None:
         assert SECRET not in answer.text
 
 
-def test_it_can_be_stopped_and_shown_again(tensorboard: TensorBoard, runs: dict[str, Path]) -> None:
+def scope(method: str, path: str, query: bytes = b"") -> dict[str, object]:
+    """A request that no HTTP client would send, as the server sees it."""
+    asked = {"type": "http", "method": method, "path": f"/tensorboard/{path}", "path_params": {"path": path}}
+    return {**asked, "query_string": query, "headers": []}
+
+
+@pytest.mark.parametrize("path", ["/x", "%00", "a%3Fb", "a%23b", "data/none"])
+def test_an_address_that_cannot_be_is_not_found(path: str, browser: TestClient) -> None:
+    assert browser.get(f"/tensorboard/{path}").status_code == 404
+
+
+@pytest.mark.parametrize(("path", "query"), [("x" * 70_000, b""), ("data/runs", b"x" * 70_000)])
+def test_an_address_longer_than_a_client_sends_is_not_found(
+    path: str, query: bytes, tensorboard: TensorBoard
+) -> None:
+    request = Request(scope("GET", path, query))
+    assert asyncio.run(tensorboard.forward(request)).status_code == 404
+
+
+def test_a_header_of_any_bytes_is_passed_on(browser: TestClient) -> None:
+    answer = browser.get("/tensorboard/data/environment", headers={b"content-type": b"\xe9"})
+    assert answer.status_code == 200
+
+
+def test_a_body_without_end_is_refused(tensorboard: TensorBoard) -> None:
+    async def receive() -> dict[str, object]:
+        received.append(len(received))
+        assert len(received) < 1000, "a gigabyte was read"
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    received: list[int] = []
+    request = Request(scope("POST", "data/runs"), receive)
+    assert asyncio.run(tensorboard.forward(request)).status_code == 413
+
+
+def test_a_server_that_hangs_is_told_apart_from_none(
+    tensorboard: TensorBoard, browser: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tensorboard._process is not None
+    monkeypatch.setattr(tensorboard._client, "timeout", 0.2)
+    tensorboard._process.send_signal(signal.SIGSTOP)
+    try:
+        answer = browser.get("/tensorboard/data/runs")
+    finally:
+        tensorboard._process.send_signal(signal.SIGCONT)
+    assert (answer.status_code, "not answer" in answer.text) == (504, True)
+
+
+def test_it_can_be_stopped_and_shown_again(
+    tensorboard: TensorBoard, browser: TestClient, runs: dict[str, Path]
+) -> None:
     tensorboard.stop()
+    assert browser.get("/tensorboard/data/runs").status_code == 503
     tensorboard.show({name: runs[name] for name in (".", "a")})
     assert set(tensorboard.runs) == {".", "a"}
