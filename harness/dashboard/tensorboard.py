@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -20,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from harness.dashboard.tensorboard_server import logdir_and_socket
 from harness.env import program_environment
 from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.helper import start_helper
@@ -43,10 +46,10 @@ class TensorBoard:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="harness-tensorboard-")
-        self._logdir = Path(self._folder.name, "runs")
-        self._socket = Path(self._folder.name, "socket")
-        self._output = Path(self._folder.name, "output.log")
+        self._folder = Path(tempfile.gettempdir(), f"harness-tensorboard-{secrets.token_hex(8)}")
+        """Is there while the process is; made before that, and removed by it when the dashboard dies."""
+        self._logdir, self._socket = logdir_and_socket(self._folder)
+        self._output = self._folder / "output.log"
         self._runs: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         transport = httpx.AsyncHTTPTransport(uds=str(self._socket))
@@ -71,7 +74,7 @@ class TensorBoard:
         with self._lock:
             if not self._is_running():
                 self._stop()  # what is left of one that ended by itself
-                self._logdir.mkdir(exist_ok=True)
+                self._make_folder()
             for name in runs.keys() - set(self._runs):
                 (self._logdir / _link_name(name)).symlink_to(tensorboard_dir(runs[name]))
                 self._runs.append(name)
@@ -79,14 +82,9 @@ class TensorBoard:
                 self._start()
 
     def stop(self) -> None:
-        """Ends the process, if there is one."""
+        """Ends the process, if there is one, and removes its folder. Idempotent."""
         with self._lock:
             self._stop()
-
-    def close(self) -> None:
-        """Ends the process and removes what it left behind. Idempotent."""
-        self.stop()
-        self._folder.cleanup()
 
     async def forward(self, request: Request) -> Response:
         """Asks TensorBoard and passes its answer on piece by piece.
@@ -115,12 +113,23 @@ class TensorBoard:
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700)
+            self._logdir.mkdir()
+        except OSError as error:
+            raise LaunchError(
+                f"TensorBoard cannot be started: {self._folder}: {error.strerror}",
+                rule="its socket lies in a folder of its own",
+                remedy="set TMPDIR to a folder that can be written",
+            ) from error
+
     def _start(self) -> None:
         try:
             with self._output.open("wb") as output:
                 self._process = start_helper(
                     "harness.dashboard.tensorboard_server",
-                    ["--logdir", self._logdir, "--socket", self._socket],
+                    [self._folder],
                     stdin=subprocess.PIPE,
                     stdout=output.fileno(),
                     stderr=output,
@@ -150,9 +159,7 @@ class TensorBoard:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._socket.unlink(missing_ok=True)
-        for link in self._logdir.glob("*"):
-            link.unlink()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _TooLargeError(Exception):

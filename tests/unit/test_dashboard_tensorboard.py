@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from starlette.testclient import TestClient
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.dashboard.tensorboard import TensorBoard
-from tests.support.runs import wait_for
+from tests.support.runs import ROOT, wait_for
 
 NAMES = ["a/b", "a", ".", "a%2Fb", "..a", "x" * 150 + "/" + "y" * 150]
 """One that lies in another, the folder of runs itself, and names that are no file names."""
@@ -47,7 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tensorboard(runs: dict[str, Path]) -> Iterator[TensorBoard]:
-    with contextlib.closing(TensorBoard()) as one:
+    one = TensorBoard()
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(one.stop)
         one.show(runs)
         yield one
 
@@ -140,10 +144,29 @@ def test_a_server_that_hangs_is_told_apart_from_none(
     assert (answer.status_code, "not answer" in answer.text) == (504, True)
 
 
-def test_it_can_be_stopped_and_shown_again(
-    tensorboard: TensorBoard, browser: TestClient, runs: dict[str, Path]
+def test_it_is_started_again_after_a_stop_and_leaves_nothing(
+    runs: dict[str, Path], tensorboard: TensorBoard, browser: TestClient
 ) -> None:
+    folder = tensorboard._folder
     tensorboard.stop()
+    assert (tensorboard.runs, folder.exists()) == ((), False)
     assert browser.get("/tensorboard/data/runs").status_code == 503
     tensorboard.show({name: runs[name] for name in (".", "a")})
     assert set(tensorboard.runs) == {".", "a"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_dashboard_that_is_killed_leaves_nothing(runs: dict[str, Path]) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from harness.dashboard.tensorboard import TensorBoard\n"
+        "one = TensorBoard(); one.show({'.': Path(sys.argv[1])}); print(one._folder, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", script, str(runs["."])]
+    ended = subprocess.run(command, cwd=ROOT, timeout=60, check=False, stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    folder = Path(ended.stdout.strip())
+    assert folder.name.startswith("harness-tensorboard-")
+    wait_for(lambda: not folder.exists(), timeout_s=10, what="the end of what TensorBoard left behind")
+    assert (runs["."] / "tensorboard").is_dir()
