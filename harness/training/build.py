@@ -89,7 +89,7 @@ def train(
         if world.is_main and env.shares_agent_store():
             logger.warning(
                 "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files in launch/ set"
+                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         _set_determinism(config)
         return _train(config, world, stopping, callbacks, tell)
