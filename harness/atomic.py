@@ -27,7 +27,7 @@ def replacing(path: Path, *, overwrite: bool = True, sync: bool = False) -> Iter
         FileExistsError: `path` is there, and `overwrite` is false.
         OSError: the disk is full, gone or read-only.
     """
-    unfinished = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")  # the suffix tells what it is
+    unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}-tmp.{path.name}")  # the suffix tells what it is
     try:
         yield unfinished
         if sync:
