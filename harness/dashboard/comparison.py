@@ -9,6 +9,7 @@ from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
 from harness.runlog.names import Prefix
 from harness.tracking.compare import compare_runs, settings_of
+from harness.tracking.text import spelled
 
 __all__ = ["compare_view"]
 
@@ -47,7 +48,7 @@ def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, An
                 for name in digest.names()
                 if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
             ]
-            return settings_of(digest), {name: digest.last(name) for name in names}
+            return settings_of(digest), {name: spelled(digest.last(name)) for name in names}
     except TrackingError:
         return {}, {}
 

@@ -19,7 +19,7 @@ from harness.dashboard.bundle import ASSETS, bundled
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
-from harness.runlog.names import Prefix, page_names
+from harness.runlog.names import Prefix, main_first, page_names
 from harness.runlog.paths import report_file
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
@@ -82,7 +82,7 @@ def report_html(digest: Digest) -> str:
 
 def report_data(digest: Digest) -> dict[str, Any]:
     """All that the page may ask of the run, as `assets/embedded.js` answers it, in bounded size."""
-    names = [name for name in digest.names() if not name.startswith(Prefix.LAYERS)][:MAX_CURVES]
+    names = main_first(digest.names())[:MAX_CURVES]
     view = run_view(digest)
     curves = embedded_curves(digest, names, max_points=_share(TOTAL_POINTS, len(names), MAX_POINTS))
     rows = sum(name.startswith(Prefix.LAYERS) for name in digest.names())

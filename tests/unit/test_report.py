@@ -110,6 +110,15 @@ def test_its_size_is_bounded_however_much_was_logged(tmp_path: Path, monkeypatch
     assert sum(len(row) for layers in told["layers"].values() for row in layers["values"]) <= 4000
 
 
+def test_the_loss_is_in_it_however_many_metrics_come_first_by_name(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "a") as log:
+        own = {f"expert/{number}": 1.0 for number in range(reports.MAX_CURVES)}
+        log.write("step", {**own, "train/loss": 2.0}, step=0)
+    curves = embedded(tmp_path / "a")["curves"]["curves"]
+    assert curves["train/loss"]["mean"] == [2.0]
+    assert len(curves) == reports.MAX_CURVES
+
+
 def test_a_run_that_logged_nothing_has_a_report_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
     RunLog(tmp_path / "a").close()
     assert embedded(tmp_path / "a")["view"]["state"] == "finished"
