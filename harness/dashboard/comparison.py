@@ -73,15 +73,15 @@ def _parting_of(run_index: RunIndex, runs: list[str]) -> dict[str, Any]:
     paths = [run_index.directory(run) for run in runs]
     if sum(_log_bytes(run_index, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(paths[0], paths[1], within=run_index.root).partings
-    if not partings:
+    comparison = compare_runs(paths[0], paths[1], within=run_index.root)
+    if not comparison.partings:
         return {"runs": runs, "num_common": 0}
-    earliest = partings[0]
+    earliest = comparison.partings[0]
     return {
         "runs": runs,
         "metric": earliest.metric,
         "step": earliest.step,
-        "num_common": earliest.num_common,
+        "num_common": comparison.num_common,
         "values": [repr(value) for value in earliest.values or ()],
     }
 

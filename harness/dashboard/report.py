@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,14 @@ def _share(total: int, among: int, most: int) -> int:
 def _inside_script(data: dict[str, Any]) -> str:
     """JSON that no parser of HTML mistakes for the end of a script, and that no terminal obeys."""
     text = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
-    for char in sorted(set(text)):
-        if char in "<>&":
-            text = text.replace(char, f"\\u{ord(char):04x}")
-        elif not char.isprintable():
-            text = text.replace(char, json.dumps(char)[1:-1])
-    return text
+    return re.sub("[<>&]|[^ -~]", _escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    char = match[0]
+    if char in "<>&":
+        return f"\\u{ord(char):04x}"
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def _policy(script: str) -> str:

@@ -235,6 +235,7 @@ def test_an_answer_that_is_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None
 
 def test_a_loss_that_is_not_finite_is_spelled_out_in_the_table_and_kept(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", loss=math.nan)
+    (tmp_path / "cache").mkdir()
     for _ in range(2):  # the second time from the cache
         answers: list[dict[str, Any]] = []
         indexer = Indexer(tmp_path / "runs", tmp_path / "cache", answers.append)

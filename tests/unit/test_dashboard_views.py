@@ -15,9 +15,11 @@ from harness.dashboard.run_index import RunIndex
 from harness.dashboard.views import MAX_EVENTS, MAX_NAMES, Axis, curves_view, layers_view, run_view
 from harness.runlog import digest as digests
 from harness.runlog.digest import Digest
+from harness.runlog.nodes import NodeLog
 from harness.tracking import RunLog
 
 server = pytest.importorskip("harness.dashboard.server", reason="pip install 'stability-harness[dashboard]'")
+from starlette.testclient import TestClient  # noqa: E402
 
 
 @pytest.fixture(params=[8, 8192], ids=["reduced", "whole"])
@@ -101,6 +103,23 @@ def test_numbers_of_the_trainer_are_there_however_many_others_were_logged(tmp_pa
     )
     assert {"train/loss", "val/loss"} < set(run["names"])
     assert len(run["names"]) == MAX_NAMES
+
+
+def test_the_page_is_told_of_samples_of_nodes_while_no_step_is_logged(tmp_path: Path) -> None:
+    app = server.FastAPI()
+    server._add_data(app, RunIndex(tmp_path))
+    client = TestClient(app)
+    name = "system/cpu_frac"
+
+    def answer(seen: str) -> Any:
+        return client.get("/api/run", params={"run": "a", "name": name, "seen": seen}).json()
+
+    with RunLog(tmp_path / "a") as log:
+        log.write("step", {"train/loss": 1.0}, step=0)
+        first = answer("")
+        assert answer(first["version"])["unchanged"]
+        NodeLog(tmp_path / "a").write("system", {name: 0.5})
+        assert answer(first["version"])["curves"]["curves"][name]["mean"] == [0.5]
 
 
 def test_last_values_that_are_not_finite_are_spelled_out(tmp_path: Path) -> None:

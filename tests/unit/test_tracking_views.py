@@ -86,6 +86,13 @@ def test_a_comparison_finds_settings_and_the_first_step_that_differs(tmp_path: P
     assert "they part at step 0" in compare_text(a, b)  # the learning rate
 
 
+def test_equality_is_told_of_the_metric_with_the_most_steps(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with RunLog(make_run(tmp_path / name)) as log:
+            log.write("step", {"a/rare": 1.0}, step=29)
+    assert "equal, bit for bit, on all 30 steps" in compare_text(tmp_path / "a", tmp_path / "b")
+
+
 def test_equal_runs_are_equal_bit_for_bit_nan_included(tmp_path: Path) -> None:
     text = compare_text(make_run(tmp_path / "a", odd=3), make_run(tmp_path / "b", odd=3))
     assert "the settings are the same" in text
