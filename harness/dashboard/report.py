@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from harness.atomic import output_file, write_atomically
 from harness.dashboard.bundle import ASSETS, bundled
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
@@ -58,7 +59,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     target = Path(path) if path is not None else report_file(run_dir)
     page = report_html(open_whole(run_dir))
     try:
-        target.write_text(page, encoding="utf-8")
+        write_atomically(target if path is None else output_file(target), page)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
     return target

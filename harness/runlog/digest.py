@@ -117,9 +117,7 @@ class Digest(Timeline):
 
     def version(self) -> str:
         """Another one whenever more of the log has been read."""
-        places = [
-            (folder, follower.position) for folder, follower in self._followers.items()
-        ]
+        places = [(folder, follower.position) for folder, follower in self._followers.items()]
         known_by = repr((self.is_preview, self.started, self.updated, self.num_events, places))
         return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:16]
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import orjson
 
-from harness.atomic import replacing
+from harness.atomic import output_file, replacing
 from harness.errors import TrackingError
 from harness.runlog.codec import to_plain
 from harness.runlog.paths import export_file
@@ -48,7 +48,7 @@ def export_run(
     target = Path(path) if path is not None else export_file(run.path, format)
     write = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
     try:
-        with replacing(target) as unfinished:
+        with replacing(target if path is None else output_file(target)) as unfinished:
             write(run, unfinished)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from harness.atomic import output_file, replacing
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_whole
@@ -53,9 +54,11 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
 
     Raises:
         TrackingError: there is no run in `run_dir`.
+        OSError: the file cannot be written.
     """
     figure = draw_run(open_whole(run_dir))
-    figure.savefig(path, dpi=150)
+    with replacing(output_file(path)) as unfinished:
+        figure.savefig(unfinished, dpi=150)
     return Path(path)
 
 
