@@ -31,8 +31,8 @@ from harness.runlog.series import Layers, Series, last_of_each_step
 from harness.runlog.timeline import Timeline, line_of, newest_steps
 from harness.runlog.traces import (
     ENTRY,
-    Entries,
     TOTAL_SCALE,
+    Entries,
     Trace,
     entries_of,
     merged,
