@@ -47,6 +47,7 @@ READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
 """As much of a log is read again for one close look."""
 MOST, MOST_OF_LAYERS = 8192, 2048
+MOST_EVENTS = 10_000
 MAX_COLUMNS = 400
 MAX_NAMES = 50_000
 """Metrics of a run, those of layers and ranks included; some kB each."""
@@ -82,6 +83,7 @@ class Digest(Timeline):
     """
 
     is_preview = False
+    most_events = MOST_EVENTS
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
@@ -246,7 +248,9 @@ class Digest(Timeline):
             folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
         }
         is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
-        if not is_whole or not self._read_head().startswith(self._head) or not self._holds(places):
+        if not is_whole or not self._read_head().startswith(self._head):
+            return False
+        if not self._holds({folder: position for folder, (position, _) in places.items()}):
             return False
         for folder, (position, num_damaged) in places.items():
             self._followers[folder] = self._follower(folder, position)
@@ -271,11 +275,14 @@ class Digest(Timeline):
         self.read_frac, self.num_bytes = self._share_read(), self._size()
         return True
 
-    def _holds(self, places: Mapping[str, tuple[Position, int]]) -> bool:
-        """Whether the log reaches as far as it did."""
-        for folder, (position, _) in places.items():
-            sizes = {path.name: size for path, size in self._segments(folder)}
-            if sizes.get(segment_name(position.segment), 0) < position.offset:
+    def _holds(self, places: Mapping[str, Position]) -> bool:
+        """Whether the log reaches as far as it did; asks for one file's size in each folder."""
+        for folder, position in places.items():
+            size = 0
+            with contextlib.suppress(OSError):
+                path = log_dir(self.path) / folder / segment_name(position.segment)
+                size = file_status(path, within=self.within).st_size
+            if size < position.offset:
                 return False
         return True
 
@@ -383,16 +390,17 @@ class Digest(Timeline):
                 yield size, max(0, size - read)
 
     def _size(self) -> int:
-        return sum(trace.num_bytes for trace in self._traces.values())
+        return self._events_bytes + sum(trace.num_bytes for trace in self._traces.values())
 
     def _share_read(self) -> float:
         sizes = list(self._unread())
         return 1.0 - sum(unread for _, unread in sizes) / max(1, sum(size for size, _ in sizes))
 
     def _begin_anew_if_replaced(self) -> None:
-        """A run may have been deleted, and another begun under its name."""
+        """A run may have been deleted, and another begun under its name; or its log was cut short."""
         head = self._read_head()
-        if self._head and not head.startswith(self._head):
+        places = {folder: follower.position for folder, follower in self._followers.items()}
+        if (self._head and not head.startswith(self._head)) or not self._holds(places):
             type(self).__init__(self, self.path, within=self.within)
         if len(self._head) < HEAD_BYTES:
             self._head = head

@@ -89,6 +89,8 @@ def unreadable(run_dir: str | Path, error: OSError) -> TrackingError:
 class Run(Digest):
     """A run as its log tells it, each step of it; `refresh` reads on from where it stopped."""
 
+    most_events = None  # an export holds them all
+
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
         self._columns: dict[str, Parts] = {}
