@@ -53,6 +53,9 @@ class Program:
     pid: int
     """Of the training itself, or of torchrun's agent where there are several processes."""
     process_start: float
+    """Seconds since the epoch."""
+    process_start_s: float | None
+    """Seconds since the machine's boot; None in records of older versions."""
     machine: str
     host: str
     started: float
@@ -111,6 +114,8 @@ def read_program(records: Path, directory: Path, *, within: Path | None = None) 
         fields = json.loads(content)
     except (OSError, ValueError, RecursionError):
         return None
+    if isinstance(fields, dict):
+        fields.setdefault("process_start_s", None)
     if not has_fields_of(Program, fields, without="directory"):
         return None
     return Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})

@@ -88,16 +88,17 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
     access = dataclasses.replace(access, port=listener.getsockname()[1])
     run_index = RunIndex(runs_dir)
     tensorboard = TensorBoard()
-    app = application(run_index, access, tensorboard)
-    run_index.start()
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    started(address(access))
     try:
+        app = application(run_index, access, tensorboard)
+        run_index.start()
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        started(address(access))
         with contextlib.suppress(KeyboardInterrupt):  # raised once more when everything has ended
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
         tensorboard.stop()
         run_index.close()
+        listener.close()
 
 
 def address(access: Access) -> str:
