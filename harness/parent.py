@@ -37,7 +37,8 @@ def end_launcher(*, speaks: bool) -> None:
     this last thing, and does nothing without an agent that would try again.
 
     Args:
-        speaks: Whether it is this process, one of each machine, that tells the agent.
+        speaks: Whether it is this process, one of each machine, that tells the agent; a second signal would
+            disturb the agent's end.
     """
     parent = os.getppid()
     if not env.restarts_left() or not _is_launcher(parent):

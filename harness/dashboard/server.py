@@ -96,7 +96,7 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
         with contextlib.suppress(KeyboardInterrupt):  # raised once more when everything has ended
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
-        tensorboard.close()
+        tensorboard.stop()
         run_index.close()
 
 

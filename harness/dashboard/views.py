@@ -173,8 +173,9 @@ def embedded_layers(
     """The heat map with its x on several axes, as in `embedded_curves`."""
     view = layers_view(digest, statistic, max_columns=max_columns)
     steps = view["steps"]
-    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{view['names'][0]}", max_points=max_columns)
-    times = np.interp(steps, clock.steps, clock.times)
+    name = next(iter(view["names"]), "")  # none where somebody's own metric has such a name
+    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{name}", max_points=max_columns)
+    times = np.interp(steps, clock.steps, clock.times) if len(steps) else np.empty(0)
     view["x"] = {axis: _Ruler(digest, axis).measure(steps, times) for axis in axes}
     view["x"]["steps"] = steps
     return view

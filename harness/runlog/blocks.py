@@ -18,17 +18,19 @@ from harness.runlog.segments import Position, segment_name
 from harness.runlog.series import Row, Series, joined, series_of
 from harness.runlog.timeline import SCALAR_KINDS
 
-__all__ = ["CLOCK", "SYSTEM", "Block", "Blocks", "measured"]
+__all__ = ["CLOCK", "MADE", "SYSTEM", "Block", "Blocks", "measured"]
 
-CLOCK = "\0clock"
-"""Name of the metric that tells which step it was when; no user's metric is called so."""
+MADE = "\0"
+"""What the names of metrics begin with that nobody logged as such; those of layers and ranks follow it."""
+CLOCK = f"{MADE}clock"
+"""Name of the metric that tells which step it was when."""
 SYSTEM = -1
 """Stands for the attempt of a node's samples: no rollback replaces them."""
 GROW_BYTES = 256 << 10
 """Below this size a block takes in what is read next."""
 HELD_BYTES = 64 << 20
 """Blocks kept as arrays after they have been read again, by their size in the log."""
-_MEASURED = SCALAR_KINDS | {"layers", "ranks", "system"}
+_MEASURED = SCALAR_KINDS | {"layers", "ranks", "rewind", "system"}
 
 
 class Block(NamedTuple):
@@ -130,12 +132,16 @@ def measured(
     """What the records measure, and the clock: stretches of one attempt each, in the order of writing.
 
     Args:
-        last_steps: Each attempt's newest step, for records that name none; kept up to date.
+        last_steps: Each attempt's newest step, or where it begins, for records that name none; kept up to
+            date.
     """
     for attempt, some in itertools.groupby((r for r in records if r.kind in _MEASURED), key=_attempt):
         rows: list[Row] = []
         ticks: list[Row] = []
         for record in some:
+            if record.kind == "rewind":
+                last_steps[attempt] = int(record.values["step"])
+                continue
             row = _row(record, attempt, last_steps)
             rows.append(row)
             if record.kind in SCALAR_KINDS:
@@ -149,7 +155,18 @@ def _attempt(record: Record) -> int:
 
 def _row(record: Record, attempt: int, last_steps: dict[int, int]) -> Row:
     if record.kind in SCALAR_KINDS:
-        step = record.step if record.step is not None else last_steps.get(attempt, 0)
+        step = record.step if record.step is not None else _newest_step(attempt, last_steps)
         last_steps[attempt] = max(step, last_steps.get(attempt, 0))
         return step, record.time, record.values
-    return record.step or 0, record.time, scalars_of(record)
+    if attempt == SYSTEM:  # dated by its time
+        return 0, record.time, record.values
+    step = record.step if record.step is not None else _newest_step(attempt, last_steps)
+    return step, record.time, {f"{MADE}{name}": value for name, value in scalars_of(record).items()}
+
+
+def _newest_step(attempt: int, last_steps: Mapping[int, int]) -> int:
+    """Where a record without a step belongs: a resumed attempt begins where the one before it was."""
+    if attempt in last_steps:
+        return last_steps[attempt]
+    earlier = max((number for number in last_steps if number < attempt), default=None)
+    return 0 if earlier is None else last_steps[earlier]

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import TrackingError
-from harness.runlog.blocks import CLOCK, SYSTEM
+from harness.runlog.blocks import CLOCK, MADE, SYSTEM
 from harness.runlog.codec import KINDS, Record, decode
 from harness.runlog.digest import NO_ENTRIES, Digest, group_starts
 from harness.runlog.events import Event
-from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
 from harness.runlog.segments import segments
 from harness.runlog.series import Layers, Series, joined, last_of_each_step
@@ -113,7 +112,7 @@ class Run(Digest):
             name: As logged, such as `train/loss`.
             attempt: Shows the timeline as it stood in that attempt, before later ones replaced its steps.
         """
-        parts = self._parts(name)
+        parts = self._parts(self._key(name))
         own = [part for part in parts if part[0] != SYSTEM]  # somebody's metric may have a sample's name
         if parts and not own:
             return self._dated_by_clock(joined([series for _, series in parts]))
@@ -137,7 +136,7 @@ class Run(Digest):
         parts: dict[str, Parts] = {}
         for number in self._blocks_of(clock[whole | cut]):
             for (attempt, name), series in self._blocks.read(number).items():
-                if attempt != SYSTEM and name != CLOCK and not name.startswith((Prefix.LAYERS, Prefix.RANKS)):
+                if attempt != SYSTEM and name in self._traces and not name.startswith(MADE):
                     within = (series.steps >= first) & (series.steps <= last)
                     parts.setdefault(name, []).append((attempt, series.at(within)))
         return {name: _on_timeline(some, self.limits()) for name, some in sorted(parts.items())}

@@ -56,12 +56,16 @@ def sparkline(values: npt.NDArray[np.float64], width: int) -> str:
     """The curve in one line; each character stands for the mean of its share, `!` for one not finite."""
     if not len(values):
         return ""
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+    if largest > 0:  # neither a sum nor a difference overflows then, and no quotient is 0 / 0
+        values = values / largest
     parts = np.array_split(values, min(width, len(values)))
     means = [float(np.mean(part)) for part in parts]
     finite = [mean for mean in means if math.isfinite(mean)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((m - low) * scale)] if math.isfinite(m) else "!" for m in means)
+    span = high - low if high > low else 1.0
+    top = len(_BARS) - 1
+    return "".join(_BARS[round((m - low) / span * top)] if math.isfinite(m) else "!" for m in means)
 
 
 def printable(text: str, longest: int = 120) -> str:

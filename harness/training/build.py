@@ -39,7 +39,7 @@ from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
-from harness.training.end import Start, end_run, note_hang
+from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
@@ -91,7 +91,7 @@ def train(
         if world.is_main and env.shares_agent_store():
             logger.warning(
                 "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files in launch/ set"
+                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         _set_determinism(config)
         with Watchdog(config) as watchdog:
@@ -120,7 +120,9 @@ def build_run(
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
+    checkpointer = Checkpointer.from_config(
+        checkpoints_dir(directory), config.checkpoint, timeout_s=config.parallel.timeout_s
+    )
     saved = {
         "model": plain(model),
         "optimizer": optimizer,
@@ -215,6 +217,9 @@ def _train(
         with report_once(tell):
             try:
                 ending = train_loop(run)
+            except HarnessError as failure:
+                judge_restart(failure, run.counters.step > start.step)
+                raise
             finally:
                 run.journal.leave_terminal()
     except BaseException as failure:  # noqa: BLE001  (raised again, once the run has been ended)

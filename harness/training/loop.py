@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class Run:
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     """The steps whose records have not been handled, by number."""
     saved_step: int = -1
-    """Finished steps at the last save."""
+    """Finished steps at the last save; -1: what the run holds now was not saved."""
     ended_saves: deque[SaveOutcome] = field(default_factory=deque)
     """The saves that have ended on this rank, and of which the callbacks have not been told."""
     num_saves: int = 0
@@ -201,10 +202,11 @@ def _evaluate(run: Run) -> bool:
     return True
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, *, when_busy: Literal["wait", "drop"] | None = None) -> None:
     run.progress.enter(Phase.SAVE, run.counters.step - 1)
-    run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
-    run.saved_step = run.counters.step
+    metric = run.counters.last_val_loss
+    if run.checkpointer.save(run.counters.step, run.saved, metric=metric, when_busy=when_busy):
+        run.saved_step = run.counters.step
 
 
 def _tell_of_saves(run: Run, count: int) -> None:
@@ -222,12 +224,10 @@ def _finish(run: Run, stopped: bool) -> Ending:
     if finished and run.counters.val_step != run.counters.step:
         finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
-        _save(run)
+        _save(run, when_busy="wait")  # dropped, it would be missing for good
     run.progress.enter(Phase.END, run.counters.step)
-    try:
-        run.checkpointer.wait()
-    finally:
-        run.ended_saves.extend(run.checkpointer.outcomes())
-        _tell_of_saves(run, len(run.ended_saves))
+    run.checkpointer.wait()
+    run.ended_saves.extend(run.checkpointer.outcomes())
+    _tell_of_saves(run, len(run.ended_saves))
     reasons = gather(lambda: run.stop.reason)
     return Ending.of_loop(finished=finished, stop_reasons=reasons)

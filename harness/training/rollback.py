@@ -32,7 +32,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     run.counters.keep_skips_of(before)
     run.counters.schedule_steps = run.schedule_steps
     run.in_flight.clear()
-    run.saved_step = run.counters.step
+    run.saved_step = -1  # the checkpoint knows neither of this rollback nor of the data that it skips
     skipped = max(
         run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position
     )

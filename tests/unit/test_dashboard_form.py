@@ -159,5 +159,5 @@ def test_commands_for_several_nodes_say_where_to_meet(monkeypatch: pytest.Monkey
     assert torchrun[-3:] == ["harness/train.py", "--config", "configs/a b.yaml"]
     slurm = shlex.split(command(config, "slurm", processes=8, nodes=2))
     assert slurm[:2] == ["NPROC=8", "sbatch"]
-    assert slurm[-2:] == ["launch/slurm.sbatch", "--name=--x; rm"]
+    assert slurm[-2:] == ["harness/launch/slurm.sbatch", "--name=--x; rm"]
     assert "--num_processes=16" in command(config, "accelerate", processes=8, nodes=2).replace("s 16", "s=16")
