@@ -23,12 +23,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, needs
 from harness.integrations.accelerate import refuse_unfit
 from harness.runlog.names import Prefix
 from harness.stability import StepGuard
+
+with needs("transformers", extra="hf"):
+    from transformers import TrainerCallback
 
 __all__ = ["TrackerCallback", "guarded"]
 
