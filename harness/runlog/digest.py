@@ -83,7 +83,7 @@ class Digest(Timeline):
     """
 
     is_preview = False
-    most_events = MOST_EVENTS
+    most_events: int | None = MOST_EVENTS
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
