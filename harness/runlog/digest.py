@@ -121,6 +121,12 @@ class Digest(Timeline):
         """Size of the whole log."""
         return sum(size for size, _ in self._unread())
 
+    def version(self) -> str:
+        """Another one whenever more of the log has been read."""
+        places = [(folder, follower.position) for folder, follower in self._followers.items()]
+        known_by = repr((self.is_preview, self.started, self.updated, self.num_events, places))
+        return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:16]
+
     @property
     def num_damaged(self) -> int:
         """Complete lines that are no records; a healthy log has none."""
@@ -195,21 +201,24 @@ class Digest(Timeline):
     def layers(
         self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
     ) -> Layers:
-        """A statistic of every parameter, reduced to the largest value of each column.
+        """A statistic of every parameter, reduced to the largest value of each of at most `max_columns`.
 
         A column in which a parameter was not finite is infinite there.
         """
+        most = max_columns or MAX_COLUMNS
         prefix = f"{MADE}{Prefix.LAYERS}{statistic}/"
         all_bands = {
-            name.removeprefix(prefix): self._bands(name, within, max_columns or MAX_COLUMNS)
+            name.removeprefix(prefix): self._bands(name, within, most)
             for name in self._traces
             if name.startswith(prefix)
         }
         steps = np.unique(np.concatenate([bands.steps for bands in all_bands.values()] or [_NO_STEPS]))
+        steps = steps[group_starts(len(steps), most)]  # parameters may be logged at different ones
         values = np.full((len(steps), len(all_bands)), np.nan)
-        for column, bands in enumerate(all_bands.values()):
+        for row, bands in enumerate(all_bands.values()):
             odd = bands.num_nan + bands.num_inf > 0
-            values[np.searchsorted(steps, bands.steps), column] = np.where(odd, np.inf, bands.high)
+            columns = np.searchsorted(steps, bands.steps, side="right") - 1
+            np.fmax.at(values[:, row], columns, np.where(odd, np.inf, bands.high))
         return Layers(steps, list(all_bands), values)
 
     def dump(self) -> tuple[dict[str, Any], list[Entries]]:

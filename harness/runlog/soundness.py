@@ -42,6 +42,7 @@ _OF_SIDE_PROCESSES = frozenset({"system", "event"})
 _FIELDS_OF_RUN: Mapping[str, type | tuple[type, ...]] = {
     "pid": int,
     "process_start": (int, float),
+    "process_start_s": (int, float),
     "machine": str,
     "host": str,
     "command": list,

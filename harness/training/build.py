@@ -39,17 +39,19 @@ from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
-from harness.training.end import Start, end_run, judge_restart
+from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
+from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import StepRunner
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
+from harness.training.watchdog import Watchdog
 
 __all__ = ["build_run", "train"]
 
@@ -92,13 +94,19 @@ def train(
                 " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         _set_determinism(config)
-        return _train(config, world, stopping, callbacks, tell)
+        with Watchdog(config) as watchdog:
+            return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
 def build_run(
-    config: TrainConfig, world: World, stop: StopRequest, callbacks: Sequence[Callback] = ()
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
+    progress = progress or Progress()
     precision = _precision(config, world)
     inputs = _agreed_inputs(config, world)
     task = inputs.task
@@ -131,7 +139,9 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    journal = on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    runner = _step_runner(config, world, inputs, model, guard, precision)
+    # Last of what can fail: from here on somebody has to close it.
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -141,7 +151,11 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        runner=_step_runner(config, world, inputs, model, guard, precision),
+<<<<<<< HEAD
+        runner=_step_runner(config, world, inputs, model, guard, precision, progress),
+=======
+        runner=runner,
+>>>>>>> fixends
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -153,6 +167,7 @@ def build_run(
         precision=precision,
         schedule_steps=counters.schedule_steps,
         callbacks=called,
+        progress=progress,
     )
     return run
 
@@ -194,11 +209,13 @@ def _train(
     stop: StopRequest,
     callbacks: Sequence[Callback],
     tell: Callable[[HarnessError], None] | None,
+    watchdog: Watchdog,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
     with report_once(tell):
-        run = build_run(config, world, stop, callbacks)
+        run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
+    watchdog.note_end = lambda hang: note_hang(run, hang, start)
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
@@ -266,8 +283,26 @@ def _open_journal(
     return journal
 
 
+def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
+    """This rank's; closed again if another rank cannot open its own, else log, lock and side process stay."""
+    opened: list[Journal] = []
+    try:
+        on_all_ranks(lambda: opened.append(open_journal()))
+    except HarnessError as error:
+        for journal in opened:
+            journal.close(Ending.of_error(error))
+        raise
+    return opened[0]
+
+
 def _step_runner(
-    config: TrainConfig, world: World, inputs: _Inputs, model: nn.Module, guard: StepGuard, precision: str
+    config: TrainConfig,
+    world: World,
+    inputs: _Inputs,
+    model: nn.Module,
+    guard: StepGuard,
+    precision: str,
+    progress: Progress,
 ) -> StepRunner:
     return StepRunner(
         model=model,
@@ -278,6 +313,7 @@ def _step_runner(
         device=world.device,
         precision=precision,
         world_size=world.world_size,
+        progress=progress,
         nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
     )
 

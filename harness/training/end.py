@@ -2,7 +2,7 @@
 
 | status | how it came | exit code |
 |---|---|---|
-| `finished` | all steps are done | 0 |
+| `finished` | all steps are done, or a callback says that the run is | 0 |
 | `stopped` | a signal asked for it, and a checkpoint is committed | 75 |
 | `unstable` | the ladder's last rung, or a rule that says stop | 3 |
 | `crashed` | anything else | 2 for a `HarnessError`, else 1 |
@@ -21,13 +21,13 @@ from typing import Self
 import orjson
 
 from harness.atomic import write_atomically
-from harness.errors import DataError, HarnessError, TaskError
+from harness.errors import DataError, HarnessError, LostRankError, TaskError
 from harness.runlog import events
 from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
 
-__all__ = ["Start", "end_run", "judge_restart"]
+__all__ = ["Start", "end_run", "judge_restart", "note_hang"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,14 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
     if error is not None:
         raise error
     return result
+
+
+def note_hang(run: Run, error: LostRankError, start: Start) -> None:
+    """Writes down that the run hung; in the watchdog's thread. Nothing else is closed: it might hang too."""
+    ending = Ending.of_error(error)
+    run.journal.close(ending)
+    if run.world.is_main:
+        _leave_summary(_result(run, ending, start), run)
 
 
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
