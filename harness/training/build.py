@@ -139,7 +139,7 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    runner = _step_runner(config, world, inputs, model, guard, precision)
+    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
@@ -151,11 +151,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-<<<<<<< HEAD
-        runner=_step_runner(config, world, inputs, model, guard, precision, progress),
-=======
         runner=runner,
->>>>>>> fixends
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
