@@ -155,7 +155,14 @@ class Writer:
         return saved, sum(file.size_bytes for file, _ in shares)
 
     def _begin(self, step: int) -> Path:
-        self._tasks.join()
+        # The others wait for this in `from_main`: they have to hear of it before they give up.
+        longest_s = self._group.timeout_s / 2
+        if not self._tasks.join(longest_s):
+            raise CheckpointError(
+                f"after {longest_s:g} s old checkpoints are still being marked or deleted",
+                rule="a new one is not begun before, or the disk might hold too many",
+                remedy=f"check whether {self._store.directory} answers; the next save tries again",
+            )
         return self._store.begin(step)
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:

@@ -76,7 +76,7 @@ def _launched() -> env.Launched:
         raise LaunchError(
             f"{unheard[0]} is {unheard[1]}, and RANK and WORLD_SIZE are not set",
             rule=f"{unheard[1]} processes would train {unheard[1]} times, each by itself",
-            remedy="start one torchrun or `accelerate launch` per machine, as in launch/slurm.sbatch",
+            remedy="start one torchrun or `accelerate launch` per machine, as `harness launch --print slurm` does",
         )
     return launched
 

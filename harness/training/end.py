@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import orjson
 
 from harness.atomic import write_atomically
-from harness.errors import DataError, HarnessError, TaskError
+from harness.errors import DataError, HarnessError, LostRankError, TaskError
 from harness.runlog import events
 from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
 
-__all__ = ["Start", "end_run", "judge_restart"]
+__all__ = ["Start", "end_run", "judge_restart", "note_hang"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +70,29 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
     return result
 
 
+def note_hang(run: Run, error: LostRankError, start: Start) -> None:
+    """Writes down that the run hung; in the watchdog's thread. Nothing else is closed: it might hang too."""
+    ending = Ending.of_error(error)
+    run.journal.close(ending)
+    if run.world.is_main:
+        _leave_summary(_result(run, ending, start), run)
+
+
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     """Closes all but the journal; the error that came first, of the loop or of a part."""
-    for close in (run.guard.close, run.loader.close, run.checkpointer.close):
+    parts: dict[str, Callable[[], None]] = {
+        "guard": run.guard.close,
+        "loader": run.loader.close,
+        "checkpointer": lambda: run.checkpointer.close(after_error=error is not None),
+    }
+    for part, close in parts.items():
         try:
             close()
         except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
-                logger.error("%s failed too: %s", close.__qualname__, failure)
+                logger.error("closing the %s failed too: %s", part, failure)
     return error
 
 

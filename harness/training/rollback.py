@@ -8,6 +8,7 @@ from harness.errors import CheckpointError
 from harness.records import StepRecord
 from harness.training.callbacks import Rollback
 from harness.training.loop import Run
+from harness.training.progress import Phase
 
 __all__ = ["roll_back"]
 
@@ -19,6 +20,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     `guard.rollback_skip_steps` steps' worth, whichever is later. What counts skips and rollbacks is not
     rolled back.
     """
+    run.progress.enter(Phase.ROLLBACK, record.step)
     failed_at = run.handled_samples
     before = dataclasses.replace(run.counters)
     saved = {name: part for name, part in run.saved.items() if name != "ladder"}

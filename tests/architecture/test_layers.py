@@ -38,7 +38,9 @@ FLOORS = {
     "training": 6,
     "integrations": 6,
     "dashboard": 6,
+    "experiment_tracking": 6,
     "cli": 7,
+    "gradio_experiment_tracking": 8,
     "train": 8,
 }
 

@@ -40,8 +40,8 @@ def fail_to_close(monkeypatch: pytest.MonkeyPatch, *parts: type) -> list[str]:
     for part in parts:
         close = part.close  # type: ignore[attr-defined]
 
-        def failing(self: Any, part: type = part, close: Any = close) -> None:
-            close(self)
+        def failing(self: Any, *, part: type = part, close: Any = close, **options: Any) -> None:
+            close(self, **options)
             asked.append(part.__name__)
             raise CheckpointError(f"{part.__name__} does not close")
 
