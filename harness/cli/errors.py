@@ -29,8 +29,8 @@ class Outcome:
 
     @property
     def speaks(self) -> bool:
-        """Whether it is this process, one of its machine, that tells the launcher: the first on which the error
-        arose, for the others may hang or be gone; the first of the machine if it arose elsewhere."""
+        """Whether it is this process, one of its machine, that tells the launcher: the first on which the
+        error arose, for the others may hang or be gone; the first of the machine if it arose elsewhere."""
         launched = _launched()
         first = launched.rank - launched.local_rank
         here = range(first, first + launched.local_world_size)

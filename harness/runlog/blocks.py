@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.files import open_file
-from harness.runlog.codec import Record, decode
+from harness.runlog.codec import KINDS, Record, decode
 from harness.runlog.scalars import scalars_of
 from harness.runlog.segments import Position, segment_name
 from harness.runlog.series import Row, Series, joined, series_of
@@ -31,6 +31,9 @@ GROW_BYTES = 256 << 10
 HELD_BYTES = 64 << 20
 """Blocks kept as arrays after they have been read again, by their size in the log."""
 _MEASURED = SCALAR_KINDS | {"layers", "ranks", "rewind", "system"}
+
+_NO_SCALARS = tuple(f'{{"kind":"{kind}"'.encode() for kind in sorted(KINDS - SCALAR_KINDS - {"rewind"}))
+"""What the lines of records begin with that hold none, nor say where others belong."""
 
 
 class Block(NamedTuple):
@@ -63,7 +66,7 @@ class Blocks:
         self._within = within
         self.folders: list[str] = []
         self.blocks: list[Block] = []
-        self._held: OrderedDict[Block, dict[tuple[int, str], Series]] = OrderedDict()
+        self._held: OrderedDict[tuple[Block, bool], dict[tuple[int, str], Series]] = OrderedDict()
 
     def note(self, folder: str, began: Position, end: Position, last_steps: Mapping[int, int]) -> int:
         """The number of the block that what was read from `began` to `end` belongs to.
@@ -92,17 +95,22 @@ class Blocks:
     def size(self, numbers: Iterable[int]) -> int:
         """Bytes of log that `read` would have to decode for these blocks."""
         blocks = (self.blocks[number] for number in numbers)
-        return sum(block.size for block in blocks if block not in self._held)
+        return sum(block.size for block in blocks if (block, False) not in self._held)
 
-    def read(self, number: int) -> dict[tuple[int, str], Series]:
-        """A block's metrics by attempt and name, in the order of writing; empty if the log is gone."""
-        block = self.blocks[number]
-        if block not in self._held:
-            self._held[block] = self.decode(number)
-            while sum(held.size for held in self._held) > HELD_BYTES and len(self._held) > 1:
+    def read(self, number: int, *, has_scalars_only: bool = False) -> dict[tuple[int, str], Series]:
+        """A block's metrics by attempt and name, in the order of writing; empty if the log is gone.
+
+        Args:
+            number: The block's.
+            has_scalars_only: Leaves out samples and what is made of layers and ranks, the most of many logs.
+        """
+        key = self.blocks[number], has_scalars_only
+        if key not in self._held:
+            self._held[key] = self.decode(number, has_scalars_only=has_scalars_only)
+            while sum(block.size for block, _ in self._held) > HELD_BYTES and len(self._held) > 1:
                 self._held.popitem(last=False)
-        self._held.move_to_end(block)
-        return self._held[block]
+        self._held.move_to_end(key)
+        return self._held[key]
 
     def lines(self, number: int) -> list[bytes]:
         """A block's lines; none if the log is gone."""
@@ -115,9 +123,11 @@ class Blocks:
         except OSError:
             return []
 
-    def decode(self, number: int) -> dict[tuple[int, str], Series]:
+    def decode(self, number: int, *, has_scalars_only: bool = False) -> dict[tuple[int, str], Series]:
         """As `read`, for one who passes by: nothing is kept."""
-        records = [record for record in map(decode, self.lines(number)) if record is not None]
+        left_out = _NO_SCALARS if has_scalars_only else ()
+        lines = (line for line in self.lines(number) if not line.startswith(left_out))
+        records = [record for record in map(decode, lines) if record is not None]
         block = self.blocks[number]
         parts: dict[tuple[int, str], list[Series]] = {}
         for attempt, metrics in measured(records, {block.attempt: block.last_step}):

@@ -31,8 +31,8 @@ from harness.runlog.series import Layers, Series, last_of_each_step
 from harness.runlog.timeline import Timeline, line_of, newest_steps
 from harness.runlog.traces import (
     ENTRY,
-    Entries,
     TOTAL_SCALE,
+    Entries,
     Trace,
     entries_of,
     merged,
@@ -47,6 +47,7 @@ READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
 """As much of a log is read again for one close look."""
 MOST, MOST_OF_LAYERS = 8192, 2048
+MOST_EVENTS = 10_000
 MAX_COLUMNS = 400
 MAX_NAMES = 50_000
 """Metrics of a run, those of layers and ranks included; some kB each."""
@@ -82,6 +83,7 @@ class Digest(Timeline):
     """
 
     is_preview = False
+    most_events: int | None = MOST_EVENTS
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
@@ -118,6 +120,12 @@ class Digest(Timeline):
     def log_bytes(self) -> int:
         """Size of the whole log."""
         return sum(size for size, _ in self._unread())
+
+    def version(self) -> str:
+        """Another one whenever more of the log has been read."""
+        places = [(folder, follower.position) for folder, follower in self._followers.items()]
+        known_by = repr((self.is_preview, self.started, self.updated, self.num_events, places))
+        return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:16]
 
     @property
     def num_damaged(self) -> int:
@@ -193,21 +201,24 @@ class Digest(Timeline):
     def layers(
         self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
     ) -> Layers:
-        """A statistic of every parameter, reduced to the largest value of each column.
+        """A statistic of every parameter, reduced to the largest value of each of at most `max_columns`.
 
         A column in which a parameter was not finite is infinite there.
         """
+        most = max_columns or MAX_COLUMNS
         prefix = f"{MADE}{Prefix.LAYERS}{statistic}/"
         all_bands = {
-            name.removeprefix(prefix): self._bands(name, within, max_columns or MAX_COLUMNS)
+            name.removeprefix(prefix): self._bands(name, within, most)
             for name in self._traces
             if name.startswith(prefix)
         }
         steps = np.unique(np.concatenate([bands.steps for bands in all_bands.values()] or [_NO_STEPS]))
+        steps = steps[group_starts(len(steps), most)]  # parameters may be logged at different ones
         values = np.full((len(steps), len(all_bands)), np.nan)
-        for column, bands in enumerate(all_bands.values()):
+        for row, bands in enumerate(all_bands.values()):
             odd = bands.num_nan + bands.num_inf > 0
-            values[np.searchsorted(steps, bands.steps), column] = np.where(odd, np.inf, bands.high)
+            columns = np.searchsorted(steps, bands.steps, side="right") - 1
+            np.fmax.at(values[:, row], columns, np.where(odd, np.inf, bands.high))
         return Layers(steps, list(all_bands), values)
 
     def dump(self) -> tuple[dict[str, Any], list[Entries]]:
@@ -237,7 +248,9 @@ class Digest(Timeline):
             folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
         }
         is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
-        if not is_whole or not self._read_head().startswith(self._head) or not self._holds(places):
+        if not is_whole or not self._read_head().startswith(self._head):
+            return False
+        if not self._holds({folder: position for folder, (position, _) in places.items()}):
             return False
         for folder, (position, num_damaged) in places.items():
             self._followers[folder] = self._follower(folder, position)
@@ -262,11 +275,14 @@ class Digest(Timeline):
         self.read_frac, self.num_bytes = self._share_read(), self._size()
         return True
 
-    def _holds(self, places: Mapping[str, tuple[Position, int]]) -> bool:
-        """Whether the log reaches as far as it did."""
-        for folder, (position, _) in places.items():
-            sizes = {path.name: size for path, size in self._segments(folder)}
-            if sizes.get(segment_name(position.segment), 0) < position.offset:
+    def _holds(self, places: Mapping[str, Position]) -> bool:
+        """Whether the log reaches as far as it did; asks for one file's size in each folder."""
+        for folder, position in places.items():
+            size = 0
+            with contextlib.suppress(OSError):
+                path = log_dir(self.path) / folder / segment_name(position.segment)
+                size = file_status(path, within=self.within).st_size
+            if size < position.offset:
                 return False
         return True
 
@@ -374,16 +390,17 @@ class Digest(Timeline):
                 yield size, max(0, size - read)
 
     def _size(self) -> int:
-        return sum(trace.num_bytes for trace in self._traces.values())
+        return self._events_bytes + sum(trace.num_bytes for trace in self._traces.values())
 
     def _share_read(self) -> float:
         sizes = list(self._unread())
         return 1.0 - sum(unread for _, unread in sizes) / max(1, sum(size for size, _ in sizes))
 
     def _begin_anew_if_replaced(self) -> None:
-        """A run may have been deleted, and another begun under its name."""
+        """A run may have been deleted, and another begun under its name; or its log was cut short."""
         head = self._read_head()
-        if self._head and not head.startswith(self._head):
+        places = {folder: follower.position for folder, follower in self._followers.items()}
+        if (self._head and not head.startswith(self._head)) or not self._holds(places):
             type(self).__init__(self, self.path, within=self.within)
         if len(self._head) < HEAD_BYTES:
             self._head = head

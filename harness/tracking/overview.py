@@ -82,7 +82,7 @@ def run_row(digest: Digest) -> RunRow:
         val_loss=digest.last(Metric.VAL_LOSS),
         tokens_per_s=digest.last(Metric.TOKENS_PER_S),
         skips=digest.last(Metric.SKIPS),
-        num_incidents=len(digest.events(EventName.INCIDENT)),
+        num_incidents=digest.num_incidents,
         group=_word(group) if group is not None else None,
         tags=tuple(_word(tag) for tag in tags[:MAX_TAGS]) if isinstance(tags, list) else (),
         host=_word(host) if host is not None else None,

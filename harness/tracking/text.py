@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["age", "damage", "number", "printable", "sparkline", "table"]
+__all__ = ["age", "damage", "number", "printable", "sparkline", "spelled", "table"]
 
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _BARS = "▁▂▃▄▅▆▇█"
@@ -37,6 +38,17 @@ def number(value: float | None) -> str:
     if not math.isfinite(value):
         return str(float(value))
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.5g}"
+
+
+def spelled(value: Any) -> Any:
+    """Plain data with `nan`, `inf` and `-inf` as strings, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {name: spelled(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelled(each) for each in value]
+    return value
 
 
 def age(seconds: float) -> str:

@@ -139,7 +139,9 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    journal = on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
+    # Last of what can fail: from here on somebody has to close it.
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -149,7 +151,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        runner=_step_runner(config, world, inputs, model, guard, precision, progress),
+        runner=runner,
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -275,6 +277,18 @@ def _open_journal(
     for fault in config.faults:
         journal.event(events.Fault(what=describe(fault)), fault.step)
     return journal
+
+
+def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
+    """This rank's; closed again if another rank cannot open its own, else log, lock and side process stay."""
+    opened: list[Journal] = []
+    try:
+        on_all_ranks(lambda: opened.append(open_journal()))
+    except HarnessError as error:
+        for journal in opened:
+            journal.close(Ending.of_error(error))
+        raise
+    return opened[0]
 
 
 def _step_runner(

@@ -99,7 +99,8 @@ class Training(Protocol):
 
     @property
     def stop(self) -> StopRequest:
-        """`stop.requested = True`, on any rank, ends the run in order within a few steps."""
+        """Ends the run in order within a few steps, from any rank: `stop.finish(reason)` as done, with exit
+        code 0; `stop.requested = True` as stopped, with 75, which asks launchers to go on later."""
         ...
 
     def learning_rate(self, step: int) -> float:

@@ -2,7 +2,7 @@
 
 | status | how it came | exit code |
 |---|---|---|
-| `finished` | all steps are done | 0 |
+| `finished` | all steps are done, or a callback says that the run is | 0 |
 | `stopped` | a signal asked for it, and a checkpoint is committed | 75 |
 | `unstable` | the ladder's last rung, or a rule that says stop | 3 |
 | `crashed` | anything else | 2 for a `HarnessError`, else 1 |

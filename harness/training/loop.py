@@ -229,5 +229,5 @@ def _finish(run: Run, stopped: bool) -> Ending:
     run.checkpointer.wait()
     run.ended_saves.extend(run.checkpointer.outcomes())
     _tell_of_saves(run, len(run.ended_saves))
-    reasons = gather(lambda: run.stop.reason)
-    return Ending.of_loop(finished=finished, stop_reasons=reasons)
+    asked = gather(lambda: (run.stop.reason, run.stop.is_done))
+    return Ending.of_loop(finished=finished, asked=asked)

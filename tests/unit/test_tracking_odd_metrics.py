@@ -15,7 +15,7 @@ from harness.runlog.nodes import NodeLog
 from harness.runlog.preview import open_whole
 from harness.runlog.reader import open_run
 from harness.runlog.writer import RunLog
-from harness.tracking.overview import show_run, summarise
+from harness.tracking.overview import run_row, show_run, summarise
 from harness.tracking.text import sparkline
 
 
@@ -123,3 +123,23 @@ def test_metrics_beyond_a_number_are_left_out_and_counted(
     kept = load_digest(tmp_path / "run", tmp_path / "kept")
     assert kept is not None
     assert kept.num_left_out == 100
+
+
+def test_of_very_many_events_the_newest_and_the_incidents_are_held_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digest, "most_events", 100)
+    with RunLog(tmp_path / "run") as log:
+        log.write("event", {"name": "incident"}, step=0)
+        for step in range(1, 1000):
+            log.write("event", {"name": "checkpoint", "file": "x" * 100}, step=step)
+    digest, run = open_whole(tmp_path / "run"), open_run(tmp_path / "run")
+    assert (digest.num_events, digest.num_incidents, run_row(digest).num_incidents) == (1000, 1, 1)
+    assert 100 <= len(digest.events()) <= 201
+    assert [event.step for event in digest.events()][:: len(digest.events()) - 1] == [0, 999]
+    assert len(run.events()) == run.num_events == 1000
+    assert 100 * 100 < digest.num_bytes < run.num_bytes / 4
+    assert save_digest(digest, tmp_path / "kept")
+    kept = load_digest(tmp_path / "run", tmp_path / "kept")
+    assert kept is not None
+    assert (kept.num_events, kept.events(), kept.num_bytes) == (1000, digest.events(), digest.num_bytes)
