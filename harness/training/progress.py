@@ -40,7 +40,7 @@ class At(NamedTuple):
 
 
 class Progress:
-    """One rank's. `enter` takes a microsecond or two, and neither locks nor synchronises anything."""
+    """One rank's. `enter` takes some microseconds, and neither locks nor synchronises anything."""
 
     def __init__(self) -> None:
         self.at = At(Phase.START, 0, 0, time.monotonic())
