@@ -22,6 +22,7 @@ from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
 from harness.config.tracking import TrackingConfig
+from harness.config.watchdog import WatchdogConfig
 
 __all__ = ["TrainConfig"]
 
@@ -63,6 +64,8 @@ class TrainConfig:
     """Parallelism."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Stability guard."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """Watchdog."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -51,9 +51,11 @@ def test_the_program_needs_no_installation_and_shadows_no_module(tmp_path: Path)
     """Else `harness/` itself would stay on the path, and its env.py and logs.py be found as modules."""
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        "import importlib.util as u, os\n"
+        "def leave(code): raise SystemExit(code)\n"
+        "leaving, os._exit = os._exit, leave\n"
         f"try: runpy.run_path({PROGRAM!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "import importlib.util as u\n"
         "print('shadows', [n for n in ('errors', 'env', 'logs', 'records') if u.find_spec(n)])\n"
         "twice = [n for n in sys.modules if n in ('config', 'errors', 'dist')]; print('twice', twice)"
     )
