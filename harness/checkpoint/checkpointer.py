@@ -112,6 +112,7 @@ class Checkpointer:
         *,
         meta: Mapping[str, Any] | None = None,
         metric: float | None = None,
+        when_busy: Literal["wait", "drop"] | None = None,
     ) -> bool:
         """Saves `state` as of now; returns as soon as it is copied, and writes in the background.
 
@@ -124,6 +125,7 @@ class Checkpointer:
                 plain data, tensors; `Rng()`, and in `PerRank` whatever differs between ranks.
             meta: Plain JSON data for the manifest.
             metric: The lower, the better, for `keep_best`.
+            when_busy: Of this save; None: as all of them. The last save of a run has to wait.
 
         Returns:
             False if the save was dropped because another one is under way.
@@ -133,7 +135,7 @@ class Checkpointer:
                 nothing could be saved for `give_up_after_s`.
         """
         began = time.perf_counter()
-        if not self._agree_on_start(step):
+        if not self._agree_on_start(step, when_busy or self._when_busy):
             logger.warning("step %d is not saved: the save before is still under way", step)
             return False
         captured, plain_meta = self._calls.on_all_ranks(
@@ -274,7 +276,7 @@ class Checkpointer:
         with contextlib.suppress(CheckpointError) if error is not None else contextlib.nullcontext():
             self.close(after_error=error is not None)
 
-    def _agree_on_start(self, step: int) -> bool:
+    def _agree_on_start(self, step: int, when_busy: Literal["wait", "drop"]) -> bool:
         """Waits until all ranks can begin; False if the save is to be dropped."""
         ranks = self._calls.gather(lambda: (step, self._writer.busy, self._overdue()))
         steps = {step for step, _, _ in ranks}
@@ -283,7 +285,7 @@ class Checkpointer:
         if any(overdue for _, _, overdue in ranks):
             raise self._given_up()
         if any(busy for _, busy, _ in ranks):
-            if self._when_busy == "drop":
+            if when_busy == "drop":
                 return False
             self._writer.join(self._give_up_after_s)
             self._check_all(not self._writer.busy)

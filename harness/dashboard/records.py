@@ -153,4 +153,6 @@ def _has_type(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if hint == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    return type(value) is hint or (hint is float and type(value) is int)
+    if hint is float:
+        return type(value) in (float, int) or value in ("nan", "inf", "-inf")  # see `tracking.text.spelled`
+    return type(value) is hint

@@ -12,7 +12,15 @@ from typing import Any
 
 from harness.errors import TrackingError
 
-__all__ = ["LAST_STEP", "MAX_DEPTH", "MAX_ELEMENTS", "SCALAR_KINDS", "checked_step", "is_sound"]
+__all__ = [
+    "LAST_ATTEMPT",
+    "LAST_STEP",
+    "MAX_DEPTH",
+    "MAX_ELEMENTS",
+    "SCALAR_KINDS",
+    "checked_step",
+    "is_sound",
+]
 
 SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 MAX_DEPTH = 16
