@@ -179,12 +179,19 @@ class MirrorHandle:
                 self._process.stdin.write(b"close\n")
                 self._process.stdin.close()
 
+    def _close_stdin(self) -> None:
+        """Of a process that has ended, which another one may replace."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.close()
+
     def _watch(self, messages: threading.Thread | None) -> None:
         ends: list[float] = []
         try:
             while messages is not None and self._process is not None:
                 exit_code = self._process.wait()
                 messages.join(LAST_WORDS_S)
+                self._close_stdin()
                 if exit_code == 0 and self._is_told:  # before that it has taken this process for dead
                     break
                 now = time.monotonic()

@@ -33,7 +33,6 @@ def test_a_side_process_that_takes_its_trainer_for_dead_is_started_again(
         first.stdin.flush()
         wait_for(lambda: handle.pid != first.pid, timeout_s=60, what="another process")
         assert first.returncode == 0
-        first.stdin.close()
     assert handle.close(60)
 
 
