@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "sync_folder", "write_atomically"]
+__all__ = ["output_file", "replacing", "sync_folder", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def replacing(path: Path, *, overwrite: bool = True, sync: bool = False) -> Iter
         FileExistsError: `path` is there, and `overwrite` is false.
         OSError: the disk is full, gone or read-only.
     """
-    unfinished = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")  # the suffix tells what it is
+    unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}-tmp.{path.name}")  # the suffix tells what it is
     try:
         yield unfinished
         if sync:
@@ -48,6 +49,20 @@ def write_atomically(path: Path, content: str | bytes, *, overwrite: bool = True
     """Writes a small file, text as UTF-8; see `replacing`."""
     with replacing(path, overwrite=overwrite, sync=sync) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def output_file(path: str | Path) -> Path:
+    """The file that is meant by a path from the command line, links followed, to be given to `replacing`.
+
+    Raises:
+        OSError: something other than a regular file is there, which would be replaced by one.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if os.path.lexists(target) and not target.is_file():  # a pipe, a device, a circle of links
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return target
 
 
 def sync_folder(path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.errors import LaunchError
+
 __all__ = [
     "Launched",
     "accelerate_precision",
@@ -82,7 +84,7 @@ def launched() -> Launched:
     """Reads the variables that torchrun, `accelerate launch` and Slurm wrappers set.
 
     Raises:
-        ValueError: a variable is not a whole number.
+        LaunchError: a variable is not a whole number.
     """
     by_launcher = has_rank()
     return Launched(
@@ -99,6 +101,9 @@ def unheard_launcher() -> tuple[str, int] | None:
     """A variable by which MPI or srun says that there are several processes, and how many it says.
 
     Where RANK and WORLD_SIZE are missing beside it, each of them would take itself for the only one.
+
+    Raises:
+        LaunchError: a variable is not a whole number.
     """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         if _int(name, 1) > 1:
@@ -182,7 +187,15 @@ def program_environment(**changes: str) -> dict[str, str]:
 
 
 def _int(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    value = os.environ.get(name)
+    try:
+        return default if value is None else int(value)
+    except ValueError:
+        raise LaunchError(
+            f"{name} is {value!r}",
+            rule="a launcher sets it to a whole number",
+            remedy=f"unset {name} to start one process without a launcher, or look at what sets it",
+        ) from None
 
 
 def _flag(name: str) -> bool:

@@ -6,6 +6,9 @@ remedy. The command line prints them as one line without a traceback and exits w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -16,7 +19,24 @@ __all__ = [
     "LostRankError",
     "TaskError",
     "TrackingError",
+    "needs",
 ]
+
+
+@contextmanager
+def needs(package: str, *, extra: str) -> Iterator[None]:
+    """Around the imports of an optional package: where it is not installed, the error names its extra.
+
+    Raises:
+        ModuleNotFoundError: as Python does, so that callers who try an import need no other error.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise  # installed, and broken: that is another story
+        remedy = f"{package} is not installed. Run pip install 'stability-harness[{extra}]'."
+        raise ModuleNotFoundError(remedy, name=package) from error
 
 
 class HarnessError(Exception):

@@ -53,9 +53,8 @@ class ProcessLock:
     _held: set[tuple[int, int]] = set()  # noqa: RUF012  (shared by all instances on purpose)
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         # Closing any descriptor of the file would drop a lock that this process holds: look first.
-        if path.exists() and self._key() in self._held:
+        if path.exists() and _key(path.stat()) in self._held:
             raise LockHeldError(f"process {os.getpid()} itself")
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -68,14 +67,15 @@ class ProcessLock:
             logger.warning("%s cannot be locked (%s): make sure that one process writes there", path, error)
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._held.add(self._key())
+        self._held_as = _key(os.fstat(self._fd))  # of the file, which may lose its path
+        self._held.add(self._held_as)
 
     def release(self) -> None:
         """Lets go of it."""
-        self._held.discard(self._key())
+        self._held.discard(self._held_as)
         with contextlib.suppress(OSError):
             os.close(self._fd)
 
-    def _key(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_dev, status.st_ino
+
+def _key(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -20,6 +20,9 @@ _LAUNCHERS = (b"torchrun", b"torch.distributed.run", b"torch/distributed/run.py"
 def stop_with_launcher() -> None:
     """Asks Linux for a SIGTERM when the launcher dies; elsewhere, and without a launcher, does nothing.
 
+    What counts for Linux is the end of the thread that started this process (prctl(2)): the main thread of
+    torchrun and accelerate, and one to be kept by a launcher of somebody's own.
+
     To be called first thing, and after SIGTERM is handled: a launcher that is dead already sends no signal,
     so this process asks itself to stop then.
     """
@@ -37,7 +40,8 @@ def end_launcher(*, speaks: bool) -> None:
     this last thing, and does nothing without an agent that would try again.
 
     Args:
-        speaks: Whether it is this process, one of each machine, that tells the agent.
+        speaks: Whether it is this process, one of each machine, that tells the agent; a second signal would
+            disturb the agent's end.
     """
     parent = os.getppid()
     if not env.restarts_left() or not _is_launcher(parent):

@@ -35,7 +35,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """Name of the signal that asked first; None: nobody has asked."""
+        """Name of the signal that asked first, or why the run is done; None: nobody has asked."""
+        self.is_done = False
+        """Whether the run has reached what it is for, so that nothing is left to go on with."""
         self._interrupts = 0
         self._old: dict[int, Any] = {}
         self._terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
@@ -47,8 +49,12 @@ class StopRequest:
 
     @requested.setter
     def requested(self, wanted: bool) -> None:
-        """For callbacks."""
+        """For callbacks: the run is to go on later, as after a signal."""
         self.reason = (self.reason or "a callback") if wanted else None
+
+    def finish(self, reason: str) -> None:
+        """For callbacks: the run is done before its last step, and ends as `finished` for this `reason`."""
+        self.reason, self.is_done = reason, True
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

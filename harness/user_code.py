@@ -36,14 +36,14 @@ def user_code(what: str, *, rule: str) -> Iterator[None]:
     """Within it code of a user's own runs: `what` names it, `rule` says what is expected of it.
 
     Raises:
-        TaskError: for whatever was raised, but errors of Harness's own and those in which another rank was
-            lost: of torch.distributed, or of a collective of the model's wrapper.
+        TaskError: for whatever was raised, `SystemExit` too, but errors of Harness's own and those in which
+            another rank was lost: of torch.distributed, or of a collective of the model's wrapper.
     """
     try:
         yield
     except (HarnessError, dist.DistError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whose exit code would be taken for the run's
         if _is_lost_connection(error):
             raise
         raised = TaskError(
@@ -55,7 +55,7 @@ def user_code(what: str, *, rule: str) -> Iterator[None]:
         raise raised from error
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def _is_lost_connection(error: BaseException) -> bool:
     """gloo raises a plain RuntimeError, in the middle of a forward pass under DDP or FSDP."""
     if not isinstance(error, RuntimeError):
         return False
@@ -64,14 +64,14 @@ def _is_lost_connection(error: Exception) -> bool:
     return any(map(path.is_relative_to, _COMMUNICATING)) and not path.is_relative_to(_DTENSOR)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     message = str(error).strip()
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} ..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _own_frames(error: Exception) -> str:
+def _own_frames(error: BaseException) -> str:
     """The last frames of `error` in files of the user; where there are none, the last ones."""
     if isinstance(error, SyntaxError):  # its place is no frame
         return "".join(traceback.format_exception_only(error)[:-1]).rstrip()

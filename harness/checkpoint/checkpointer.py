@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -32,6 +33,11 @@ __all__ = ["Checkpointer"]
 
 logger = logging.getLogger(__name__)
 
+LOADING_S = 1800.0
+"""Ranks read for different times: one file each, whatever the world size was when they were written."""
+TASKS_AT_END_S = 10.0
+"""How long the end waits for deletions: the next run's first save makes up for those that are left."""
+
 
 class Checkpointer:
     """Checkpoints of one run in one directory, which all ranks share.
@@ -51,7 +57,7 @@ class Checkpointer:
         give_up_after_s: A save that has not succeeded for this long is an error.
         in_memory: Keep two or three copies of each rank's state in host memory, so that a rollback needs no
             disk.
-        timeout_s: How long one rank waits for another while saving or loading.
+        timeout_s: How long one rank waits for another while saving; while loading half an hour at least.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class Checkpointer:
         timeout_s: float = 1800.0,
     ) -> None:
         self._when_busy = when_busy
-        self._give_up_after_s = give_up_after_s
+        self._give_up_after_s, self._timeout_s = give_up_after_s, timeout_s
         self._calls = HostGroup(error=CheckpointError, timeout_s=timeout_s)
         self._store = Store(Path(directory))
         self._tasks = Tasks()
@@ -81,20 +87,23 @@ class Checkpointer:
         writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
         committed = functools.partial(_after_commit, self._tasks, self._health, retainer)
         self._writer = Writer(self._store, writes, self._tasks, committed=committed)
-        self._loader = Loader(self._store, self._calls)
+        loads = HostGroup(error=CheckpointError, timeout_s=max(timeout_s, LOADING_S))
+        self._loader = Loader(self._store, loads)
         self._planning = SavePlanning(self._calls)
         self._staging = Staging()
         self._memory = Memory() if in_memory else None
         self._closed = False
         # Who forgets `close` still gets the last save, or the message why not.
-        weakref.finalize(self, self._writer.settle, give_up_after_s)
+        weakref.finalize(self, _finish, self._writer, self._tasks, give_up_after_s)
 
     @classmethod
-    def from_config(cls, directory: str | Path, config: CheckpointConfig) -> Checkpointer:
-        """As a run's configuration says."""
+    def from_config(
+        cls, directory: str | Path, config: CheckpointConfig, *, timeout_s: float = 1800.0
+    ) -> Checkpointer:
+        """As a run's configuration says; `timeout_s` is its `parallel.timeout_s`."""
         settings = asdict(config)
         del settings["every"]  # the loop's business: here every `save` is asked for
-        return cls(directory, **settings)
+        return cls(directory, **settings, timeout_s=timeout_s)
 
     def save(
         self,
@@ -103,6 +112,7 @@ class Checkpointer:
         *,
         meta: Mapping[str, Any] | None = None,
         metric: float | None = None,
+        when_busy: Literal["wait", "drop"] | None = None,
     ) -> bool:
         """Saves `state` as of now; returns as soon as it is copied, and writes in the background.
 
@@ -115,6 +125,7 @@ class Checkpointer:
                 plain data, tensors; `Rng()`, and in `PerRank` whatever differs between ranks.
             meta: Plain JSON data for the manifest.
             metric: The lower, the better, for `keep_best`.
+            when_busy: Of this save; None: as all of them. The last save of a run has to wait.
 
         Returns:
             False if the save was dropped because another one is under way.
@@ -124,7 +135,7 @@ class Checkpointer:
                 nothing could be saved for `give_up_after_s`.
         """
         began = time.perf_counter()
-        if not self._agree_on_start(step):
+        if not self._agree_on_start(step, when_busy or self._when_busy):
             logger.warning("step %d is not saved: the save before is still under way", step)
             return False
         captured, plain_meta = self._calls.on_all_ranks(
@@ -236,8 +247,11 @@ class Checkpointer:
         """The steps of all committed checkpoints, in order."""
         return self._calls.from_main(lambda: sorted({saved.step for saved in self._store.saved()}))
 
-    def close(self) -> None:
+    def close(self, *, after_error: bool = False) -> None:
         """Waits for the save under way. Local, for it is called when a rank is in trouble too. Idempotent.
+
+        Args:
+            after_error: Other ranks, or the disk, may be the trouble: waits for `timeout_s` at most.
 
         Raises:
             CheckpointError: it failed, or is not done after `give_up_after_s`.
@@ -245,7 +259,8 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        self._writer.settle(self._give_up_after_s)
+        longest_s = min(self._give_up_after_s, self._timeout_s) if after_error else self._give_up_after_s
+        _finish(self._writer, self._tasks, longest_s)
         self._raise_failure()
 
     def __enter__(self) -> Checkpointer:
@@ -257,13 +272,11 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            # A failed save has been logged; the error under way is the one to be seen.
-            self._writer.settle(self._give_up_after_s)
+        # A failed save has been logged; the error under way is the one to be seen.
+        with contextlib.suppress(CheckpointError) if error is not None else contextlib.nullcontext():
+            self.close(after_error=error is not None)
 
-    def _agree_on_start(self, step: int) -> bool:
+    def _agree_on_start(self, step: int, when_busy: Literal["wait", "drop"]) -> bool:
         """Waits until all ranks can begin; False if the save is to be dropped."""
         ranks = self._calls.gather(lambda: (step, self._writer.busy, self._overdue()))
         steps = {step for step, _, _ in ranks}
@@ -272,7 +285,7 @@ class Checkpointer:
         if any(overdue for _, _, overdue in ranks):
             raise self._given_up()
         if any(busy for _, busy, _ in ranks):
-            if self._when_busy == "drop":
+            if when_busy == "drop":
                 return False
             self._writer.join(self._give_up_after_s)
             self._check_all(not self._writer.busy)
@@ -323,6 +336,12 @@ class Checkpointer:
         failed, self._writer.failed = self._writer.failed, None
         if failed is not None:
             raise failed
+
+
+def _finish(writer: Writer, tasks: Tasks, longest_s: float) -> None:
+    """Waits for the save under way, and for deletions no longer than they are worth."""
+    if writer.join(longest_s):
+        tasks.join(min(longest_s, TASKS_AT_END_S))
 
 
 def _after_commit(tasks: Tasks, health: Health, retainer: Retainer | None, saved: Saved) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from harness.atomic import replacing
+from harness.atomic import output_file, replacing
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.reading import OnDisk
 from harness.checkpoint.shards import check_file
@@ -67,7 +67,7 @@ def export(
             rule=f"it has {list(source.manifest.state)}",
         )
     described = described.get("$OrderedDict", described)
-    output = Path(output)
+    output = output_file(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if format == "torch":
         return [_export_torch(source, described, output, rename or str)]
@@ -180,7 +180,12 @@ def _export_torch(
     tensors = _read(source, {name: name for name in tensor_names(described)})
     state = fill(described, tensors)
     renamed = {new: value for name, value in state.items() if (new := rename(name)) is not None}
-    return _commit(output, lambda path: torch.save(renamed, path))
+    return _commit(output, lambda path: _save(renamed, path))
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # of a name without a suffix PyTorch makes an archive without one
+        torch.save(state, file)
 
 
 def _commit(path: Path, write: Callable[[Path], object]) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
+import time
 
 from harness.checkpoint.store import Saved, Store
 from harness.checkpoint.tasks import Tasks
@@ -11,6 +12,9 @@ from harness.checkpoint.tasks import Tasks
 __all__ = ["Health"]
 
 logger = logging.getLogger(__name__)
+
+RETRY_S = 30.0
+"""How long a failed promotion waits, so that a disk in trouble is not complained of at every step."""
 
 
 class Health:
@@ -29,6 +33,10 @@ class Health:
         self._clean_since: int | None = None
         # Looked at by the training thread, replaced as a whole by tasks.
         self._pending: tuple[Saved, ...] | None = None
+        self._proved = -1
+        self._is_queued = False
+        """Whether a promotion is among the tasks and has not begun; there is one at most."""
+        self._retry_at = -math.inf
 
     def observe(self, step: int, *, incident: bool) -> int | None:
         """Counts a step; gives the newest step that has proved itself by now, or None. Touches no file."""
@@ -40,7 +48,10 @@ class Health:
             return None
         proved, pending = step - self._healthy_after, self._pending
         if self._is_main and (pending is None or any(saved.step <= proved for saved in pending)):
-            self._tasks.add(functools.partial(self._promote, proved))
+            self._proved = proved  # before the look at the queue: a promotion that begins now sees this step
+            if not self._is_queued and time.monotonic() >= self._retry_at:
+                self._is_queued = True
+                self._tasks.add(self._promote)
         return proved
 
     def restart(self) -> None:
@@ -53,7 +64,9 @@ class Health:
         if self._pending is not None and saved not in self._pending:
             self._pending = (*self._pending, saved)
 
-    def _promote(self, proved: int) -> None:
+    def _promote(self) -> None:
+        self._is_queued = False
+        proved = self._proved
         try:
             pending = self._pending
             if pending is None:
@@ -62,5 +75,8 @@ class Health:
                 if saved.step <= proved and saved.path.exists():
                     self._store.mark_healthy(saved)
             self._pending = tuple(saved for saved in pending if saved.step > proved)
-        except OSError as error:  # tried again with the next step
-            logger.warning("a checkpoint could not be marked as healthy: %s", error)
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            logger.warning(
+                "a checkpoint could not be marked as healthy, it is tried again in %.0f s: %s", RETRY_S, error
+            )

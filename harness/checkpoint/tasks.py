@@ -18,22 +18,37 @@ class Tasks:
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
+        self._num_added = self._num_done = 0
         self._is_working = False
 
     def add(self, task: Callable[[], None]) -> None:
-        """Hands a task over; it should not raise, and what it raises is logged."""
+        """Hands a task over and raises nothing; the task should not raise, and what it raises is logged.
+
+        If no thread can be started, the task waits for the next call of `add` or `join`.
+        """
         with self._changed:
             self._waiting.append(task)
-            if self._is_working:
-                return
-            self._is_working = True
-        # A daemon: a disk that hangs must not keep the process from ending. `join` is called at exit.
-        threading.Thread(target=self._work, name="checkpoint-tasks", daemon=True).start()
+            self._num_added += 1
+            self._start()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Waits until all is done that was given so far; whether it is."""
+        """Waits until all is done that was given before this call, whatever comes after it; whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._is_working, timeout_s)
+            self._start()
+            last = self._num_added
+            self._changed.wait_for(lambda: self._num_done >= last or not self._is_working, timeout_s)
+            return self._num_done >= last
+
+    def _start(self) -> None:
+        """Starts the thread if there is work and no thread; with the lock held."""
+        if self._is_working or not self._waiting:
+            return
+        try:
+            # A daemon: a disk that hangs must not keep the process from ending. `join` is called at exit.
+            threading.Thread(target=self._work, name="checkpoint-tasks", daemon=True).start()
+            self._is_working = True
+        except RuntimeError as error:
+            logger.warning("old checkpoints are looked after later: %s", error)
 
     def _work(self) -> None:
         while True:
@@ -47,3 +62,6 @@ class Tasks:
                 task()
             except Exception as error:  # noqa: BLE001  (said; the tasks behind it are worth no less for that)
                 logger.warning("looking after old checkpoints failed: %s: %s", type(error).__name__, error)
+            with self._changed:
+                self._num_done += 1
+                self._changed.notify_all()

@@ -6,6 +6,7 @@ import logging
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Writer:
     ) -> None:
         self._store, self._group, self._tasks, self._committed = store, group, tasks, committed
         self._thread: threading.Thread | None = None
-        self._outcomes: list[SaveOutcome] = []
+        self._outcomes: deque[SaveOutcome] = deque()
         self.failed: HarnessError | None = None
         """The last save's error, until it is taken away by whoever raises it."""
         self.failing_since: float | None = None
@@ -112,8 +113,8 @@ class Writer:
 
     def take_outcomes(self) -> list[SaveOutcome]:
         """The saves that ended since the last call."""
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        # One by one: the thread may add one meanwhile.
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def _run(self, job: Job) -> None:
         saved, size_bytes, error = None, 0, None
@@ -154,7 +155,14 @@ class Writer:
         return saved, sum(file.size_bytes for file, _ in shares)
 
     def _begin(self, step: int) -> Path:
-        self._tasks.join()
+        # The others wait for this in `from_main`: they have to hear of it before they give up.
+        longest_s = self._group.timeout_s / 2
+        if not self._tasks.join(longest_s):
+            raise CheckpointError(
+                f"after {longest_s:g} s old checkpoints are still being marked or deleted",
+                rule="a new one is not begun before, or the disk might hold too many",
+                remedy=f"check whether {self._store.directory} answers; the next save tries again",
+            )
         return self._store.begin(step)
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:

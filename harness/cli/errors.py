@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness import env
 from harness.cli.output import say
-from harness.errors import HarnessError
+from harness.errors import HarnessError, LaunchError
 
 __all__ = ["Outcome", "reporting"]
 
@@ -19,8 +19,23 @@ class Outcome:
 
     exit_code: int = 0
     printed: HarnessError | None = None
-    is_final: bool = False
-    """It failed, and would fail again."""
+    error: HarnessError | None = None
+    """That it failed with."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it failed, and would fail again."""
+        return self.error is not None and not self.error.restart_may_help
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this process, one of its machine, that tells the launcher: the first on which the
+        error arose, for the others may hang or be gone; the first of the machine if it arose elsewhere."""
+        launched = _launched()
+        first = launched.rank - launched.local_rank
+        here = range(first, first + launched.local_world_size)
+        arose = [rank for rank in (self.error and self.error.ranks) or () if rank in here]
+        return launched.rank == min(arose, default=first)
 
     def report(self, error: HarnessError) -> None:
         """Prints `error`, once, if it is this process that does."""
@@ -43,7 +58,7 @@ def reporting(outcome: Outcome | None = None) -> Iterator[Outcome]:
     try:
         yield outcome
     except HarnessError as error:
-        outcome.is_final = not error.restart_may_help
+        outcome.error = error
         if env.wants_traceback():
             raise
         outcome.report(error)
@@ -51,10 +66,18 @@ def reporting(outcome: Outcome | None = None) -> Iterator[Outcome]:
 
 
 def _prints(error: HarnessError) -> bool:
-    launched = env.launched()
+    launched = _launched()
     if error.ranks is None:
         return launched.local_rank == 0
     return launched.rank == min(error.ranks, default=0)
+
+
+def _launched() -> env.Launched:
+    """A process that cannot tell which one it is speaks for itself."""
+    try:
+        return env.launched()
+    except LaunchError:
+        return env.Launched()
 
 
 def _ranks_text(ranks: tuple[int, ...]) -> str:

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from harness import env
 from harness.cli.errors import Outcome, reporting
 from harness.config import parse_arguments
 from harness.parent import end_launcher
@@ -34,11 +33,14 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
             config = parse_arguments(argv, prog=prog)
             from harness.training import train  # after the arguments, so that --help does not wait for torch
 
-            result = train(config, tell=outcome.report, stop=stop)
+            try:
+                result = train(config, tell=outcome.report, stop=stop)
+            except SystemExit as leaving:  # a launcher would take its code for the run's
+                raise RuntimeError(f"the run was left by SystemExit({leaving.code!r})") from leaving
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     finally:
         if outcome.is_final:
-            end_launcher(speaks=env.launched().local_rank == 0)
+            end_launcher(speaks=outcome.speaks)
     return outcome.exit_code
 
 

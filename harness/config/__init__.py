@@ -15,6 +15,7 @@ from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
 from harness.config.tracking import TrackingConfig
 from harness.config.train import TrainConfig
+from harness.config.watchdog import WatchdogConfig
 
 __all__ = [
     "AlertConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "ScheduleConfig",
     "TrackingConfig",
     "TrainConfig",
+    "WatchdogConfig",
     "check_same_run",
     "dump_yaml",
     "flatten",

@@ -1,4 +1,7 @@
-"""A run's configuration from the command line and from files, and back to plain data and YAML."""
+"""A run's configuration from the command line and from files, and back to plain data and YAML.
+
+The parser is imported when it is used: a guard in somebody's loop needs its settings, and no jsonargparse.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from harness.config import parser
 from harness.config.train import TrainConfig
 
 __all__ = ["dump_yaml", "parse_arguments", "read_yaml", "to_dict"]
@@ -28,6 +30,8 @@ def parse_arguments(argv: Sequence[str], *, prog: str = "harness train") -> Trai
         ConfigError: a file that cannot be read, an unknown key, a wrong type or an impossible value.
         SystemExit: after `--help` or `--print_config`.
     """
+    from harness.config import parser
+
     return parser.parse(TrainConfig, argv, prog=prog, description=_DESCRIPTION)
 
 
@@ -41,6 +45,8 @@ def read_yaml(path: Path, *, within: Path | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not plain YAML, not a mapping, or an unknown key.
     """
+    from harness.config import parser
+
     return parser.read_mapping(TrainConfig, path, within=within)
 
 

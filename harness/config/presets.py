@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.errors import ConfigError
 
-__all__ = ["configuration_file", "preset_file", "preset_names"]
+__all__ = ["configuration_file", "is_presets_folder", "preset_file", "preset_names"]
 
 _FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -23,18 +23,23 @@ def preset_file(name: str) -> Path:
     return _FOLDER / f"{name}.yaml"
 
 
+def is_presets_folder(folder: Path) -> bool:
+    """Whether it is, perhaps by a link, the presets' folder of this or another copy of the package."""
+    return folder.resolve().parts[-2:] == _FOLDER.parts[-2:]
+
+
 def configuration_file(given: str) -> Path:
-    """What `--config` means: a path, or the name of a preset. A file of the working directory comes first.
+    """What `--config` means: a path, or the name of a preset, which has no suffix. A file of the working
+    directory comes first.
 
     Raises:
         ConfigError: it is neither.
     """
     path = Path(given)
-    name = given.removesuffix(".yaml")
     if os.path.isfile(given):
         return path
-    if name in preset_names():
-        return preset_file(name)
+    if given in preset_names():
+        return preset_file(given)
     if os.path.exists(given):
         return path  # a folder or a device, about which its reader has something to say
     near = difflib.get_close_matches(path.stem, preset_names(), n=1)

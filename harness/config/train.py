@@ -20,9 +20,9 @@ from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
-from harness.config.parser import parse
 from harness.config.schedule import ScheduleConfig
 from harness.config.tracking import TrackingConfig
+from harness.config.watchdog import WatchdogConfig
 
 __all__ = ["TrainConfig"]
 
@@ -64,6 +64,8 @@ class TrainConfig:
     """Parallelism."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Stability guard."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """Watchdog."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -140,7 +142,7 @@ class TrainConfig:
             "debug",
             not (self.debug and world_size > 1),
             f"it runs in one process, and there are {world_size}",
-            "start it with `python harness/train.py`",
+            "start it with `python -m harness.train`",
         )
 
     @classmethod
@@ -151,4 +153,6 @@ class TrainConfig:
         Raises:
             ConfigError: the file cannot be read, or a key or value is wrong.
         """
+        from harness.config.parser import parse
+
         return parse(cls, ["--config", str(path), *(f"--{override}" for override in overrides)])

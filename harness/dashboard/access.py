@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
 
 from harness.errors import ConfigError
 
@@ -112,11 +112,11 @@ class Gate:
         """Status, text and headers of the answer to a request that goes no further; None lets it pass."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
-        if is_loopback(self._access.host) and not is_loopback(_hostname(f"//{host}")):
+        if is_loopback(self._access.host) and not is_loopback(_split(f"//{host}").hostname or ""):
             # A name that another site made point here (DNS rebinding).
             return 403, f"this dashboard answers to localhost, not to {_shown(host)}", []
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and (not host or _split(origin).netloc != host):
             return 403, "a page of another site asked for this", []
         if any(part in scope["path"] for part in CLOSED):
             return 404, "there is no such page", []
@@ -156,11 +156,12 @@ def _same(given: str, secret: str) -> bool:
     return hmac.compare_digest(given.encode(), secret.encode())
 
 
-def _hostname(address: str) -> str:
+def _split(address: str) -> SplitResult:
+    """Its parts; all of them are empty where it is no address."""
     try:
-        return urlsplit(address).hostname or ""
+        return urlsplit(address)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _shown(text: str) -> str:

@@ -22,8 +22,7 @@ HEAD_NODE = "HEAD_NODE"
 NODE_RANK = "NODE_RANK"
 """Stands for the number, from 0, of the node that accelerate is started on."""
 _PORT = 29500
-_ROOT = PROGRAM.parents[1]
-_SBATCH = Path("launch", "slurm.sbatch")
+_SBATCH = PROGRAM.with_name("launch") / "slurm.sbatch"
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -45,7 +44,10 @@ def command(
         ConfigError: the batch cannot be split over so many processes, or the launcher cannot start them.
     """
     check_processes(config, processes * nodes)
-    run = [_program(), *(["--config", str(config_file)] if config_file is not None else arguments(config))]
+    run = [
+        _as_seen(PROGRAM),
+        *(["--config", str(config_file)] if config_file is not None else arguments(config)),
+    ]
     if launcher == "slurm":
         return _slurm(run[1:], processes, nodes)
     if launcher == "python":
@@ -96,20 +98,13 @@ def _mixed_precision(config: TrainConfig) -> str:
 
 
 def _slurm(run: list[str], processes: int, nodes: int) -> str:
-    if not (_ROOT / _SBATCH).exists():
-        raise ConfigError(
-            f"there is no {_SBATCH} in {_ROOT}",
-            rule="the Slurm script is part of the repository",
-            remedy="use a checkout of it, or a script of your own that starts one torchrun per node",
-        )
-    job = ["sbatch", "--nodes", str(nodes), "--gpus-per-node", str(processes), str(_SBATCH), *run]
-    enter = "" if Path.cwd() == _ROOT else f"cd {shlex.quote(str(_ROOT))} && "
-    return f"{enter}NPROC={processes} {shlex.join(job)}"
+    job = ["sbatch", "--nodes", str(nodes), "--gpus-per-node", str(processes), _as_seen(_SBATCH), *run]
+    return f"NPROC={processes} {shlex.join(job)}"
 
 
-def _program() -> str:
-    """The program as seen from the working directory, if it is below that."""
-    return str(PROGRAM.relative_to(Path.cwd()) if PROGRAM.is_relative_to(Path.cwd()) else PROGRAM)
+def _as_seen(file: Path) -> str:
+    """The path from the working directory, if the file is below that."""
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
 def _tool(name: str) -> str:

@@ -9,6 +9,7 @@ from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
 from harness.runlog.names import Prefix
 from harness.tracking.compare import compare_runs, settings_of
+from harness.tracking.text import spelled
 
 __all__ = ["compare_view"]
 
@@ -47,7 +48,7 @@ def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, An
                 for name in digest.names()
                 if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
             ]
-            return settings_of(digest), {name: digest.last(name) for name in names}
+            return settings_of(digest), {name: spelled(digest.last(name)) for name in names}
     except TrackingError:
         return {}, {}
 
@@ -72,15 +73,15 @@ def _parting_of(run_index: RunIndex, runs: list[str]) -> dict[str, Any]:
     paths = [run_index.directory(run) for run in runs]
     if sum(_log_bytes(run_index, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    partings = compare_runs(paths[0], paths[1], within=run_index.root).partings
-    if not partings:
+    comparison = compare_runs(paths[0], paths[1], within=run_index.root)
+    if not comparison.partings:
         return {"runs": runs, "num_common": 0}
-    earliest = partings[0]
+    earliest = comparison.partings[0]
     return {
         "runs": runs,
         "metric": earliest.metric,
         "step": earliest.step,
-        "num_common": earliest.num_common,
+        "num_common": comparison.num_common,
         "values": [repr(value) for value in earliest.values or ()],
     }
 

@@ -95,7 +95,9 @@ def configuration_tab(access: Access) -> Form:
         preset = gr.Dropdown(
             form.presets(), value=form.DEFAULTS, label="Start from", elem_id="preset", interactive=True
         )
-        name = gr.Textbox(label="Save as configs/NAME.yaml", placeholder="NAME", elem_id="save-name")
+        name = gr.Textbox(
+            label=f"Save as {form.configs_folder()}/NAME.yaml", placeholder="NAME", elem_id="save-name"
+        )
         overwrite = gr.Checkbox(label="overwrite")
         save = _control_button("Save", "save", access)
     with gr.Row():

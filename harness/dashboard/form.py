@@ -3,8 +3,8 @@
 All of it comes from the schema, so that a new key appears by itself. What is filled in is parsed like
 arguments of the command line, with the same error messages.
 
-Configurations are saved as `NAME.yaml` in the folder `configs` of the working directory; the presets of the
-package are there to start from too, unless a file of that name is.
+Configurations are saved as `NAME.yaml` in a folder of the working directory, `configs_folder`; the presets of
+the package are there to start from too, unless a file of that name is.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import yaml
 from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
-from harness.config.presets import preset_file, preset_names
+from harness.config.presets import is_presets_folder, preset_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = [
-    "CONFIGS",
     "DEFAULTS",
     "Field",
     "Kind",
     "Section",
     "arguments",
+    "configs_folder",
     "preset",
     "presets",
     "read",
@@ -43,7 +43,6 @@ __all__ = [
     "yaml_of",
 ]
 
-CONFIGS = Path("configs")
 DEFAULTS = "defaults"
 """The preset that is no file: the schema's own values."""
 
@@ -119,15 +118,23 @@ def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
     return _dump(_changes(config) if only_changes else to_dict(config), flow=False)
 
 
-def presets(folder: Path = CONFIGS) -> list[str]:
-    """The names of the configurations to start from: the defaults first, then the folder's and the
-    package's."""
-    names = {path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+def configs_folder() -> Path:
+    """The user's own configurations: `configs`, or `my-configs` where that holds the package's presets, as it
+    does in a checkout of the repository."""
+    configs = Path("configs")
+    return Path("my-configs") if is_presets_folder(configs) else configs
+
+
+def presets(folder: Path | None = None) -> list[str]:
+    """The names of the configurations to start from: the defaults first, then those of the folder, which is
+    `configs_folder` if none is given, and the package's."""
+    files = (folder or configs_folder()).glob("*.yaml")
+    names = {path.stem for path in files if not path.name.startswith(".")}
     names.update(preset_names())
     return [DEFAULTS, *sorted(names - {DEFAULTS})]
 
 
-def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
+def preset(name: str, folder: Path | None = None) -> TrainConfig:
     """The configuration called `name`.
 
     Raises:
@@ -135,17 +142,17 @@ def preset(name: str, folder: Path = CONFIGS) -> TrainConfig:
     """
     if name == DEFAULTS:
         return TrainConfig()
-    path = _path(name, folder)
+    path = _path(name, folder or configs_folder())
     return TrainConfig.from_file(preset_file(name) if name in preset_names() and not path.exists() else path)
 
 
-def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path = CONFIGS) -> Path:
+def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Path | None = None) -> Path:
     """Writes what `config` changes to `name`.yaml in the folder, which is made if need be. Atomic.
 
     Raises:
         ConfigError: no name for a file, a name that is taken, or a folder that cannot be written.
     """
-    path = _path(name, folder)
+    path = _path(name, folder or configs_folder())
     if name == DEFAULTS:
         raise ConfigError(
             f"the name is {name!r}",
@@ -165,7 +172,7 @@ def save(config: TrainConfig, name: str, *, overwrite: bool = False, folder: Pat
         raise ConfigError(
             f"cannot write {path}: {error.strerror}",
             rule="configurations are saved in that folder",
-            remedy="start the dashboard in a folder where `configs` can be written",
+            remedy=f"start the dashboard where the folder `{path.parent}` can be written",
         ) from error
     return path
 

@@ -35,7 +35,7 @@ from harness.runlog.digest_cache import digest_file, load_digest, save_digest
 from harness.runlog.paths import log_dir
 from harness.runlog.preview import LONG_BYTES, preview
 from harness.tracking.overview import RunRow, run_name, run_paths, run_row, unreadable_row
-from harness.tracking.text import printable
+from harness.tracking.text import printable, spelled
 
 __all__ = ["Indexer", "main"]
 
@@ -187,7 +187,7 @@ class Indexer:
             self._open.pop(run, None)
 
     def _send_row(self, run: str, row: RunRow) -> dict[str, Any]:
-        fields = dataclasses.asdict(row)
+        fields: dict[str, Any] = spelled(dataclasses.asdict(row))
         del fields["path"]  # it stays on the server
         self._send({"run": run, "row": fields})
         return fields

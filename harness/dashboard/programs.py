@@ -41,7 +41,7 @@ from harness.errors import ConfigError, LaunchError, TrackingError
 from harness.files import list_folder
 from harness.runlog.paths import CONFIG_FILE, config_file
 from harness.runlog.preview import open_digest
-from harness.runlog.process import identity, is_alive
+from harness.runlog.process import identity, is_alive, started_at
 from harness.runlog.reader import is_run
 
 __all__ = [
@@ -241,27 +241,40 @@ def _launch(records: Path, directory: Path, config: TrainConfig, processes: int)
                 start_new_session=True,
                 env=program_environment(PYTHONUNBUFFERED="1"),
             )
-    except OSError as error:
+        return _recorded(process, command, records, directory, processes)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
         raise LaunchError(
-            f"the run {config.name!r} cannot be started: {error.strerror}",
+            f"the run {config.name!r} cannot be started: {getattr(error, 'strerror', None) or error}",
             rule="a run is a process of its own that prints into a file",
             remedy=f"check that {records} can be written, and the limits on memory and processes",
         ) from error
-    here = identity()
-    started = Program(
-        directory=directory,
-        command=tuple(command),
-        processes=processes,
-        pid=process.pid,
-        process_start=psutil.Process(process.pid).create_time(),
-        machine=here["machine"],
-        host=here["host"],
-        started=time.time(),
-    )
-    write_program(records, started)
-    threading.Thread(
-        target=_wait_for_end, args=(process, started), name="wait for a run", daemon=True
-    ).start()
+
+
+def _recorded(
+    process: subprocess.Popen[bytes], command: list[str], records: Path, directory: Path, processes: int
+) -> Program:
+    """Writes down what was just started, and has it waited for; ends it if either cannot be done."""
+    try:
+        here = identity()
+        started = Program(
+            directory=directory,
+            command=tuple(command),
+            processes=processes,
+            pid=process.pid,
+            process_start=psutil.Process(process.pid).create_time(),
+            process_start_s=started_at(process.pid),
+            machine=here["machine"],
+            host=here["host"],
+            started=time.time(),
+        )
+        write_program(records, started)
+        threading.Thread(
+            target=_wait_for_end, args=(process, started), name="wait for a run", daemon=True
+        ).start()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     return started
 
 

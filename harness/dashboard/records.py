@@ -53,6 +53,9 @@ class Program:
     pid: int
     """Of the training itself, or of torchrun's agent where there are several processes."""
     process_start: float
+    """Seconds since the epoch."""
+    process_start_s: float | None
+    """Seconds since the machine's boot; None in records of older versions."""
     machine: str
     host: str
     started: float
@@ -111,6 +114,8 @@ def read_program(records: Path, directory: Path, *, within: Path | None = None) 
         fields = json.loads(content)
     except (OSError, ValueError, RecursionError):
         return None
+    if isinstance(fields, dict):
+        fields.setdefault("process_start_s", None)
     if not has_fields_of(Program, fields, without="directory"):
         return None
     return Program(**{**fields, "directory": directory, "command": tuple(fields["command"])})
@@ -148,4 +153,6 @@ def _has_type(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if hint == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    return type(value) is hint or (hint is float and type(value) is int)
+    if hint is float:
+        return type(value) in (float, int) or value in ("nan", "inf", "-inf")  # see `tracking.text.spelled`
+    return type(value) is hint

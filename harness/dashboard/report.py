@@ -10,16 +10,18 @@ import base64
 import hashlib
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from harness.atomic import output_file, write_atomically
 from harness.dashboard.bundle import ASSETS, bundled
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
-from harness.runlog.names import Prefix, page_names
+from harness.runlog.names import Prefix, main_first, page_names
 from harness.runlog.paths import report_file
 from harness.runlog.preview import open_whole
 from harness.tracking.text import printable
@@ -57,7 +59,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     target = Path(path) if path is not None else report_file(run_dir)
     page = report_html(open_whole(run_dir))
     try:
-        target.write_text(page, encoding="utf-8")
+        write_atomically(target if path is None else output_file(target), page)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
     return target
@@ -82,7 +84,7 @@ def report_html(digest: Digest) -> str:
 
 def report_data(digest: Digest) -> dict[str, Any]:
     """All that the page may ask of the run, as `assets/embedded.js` answers it, in bounded size."""
-    names = [name for name in digest.names() if not name.startswith(Prefix.LAYERS)][:MAX_CURVES]
+    names = main_first(digest.names())[:MAX_CURVES]
     view = run_view(digest)
     curves = embedded_curves(digest, names, max_points=_share(TOTAL_POINTS, len(names), MAX_POINTS))
     rows = sum(name.startswith(Prefix.LAYERS) for name in digest.names())
@@ -109,12 +111,14 @@ def _share(total: int, among: int, most: int) -> int:
 def _inside_script(data: dict[str, Any]) -> str:
     """JSON that no parser of HTML mistakes for the end of a script, and that no terminal obeys."""
     text = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
-    for char in sorted(set(text)):
-        if char in "<>&":
-            text = text.replace(char, f"\\u{ord(char):04x}")
-        elif not char.isprintable():
-            text = text.replace(char, json.dumps(char)[1:-1])
-    return text
+    return re.sub("[<>&]|[^ -~]", _escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    char = match[0]
+    if char in "<>&":
+        return f"\\u{ord(char):04x}"
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def _policy(script: str) -> str:

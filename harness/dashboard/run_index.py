@@ -80,15 +80,17 @@ class RunIndex:
 
     def close(self) -> None:
         """Ends the indexer."""
-        self._is_closed = True
-        if self._indexer is not None:
+        with self._lock:  # from here on nobody starts another one
+            self._is_closed = True
+            indexer = self._indexer
+        if indexer is not None:
             with contextlib.suppress(OSError):
-                _stdin(self._indexer).close()
+                _stdin(indexer).close()
             try:
-                self._indexer.wait(STOP_S)
+                indexer.wait(STOP_S)
             except subprocess.TimeoutExpired:
-                self._indexer.kill()
-                self._indexer.wait()
+                indexer.kill()
+                indexer.wait()
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -88,16 +88,17 @@ def serve(runs_dir: Path, access: Access, *, started: Callable[[str], None] = pr
     access = dataclasses.replace(access, port=listener.getsockname()[1])
     run_index = RunIndex(runs_dir)
     tensorboard = TensorBoard()
-    app = application(run_index, access, tensorboard)
-    run_index.start()
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    started(address(access))
     try:
+        app = application(run_index, access, tensorboard)
+        run_index.start()
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        started(address(access))
         with contextlib.suppress(KeyboardInterrupt):  # raised once more when everything has ended
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
-        tensorboard.close()
+        tensorboard.stop()
         run_index.close()
+        listener.close()
 
 
 def address(access: Access) -> str:
@@ -148,7 +149,7 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
     def run(run: str, query: CurveQuery, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run; next to nothing if the page has `seen` this version of it."""
         with run_index.reading(run) as digest:
-            version = f"{digest.updated}/{digest.read_frac:.4f}/{digest.state()}/{digest.num_events}"
+            version = f"{digest.version()}/{digest.read_frac:.4f}/{digest.state()}"
             if version == seen:
                 return _json({"version": version, "unchanged": True})
             layers = layers_view(digest, statistic, within=query.within) if statistic else None

@@ -1,38 +1,46 @@
-"""The TensorBoard process that `tensorboard` starts: TensorBoard itself, on a Unix socket."""
+"""The TensorBoard process that `tensorboard` starts: TensorBoard itself, on a Unix socket alone."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["logdir_and_socket", "main"]
+
+
+def logdir_and_socket(folder: Path) -> tuple[Path, Path]:
+    """Where, in the folder of a process, the links to runs lie, and where it listens."""
+    return folder / "runs", folder / "socket"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serves until standard input ends, which it does when the dashboard dies, however that comes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--logdir", required=True)
-    parser.add_argument("--socket", required=True, help="path at which to listen")
-    options = parser.parse_args(arguments)
-    from tensorboard import program
+    """Serves until standard input ends, which it does when the dashboard dies, however that comes. Then
+    removes its folder, the only argument."""
+    (folder,) = map(Path, arguments)
+    logdir, socket = logdir_and_socket(folder)
+    from tensorboard import default, program
     from werkzeug.serving import make_server
 
     class Server:
         """What `program.TensorBoard` takes for a `server_class`."""
 
         def __init__(self, app: Any, flags: Any) -> None:
-            self.serve_forever = make_server(f"unix://{options.socket}", 0, app, threaded=True).serve_forever
+            self.serve_forever = make_server(f"unix://{socket}", 0, app, threaded=True).serve_forever
 
         def get_url(self) -> str:
-            return f"unix://{options.socket}"
+            return f"unix://{socket}"
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for every request
-    server = program.TensorBoard(server_class=Server)
-    server.configure(logdir=options.logdir)
+    # Static plugins only: the others open files that a run names (the projector does), or are anybody's.
+    server = program.TensorBoard(plugins=default.get_static_plugins(), server_class=Server)
+    # Fast loading is a data server, which listens on a TCP port and answers whoever asks.
+    server.configure(logdir=str(logdir), load_fast="false")
     server.launch()
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)  # links, not what they lead to
     os._exit(0)

@@ -16,9 +16,9 @@ import orjson
 from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.events import Checkpoint, Event
-from harness.runlog.names import EventName, Metric, Prefix
+from harness.runlog.names import EventName, Metric, Prefix, main_first
 from harness.tracking.compare import settings_of
-from harness.tracking.text import printable
+from harness.tracking.text import printable, spelled
 
 __all__ = [
     "Axis",
@@ -40,11 +40,13 @@ MAX_DETAILS = 40
 MAX_TEXT = 500
 
 Floats = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.int64]
 
 
 def run_view(digest: Digest) -> dict[str, Any]:
     """State, settings, metrics and events of a run: all of the page but its curves."""
     names = digest.names()
+    shown = main_first(names)
     config = digest.info.get("config") or {}
     return {
         "state": digest.state(),
@@ -60,11 +62,11 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "host": _cut(digest.info.get("host")),
         "command": [_words(part) for part in digest.info.get("command", [])[:MAX_DETAILS]],
         "end": _brief(digest.end) if digest.end is not None else None,
-        "last": {name: digest.last(name) for name in names[:MAX_NAMES] if not name.startswith(Prefix.LAYERS)},
-        "names": [name for name in names if not name.startswith((Prefix.LAYERS, Prefix.RANKS))][:MAX_NAMES],
+        "last": {name: spelled(digest.last(name)) for name in shown[:MAX_NAMES]},
+        "names": [name for name in shown if not name.startswith(Prefix.RANKS)][:MAX_NAMES],
         "num_names": len(names),
         "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
-        "ranks": digest.ranks(),
+        "ranks": spelled(digest.ranks()),
         "best_val_loss": _smallest(digest.bands(Metric.VAL_LOSS)),
         "nonfinite_steps": _nonfinite_steps(digest),
         "checkpoints": _checkpoints(digest),
@@ -173,8 +175,9 @@ def embedded_layers(
     """The heat map with its x on several axes, as in `embedded_curves`."""
     view = layers_view(digest, statistic, max_columns=max_columns)
     steps = view["steps"]
-    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{view['names'][0]}", max_points=max_columns)
-    times = np.interp(steps, clock.steps, clock.times)
+    name = next(iter(view["names"]), "")  # none where somebody's own metric has such a name
+    clock = digest.bands(f"{Prefix.LAYERS}{statistic}/{name}", max_points=max_columns)
+    times = np.interp(steps, clock.steps, clock.times) if len(steps) else np.empty(0)
     view["x"] = {axis: _Ruler(digest, axis).measure(steps, times) for axis in axes}
     view["x"]["steps"] = steps
     return view
@@ -209,17 +212,33 @@ def _smallest(bands: Bands) -> float | None:
 
 
 def _nonfinite_steps(digest: Digest) -> dict[str, Any]:
-    """In how many steps the loss or a gradient element was not finite; in a long run, at least."""
-    loss = digest.bands(Metric.TRAIN_LOSS)
-    counts = loss.num_nan + loss.num_inf
-    found = dict(zip(loss.steps[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
-    is_exact = True
-    for name in (Metric.NUM_NAN, Metric.NUM_INF):
-        elements = digest.bands(name)
-        struck = elements.high > 0
-        found = dict.fromkeys(elements.steps[struck].tolist(), 1) | found
-        is_exact = is_exact and bool((elements.num_points[struck] == 1).all())
-    return {"num": sum(found.values()), "is_exact": is_exact}
+    """In how many steps the loss or a gradient element was not finite; in a long run, at least.
+
+    Points that stand for several steps need not begin at the same ones in all three metrics: where they
+    overlap, they may speak of the same steps, and only one of them is counted.
+    """
+    num, is_exact, has_elements = 0, True, False
+    counted: list[tuple[Steps, Steps]] = []  # first steps, and those after the last
+    for name in (Metric.TRAIN_LOSS, Metric.NUM_NAN, Metric.NUM_INF):
+        bands, is_loss = digest.bands(name), name == Metric.TRAIN_LOSS
+        counts = bands.num_nan + bands.num_inf if is_loss else (bands.high > 0).astype(np.int64)
+        struck = counts > 0
+        firsts, ends = bands.steps[struck], _ends(bands)[struck]
+        overlaps = np.zeros(len(firsts), dtype=np.bool_)
+        for begins, afters in counted:
+            overlaps |= ((firsts[:, None] < afters) & (begins < ends[:, None])).any(axis=1)
+        num += int(counts[struck][~overlaps].sum())
+        counted.append((firsts[~overlaps], ends[~overlaps]))
+        has_elements = has_elements or (not is_loss and bool(struck.any()))
+        is_exact = is_exact and bool((bands.num_points[struck] == 1).all())
+    return {"num": num, "is_exact": is_exact or not has_elements}
+
+
+def _ends(bands: Bands) -> Steps:
+    """The step after the last one that each point stands for, at most."""
+    following = np.append(bands.steps[1:], np.iinfo(np.int64).max)
+    ends: Steps = np.where(bands.num_points == 1, bands.steps + 1, following)
+    return ends
 
 
 def _curve(bands: Bands) -> dict[str, Any]:
@@ -267,8 +286,8 @@ def _cut(value: Any) -> Any:
     """A value as it is while it is short; of a list the first ones; else its beginning in words."""
     if isinstance(value, list):
         few = value if len(value) <= 9 else [*value[:8], f"and {len(value) - 8} more"]
-        return [one if _is_plain(one) else _words(one) for one in few]
-    return value if _is_plain(value) else _words(value)
+        return [spelled(one) if _is_plain(one) else _words(one) for one in few]
+    return spelled(value) if _is_plain(value) else _words(value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -280,7 +299,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _words(value: Any) -> str:
-    text = value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+    text = (
+        value
+        if isinstance(value, str)
+        else orjson.dumps(spelled(value), option=orjson.OPT_NON_STR_KEYS).decode()
+    )
     return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 

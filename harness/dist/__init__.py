@@ -10,6 +10,7 @@ from harness.dist.agreement import (
     on_all_ranks,
     report_once,
 )
+from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.shards import local_part
@@ -19,6 +20,7 @@ from harness.dist.unused import UnusedParameters
 from harness.dist.world import World, open_world
 
 __all__ = [
+    "Heartbeats",
     "HostGroup",
     "UnusedParameters",
     "World",

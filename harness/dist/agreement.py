@@ -158,14 +158,14 @@ def report_once(report: Callable[[HarnessError], None] | None = None) -> Iterato
 
     Ranks that fail learn of each other through the store, without a collective: the others may be anywhere, and
     wait for nobody. A rank to which something else happens while another one fails, such as a lost connection,
-    raises a `LostRankError` about that other one, which prints its own.
+    raises a `LostRankError` about that other one, which prints its own. A restart may help it as much as that one.
     """
     try:
         yield
     except HarnessError as error:
         if dist.is_initialized() and dist.get_world_size() > 1:
             if error.ranks is None:
-                error.ranks = _ranks_failing_with(str(error))
+                error.ranks = _ranks_failing_with(error)
             _report_before_leaving(error, report)
         raise
     except Exception as error:
@@ -177,6 +177,7 @@ def report_once(report: Callable[[HarnessError], None] | None = None) -> Iterato
             raise
         consequence = LostRankError(f"rank {min(culprits)} failed, and this one with it: {error}")
         consequence.ranks = (min(culprits),)
+        consequence.restart_may_help = not _is_final(min(culprits))
         _report_before_leaving(consequence, report)
         raise consequence from error
 
@@ -196,15 +197,30 @@ def _report_before_leaving(error: HarnessError, report: Callable[[HarnessError],
             time.sleep(_LAST_READS_S)
 
 
-def _ranks_failing_with(text: str) -> tuple[int, ...]:
-    """The ranks that fail with `text`, this one included; empty: all of them."""
+def _ranks_failing_with(error: HarnessError) -> tuple[int, ...]:
+    """The ranks that fail with the same words, this one included; empty: all of them."""
+    text = str(error)
     try:
-        default_store().set(f"{_FAILURES}/{dist.get_rank()}", text)
+        store = default_store()
+        if not error.restart_may_help:
+            store.set(_final_key(dist.get_rank()), "")
+        store.set(f"{_FAILURES}/{dist.get_rank()}", text)
         messages = _failures(enough=dist.get_world_size())
     except (dist.DistError, RuntimeError):  # the store is gone, and with it the rank that held it
         return (dist.get_rank(),)
     ranks = tuple(sorted({dist.get_rank(), *(rank for rank, other in messages.items() if other == text)}))
     return () if len(ranks) == dist.get_world_size() else ranks
+
+
+def _is_final(rank: int) -> bool:
+    """Whether the error of a rank that has failed would be there at every start."""
+    with suppress(dist.DistError, RuntimeError):  # the store is gone
+        return bool(default_store().check([_final_key(rank)]))
+    return False
+
+
+def _final_key(rank: int) -> str:
+    return f"{_FAILURES}/{rank}/final"
 
 
 def _failures(*, enough: int) -> dict[int, str]:

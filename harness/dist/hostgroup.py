@@ -29,6 +29,7 @@ class HostGroup:
 
     def __init__(self, *, error: type[HarnessError], timeout_s: float) -> None:
         self._error = error
+        self.timeout_s = timeout_s
         self._group: Any = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():

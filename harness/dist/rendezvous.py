@@ -29,8 +29,9 @@ __all__ = ["fresh_store"]
 
 _TOKEN = "harness/attempt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
-_STOP_GRACE_S = 5.0
-"""How long a rank that was asked to stop still waits for the others, who may be gone."""
+_STOP_GRACE_S = 20.0
+"""How long a rank that was asked to stop still waits for the others, who may be gone or still import: a stop
+before the first step is committed by all. Below the 30 s after which torchrun kills."""
 
 
 def fresh_store(

@@ -71,15 +71,12 @@ def open_world(
 
 
 def _launched() -> env.Launched:
-    try:
-        launched, unheard = env.launched(), env.unheard_launcher()
-    except ValueError as error:
-        raise LaunchError(f"the launcher's variables are damaged: {error}") from error
+    launched, unheard = env.launched(), env.unheard_launcher()
     if unheard is not None and not launched.by_launcher:
         raise LaunchError(
             f"{unheard[0]} is {unheard[1]}, and RANK and WORLD_SIZE are not set",
             rule=f"{unheard[1]} processes would train {unheard[1]} times, each by itself",
-            remedy="start one torchrun or `accelerate launch` per machine, as in launch/slurm.sbatch",
+            remedy="start one torchrun or `accelerate launch` per machine, as `harness launch --print slurm` does",
         )
     return launched
 

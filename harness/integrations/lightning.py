@@ -19,15 +19,17 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, needs
 from harness.stability import StepGuard
+
+with needs("lightning", extra="lightning"):
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers.logger import Logger
+    from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+    from lightning.pytorch.utilities import rank_zero_only
 
 __all__ = ["GuardCallback", "TrackerLogger", "guarded_precision"]
 

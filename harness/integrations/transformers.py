@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, needs
 from harness.integrations.accelerate import refuse_unfit
+from harness.runlog.names import Prefix
 from harness.stability import StepGuard
+
+with needs("transformers", extra="hf"):
+    from transformers import TrainerCallback
 
 __all__ = ["TrackerCallback", "guarded"]
 
@@ -149,4 +152,4 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 def _name(key: str) -> str:
     """`eval_loss` as `val/loss`, what else is logged as `train/...`."""
-    return f"val/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+    return Prefix.VAL + key.removeprefix("eval_") if key.startswith("eval_") else Prefix.TRAIN + key

@@ -5,8 +5,8 @@
     bands = digest.bands("train/loss", max_points=800)
 
 Each point stands for some consecutive steps and carries the smallest, the mean and the largest value of them
-and how many were not finite. Memory is bounded by the number of metrics, not by the length of the run; where
-somebody looks closely, the steps themselves are read from the log again.
+and how many were not finite. Memory is bounded by the number of metrics and attempts, not by the length of
+the run; where somebody looks closely, the steps themselves are read from the log again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.files import file_status, open_file
-from harness.runlog.blocks import CLOCK, SYSTEM, Block, Blocks, measured
+from harness.runlog.blocks import CLOCK, MADE, SYSTEM, Block, Blocks, measured
 from harness.runlog.codec import Record, decode
 from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
@@ -31,6 +31,7 @@ from harness.runlog.series import Layers, Series, last_of_each_step
 from harness.runlog.timeline import Timeline, line_of, newest_steps
 from harness.runlog.traces import (
     ENTRY,
+    TOTAL_SCALE,
     Entries,
     Trace,
     entries_of,
@@ -46,7 +47,10 @@ READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
 """As much of a log is read again for one close look."""
 MOST, MOST_OF_LAYERS = 8192, 2048
+MOST_EVENTS = 10_000
 MAX_COLUMNS = 400
+MAX_NAMES = 50_000
+"""Metrics of a run, those of layers and ranks included; some kB each."""
 HEAD_BYTES = 1024
 
 
@@ -74,15 +78,17 @@ class Digest(Timeline):
     Attributes:
         read_frac: How much of the log has been read.
         num_bytes: Size in memory, about.
+        num_left_out: Values of further metrics, where there are more than `MAX_NAMES`.
         is_preview: Whether only some places of the log were read, so that a spike may be missing.
     """
 
     is_preview = False
+    most_events: int | None = MOST_EVENTS
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
         self.read_frac = 0.0
-        self.num_bytes = 0
+        self.num_bytes = self.num_left_out = 0
         self._head = b""
         self._followers: dict[str, Follower] = {}
         self._traces: dict[str, Trace] = {}
@@ -115,6 +121,12 @@ class Digest(Timeline):
         """Size of the whole log."""
         return sum(size for size, _ in self._unread())
 
+    def version(self) -> str:
+        """Another one whenever more of the log has been read."""
+        places = [(folder, follower.position) for folder, follower in self._followers.items()]
+        known_by = repr((self.is_preview, self.started, self.updated, self.num_events, places))
+        return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:16]
+
     @property
     def num_damaged(self) -> int:
         """Complete lines that are no records; a healthy log has none."""
@@ -123,26 +135,26 @@ class Digest(Timeline):
     @property
     def last_step(self) -> int | None:
         """The newest step of the timeline."""
-        steps = self._shown(CLOCK)["high"]
+        steps = self._shown(CLOCK)["last_step"]
         return int(steps.max()) if len(steps) else None
 
     def names(self) -> list[str]:
         """All metrics, those of layers and ranks included, sorted."""
-        return sorted(name for name in self._traces if name != CLOCK)
+        return sorted({name.removeprefix(MADE) for name in self._traces if name != CLOCK})
 
     def scalar_names(self) -> list[str]:
         """The metrics that were logged as such: without those that are made of layers and ranks, sorted."""
-        return [name for name in Digest.names(self) if not name.startswith((Prefix.LAYERS, Prefix.RANKS))]
+        return sorted(name for name in self._traces if not name.startswith(MADE))
 
     def last(self, name: str) -> float | None:
         """The metric's newest value."""
-        if name not in self._traces:
+        trace = self._traces.get(self._key(name))
+        if trace is None:
             return None
-        trace = self._traces[name]
         is_of_newest_attempt = int(trace.newest["attempt"]) == max(self.attempts, default=SYSTEM)
         if is_of_newest_attempt and trace.newest["last_step"] == trace.last_step:
             return float(trace.newest["last"])
-        shown = self._shown(name)
+        shown = self._shown(self._key(name))
         return float(shown["last"][-1]) if len(shown) else None
 
     def ranks(self) -> dict[str, list[float]]:
@@ -156,11 +168,18 @@ class Digest(Timeline):
         """A metric, reduced to at most `max_points` points; empty arrays if it was never logged.
 
         Args:
-            name: As logged, or `layers/STATISTIC/PARAMETER`, `ranks/QUANTITY/max` and so on.
+            name: As logged, or else `layers/STATISTIC/PARAMETER`, `ranks/QUANTITY/max` and so on.
             within: First and last step; None for all.
             max_points: Where there are more steps, neighbouring ones share a point.
         """
-        shown = self._shown(name, within=within, close_below=max_points)
+        return self._bands(self._key(name), within, max_points)
+
+    def _key(self, name: str) -> str:
+        """Under which name a metric is kept: what was logged as such comes before what is made of layers."""
+        return name if name in self._traces else f"{MADE}{name}"
+
+    def _bands(self, key: str, within: tuple[int, int] | None, max_points: int) -> Bands:
+        shown = self._shown(key, within=within, close_below=max_points)
         starts = group_starts(len(shown), max_points)
         count = reduced(shown["num_finite"], starts, np.add)
         num_nan, num_inf = (reduced(shown[name], starts, np.add) for name in ("num_nan", "num_inf"))
@@ -172,7 +191,7 @@ class Digest(Timeline):
             shown["first_step"][starts],
             shown["time"][starts],
             low,
-            total / np.maximum(count, 1),
+            np.clip(total / np.maximum(count, 1) / TOTAL_SCALE, low, high),
             high,
             count + num_nan + num_inf,
             num_nan,
@@ -182,21 +201,24 @@ class Digest(Timeline):
     def layers(
         self, statistic: str, *, within: tuple[int, int] | None = None, max_columns: int | None = None
     ) -> Layers:
-        """A statistic of every parameter, reduced to the largest value of each column.
+        """A statistic of every parameter, reduced to the largest value of each of at most `max_columns`.
 
         A column in which a parameter was not finite is infinite there.
         """
-        prefix = f"{Prefix.LAYERS}{statistic}/"
+        most = max_columns or MAX_COLUMNS
+        prefix = f"{MADE}{Prefix.LAYERS}{statistic}/"
         all_bands = {
-            name.removeprefix(prefix): self.bands(name, within=within, max_points=max_columns or MAX_COLUMNS)
+            name.removeprefix(prefix): self._bands(name, within, most)
             for name in self._traces
             if name.startswith(prefix)
         }
         steps = np.unique(np.concatenate([bands.steps for bands in all_bands.values()] or [_NO_STEPS]))
+        steps = steps[group_starts(len(steps), most)]  # parameters may be logged at different ones
         values = np.full((len(steps), len(all_bands)), np.nan)
-        for column, bands in enumerate(all_bands.values()):
+        for row, bands in enumerate(all_bands.values()):
             odd = bands.num_nan + bands.num_inf > 0
-            values[np.searchsorted(steps, bands.steps), column] = np.where(odd, np.inf, bands.high)
+            columns = np.searchsorted(steps, bands.steps, side="right") - 1
+            np.fmax.at(values[:, row], columns, np.where(odd, np.inf, bands.high))
         return Layers(steps, list(all_bands), values)
 
     def dump(self) -> tuple[dict[str, Any], list[Entries]]:
@@ -209,6 +231,7 @@ class Digest(Timeline):
             },
             "folders": self._blocks.folders,
             "blocks": [tuple(block) for block in self._blocks.blocks],
+            "num_left_out": self.num_left_out,
             "last_steps": list(self._last_steps.items()),
             "ranks": None if self._ranks is None else line_of(self._ranks),
             "traces": [
@@ -225,29 +248,41 @@ class Digest(Timeline):
             folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
         }
         is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
-        if not is_whole or not self._read_head().startswith(self._head) or not self._holds(places):
+        if not is_whole or not self._read_head().startswith(self._head):
+            return False
+        if not self._holds({folder: position for folder, (position, _) in places.items()}):
             return False
         for folder, (position, num_damaged) in places.items():
             self._followers[folder] = self._follower(folder, position)
             self._followers[folder].num_damaged = num_damaged
         self._blocks.folders = about["folders"]
         self._blocks.blocks = [Block(*block) for block in about["blocks"]]
+        self.num_left_out = int(about["num_left_out"])
         self._last_steps = dict(about["last_steps"])
         self._ranks = None if about["ranks"] is None else decode(about["ranks"].encode())
         begin = 0
         for name, width, size, num_rest in about["traces"]:
             mine = entries[begin : begin + size]
-            self._traces[name] = Trace.restored(mine, width=width, num_rest=num_rest, most=_most(name))
+            self._traces[name] = Trace.restored(
+                mine,
+                width=width,
+                num_rest=num_rest,
+                most=_most(name),
+                replaces=_replaces(name, int(mine["attempt"][0])),
+            )
             begin += size
         self._take_account(about["timeline"])
         self.read_frac, self.num_bytes = self._share_read(), self._size()
         return True
 
-    def _holds(self, places: Mapping[str, tuple[Position, int]]) -> bool:
-        """Whether the log reaches as far as it did."""
-        for folder, (position, _) in places.items():
-            sizes = {path.name: size for path, size in self._segments(folder)}
-            if sizes.get(segment_name(position.segment), 0) < position.offset:
+    def _holds(self, places: Mapping[str, Position]) -> bool:
+        """Whether the log reaches as far as it did; asks for one file's size in each folder."""
+        for folder, position in places.items():
+            size = 0
+            with contextlib.suppress(OSError):
+                path = log_dir(self.path) / folder / segment_name(position.segment)
+                size = file_status(path, within=self.within).st_size
+            if size < position.offset:
                 return False
         return True
 
@@ -261,12 +296,12 @@ class Digest(Timeline):
                 self._add(name, attempt, series, block)
 
     def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
-        self._trace(name).add(entries_of(series, attempt=attempt, block=block))
-
-    def _trace(self, name: str) -> Trace:
         if name not in self._traces:
-            self._traces[name] = Trace(_most(name))
-        return self._traces[name]
+            if len(self._traces) >= MAX_NAMES and name != CLOCK:
+                self.num_left_out += len(series.steps)
+                return
+            self._traces[name] = Trace(_most(name), replaces=_replaces(name, attempt))
+        self._traces[name].add(entries_of(series, attempt=attempt, block=block))
 
     def _shown(self, name: str, *, within: tuple[int, int] | None = None, close_below: int = 0) -> Entries:
         """The metric's entries on the timeline, ordered by step.
@@ -355,16 +390,17 @@ class Digest(Timeline):
                 yield size, max(0, size - read)
 
     def _size(self) -> int:
-        return ENTRY.itemsize * sum(trace.size for trace in self._traces.values())
+        return self._events_bytes + sum(trace.num_bytes for trace in self._traces.values())
 
     def _share_read(self) -> float:
         sizes = list(self._unread())
         return 1.0 - sum(unread for _, unread in sizes) / max(1, sum(size for size, _ in sizes))
 
     def _begin_anew_if_replaced(self) -> None:
-        """A run may have been deleted, and another begun under its name."""
+        """A run may have been deleted, and another begun under its name; or its log was cut short."""
         head = self._read_head()
-        if self._head and not head.startswith(self._head):
+        places = {folder: follower.position for folder, follower in self._followers.items()}
+        if (self._head and not head.startswith(self._head)) or not self._holds(places):
             type(self).__init__(self, self.path, within=self.within)
         if len(self._head) < HEAD_BYTES:
             self._head = head
@@ -395,7 +431,12 @@ def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, in
 
 
 def _most(name: str) -> int:
-    return MOST_OF_LAYERS if name.startswith(Prefix.LAYERS) else MOST
+    return MOST_OF_LAYERS if name.startswith(f"{MADE}{Prefix.LAYERS}") else MOST
+
+
+def _replaces(name: str, attempt: int) -> bool:
+    """Whether a later point of a step replaces an earlier one; samples and ticks of the clock have a time."""
+    return name != CLOCK and attempt != SYSTEM
 
 
 def _as_one(entries: Entries) -> Entries:
@@ -403,8 +444,11 @@ def _as_one(entries: Entries) -> Entries:
 
 
 def _in_order(entries: Entries) -> Entries:
-    """By step; of points with the same step the one written last."""
+    """By step; of points with the same step the one written last, but all samples of a node, by time."""
     steps = entries["first_step"]
+    if len(entries) and entries["attempt"][0] == SYSTEM:
+        samples: Entries = entries[np.lexsort((entries["time"], steps))]
+        return samples
     if (steps[1:] > steps[:-1]).all():  # as it nearly always is
         return entries
     is_points = bool((entries["num_finite"] + entries["num_nan"] + entries["num_inf"] == 1).all())

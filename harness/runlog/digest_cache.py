@@ -26,7 +26,7 @@ __all__ = ["digest_file", "load_digest", "save_digest"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"harness digest 3\n"
+_FORMAT = b"harness digest 4\n"
 _HEAD = struct.Struct("<IQ")
 """CRC-32 of what follows it, and the length of the JSON."""
 LONGEST_BYTES = 2 << 30

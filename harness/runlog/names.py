@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["EventName", "Metric", "Prefix", "page_names"]
+__all__ = ["EventName", "Metric", "Prefix", "main_first", "page_names"]
 
 
 class Metric:
@@ -82,6 +83,14 @@ class EventName:
     ROLLBACK: Final = "rollback"
     STOP: Final = "stop"
     ALERT: Final = "alert"
+
+
+def main_first(names: Iterable[str]) -> list[str]:
+    """In the order in which they matter where not all can be shown: those of `Metric`, those of ranks, the
+    others, each by name. Those of layers, of which there are thousands, are left out."""
+    main = {value for name, value in vars(Metric).items() if name.isupper()}
+    shown = (name for name in names if not name.startswith(Prefix.LAYERS))
+    return sorted(shown, key=lambda name: (name not in main, not name.startswith(Prefix.RANKS), name))
 
 
 def page_names() -> dict[str, dict[str, str]]:

@@ -9,6 +9,7 @@ log/mirrors/            what each mirror has taken of the log
 log/side.log            what side processes have printed
 tensorboard/  wandb/    mirrors
 checkpoints/            what `checkpoint_of` reads the names of
+incidents/              stacks of all ranks of a run that hung
 summary.json            the end of the last attempt
 curves.png              the picture of the run
 report.html  export.csv what people have asked for
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoints_dir",
     "config_file",
     "export_file",
+    "incidents_dir",
     "log_dir",
     "media_bytes",
     "media_dir",
@@ -149,6 +151,11 @@ def wandb_dir(run_dir: str | Path) -> Path:
 def checkpoints_dir(run_dir: str | Path) -> Path:
     """The folder of the run's checkpoints."""
     return Path(run_dir) / "checkpoints"
+
+
+def incidents_dir(run_dir: str | Path) -> Path:
+    """What is known of a run that hung: a folder for each time."""
+    return Path(run_dir) / "incidents"
 
 
 def summary_file(run_dir: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ from harness.runlog.codec import Record, decode
 from harness.runlog.digest import Digest
 from harness.runlog.digest_cache import load_digest
 from harness.runlog.reader import is_run, no_run, unreadable
-from harness.runlog.segments import LONGEST_LINE_BYTES
+from harness.runlog.segments import LONGEST_LINE_BYTES, READ_BYTES
 from harness.runlog.traces import Entries
 
 __all__ = ["LONG_BYTES", "open_digest", "open_whole", "preview"]
@@ -24,6 +25,8 @@ LINES_PER_PLACE = 3
 HEAD_LINES = 20
 """At the beginning of each segment: that is where an attempt says what it is."""
 TAIL_BYTES = 256 << 10
+MOST_BYTES = 16 << 20
+"""Of lines that are kept, the newest ones aside; lines that are too long for it are passed over."""
 
 
 def preview(
@@ -85,15 +88,16 @@ class _Preview(Digest):
         """Attempts that a new process began."""
         records: list[Record] = []
         num_bytes = total = 0
-        for folder in self._folders():
-            parts = self._segments(folder)
+        folders = [self._segments(folder) for folder in self._folders()]
+        share = MOST_BYTES // max(1, sum(map(len, folders)))
+        for parts in folders:
             whole = sum(size for _, size in parts)
             total += whole
             for path, size in parts:
                 is_last = path == parts[-1][0]
                 every = max(1, whole // num_places if num_places else size)
                 end = size - tail_bytes if is_last else size
-                for line in self._lines(path, every=every, middle_ends=end, has_tail=is_last):
+                for line in self._lines(path, every=every, middle_ends=end, has_tail=is_last, most=share):
                     num_bytes += len(line)
                     record = decode(line)
                     if record is not None:
@@ -125,26 +129,43 @@ class _Preview(Digest):
     def _is_near(self, entries: Entries) -> bool:
         return False  # where the records lie is not kept
 
-    def _lines(self, path: Path, *, every: int, middle_ends: int, has_tail: bool) -> Iterator[bytes]:
-        """Whole lines of a segment: the first ones, some at each place, and all after the middle's end."""
+    def _lines(
+        self, path: Path, *, every: int, middle_ends: int, has_tail: bool, most: int
+    ) -> Iterator[bytes]:
+        """Whole lines of a segment: the first ones, some at each place, and all after the middle's end.
+
+        Of `most` bytes those before the end half is for the first ones, the other half for the places alike.
+        """
         with contextlib.suppress(OSError), open_file(path, within=self.within) as file:
-            yield from _some(file, HEAD_LINES)
+            yield from _some(file, HEAD_LINES, max(most // 2, TAIL_BYTES if has_tail else 0))
+            taken = 0
             for place in range(every, middle_ends, every):
                 if place > file.tell():
                     file.seek(place)
-                    file.readline(LONGEST_LINE_BYTES)
+                    _skip_line(file)
                     if file.tell() < middle_ends:
-                        yield from _some(file, LINES_PER_PLACE)
+                        for line in _some(file, LINES_PER_PLACE, most // 2 * place // middle_ends - taken):
+                            taken += len(line)
+                            yield line
             if has_tail:
                 if middle_ends > file.tell():
                     file.seek(middle_ends)
-                    file.readline(LONGEST_LINE_BYTES)
-                yield from iter(lambda: next(_some(file, 1), b""), b"")
+                    _skip_line(file)
+                yield from _some(file, sys.maxsize, LONGEST_LINE_BYTES)
 
 
-def _some(file: BinaryIO, most: int) -> Iterator[bytes]:
-    for _ in range(most):
-        line = file.readline(LONGEST_LINE_BYTES)
+def _some(file: BinaryIO, num_lines: int, num_bytes: int) -> Iterator[bytes]:
+    """So many whole lines at most, of so many bytes together; leaves the file at a line's beginning."""
+    for _ in range(num_lines):
+        line = file.readline(max(0, num_bytes))
         if not line.endswith(b"\n"):
+            _skip_line(file)
             return
+        num_bytes -= len(line)
         yield line
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while part := file.readline(READ_BYTES):
+        if part.endswith(b"\n"):
+            return

@@ -16,9 +16,10 @@ import psutil
 
 from harness import __version__
 
-__all__ = ["identity", "is_alive", "lives", "machine"]
+__all__ = ["identity", "is_alive", "lives", "machine", "started_at"]
 
 CLOCK_SLACK_S = 5.0
+"""The kernel's clock is read twice for a time since boot, and rounds the boot to a second."""
 
 
 @functools.cache
@@ -35,6 +36,7 @@ def identity() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "process_start": psutil.Process().create_time(),
+        "process_start_s": started_at(os.getpid()),
         "machine": machine(),
         "host": socket.gethostname(),
         "command": list(sys.argv),
@@ -47,16 +49,27 @@ def is_alive(info: Mapping[str, Any]) -> bool | None:
     """Whether the process of an `identity` still runs; None if it belongs to another machine."""
     if info.get("machine") != machine():
         return None
-    return lives(info.get("pid", -1), info.get("process_start", 0.0))
+    start_s = info.get("process_start_s")
+    if start_s is None:  # written before 0.2, by the wall clock alone
+        start_s = info.get("process_start", 0.0) - psutil.boot_time()
+    return lives(info.get("pid", -1), start_s)
 
 
-def lives(pid: int, start: float) -> bool:
-    """Whether process `pid`, started at `start` (seconds since the epoch), still runs and is no zombie."""
+def started_at(pid: int) -> float:
+    """When a process began, in seconds since the machine's boot, which no setting of the clock changes.
+
+    Raises:
+        psutil.Error: there is no such process.
+    """
+    # The kernel knows the ticks since boot, psutil adds the boot by the wall clock as it is set now.
+    process = psutil.Process(pid)
+    return process.create_time() - psutil.boot_time()
+
+
+def lives(pid: int, start_s: float) -> bool:
+    """Whether process `pid`, whose `started_at` is `start_s`, still runs and is no zombie."""
     try:
-        process = psutil.Process(pid)
-        # A recycled number belongs to a later process. The start is known through the wall clock, which may
-        # have been set since, so it is not compared to the last digit.
-        same = abs(process.create_time() - start) < CLOCK_SLACK_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(started_at(pid) - start_s) < CLOCK_SLACK_S  # a recycled number belongs to a later process
+        return same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, OverflowError):  # OverflowError: a number that no process has
         return False

@@ -25,14 +25,13 @@ import numpy as np
 from harness.errors import TrackingError
 from harness.runlog.blocks import CLOCK, SYSTEM
 from harness.runlog.codec import KINDS, Record, decode
-from harness.runlog.digest import NO_ENTRIES, Digest, group_starts
+from harness.runlog.digest import Digest, group_starts
 from harness.runlog.events import Event
-from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
 from harness.runlog.segments import segments
 from harness.runlog.series import Layers, Series, joined, last_of_each_step
 from harness.runlog.timeline import State, newest_steps
-from harness.runlog.traces import Entries, visible
+from harness.runlog.traces import Entries
 
 if TYPE_CHECKING:
     import pandas
@@ -45,6 +44,7 @@ POINT_BYTES = 24
 STRETCH_BYTES = 8 << 20
 """How much of a log `stretches` reads at once."""
 
+_NO_STEPS = np.empty(0, dtype=np.int64)
 Parts = list[tuple[int, Series]]
 """A metric's points as they were written, each part of one attempt."""
 
@@ -89,6 +89,8 @@ def unreadable(run_dir: str | Path, error: OSError) -> TrackingError:
 class Run(Digest):
     """A run as its log tells it, each step of it; `refresh` reads on from where it stopped."""
 
+    most_events = None  # an export holds them all
+
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         super().__init__(run_dir, within=within)
         self._columns: dict[str, Parts] = {}
@@ -113,33 +115,55 @@ class Run(Digest):
             name: As logged, such as `train/loss`.
             attempt: Shows the timeline as it stood in that attempt, before later ones replaced its steps.
         """
-        parts = self._parts(name)
+        parts = self._parts(self._key(name))
         own = [part for part in parts if part[0] != SYSTEM]  # somebody's metric may have a sample's name
         if parts and not own:
             return self._dated_by_clock(joined([series for _, series in parts]))
         return _on_timeline(own, self.limits(attempt))
 
     def stretches(self) -> list[tuple[int, int]]:
-        """First and last steps of consecutive stretches that cover the timeline, each some MB of log."""
-        clock = self._shown(CLOCK)
-        if not len(clock):
-            return []
+        """First and last steps of consecutive stretches that cover the timeline, of about equally many points
+        each: some MB of log."""
         most = max(1, self.log_bytes() // STRETCH_BYTES)
-        firsts = np.unique(clock["first_step"][group_starts(len(clock), most)])
-        lasts = np.append(firsts[1:] - 1, clock["last_step"].max())
+        steps, weights, last = [_NO_STEPS], [_NO_STEPS], 0
+        for name in self.names():
+            entries = self._own_entries(name)
+            starts = group_starts(len(entries), 4 * most)
+            steps.append(entries["first_step"][starts])
+            weights.append(np.diff(starts, append=len(entries)) * self._traces[name].width)
+            last = max(last, int(entries["last_step"].max(initial=0)))
+        ordered = np.argsort(all_steps := np.concatenate(steps), kind="stable")
+        if not len(ordered):
+            return []
+        filled = np.cumsum(np.concatenate(weights)[ordered])
+        begins = np.searchsorted(filled, filled[-1] * np.arange(1, most) / most)
+        firsts = np.unique(np.append(all_steps.min(), all_steps[ordered[begins]]))
+        lasts = np.append(firsts[1:] - 1, last)
         return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
     def between(self, first: int, last: int) -> dict[str, Series]:
         """All metrics of `scalar_names` from step `first` to `last`, read from the log again, but for samples
-        of nodes."""
-        clock = self._traces[CLOCK].entries if CLOCK in self._traces else NO_ENTRIES
-        whole, cut = visible(clock, self.limits(), (first, last))
+        of nodes.
+
+        Each metric says where its steps are written: some may count epochs where others count steps.
+        """
         parts: dict[str, Parts] = {}
-        for number in self._blocks_of(clock[whole | cut]):
-            for (attempt, name), series in self._blocks.read(number).items():
-                if attempt != SYSTEM and name != CLOCK and not name.startswith((Prefix.LAYERS, Prefix.RANKS)):
+        unread: set[str] = set()
+        numbers: set[int] = set()
+        for name in self.names():
+            entries = self._own_entries(name)
+            touched = entries[(entries["first_step"] <= last) & (entries["last_step"] >= first)]
+            if self._traces[name].width == 1:
+                parts[name] = _parts_of(touched)
+            else:
+                unread.add(name)
+                numbers.update(self._blocks_of(touched))
+        for number in sorted(numbers):
+            for (attempt, name), series in self._blocks.read(number, has_scalars_only=True).items():
+                if attempt != SYSTEM and name in unread:
                     within = (series.steps >= first) & (series.steps <= last)
                     parts.setdefault(name, []).append((attempt, series.at(within)))
+        parts = {name: some for name, some in parts.items() if some}
         return {name: _on_timeline(some, self.limits()) for name, some in sorted(parts.items())}
 
     def layers(
@@ -232,6 +256,13 @@ class Run(Digest):
 
     def _is_samples(self, name: str) -> bool:
         return bool((self._traces[name].entries["attempt"] == SYSTEM).all())
+
+    def _own_entries(self, name: str) -> Entries:
+        """The metric's entries but for samples of nodes, in the order of writing."""
+        entries = self._traces[name].entries
+        is_own = entries["attempt"] != SYSTEM
+        own: Entries = entries if is_own.all() else entries[is_own]
+        return own
 
     def _dated_by_clock(self, samples: Series) -> Series:
         """Samples of a node are taken by time: each gets the step that was the newest at that moment."""

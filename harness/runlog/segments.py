@@ -192,6 +192,8 @@ class Follower:
         self.began = position
         """Where the records that were read last begin."""
         self.num_damaged = 0
+        self._listed: deque[Path] = deque()
+        """Segments from the position on, as they were when the folder was last looked into."""
 
     def read(self, max_bytes: int = READ_BYTES) -> list[Record]:
         """The next records, about `max_bytes` of them; none if there is nothing new.
@@ -199,18 +201,31 @@ class Follower:
         Raises:
             OSError: the disk fails, or the log has just been removed.
         """
-        for path in segments(self.folder, within=self._within):
+        if not (records := self._read_listed(max_bytes)):
+            self._listed = deque(segments(self.folder, within=self._within))
+            records = self._read_listed(max_bytes)
+        return records
+
+    def _read_listed(self, max_bytes: int) -> list[Record]:
+        while self._listed:
+            path = self._listed[0]
             number = int(path.stem)
-            if number < self.position.segment:
-                continue
             if number > self.position.segment:
                 self.position = Position(number)
-            while lines := self._read_lines(path, max_bytes):
+            while number == self.position.segment and (lines := self._next_lines(max_bytes)):
                 records = [record for record in map(decode, lines) if record is not None]
                 self.num_damaged += len(lines) - len(records)
                 if records:
                     return records
+            self._listed.popleft()
         return []
+
+    def _next_lines(self, max_bytes: int) -> list[bytes]:
+        try:
+            return self._read_lines(self._listed[0], max_bytes)
+        except OSError:
+            self._listed.clear()  # it may be gone: the folder is looked into again
+            raise
 
     def _read_lines(self, path: Path, max_bytes: int) -> list[bytes]:
         """The next complete lines of a segment; none at its end."""

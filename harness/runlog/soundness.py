@@ -12,7 +12,15 @@ from typing import Any
 
 from harness.errors import TrackingError
 
-__all__ = ["LAST_STEP", "MAX_DEPTH", "MAX_ELEMENTS", "SCALAR_KINDS", "checked_step", "is_sound"]
+__all__ = [
+    "LAST_ATTEMPT",
+    "LAST_STEP",
+    "MAX_DEPTH",
+    "MAX_ELEMENTS",
+    "SCALAR_KINDS",
+    "checked_step",
+    "is_sound",
+]
 
 SCALAR_KINDS = frozenset({"step", "eval", "epoch"})
 MAX_DEPTH = 16
@@ -34,6 +42,7 @@ _OF_SIDE_PROCESSES = frozenset({"system", "event"})
 _FIELDS_OF_RUN: Mapping[str, type | tuple[type, ...]] = {
     "pid": int,
     "process_start": (int, float),
+    "process_start_s": (int, float),
     "machine": str,
     "host": str,
     "command": list,

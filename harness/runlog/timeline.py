@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from harness.runlog.codec import Record, decode, encode
 from harness.runlog.events import Event
+from harness.runlog.names import EventName
 from harness.runlog.process import is_alive
 from harness.runlog.soundness import SCALAR_KINDS
 
@@ -33,7 +34,12 @@ class Timeline:
         hparams: All hyperparameters logged, later values over earlier ones.
         started: Time of the first record, in seconds since the epoch; `updated`: of the newest.
         attempt_starts: Time of each attempt's first record.
+        num_events: How many events there have been, and how many of them are incidents: `num_incidents`.
+        most_events: Above twice that many only so many of the newest are held, and half as many incidents
+            from before them; None: all are.
     """
+
+    most_events: int | None = None
 
     def __init__(self, run_dir: str | Path, *, within: Path | None = None) -> None:
         self.path = Path(run_dir)
@@ -45,6 +51,8 @@ class Timeline:
         self.attempt_starts: dict[int, float] = {}
         self._first_steps: dict[int, int] = {}
         self._events: list[Record] = []
+        self._events_bytes = 0
+        self.num_events = self.num_incidents = 0
         self._end: dict[str, Any] | None = None
 
     @property
@@ -56,11 +64,6 @@ class Timeline:
     def end(self) -> dict[str, Any] | None:
         """What the `end` record of the newest attempt says, if there is one."""
         return self._end
-
-    @property
-    def num_events(self) -> int:
-        """How many events there have been; cheaper than counting `events()`."""
-        return len(self._events)
 
     def limits(self, until: int | None = None) -> dict[int, float]:
         """The attempts in order, each with the step from which on a later one replaces it.
@@ -77,7 +80,10 @@ class Timeline:
         return dict(reversed(limits.items()))
 
     def events(self, name: str | None = None) -> list[Event]:
-        """Everything that happened, by time; only events called `name` if that is given."""
+        """Everything that happened, by time; only events called `name` if that is given.
+
+        Of very many the older ones are left out; see `most_events`.
+        """
         limits = self.limits()
         return [
             Event(
@@ -113,6 +119,7 @@ class Timeline:
         records = [Record(kind, 0, None, 0.0, values) for kind, values in said]
         return {
             "records": [line_of(record) for record in (*records, *self._events)],
+            "num_events": (self.num_events, self.num_incidents),
             "times": (self.started, self.updated),
             "attempt_starts": list(self.attempt_starts.items()),
             "first_steps": list(self._first_steps.items()),
@@ -122,6 +129,7 @@ class Timeline:
         for record in map(decode, (line.encode() for line in account["records"])):
             if record is not None:
                 self._note(record)
+        self.num_events, self.num_incidents = account["num_events"]
         self.started, self.updated = account["times"]
         self.attempt_starts = dict(account["attempt_starts"])
         self._first_steps = dict(account["first_steps"])
@@ -130,7 +138,7 @@ class Timeline:
         """Takes account of a record; what it measures is left to whoever builds on this."""
         self.started = record.time if self.started is None else self.started
         if record.kind == "event":
-            self._events.append(record)
+            self._take_event(record)
         if record.kind in ("event", "system"):  # the side process may have written it, after the run's end
             return
         self.updated = record.time
@@ -147,6 +155,16 @@ class Timeline:
         elif record.kind == "end":
             self._end = record.values
 
+    def _take_event(self, record: Record) -> None:
+        self.num_events += 1
+        self.num_incidents += _is_incident(record)
+        self._events.append(record)
+        self._events_bytes += _event_bytes(record)
+        if self.most_events is not None and len(self._events) > 2 * self.most_events:
+            older, newest = self._events[: -self.most_events], self._events[-self.most_events :]
+            self._events = [*filter(_is_incident, older)][-(self.most_events // 2) :] + newest
+            self._events_bytes = sum(map(_event_bytes, self._events))
+
     def _begins_at(self, attempt: int, step: int) -> None:
         self._first_steps[attempt] = min(step, self._first_steps.get(attempt, step))
 
@@ -154,6 +172,15 @@ class Timeline:
         """In logs of earlier releases: a training that began again at step 0 wrote no `rewind`."""
         is_training = "config" in self.info and "experiment" not in self.info
         return is_training and attempt not in self._first_steps and attempt > min(self.attempt_starts)
+
+
+def _is_incident(record: Record) -> bool:
+    return record.values.get("name") == EventName.INCIDENT
+
+
+def _event_bytes(record: Record) -> int:
+    """Size in memory, about: as text, and of the objects."""
+    return 512 + 2 * len(line_of(record))
 
 
 def newest_steps(

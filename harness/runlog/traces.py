@@ -15,7 +15,17 @@ import numpy.typing as npt
 
 from harness.runlog.series import Series
 
-__all__ = ["ENTRY", "Entries", "Trace", "entries_of", "merged", "one_after_another", "reduced", "visible"]
+__all__ = [
+    "ENTRY",
+    "TOTAL_SCALE",
+    "Entries",
+    "Trace",
+    "entries_of",
+    "merged",
+    "one_after_another",
+    "reduced",
+    "visible",
+]
 
 ENTRY = np.dtype(
     [
@@ -29,14 +39,19 @@ ENTRY = np.dtype(
         ("last_step", "<i8"),
         ("time", "<f8"),  # of the first point
         ("low", "<f8"),  # inf without a finite point
-        ("total", "<f8"),  # of finite points, as is `high`, which is -inf without one
-        ("high", "<f8"),
+        ("total", "<f8"),  # of finite points, times `TOTAL_SCALE`
+        ("high", "<f8"),  # -inf without a finite point
         ("last", "<f8"),
     ]
 )
 Entries = npt.NDArray[np.void]
 """Of dtype `ENTRY`, one dimension, in the order of writing."""
 
+TOTAL_SCALE = 2.0**-64
+"""With it no total of as many points as a log can hold is more than a float."""
+OVERHEAD_BYTES = 1024
+"""Of a trace: its object, its arrays' headers and its name."""
+_NONE = np.empty(0, dtype=ENTRY)
 _FIRSTS = ("first_block", "attempt", "time")
 _SUMS = ("num_finite", "num_nan", "num_inf", "total")
 
@@ -44,26 +59,35 @@ _SUMS = ("num_finite", "num_nan", "num_inf", "total")
 class Trace:
     """A metric's entries.
 
+    A step that is written again replaces its earlier point while that stands for itself: in the same read, or
+    before entries were merged over it. Written later, both points count in an entry of several.
+
     Args:
-        most: Entries kept at most; 80 bytes each.
+        most: Entries kept at most, beside one for each stretch of an attempt; 80 bytes each.
+        replaces: Whether a later point of a step replaces an earlier one; samples have no steps.
     """
 
-    def __init__(self, most: int = 8192) -> None:
+    __slots__ = ("_full", "_num_full", "_num_stretches", "_replaces", "_rest", "most", "width")
+
+    def __init__(self, most: int = 8192, *, replaces: bool = True) -> None:
         self.most = most
         self.width = 1
         """Points that an entry stands for, unless an attempt ended before it was full."""
-        self._full = np.empty(64, dtype=ENTRY)
-        self._num_full = 0
-        self._rest = np.empty(0, dtype=ENTRY)
+        self._replaces = replaces
+        self._full = self._rest = _NONE
+        self._num_full = self._num_stretches = 0
 
     @classmethod
-    def restored(cls, entries: Entries, *, width: int, num_rest: int, most: int) -> Trace:
+    def restored(
+        cls, entries: Entries, *, width: int, num_rest: int, most: int, replaces: bool = True
+    ) -> Trace:
         """A trace as it was: `entries` and `num_rest` are what it had then."""
-        trace = cls(most)
+        trace = cls(most, replaces=replaces)
         trace.width = width
         trace._full = entries[: len(entries) - num_rest]
         trace._num_full = len(trace._full)
         trace._rest = entries[len(entries) - num_rest :]
+        trace._num_stretches = len(_begins(entries["attempt"]))
         return trace
 
     @property
@@ -73,9 +97,9 @@ class Trace:
         return one_after_another([full, self._rest])
 
     @property
-    def size(self) -> int:
-        """The number of entries."""
-        return self._num_full + len(self._rest)
+    def num_bytes(self) -> int:
+        """Size in memory, about."""
+        return OVERHEAD_BYTES + self._full.nbytes + self._rest.nbytes
 
     @property
     def num_points(self) -> int:
@@ -103,15 +127,19 @@ class Trace:
     def add(self, points: Entries) -> None:
         """Appends entries of one point each, all of one attempt."""
         rest = self._rest
-        if len(rest) and rest["attempt"][0] != points["attempt"][0]:
-            self._append(merged(rest, np.zeros(1, dtype=np.int64)))
-            rest = rest[:0]
+        if not self._num_stretches or self.newest["attempt"] != points["attempt"][0]:
+            self._num_stretches += 1
+            if len(rest):
+                self._append(merged(rest, np.zeros(1, dtype=np.int64)))
+                rest = rest[:0]
         points = one_after_another([rest, points])
-        num_ready = len(points) // self.width * self.width
+        if self._replaces:
+            points = _last_of_steps(points)
+        num_ready = (len(points) - 1) // self.width * self.width  # the newest may be written again
         if num_ready:
             self._append(merged(points[:num_ready], np.arange(0, num_ready, self.width)))
-        self._rest = points[num_ready:]
-        while self._num_full > self.most:
+        self._rest = points[num_ready:].copy()  # else it would keep all of what was read
+        while self._num_full > self.most + self._num_stretches:
             self._widen()
 
     def _append(self, entries: Entries) -> None:
@@ -125,13 +153,32 @@ class Trace:
 
     def _widen(self) -> None:
         full = self._full[: self._num_full]
-        begins = np.flatnonzero(np.diff(full["attempt"], prepend=full["attempt"][0] - 1))
+        if self.width == 1 and self._replaces:
+            full = _last_of_steps(full)
+        begins = _begins(full["attempt"])
         at = np.arange(len(full))
         first_of_attempt = begins[np.searchsorted(begins, at, side="right") - 1]
         starts = np.flatnonzero((at - first_of_attempt) % 2 == 0)  # pairs never reach into another attempt
         self._full = merged(full, starts)
         self._num_full = len(self._full)
         self.width *= 2
+
+
+def _begins(attempts: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Where the stretches of one attempt each begin."""
+    changes = np.flatnonzero(attempts[1:] != attempts[:-1]) + 1
+    return np.concatenate([np.zeros(min(1, len(attempts)), dtype=np.int64), changes])
+
+
+def _last_of_steps(points: Entries) -> Entries:
+    """Of points with the same attempt and step the one written last, in the order of writing."""
+    attempts, steps = points["attempt"], points["first_step"]
+    if ((steps[1:] > steps[:-1]) | (attempts[1:] != attempts[:-1])).all():  # as it nearly always is
+        return points
+    order = np.lexsort((steps, attempts))
+    is_same = (steps[order][1:] == steps[order][:-1]) & (attempts[order][1:] == attempts[order][:-1])
+    last: Entries = points[np.sort(order[np.append(~is_same, True)])]
+    return last
 
 
 def one_after_another(parts: Sequence[Entries]) -> Entries:
@@ -160,7 +207,7 @@ def entries_of(series: Series, *, attempt: int, block: int) -> Entries:
     entries["first_step"] = entries["last_step"] = steps
     entries["time"] = times
     entries["low"] = np.where(finite, values, np.inf)
-    entries["total"] = np.where(finite, values, 0.0)
+    entries["total"] = np.where(finite, values, 0.0) * TOTAL_SCALE
     entries["high"] = np.where(finite, values, -np.inf)
     entries["last"] = values
     return entries

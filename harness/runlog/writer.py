@@ -16,7 +16,7 @@ from harness.runlog.codec import KINDS, decode, encode
 from harness.runlog.paths import log_dir, writer_lock
 from harness.runlog.process import identity
 from harness.runlog.segments import SEGMENT_BYTES, SegmentWriter, segments
-from harness.runlog.soundness import checked_step
+from harness.runlog.soundness import LAST_ATTEMPT, checked_step
 
 __all__ = ["RunLog"]
 
@@ -34,7 +34,8 @@ class RunLog:
         segment_bytes: Size at which a new file is begun.
 
     Raises:
-        TrackingError: another process writes this log, or the directory cannot be written.
+        TrackingError: another process writes this log, the directory cannot be written, or the log holds
+            an attempt with a number that is too high to be followed by others.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class RunLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = _writer_lock(self.run_dir)
             try:
-                self.attempt = _last_attempt(self._folder) + 1
+                self.attempt = _next_attempt(self._folder)
                 self._segments = SegmentWriter(self._folder, segment_bytes=segment_bytes)
-            except OSError:
+            except (OSError, TrackingError):
                 self._lock.release()
                 raise
         self.write("run", {**identity(), **(info or {})})
@@ -143,6 +144,18 @@ def _explained(folder: Path) -> Iterator[None]:
             rule="a run needs a directory that it may write to",
             remedy="choose another folder for runs, or mend its permissions",
         ) from error
+
+
+def _next_attempt(folder: Path) -> int:
+    """The number of the attempt that begins now; far from the last one that a reader takes for sound."""
+    attempt = _last_attempt(folder) + 1
+    if attempt > LAST_ATTEMPT // 2:
+        raise TrackingError(
+            f"the newest attempt in the log {folder} is {attempt - 1}",
+            rule=f"attempts are counted from 0, and a new one is at most {LAST_ATTEMPT // 2}",
+            remedy="remove the line that another program wrote at its end, or give this run another name",
+        )
+    return attempt
 
 
 def _last_attempt(folder: Path) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from harness.config.plain_yaml import plain_yaml_file
 from harness.errors import ConfigError
 from harness.runlog.digest import Digest
-from harness.runlog.names import Metric, Prefix
+from harness.runlog.names import Prefix
 from harness.runlog.paths import config_file
 from harness.runlog.reader import Run, open_run
 from harness.runlog.series import Series
@@ -23,7 +23,6 @@ __all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
 
 logger = logging.getLogger(__name__)
 
-PARTING_METRIC = Metric.TRAIN_LOSS
 _OF_THE_MACHINE = (Prefix.TIME, Prefix.SPEED, Prefix.SYSTEM)
 """What these say of the same training is another number every time."""
 
@@ -52,6 +51,11 @@ class Comparison:
     """Lines of each log that are no records."""
     partings: list[Parting]
     """For each metric of the steps that both have, the earliest first."""
+
+    @property
+    def num_common(self) -> int:
+        """How many steps both have: of the metric that has the most."""
+        return max((parting.num_common for parting in self.partings), default=0)
 
 
 def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) -> Comparison:
@@ -91,7 +95,7 @@ def compare_text(a: str | Path, b: str | Path) -> str:
     parts = [
         table(["setting", *heads], settings) if settings else "the settings are the same",
         table(["last value", *heads, "difference"], metrics) if metrics else "no metrics",
-        _partings_text(comparison.partings),
+        _partings_text(comparison),
         *(f"{printable(name)}: {damage(count)}" for name, count in damaged if count),
     ]
     return "\n\n".join(parts)
@@ -147,12 +151,13 @@ def _parting(metric: str, ours: Series, theirs: Series) -> Parting:
     return Parting(metric, int(steps[at]), len(steps), (float(x[at]), float(y[at])))
 
 
-def _partings_text(partings: list[Parting]) -> str:
+def _partings_text(comparison: Comparison) -> str:
+    partings = comparison.partings
     if not partings:
         return "they have no step in common"
     parted = [parting for parting in partings if parting.step is not None]
     if not parted:
-        return f"equal, bit for bit, on all {partings[0].num_common} steps that both have"
+        return f"equal, bit for bit, on all {comparison.num_common} steps that both have"
     rows = [
         [parting.metric, str(parting.step), *(repr(value) for value in parting.values or ())]
         for parting in parted

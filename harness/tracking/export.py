@@ -6,18 +6,19 @@ import csv
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import orjson
 
-from harness.atomic import replacing
+from harness.atomic import output_file, replacing
 from harness.errors import TrackingError
 from harness.runlog.codec import to_plain
 from harness.runlog.paths import export_file
 from harness.runlog.reader import Run, open_run
 from harness.runlog.series import Series
 from harness.tracking.compare import settings_of
+from harness.tracking.text import spelled
 
 __all__ = ["FORMATS", "export_run"]
 
@@ -47,7 +48,7 @@ def export_run(
     target = Path(path) if path is not None else export_file(run.path, format)
     write = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
     try:
-        with replacing(target) as unfinished:
+        with replacing(target if path is None else output_file(target)) as unfinished:
             write(run, unfinished)
     except OSError as error:
         raise TrackingError(f"{target} cannot be written: {error.strerror}") from error
@@ -96,7 +97,7 @@ def _write_json(run: Run, path: Path) -> None:
     )
     events = [dataclasses.asdict(event) for event in run.events()]
     with path.open("wb") as file:
-        file.write(orjson.dumps(document).removesuffix(b"}") + b',"events":' + orjson.dumps(_spelled(events)))
+        file.write(orjson.dumps(document).removesuffix(b"}") + b',"events":' + orjson.dumps(spelled(events)))
         file.write(b',"metrics":{')
         for number, name in enumerate(run.names()):
             file.write((b",\n" if number else b"\n") + orjson.dumps(name) + b":" + _json(run.scalars(name)))
@@ -104,17 +105,6 @@ def _write_json(run: Run, path: Path) -> None:
 
 
 def _json(series: Series) -> bytes:
-    values = series.values if np.isfinite(series.values).all() else _spelled(series.values.tolist())
+    values = series.values if np.isfinite(series.values).all() else spelled(series.values.tolist())
     arrays = {"steps": series.steps, "values": values, "times": series.times}
     return orjson.dumps(arrays, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _spelled(value: Any) -> Any:
-    """JSON has no NaN: spelled out instead."""
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _spelled(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_spelled(each) for each in value]
-    return value

@@ -6,6 +6,7 @@ a crash it opens again at the last commit, so nothing is missing and nothing is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -52,9 +53,10 @@ class MirroredRun:
         if self.settings.run_id is not None:
             return self.settings.run_id
         kept = wandb_id_file(self.directory)
-        if not kept.exists():
+        if not kept.exists():  # each mirror's thread may be the first
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(uuid.uuid4().hex[:12])
+            with contextlib.suppress(FileExistsError):
+                write_atomically(kept, uuid.uuid4().hex[:12], overwrite=False)
         return kept.read_text()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import socket
@@ -22,14 +23,13 @@ from harness.env import child_environment
 from harness.errors import TrackingError
 from harness.helper import start_helper
 from harness.runlog.paths import side_output_file
+from harness.runlog.process import started_at
 from harness.tracking.settings import MirrorSettings
 
 __all__ = ["MirrorHandle", "complete_mirrors", "start_mirrors", "start_sampler"]
 
 logger = logging.getLogger(__name__)
 
-# A side process may outlive its handle; kept here it is reaped without a complaint about that.
-_STARTED: list[subprocess.Popen[bytes]] = []
 # Where nothing else is set. wandb measures each call for its maker, up to a fifth of what the call costs, and
 # its service collects garbage too often and on all cores, for a heap of a few MB.
 _SPARING = {"WANDB_ERROR_REPORTING": "false", "GOGC": "400", "GOMAXPROCS": "1"}
@@ -80,11 +80,9 @@ def complete_mirrors(
         TrackingError: it ended too early, or not at all.
     """
     arguments = ["--timeout", timeout_s, *(["--rebuild"] if rebuild else [])]
-    process, messages = _start(
+    process, repeating = _start(
         "complete", run_dir, settings, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
-    repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
-    repeating.start()
     try:
         said, _ = process.communicate(timeout=timeout_s + _GRACE_S)
     except subprocess.TimeoutExpired:
@@ -122,8 +120,11 @@ class MirrorHandle:
         messages = self._begin()
         if messages is None:
             self._over.set()
-        else:
+            return
+        try:
             threading.Thread(target=self._watch, args=(messages,), daemon=True).start()
+        except RuntimeError as error:
+            self._give_up(error)
 
     @property
     def pid(self) -> int | None:
@@ -161,13 +162,16 @@ class MirrorHandle:
             return None
         try:
             self._process, messages = self._start()
-        except OSError as error:
+        except (OSError, psutil.Error) as error:
             logger.warning("no mirrors: their process cannot be started (%s); the log is kept", error)
             return None
-        _STARTED.append(self._process)
-        repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
-        repeating.start()
-        return repeating
+        return messages
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("no mirrors: their process cannot be watched (%s); the log is kept", error)
+        if self._process is not None:
+            _end(self._process)
+        self._over.set()
 
     def _tell(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -177,15 +181,17 @@ class MirrorHandle:
 
     def _watch(self, messages: threading.Thread | None) -> None:
         ends: list[float] = []
-        while messages is not None and self._process is not None:
-            exit_code = self._process.wait()
-            messages.join(LAST_WORDS_S)
-            if exit_code == 0:
-                break
-            now = time.monotonic()
-            ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
-            messages = self._begin_again(exit_code, is_hopeless=len(ends) >= MOST_ENDS)
-        self._over.set()
+        try:
+            while messages is not None and self._process is not None:
+                exit_code = self._process.wait()
+                messages.join(LAST_WORDS_S)
+                if exit_code == 0 and self._is_told:  # before that it has taken this process for dead
+                    break
+                now = time.monotonic()
+                ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
+                messages = self._begin_again(exit_code, is_hopeless=len(ends) >= MOST_ENDS)
+        finally:
+            self._over.set()
 
     def _begin_again(self, exit_code: int, *, is_hopeless: bool) -> threading.Thread | None:
         with self._lock:
@@ -205,16 +211,19 @@ class MirrorHandle:
         return messages
 
 
-_Started = tuple["subprocess.Popen[bytes]", int]
+_Started = tuple["subprocess.Popen[bytes]", threading.Thread]
 
 
 def _following(
     task: str, run_dir: Path, settings: MirrorSettings, *arguments: object
 ) -> Callable[[], _Started]:
-    trainer = psutil.Process()
-    given = ["--trainer", trainer.pid, "--trainer-start", trainer.create_time(), *arguments]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    return lambda: _start(task, run_dir.resolve(), settings, given, **streams, yields=True)
+    def start() -> _Started:
+        trainer = os.getpid()
+        given = ["--trainer", trainer, "--trainer-start", started_at(trainer), *arguments]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        return _start(task, run_dir.resolve(), settings, given, **streams, yields=True)
+
+    return start
 
 
 def _start(
@@ -227,7 +236,11 @@ def _start(
     stdout: int,
     yields: bool = False,
 ) -> _Started:
-    """The process, and where to read what it has to say to people."""
+    """The process, and the thread that repeats what it has to say to people.
+
+    Raises:
+        OSError: one of them cannot be started.
+    """
     messages, messages_out = os.pipe()
     given = ["--run", run_dir, "--settings", settings.to_json(), "--messages", messages_out, *arguments]
     if settings.mirrors:  # mirrors of their own are found where this process finds modules
@@ -248,7 +261,14 @@ def _start(
         raise
     finally:
         os.close(messages_out)
-    return process, messages
+    repeating = threading.Thread(target=_repeat_messages, args=(messages,), daemon=True)
+    try:
+        repeating.start()
+    except RuntimeError as error:
+        os.close(messages)
+        _end(process)
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return process, repeating
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

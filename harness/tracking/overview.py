@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.files import list_folder
-from harness.runlog.digest import Digest
+from harness.runlog.digest import MAX_NAMES, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
@@ -82,7 +82,7 @@ def run_row(digest: Digest) -> RunRow:
         val_loss=digest.last(Metric.VAL_LOSS),
         tokens_per_s=digest.last(Metric.TOKENS_PER_S),
         skips=digest.last(Metric.SKIPS),
-        num_incidents=len(digest.events(EventName.INCIDENT)),
+        num_incidents=digest.num_incidents,
         group=_word(group) if group is not None else None,
         tags=tuple(_word(tag) for tag in tags[:MAX_TAGS]) if isinstance(tags, list) else (),
         host=_word(host) if host is not None else None,
@@ -120,7 +120,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "num_steps": 0 if last_step is None else last_step + 1,
         "started": run.started,
         "updated": run.updated,
-        "duration_s": (run.updated or 0.0) - (run.started or 0.0),
+        "duration_s": 0.0 if run.updated is None or run.started is None else run.updated - run.started,
         "events": dict(Counter(event.name for event in run.events())),
         "num_nonfinite_steps": _num_nonfinite_steps(run),
         "last": {name: run.last(name) for name in run.names()},
@@ -239,6 +239,8 @@ def _heading(run: Run, summary: dict[str, Any]) -> str:
         lines.append(f"command    {printable(command, longest=1000)}")
     if run.num_damaged:
         lines.append(f"damaged    {damage(run.num_damaged)}")
+    if run.num_left_out:
+        lines.append(f"left out   {run.num_left_out} values: the run has more than {MAX_NAMES} metrics")
     return "\n".join(lines)
 
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from harness.atomic import output_file, replacing
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_whole
+from harness.tracking.text import number, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +43,8 @@ EVENT_COLOURS = {
 """Events that are marked in the picture; checkpoints are too many to be."""
 MAX_POINTS = 2000
 """More points than pixels are reduced to bands, extremes kept."""
+MAX_DRAWN = 1e150
+"""Larger numbers are drawn as this one: differences, margins and ticks of an axis have to be finite too."""
 RAW_POINTS = 400
 """A curve of more points is drawn faintly, with its running median over it."""
 
@@ -50,9 +54,11 @@ def plot_run(run_dir: str | Path, path: str | Path) -> Path:
 
     Raises:
         TrackingError: there is no run in `run_dir`.
+        OSError: the file cannot be written.
     """
     figure = draw_run(open_whole(run_dir))
-    figure.savefig(path, dpi=150)
+    with replacing(output_file(path)) as unfinished:
+        figure.savefig(unfinished, dpi=150)
     return Path(path)
 
 
@@ -152,7 +158,10 @@ _PANELS = (
 
 
 def _bands(run: Digest, name: str) -> Bands:
-    return run.bands(name, max_points=MAX_POINTS)
+    """The metric in numbers that matplotlib can put on an axis."""
+    bands = run.bands(name, max_points=MAX_POINTS)
+    low, mean, high = (np.clip(values, -MAX_DRAWN, MAX_DRAWN) for values in bands[2:5])
+    return bands._replace(low=low, mean=mean, high=high)
 
 
 def _curve(axis: Axes, run: Digest, name: str, label: str, colour: str) -> Bands:
@@ -248,14 +257,13 @@ def _title(figure: Figure, run: Digest, marked: list[str]) -> None:
 
 
 def _headline(run: Digest) -> str:
-    name = run.path.resolve().name
-    parts = [name if len(name) <= 40 else name[:39] + "…", run.state()]
+    parts = [printable(run.path.resolve().name, 40), run.state()]
     if run.last_step is not None:
         parts.append(f"{run.last_step + 1} steps")
     for metric, label in ((Metric.TRAIN_LOSS, "loss"), (Metric.VAL_LOSS, "held out")):
         value = run.last(metric)
         if value is not None:
-            parts.append(f"{label} {value:.4f}")
+            parts.append(f"{label} {value:.4f}" if abs(value) < 1e6 else f"{label} {number(value)}")
     return "   ".join(parts)
 
 

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--messages", type=int, required=True, help="descriptor of a pipe to the trainer")
     parser.add_argument("--path", default="", help="where else a user's mirrors are found")
     parser.add_argument("--trainer", type=int, help="its process")
-    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the epoch")
+    parser.add_argument("--trainer-start", type=float, help="when that began, in seconds since the boot")
     parser.add_argument("--node", default="", help="with `sample`: stands in the names of the samples")
     parser.add_argument("--rebuild", action="store_true", help="with `complete`")
     parser.add_argument("--timeout", type=float, help="with `complete`: seconds for each mirror")
@@ -81,13 +81,14 @@ class _Trainer(NamedTuple):
     """The process that this one was started for."""
 
     pid: int
-    start: float
+    start_s: float
+    """See `started_at`."""
 
     def wait(self, ended: threading.Event) -> None:
         """Waits until it is gone or said `close`; sets `ended` then."""
         threading.Thread(target=_wait_for_close, args=(ended,), daemon=True).start()
         while not ended.wait(WATCH_S):
-            if not lives(self.pid, self.start):
+            if not lives(self.pid, self.start_s):
                 ended.set()
 
 

@@ -67,6 +67,9 @@ class TensorBoardMirror(Mirror):
         if self._path is None:
             self._path = self._folder / f"events.out.tfevents.{int(record.time):010d}.harness"
             self._write(Event(wall_time=record.time, file_version="brain.Event:2"))
+            self._forget_from(
+                0, record.time
+            )  # TensorBoard without its data server ignores the first of these
         if record.kind == "rewind":
             self._step = max(0, record.values["step"] - 1)
             self._newest = {name: min(step, self._step) for name, step in self._newest.items()}

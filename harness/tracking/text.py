@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["age", "damage", "number", "printable", "sparkline", "table"]
+__all__ = ["age", "damage", "number", "printable", "sparkline", "spelled", "table"]
 
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _BARS = "▁▂▃▄▅▆▇█"
@@ -39,6 +40,17 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.5g}"
 
 
+def spelled(value: Any) -> Any:
+    """Plain data with `nan`, `inf` and `-inf` as strings, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {name: spelled(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelled(each) for each in value]
+    return value
+
+
 def age(seconds: float) -> str:
     """`42 s`, `5 min`, `3.2 h`, `4.1 d`."""
     for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
@@ -56,12 +68,16 @@ def sparkline(values: npt.NDArray[np.float64], width: int) -> str:
     """The curve in one line; each character stands for the mean of its share, `!` for one not finite."""
     if not len(values):
         return ""
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+    if largest > 0:  # neither a sum nor a difference overflows then, and no quotient is 0 / 0
+        values = values / largest
     parts = np.array_split(values, min(width, len(values)))
     means = [float(np.mean(part)) for part in parts]
     finite = [mean for mean in means if math.isfinite(mean)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((m - low) * scale)] if math.isfinite(m) else "!" for m in means)
+    span = high - low if high > low else 1.0
+    top = len(_BARS) - 1
+    return "".join(_BARS[round((m - low) / span * top)] if math.isfinite(m) else "!" for m in means)
 
 
 def printable(text: str, longest: int = 120) -> str:

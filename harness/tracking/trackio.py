@@ -14,14 +14,16 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from trackio import utils
-from trackio.media.utils import get_project_media_path
-from trackio.sqlite_storage import SQLiteStorage
-
+from harness.errors import needs
 from harness.runlog.codec import Record
 from harness.runlog.paths import media_bytes
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
+
+with needs("trackio", extra="trackio"):
+    from trackio import utils
+    from trackio.media.utils import get_project_media_path
+    from trackio.sqlite_storage import SQLiteStorage
 
 __all__ = ["TrackioMirror"]
 

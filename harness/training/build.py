@@ -39,17 +39,19 @@ from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
-from harness.training.end import Start, end_run
+from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
+from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import StepRunner
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
+from harness.training.watchdog import Watchdog
 
 __all__ = ["build_run", "train"]
 
@@ -89,16 +91,22 @@ def train(
         if world.is_main and env.shares_agent_store():
             logger.warning(
                 "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files in launch/ set"
+                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         _set_determinism(config)
-        return _train(config, world, stopping, callbacks, tell)
+        with Watchdog(config) as watchdog:
+            return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
 def build_run(
-    config: TrainConfig, world: World, stop: StopRequest, callbacks: Sequence[Callback] = ()
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
+    progress = progress or Progress()
     precision = _precision(config, world)
     inputs = _agreed_inputs(config, world)
     task = inputs.task
@@ -112,7 +120,9 @@ def build_run(
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(checkpoints_dir(directory), config.checkpoint)
+    checkpointer = Checkpointer.from_config(
+        checkpoints_dir(directory), config.checkpoint, timeout_s=config.parallel.timeout_s
+    )
     saved = {
         "model": plain(model),
         "optimizer": optimizer,
@@ -129,7 +139,9 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    journal = on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
+    # Last of what can fail: from here on somebody has to close it.
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -139,7 +151,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        runner=_step_runner(config, world, inputs, model, guard, precision),
+        runner=runner,
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -151,6 +163,7 @@ def build_run(
         precision=precision,
         schedule_steps=counters.schedule_steps,
         callbacks=called,
+        progress=progress,
     )
     return run
 
@@ -192,11 +205,13 @@ def _train(
     stop: StopRequest,
     callbacks: Sequence[Callback],
     tell: Callable[[HarnessError], None] | None,
+    watchdog: Watchdog,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
     with report_once(tell):
-        run = build_run(config, world, stop, callbacks)
+        run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
+    watchdog.note_end = lambda hang: note_hang(run, hang, start)
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
@@ -204,6 +219,9 @@ def _train(
         with report_once(tell):
             try:
                 ending = train_loop(run)
+            except HarnessError as failure:
+                judge_restart(failure, run.counters.step > start.step)
+                raise
             finally:
                 run.journal.leave_terminal()
     except BaseException as failure:  # noqa: BLE001  (raised again, once the run has been ended)
@@ -261,8 +279,26 @@ def _open_journal(
     return journal
 
 
+def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
+    """This rank's; closed again if another rank cannot open its own, else log, lock and side process stay."""
+    opened: list[Journal] = []
+    try:
+        on_all_ranks(lambda: opened.append(open_journal()))
+    except HarnessError as error:
+        for journal in opened:
+            journal.close(Ending.of_error(error))
+        raise
+    return opened[0]
+
+
 def _step_runner(
-    config: TrainConfig, world: World, inputs: _Inputs, model: nn.Module, guard: StepGuard, precision: str
+    config: TrainConfig,
+    world: World,
+    inputs: _Inputs,
+    model: nn.Module,
+    guard: StepGuard,
+    precision: str,
+    progress: Progress,
 ) -> StepRunner:
     return StepRunner(
         model=model,
@@ -273,6 +309,7 @@ def _step_runner(
         device=world.device,
         precision=precision,
         world_size=world.world_size,
+        progress=progress,
         nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
     )
 

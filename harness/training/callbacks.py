@@ -99,7 +99,8 @@ class Training(Protocol):
 
     @property
     def stop(self) -> StopRequest:
-        """`stop.requested = True`, on any rank, ends the run in order within a few steps."""
+        """Ends the run in order within a few steps, from any rank: `stop.finish(reason)` as done, with exit
+        code 0; `stop.requested = True` as stopped, with 75, which asks launchers to go on later."""
         ...
 
     def learning_rate(self, step: int) -> float:
@@ -133,7 +134,8 @@ class Callback:
         """Held-out metrics after the step numbered `step`."""
 
     def on_saved(self, run: Training, outcome: SaveOutcome) -> None:
-        """A checkpoint is committed, or has failed. `outcome`'s times are this rank's."""
+        """A checkpoint is committed, or has failed. `outcome`'s times are this rank's. Not called of saves
+        that end after an error has ended the run, nor of a last one that fails: `on_end` follows."""
 
     def on_rollback(self, run: Training, rollback: Rollback) -> None:
         """The run is back at an earlier step: model, optimizer and this callback's own state are of then."""
@@ -187,7 +189,7 @@ class Callbacks(Callback):
         for callback in (*self.own, *self._users.values()):
             try:
                 callback.on_end(run, status)
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("%s.on_end failed", type(callback).__qualname__)
 
     def state_dict(self) -> dict[str, Any]:

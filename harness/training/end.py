@@ -2,7 +2,7 @@
 
 | status | how it came | exit code |
 |---|---|---|
-| `finished` | all steps are done | 0 |
+| `finished` | all steps are done, or a callback says that the run is | 0 |
 | `stopped` | a signal asked for it, and a checkpoint is committed | 75 |
 | `unstable` | the ladder's last rung, or a rule that says stop | 3 |
 | `crashed` | anything else | 2 for a `HarnessError`, else 1 |
@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import orjson
 
 from harness.atomic import write_atomically
-from harness.errors import DataError, TaskError
+from harness.errors import DataError, HarnessError, LostRankError, TaskError
 from harness.runlog import events
 from harness.runlog.paths import summary_file
 from harness.training.loop import Run
 from harness.training.summary import Ending, TrainResult, render_summary
 
-__all__ = ["Start", "end_run"]
+__all__ = ["Start", "end_run", "judge_restart", "note_hang"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
     error = _close_parts(run, error)
     if error is not None:
         ending = Ending.of_error(error)
-        _judge_restart(error, run.counters.step > start.step)
     if ending.status == "unstable":
         run.journal.event(events.Stop(reason=ending.reason), run.counters.step)
+    for outcome in (*run.ended_saves, *run.checkpointer.outcomes()):
+        run.journal.on_saved(run, outcome)  # the callbacks cannot be told: other ranks may not know of it
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
     result = _result(run, ending, start)
@@ -68,21 +70,37 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
     return result
 
 
+def note_hang(run: Run, error: LostRankError, start: Start) -> None:
+    """Writes down that the run hung; in the watchdog's thread. Nothing else is closed: it might hang too."""
+    ending = Ending.of_error(error)
+    run.journal.close(ending)
+    if run.world.is_main:
+        _leave_summary(_result(run, ending, start), run)
+
+
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:
     """Closes all but the journal; the error that came first, of the loop or of a part."""
-    for close in (run.guard.close, run.loader.close, run.checkpointer.close):
+    parts: dict[str, Callable[[], None]] = {
+        "guard": run.guard.close,
+        "loader": run.loader.close,
+        "checkpointer": lambda: run.checkpointer.close(after_error=error is not None),
+    }
+    for part, close in parts.items():
         try:
             close()
         except Exception as failure:  # noqa: BLE001  (kept, or said; the other parts have to be closed)
             if error is None:
                 error = failure
             else:
-                logger.error("%s failed too: %s", close.__qualname__, failure)
+                logger.error("closing the %s failed too: %s", part, failure)
     return error
 
 
-def _judge_restart(error: BaseException, took_steps: bool) -> None:
-    """A task's own error, or data that cannot be read: before the first step it is there at every start."""
+def judge_restart(error: HarnessError, took_steps: bool) -> None:
+    """A task's own error, or data that cannot be read: before the first step it is there at every start.
+
+    To be called before other ranks are told of the error, which judge theirs by it.
+    """
     if isinstance(error, (TaskError, DataError)):
         error.restart_may_help = took_steps
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
 from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
+from harness.training.progress import Phase, Progress
 from harness.training.schedule import learning_rate
 from harness.training.step import StepRunner
 from harness.training.summary import Ending
@@ -57,10 +59,12 @@ class Run:
     """Length of the learning-rate schedule, whatever the length of the run."""
     callbacks: Callbacks
     """What is called at set points of the loop: the journal, and those of the user."""
+    progress: Progress
+    """What this rank is doing, for its watchdog."""
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     """The steps whose records have not been handled, by number."""
     saved_step: int = -1
-    """Finished steps at the last save."""
+    """Finished steps at the last save; -1: what the run holds now was not saved."""
     ended_saves: deque[SaveOutcome] = field(default_factory=deque)
     """The saves that have ended on this rank, and of which the callbacks have not been told."""
     num_saves: int = 0
@@ -121,9 +125,11 @@ def train_step(run: Run) -> bool:
     step = run.counters.step
     set_learning_rate(run.optimizer, run.learning_rate(step))
     first_sample = run.loader.position
+    run.progress.enter(Phase.DATA, step)
     micro_batches = run.loader.next()
     data_wait_s = time.perf_counter() - started
     compute_s = run.runner.run(step, micro_batches)
+    run.progress.enter(Phase.UPDATE, step)
     run.guard.step(
         nominal_tokens=run.runner.nominal_tokens,
         compute_s=compute_s,
@@ -131,6 +137,7 @@ def train_step(run: Run) -> bool:
         stop_requested=run.stop.requested or bool(run.runner.unused.found),
         num_saves=run.num_saves + len(run.ended_saves),
     )
+    run.progress.enter(Phase.RECORDS, step)
     if _is_due(run, run.config.tracking.histograms_every):
         run.journal.histograms(step, plain(run.model))
     run.optimizer.zero_grad(set_to_none=True)
@@ -183,6 +190,7 @@ def _evaluation_is_owed(run: Run) -> bool:
 
 def _evaluate(run: Run) -> bool:
     """Evaluates; False if a rank was asked to stop before it was done, and then nothing has changed."""
+    run.progress.enter(Phase.EVALUATION, run.counters.step - 1)
     interrupted = functools.partial(_any_asked_to_stop, run)
     metrics = evaluate(
         run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
@@ -194,9 +202,11 @@ def _evaluate(run: Run) -> bool:
     return True
 
 
-def _save(run: Run) -> None:
-    run.checkpointer.save(run.counters.step, run.saved, metric=run.counters.last_val_loss)
-    run.saved_step = run.counters.step
+def _save(run: Run, *, when_busy: Literal["wait", "drop"] | None = None) -> None:
+    run.progress.enter(Phase.SAVE, run.counters.step - 1)
+    metric = run.counters.last_val_loss
+    if run.checkpointer.save(run.counters.step, run.saved, metric=metric, when_busy=when_busy):
+        run.saved_step = run.counters.step
 
 
 def _tell_of_saves(run: Run, count: int) -> None:
@@ -214,11 +224,10 @@ def _finish(run: Run, stopped: bool) -> Ending:
     if finished and run.counters.val_step != run.counters.step:
         finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
-        _save(run)
-    try:
-        run.checkpointer.wait()
-    finally:
-        run.ended_saves.extend(run.checkpointer.outcomes())
-        _tell_of_saves(run, len(run.ended_saves))
-    reasons = gather(lambda: run.stop.reason)
-    return Ending.of_loop(finished=finished, stop_reasons=reasons)
+        _save(run, when_busy="wait")  # dropped, it would be missing for good
+    run.progress.enter(Phase.END, run.counters.step)
+    run.checkpointer.wait()
+    run.ended_saves.extend(run.checkpointer.outcomes())
+    _tell_of_saves(run, len(run.ended_saves))
+    asked = gather(lambda: (run.stop.reason, run.stop.is_done))
+    return Ending.of_loop(finished=finished, asked=asked)

@@ -8,6 +8,7 @@ from harness.errors import CheckpointError
 from harness.records import StepRecord
 from harness.training.callbacks import Rollback
 from harness.training.loop import Run
+from harness.training.progress import Phase
 
 __all__ = ["roll_back"]
 
@@ -19,6 +20,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     `guard.rollback_skip_steps` steps' worth, whichever is later. What counts skips and rollbacks is not
     rolled back.
     """
+    run.progress.enter(Phase.ROLLBACK, record.step)
     failed_at = run.handled_samples
     before = dataclasses.replace(run.counters)
     saved = {name: part for name, part in run.saved.items() if name != "ladder"}
@@ -30,7 +32,7 @@ def roll_back(run: Run, record: StepRecord) -> bool:
     run.counters.keep_skips_of(before)
     run.counters.schedule_steps = run.schedule_steps
     run.in_flight.clear()
-    run.saved_step = run.counters.step
+    run.saved_step = -1  # the checkpoint knows neither of this rollback nor of the data that it skips
     skipped = max(
         run.config.guard.rollback_skip_steps * run.config.loop.global_batch, failed_at - run.loader.position
     )

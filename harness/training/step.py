@@ -15,6 +15,7 @@ from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
+from harness.training.progress import Phase, Progress
 
 __all__ = ["StepRunner", "autocast"]
 
@@ -43,6 +44,7 @@ class StepRunner:
     device: torch.device
     precision: str
     world_size: int
+    progress: Progress
     nominal_tokens: int
     """Tokens of a global batch without padding."""
 
@@ -51,16 +53,17 @@ class StepRunner:
         start = time.perf_counter()
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
+            self.progress.enter(Phase.FORWARD, step)
             with (
                 self.faults.armed(step, index, batch),
                 gradient_sync(self.model, on=index == last),
                 self.unused.completing(reduces=index == last),
             ):
-                loss = self._forward_backward(batch)
+                loss = self._forward_backward(step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return time.perf_counter() - start
 
-    def _forward_backward(self, batch: Batch) -> LossSum:
+    def _forward_backward(self, step: int, batch: Batch) -> LossSum:
         batch = to_device(batch, self.device)
         with autocast(self.device, self.precision), self.guard.watch_forward():
             loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
@@ -71,5 +74,6 @@ class StepRunner:
             )
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
         share = loss.total * (self.world_size / self.nominal_tokens)
+        self.progress.enter(Phase.BACKWARD, step)
         self.guard.scale(share).backward()
         return loss

@@ -23,18 +23,20 @@ class Ending:
 
     status: Status
     reason: str | None = None
-    """Who asked for a stop, or what went wrong; None of a finished run."""
+    """Who asked for a stop, what went wrong, or why the run was done early; None after all steps."""
     rank: int | None = None
     """Where that arose; None: on all ranks, or not known."""
 
     @classmethod
-    def of_loop(cls, *, finished: bool, stop_reasons: Sequence[str | None]) -> Self:
-        """Of a loop that came to its end, from what each rank was asked."""
+    def of_loop(cls, *, finished: bool, asked: Sequence[tuple[str | None, bool]]) -> Self:
+        """Of a loop that came to its end, from what each rank was asked: why, and whether it is done."""
         if finished:
             return cls(status="finished")
-        asked = {rank: reason for rank, reason in enumerate(stop_reasons) if reason is not None}
-        rank, reason = next(iter(asked.items()), (None, None))
-        return cls(status="stopped", reason=reason, rank=None if len(asked) == len(stop_reasons) else rank)
+        done = {rank: reason for rank, (reason, is_done) in enumerate(asked) if is_done}
+        reasons = done or {rank: reason for rank, (reason, _) in enumerate(asked) if reason is not None}
+        rank, reason = next(iter(reasons.items()), (None, None))
+        status: Status = "finished" if done else "stopped"
+        return cls(status=status, reason=reason, rank=None if len(reasons) == len(asked) else rank)
 
     @classmethod
     def of_error(cls, error: BaseException) -> Self:
@@ -67,7 +69,7 @@ class TrainResult:
     num_outliers: int = 0
     """Outlier batches, which are no incidents."""
     reason: str | None = None
-    """The signal that stopped it, or what went wrong."""
+    """The signal that stopped it, what went wrong, or why it was done before its last step."""
     rank: int | None = None
     """The rank on which that arose; None: all, or not known."""
 
@@ -100,5 +102,7 @@ def render_summary(result: TrainResult, *, tensorboard: bool) -> str:
 
 
 def _status(result: TrainResult) -> str:
+    if result.status == "finished":
+        return result.status if result.reason is None else f"{result.status} ({result.reason})"
     on_rank = "" if result.rank is None else f" on rank {result.rank}"
     return result.status if result.reason is None else f"{result.status} by {result.reason}{on_rank}"

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,11 @@ def test_trees_are_flattened_and_put_together_again() -> None:
     leaves, structure = pytree.tree_flatten(tree)
     assert leaves == pytree.tree_leaves(tree) == [1, 2, 3, 4]
     assert pytree.tree_unflatten(leaves, structure) == tree
+
+
+def test_python_tells_where_each_thread_is() -> None:
+    frame = sys._current_frames()[threading.get_ident()]
+    assert frame.f_code.co_name == test_python_tells_where_each_thread_is.__name__
 
 
 def test_torch_traces_a_graph_for_tensorboard() -> None:

@@ -76,7 +76,7 @@ def test_the_command_is_shown_for_every_launcher(form: Page) -> None:
         ("python", "python"),
         ("torchrun", "torchrun --standalone --nproc-per-node 1"),
         ("accelerate", "accelerate launch --num_processes 1"),
-        ("slurm", "sbatch --nodes 1 --gpus-per-node 1 launch/slurm.sbatch"),
+        ("slurm", "sbatch --nodes 1 --gpus-per-node 1"),
     ):
         choose(form, "#launcher", launcher)
         form.locator("#show-command").click()

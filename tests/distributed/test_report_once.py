@@ -7,7 +7,7 @@ import time
 import pytest
 
 from harness.dist import report_once
-from harness.errors import DataError, HarnessError
+from harness.errors import DataError, HarnessError, LostRankError
 from tests.support.distributed import run_ranks
 
 
@@ -43,3 +43,20 @@ def test_no_rank_leaves_before_one_of_them_has_said_what_is_wrong(
     assert all(left >= said for _, left in outcomes)
     reporter = min(ranks or failing)
     assert outcomes[reporter][0] == said
+
+
+def judged(rank: int, size: int, kind: type[HarnessError]) -> bool:
+    """Whether this rank's error says that a restart may help."""
+    try:
+        with report_once():
+            if rank == 1:
+                raise kind("odd")
+            time.sleep(0.2)
+            raise RuntimeError("the connection is lost")
+    except HarnessError as error:
+        return error.restart_may_help
+
+
+@pytest.mark.parametrize(("kind", "may_help"), [(DataError, False), (LostRankError, True)])
+def test_all_ranks_judge_alike_whether_a_restart_may_help(kind: type[HarnessError], may_help: bool) -> None:
+    assert run_ranks(judged, 2, kind) == [may_help, may_help]

@@ -296,7 +296,7 @@ def test_a_number_that_belongs_to_another_process_by_now_is_never_hit(finished: 
     noted = records.read_text()
     try:
         forged = {**json.loads(noted), "pid": bystander.pid, "exit_code": None}
-        records.write_text(json.dumps({**forged, "process_start": time.time() - 3600}))
+        records.write_text(json.dumps({**forged, "process_start_s": forged["process_start_s"] - 3600}))
         for act in (programs.stop, programs.kill):
             with pytest.raises(TrackingError):
                 act(finished)

@@ -11,6 +11,7 @@ from tests.support.runs import PROGRAM, ROOT, program, tiny
 
 BIN = Path(sys.executable).parent
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
+ACCELERATE_FILE = ROOT / "harness" / "launch" / "accelerate.yaml"
 TORCHRUN = [str(BIN / "torchrun"), "--standalone"]
 
 LAUNCHERS = {
@@ -34,9 +35,9 @@ def test_a_launcher_starts_its_world_and_the_run_finishes(name: str, tmp_path: P
 
 @pytest.mark.slow
 def test_the_accelerate_configuration_starts_ddp_over_gloo_where_there_is_no_gpu(tmp_path: Path) -> None:
-    settings = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
+    settings = yaml.safe_load(ACCELERATE_FILE.read_text())
     assert (settings["distributed_type"], settings["mixed_precision"]) == ("MULTI_GPU", "bf16")
-    launcher = [*ACCELERATE, f"--config_file={ROOT / 'accelerate_config.yaml'}", "--num_processes=2"]
+    launcher = [*ACCELERATE, f"--config_file={ACCELERATE_FILE}", "--num_processes=2"]
     code, output = program(
         tiny(tmp_path, "--loop.steps=4", "--parallel.device=cpu"),
         launcher=[*launcher, "--main_process_port=0"],
@@ -50,9 +51,11 @@ def test_the_program_needs_no_installation_and_shadows_no_module(tmp_path: Path)
     """Else `harness/` itself would stay on the path, and its env.py and logs.py be found as modules."""
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        "import importlib.util as u, os\n"
+        "def leave(code): raise SystemExit(code)\n"
+        "leaving, os._exit = os._exit, leave\n"
         f"try: runpy.run_path({PROGRAM!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "import importlib.util as u\n"
         "print('shadows', [n for n in ('errors', 'env', 'logs', 'records') if u.find_spec(n)])\n"
         "twice = [n for n in sys.modules if n in ('config', 'errors', 'dist')]; print('twice', twice)"
     )

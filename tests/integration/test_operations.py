@@ -3,16 +3,20 @@ comes back by itself, and what another start would not cure is not started again
 
 from __future__ import annotations
 
-import random
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
-from scripts.bench_operations import STOPPED, kill_run
-from scripts.chaos import run_whole
+from harness import env
+from harness.cli.train import run as run_program
+from harness.config import TrainConfig
+from harness.data import LossSum, Task
+from scripts.bench_operations import STOPPED
+from scripts.chaos import arguments, compare, run_whole
 from tests.support.operations import LAUNCHERS, begin, judge_stop
+from tests.support.own_tasks import points_task, squared_error
 from tests.support.runs import program, tiny
 
 RESTARTING = [*LAUNCHERS["torchrun"], "--max-restarts=3"]
@@ -20,13 +24,7 @@ RESTARTING = [*LAUNCHERS["torchrun"], "--max-restarts=3"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        ("torchrun", signal.SIGTERM),
-        ("torchrun", signal.SIGKILL),
-        ("accelerate", signal.SIGTERM),
-        ("accelerate", signal.SIGKILL),
-    ],
+    ("launcher", "number"), [("torchrun", signal.SIGTERM), ("accelerate", signal.SIGKILL)]
 )
 def test_a_signal_to_the_launcher_saves_every_step_and_leaves_no_process(
     launcher: str, number: signal.Signals, tmp_path: Path
@@ -47,25 +45,35 @@ def test_a_stop_while_the_run_starts_is_committed_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_ranks_start_again_under_the_same_agent_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_rank_starts_again_under_the_same_agent_bit_for_bit_and_is_killed_once(
+    tmp_path: Path,
+) -> None:
     run_whole(tmp_path, "ddp")
-    kills = kill_run(tmp_path, "killed", random.Random(0), most_kills=2)
-    assert kills.total() == 2
-
-
-@pytest.mark.slow
-def test_a_rehearsed_kill_strikes_once_in_a_run_and_not_once_in_a_process(tmp_path: Path) -> None:
-    fault = "--faults=[{step: 9, rank: 1, kind: kill}]"
-    code, output = program(tiny(tmp_path, fault), launcher=RESTARTING)
+    fault = "--faults=[{step: 31, rank: 1, kind: kill}]"
+    code, output = program(
+        [*arguments(tmp_path, "killed", "ddp"), fault], launcher=RESTARTING, timeout_s=180.0
+    )
     assert code == 0, output
     assert output.count("fault strikes") == 1
     assert "fault has struck in an earlier attempt" in output
+    compare(tmp_path, "ddp-whole", "killed")
 
 
+def fails_on_rank_1(config: TrainConfig) -> Task:
+    """A task whose loss cannot be computed on one rank, and not on the first."""
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> LossSum:
+        if env.launched().rank == 1:
+            raise ValueError("no loss here")
+        return squared_error(model, batch)
+
+    return points_task(loss=loss)
+
+
+OWN_TASK = [f"--task={__name__}:fails_on_rank_1", "--data.paths=[]"]
 FINAL = {
-    "a misspelt key": (["--loop.stepz=3"], "ConfigError"),
-    "no such data": (["--data.paths=[/nowhere]"], "DataError"),
-    "instability": (["--guard.nonfinite=stop", "--faults=[{step: 3, kind: nan}]"], "InstabilityError"),
+    "before the ranks meet": (["--loop.stepz=3"], "ConfigError:"),
+    "on one rank": (OWN_TASK, "TaskError on rank 1:"),
 }
 
 
@@ -78,13 +86,13 @@ def test_what_a_restart_cannot_cure_is_not_started_again(name: str, tmp_path: Pa
     assert output.count(error) == 1, output
 
 
-@pytest.mark.slow
-def test_damaged_checkpoints_are_an_error_at_every_start(tmp_path: Path) -> None:
-    assert program(tiny(tmp_path))[0] == 0
+def test_damaged_checkpoints_are_an_error_at_every_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(tiny(tmp_path)) == 0
     for shard in (tmp_path / "runs/tiny/checkpoints").glob("step-*/*.safetensors"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
     for _ in range(2):
-        code, output = program(tiny(tmp_path, "--loop.steps=20"), launcher=[sys.executable])
-        assert code == 2
-        assert "CheckpointError" in output
+        assert run_program(tiny(tmp_path, "--loop.steps=20")) == 2
+        assert "CheckpointError" in capsys.readouterr().err
     assert not list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))

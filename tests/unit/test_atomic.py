@@ -2,13 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
-from harness.atomic import replacing, write_atomically
+from harness.atomic import output_file, replacing, write_atomically
 from harness.env import child_environment
 from harness.helper import start_helper
 from harness.locks import LockHeldError, ProcessLock, locked
@@ -32,6 +33,21 @@ def test_a_file_that_is_there_is_replaced_only_where_that_is_wanted(tmp_path: Pa
     with pytest.raises(FileExistsError):
         write_atomically(tmp_path / "a", "second", overwrite=False)
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a", "first")]
+
+
+def test_a_path_from_the_command_line_is_written_through_links_and_only_to_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "to nowhere").symlink_to("new")
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    for name, meant in (("link", "file"), ("to nowhere", "new"), ("file", "file")):
+        write_atomically(output_file(tmp_path / name), name)
+        assert (tmp_path / meant).read_text() == name
+    assert (tmp_path / "link").is_symlink()
+    for other in (".", "/", "", "/dev/null", tmp_path, tmp_path / "circle", tmp_path / "pipe"):
+        with pytest.raises(OSError, match=r"directory|not a regular file"):
+            output_file(other)
 
 
 def test_many_who_write_one_file_at_once_leave_one_whole_one(tmp_path: Path) -> None:

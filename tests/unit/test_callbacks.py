@@ -13,6 +13,7 @@ from harness.checkpoint import Checkpointer, SaveOutcome
 from harness.data import Task
 from harness.errors import ConfigError, TaskError
 from harness.tracking import open_run
+from harness.training import train
 from harness.training.callbacks import Rollback, Training
 from tests.support.own_tasks import own_config, points_task, run_loop
 
@@ -61,6 +62,27 @@ class Broken(Callback):
 
     def on_end(self, run: Training, status: str) -> None:
         raise OSError(f"nor an end: {status}")
+
+
+class Leaves(Callback):
+    """As a library that calls `sys.exit()` does."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+
+    def on_step(self, run: Training, record: StepRecord) -> None:
+        self._leave("on_step")
+
+    def on_end(self, run: Training, status: str) -> None:
+        self._leave("on_end")
+
+    def state_dict(self) -> dict[str, Any]:
+        self._leave("state_dict")
+        return {}
+
+    def _leave(self, hook: str) -> None:
+        if hook == self.hook:
+            raise SystemExit(0)
 
 
 def no_callback(config: TrainConfig) -> int:
@@ -162,3 +184,14 @@ def test_a_callback_that_cannot_be_had_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         run_loop(own_config(tmp_path, points, f"--callbacks=[{spec}]"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("hook", ["on_step", "on_end", "state_dict"])
+def test_an_exit_in_a_callback_is_an_error_and_not_the_end_of_the_program(tmp_path: Path, hook: str) -> None:
+    with pytest.raises(TaskError, match=rf"Leaves.{hook} raised SystemExit: 0"):
+        run_loop(own_config(tmp_path, points), callbacks=[Leaves(hook)])
+
+
+def test_an_exit_in_the_hook_of_an_end_does_not_take_the_errors_place(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no second step"):
+        train(own_config(tmp_path, points), callbacks=[Broken(), Leaves("on_end")])

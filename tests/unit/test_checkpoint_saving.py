@@ -222,3 +222,22 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
             checkpointer.save(1, {"optimizer": stray})
         with pytest.raises(CheckpointError, match="meta/t is a tensor"):
             checkpointer.save(1, {"x": 1}, meta={"t": torch.ones(1)})
+
+
+def test_a_save_that_ends_while_outcomes_are_taken_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    with Checkpointer(tmp_path) as checkpointer:
+        outcome = writer.SaveOutcome
+
+        def taken_meanwhile(**parts: Any) -> Any:
+            taken.extend(checkpointer.outcomes())
+            return outcome(**parts)
+
+        monkeypatch.setattr(writer, "SaveOutcome", taken_meanwhile)
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": torch.ones(2)})
+        checkpointer.wait()
+        taken.extend(checkpointer.outcomes())
+    assert [save.step for save in taken] == [1, 2, 3]

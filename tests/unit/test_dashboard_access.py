@@ -17,6 +17,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from harness.dashboard.access import Access, Gate, is_loopback
 
 TOKEN = "correct horse battery"
+BROKEN = ["http://[", "http://]", "http://[::1", "http://[x]", "http://[v1.1]"]
+"""No addresses, for which `urlsplit` raises an error, of some versions of Python."""
 
 
 async def hello(request: object) -> PlainTextResponse:
@@ -70,9 +72,19 @@ def test_a_foreign_name_that_points_here_is_refused(local: TestClient) -> None:
     assert "localhost" in answer.text
 
 
-@pytest.mark.parametrize("origin", ["http://evil.com", "http://localhost:9999", "null", "https://"])
-def test_a_page_of_another_site_is_refused(local: TestClient, origin: str) -> None:
-    assert local.post("/gradio_api/queue/join", headers={"origin": origin}).status_code == 403
+@pytest.mark.parametrize(
+    "origin", ["http://evil.com", "http://localhost:9999", "null", "https://", "", *BROKEN]
+)
+def test_a_page_of_another_site_is_refused(local: TestClient, guarded: TestClient, origin: str) -> None:
+    for host in ("localhost:7860", ""):
+        headers = {"origin": origin, "host": host, "authorization": f"Bearer {TOKEN}"}
+        assert local.post("/gradio_api/queue/join", headers=headers).status_code == 403
+        assert guarded.post("/gradio_api/queue/join", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("address", BROKEN)
+def test_a_host_that_is_no_address_is_refused(local: TestClient, address: str) -> None:
+    assert local.get("/", headers={"host": address.removeprefix("http://")}).status_code == 403
 
 
 def test_the_own_page_is_not_refused(local: TestClient) -> None:

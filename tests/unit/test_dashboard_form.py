@@ -137,6 +137,34 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_saved_among_the_presets_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout, `configs` is a link to them."""
+    monkeypatch.chdir(tmp_path)
+    package = preset_file("debug").parent
+    before = sorted(package.iterdir())
+    Path("configs").symlink_to(package)
+    saved = form.save(TrainConfig(seed=3), "mine")
+    try:
+        assert (saved, sorted(package.iterdir())) == (Path("my-configs/mine.yaml"), before)
+    finally:
+        (package / "mine.yaml").unlink(missing_ok=True)
+    assert form.preset("mine").seed == 3
+    assert "mine" in form.presets()
+    assert parse_arguments(["--config", str(saved)]).seed == 3
+
+
+def test_a_folder_that_the_user_has_linked_is_saved_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shared").mkdir()
+    Path("configs").symlink_to("shared")
+    assert form.save(TrainConfig(), "mine") == Path("configs/mine.yaml")
+    assert Path("shared/mine.yaml").is_file()
+
+
 def test_the_name_of_the_defaults_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="default values"):
         form.save(TrainConfig(), "defaults", folder=tmp_path)
@@ -159,5 +187,5 @@ def test_commands_for_several_nodes_say_where_to_meet(monkeypatch: pytest.Monkey
     assert torchrun[-3:] == ["harness/train.py", "--config", "configs/a b.yaml"]
     slurm = shlex.split(command(config, "slurm", processes=8, nodes=2))
     assert slurm[:2] == ["NPROC=8", "sbatch"]
-    assert slurm[-2:] == ["launch/slurm.sbatch", "--name=--x; rm"]
+    assert slurm[-2:] == ["harness/launch/slurm.sbatch", "--name=--x; rm"]
     assert "--num_processes=16" in command(config, "accelerate", processes=8, nodes=2).replace("s 16", "s=16")

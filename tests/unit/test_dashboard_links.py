@@ -176,7 +176,7 @@ def test_tensorboard_is_not_started_where_it_would_read_elsewhere(
     with pytest.raises(TrackingError, match="is a link, or no regular file"):
         tensorboard.show({"mine": root / "mine", "other": root / "other"})
     assert tensorboard.runs == ()
-    tensorboard.close()
+    tensorboard.stop()
 
 
 def test_runs_of_odd_names_stand_in_the_table_beside_the_others(root: Path) -> None:

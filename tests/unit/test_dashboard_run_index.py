@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -230,3 +231,15 @@ def test_an_answer_that_is_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as reader:
         run_index._receive(reader)
     assert run_index.num_unread() == 1
+
+
+def test_a_loss_that_is_not_finite_is_spelled_out_in_the_table_and_kept(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", loss=math.nan)
+    (tmp_path / "cache").mkdir()
+    for _ in range(2):  # the second time from the cache
+        answers: list[dict[str, Any]] = []
+        indexer = Indexer(tmp_path / "runs", tmp_path / "cache", answers.append)
+        indexer.refresh()
+        indexer.read_on(1.0)
+        assert [answer["row"]["loss"] for answer in answers if "row" in answer] == ["nan"]
+    assert indexer._rows.keys() == {"a"}

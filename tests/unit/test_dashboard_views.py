@@ -7,14 +7,19 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
-from harness.dashboard.views import MAX_EVENTS, Axis, curves_view, layers_view, run_view
+from harness.dashboard.comparison import compare_view
+from harness.dashboard.run_index import RunIndex
+from harness.dashboard.views import MAX_EVENTS, MAX_NAMES, Axis, curves_view, layers_view, run_view
 from harness.runlog import digest as digests
 from harness.runlog.digest import Digest
+from harness.runlog.nodes import NodeLog
 from harness.tracking import RunLog
 
 server = pytest.importorskip("harness.dashboard.server", reason="pip install 'stability-harness[dashboard]'")
+from starlette.testclient import TestClient  # noqa: E402
 
 
 @pytest.fixture(params=[8, 8192], ids=["reduced", "whole"])
@@ -33,7 +38,11 @@ def digest(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         for _ in range(MAX_EVENTS):
             log.write("event", {"name": "checkpoint"}, step=6)
         log.write("event", {"name": "incident", "loss": math.nan, "samples": [1, 2]}, step=7)
-    one = Digest(tmp_path)
+    return read(tmp_path)
+
+
+def read(run_dir: Path) -> Digest:
+    one = Digest(run_dir)
     one.refresh()
     return one
 
@@ -70,10 +79,81 @@ def test_layers_and_the_run_are_numbers_and_words(digest: Digest) -> None:
     assert run["ranks"] == {"loss": [1.0, 39.0]}
     assert run["incidents"][0]["samples"] == [1, 2]
     assert run["best_val_loss"] == 2.0
-    assert run["nonfinite_steps"]["num"] == 2
+    assert run["nonfinite_steps"] == {"num": 2, "is_exact": True}
 
 
 def test_checkpoints_push_nothing_else_out_of_the_events(digest: Digest) -> None:
     run = run_view(digest)
     assert [event["name"] for event in run["events"]] == ["rollback", "incident"]
     assert run["event_counts"] == {"rollback": 1, "incident": 1, "checkpoint": MAX_EVENTS}
+
+
+def test_numbers_of_the_trainer_are_there_however_many_others_were_logged(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        for statistic in ("a", "b", "c", "d"):
+            log.write("layers", {statistic: {f"layer{number}": 1.0 for number in range(1250)}}, step=0)
+        own = {f"expert/{number}": 1.0 for number in range(MAX_NAMES)}
+        log.write("step", {**own, "train/loss": 2.0, "val/loss": 3.0}, step=0)
+        log.write("ranks", {"loss": [1.0, 2.0]}, step=0)
+    run = told(run_view(read(tmp_path)))
+    assert (run["last"]["train/loss"], run["last"]["val/loss"], run["last"]["ranks/loss/max"]) == (
+        2.0,
+        3.0,
+        2.0,
+    )
+    assert {"train/loss", "val/loss"} < set(run["names"])
+    assert len(run["names"]) == MAX_NAMES
+
+
+def test_the_page_is_told_of_samples_of_nodes_while_no_step_is_logged(tmp_path: Path) -> None:
+    app = server.FastAPI()
+    server._add_data(app, RunIndex(tmp_path))
+    client = TestClient(app)
+    name = "system/cpu_frac"
+
+    def answer(seen: str) -> Any:
+        return client.get("/api/run", params={"run": "a", "name": name, "seen": seen}).json()
+
+    with RunLog(tmp_path / "a") as log:
+        log.write("step", {"train/loss": 1.0}, step=0)
+        first = answer("")
+        assert answer(first["version"])["unchanged"]
+        NodeLog(tmp_path / "a").write("system", {name: 0.5})
+        assert answer(first["version"])["curves"]["curves"][name]["mean"] == [0.5]
+
+
+def test_last_values_that_are_not_finite_are_spelled_out(tmp_path: Path) -> None:
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1.5}
+    with RunLog(tmp_path / "runs" / "a") as log:
+        log.write("step", {name: value for name, value in values.items() if value is not None}, step=0)
+        log.write("ranks", {"loss": [math.nan, 1.0]}, step=0)
+        log.write("event", {"name": "incident", "loss": math.nan, "norms": [math.inf, 1.0]}, step=0)
+    run = told(run_view(read(tmp_path / "runs" / "a")))
+    assert [run["last"][name] for name in "abce"] == ["nan", "inf", "-inf", 1.5]
+    assert run["ranks"] == {"loss": ["nan", 1.0]}
+    assert (run["incidents"][0]["loss"], run["incidents"][0]["norms"]) == ("nan", ["inf", 1.0])
+    compared = told(compare_view(RunIndex(tmp_path / "runs"), ["a", "a"]))
+    assert {row["name"]: row["values"][0] for row in compared["metrics"]} == {
+        "a": "nan", "b": "inf", "c": "-inf", "e": 1.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [16, 8192])
+def test_steps_with_nan_or_inf_are_never_overstated(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where points of the loss and of the gradients stand for other steps."""
+    monkeypatch.setattr(digests, "MOST", most)
+    monkeypatch.setattr(digests, "CLOSE_BYTES", 0)  # as if the log were long
+    rng = np.random.default_rng(0)
+    odd = set(rng.choice(200, size=12, replace=False).tolist())
+    with RunLog(tmp_path) as log:
+        for step in range(200):
+            is_odd = step in odd
+            log.write("step", {"train/loss": math.nan if is_odd else 1.0}, step=step)
+            if step % 3 or is_odd:  # so that their points begin elsewhere
+                log.write("step", {"guard/num_nan": 5 * is_odd}, step=step)
+            if step % 5 or is_odd:
+                log.write("step", {"guard/num_inf": 5 * is_odd}, step=step)
+    told_of = run_view(read(tmp_path))["nonfinite_steps"]
+    assert told_of == {"num": len(odd), "is_exact": most > 200}

@@ -29,11 +29,8 @@ def test_a_preset_is_found_by_name_and_by_path_from_an_empty_folder(
     monkeypatch.chdir(tmp_path)
     by_name = parse_arguments(["--config", "debug"])
     assert by_name.debug
-    assert (
-        by_name
-        == parse_arguments([f"--config={preset_file('debug')}"])
-        == TrainConfig.from_file("debug.yaml")
-    )
+    by_path = parse_arguments([f"--config={preset_file('debug')}"])
+    assert by_name == by_path == TrainConfig.from_file("debug")
     assert parse_arguments(["--config=digits", "--seed=7"]).seed == 7
 
 
@@ -48,7 +45,7 @@ def test_a_file_of_the_working_directory_comes_before_a_preset_and_a_folder_does
     assert parse_arguments(["--config=debug"]).name == "debug"
 
 
-@pytest.mark.parametrize("name", ["debgu", "configs/debgu.yaml", "../debug.yml"])
+@pytest.mark.parametrize("name", ["debgu", "configs/debgu.yaml", "../debug.yml", "debug.yaml", "./debug"])
 def test_an_unknown_preset_is_answered_with_those_there_are(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

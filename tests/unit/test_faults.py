@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,11 +97,11 @@ def test_a_batch_fault_strikes_the_input() -> None:
     assert run(model, injector, 0).total.isnan()
 
 
-def test_an_armed_fault_is_announced_on_its_rank(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_armed_fault_is_announced_on_its_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="harness"):
-        FaultInjector([FaultConfig(step=3, rank=1)], model=network(), rank=0)
+        FaultInjector([FaultConfig(step=3, rank=1)], model=network(), rank=0).begin_at(0, tmp_path)
         assert caplog.text == ""
-        FaultInjector([FaultConfig(step=3, rank=1)], model=network(), rank=1)
+        FaultInjector([FaultConfig(step=3, rank=1)], model=network(), rank=1).begin_at(0, tmp_path)
     assert "fault armed: nan in gradient of rank 1, step 3" in caplog.text
 
 

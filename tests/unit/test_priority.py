@@ -43,7 +43,12 @@ def start(program: str, *, new_session: bool = True) -> subprocess.Popen[str]:
 
 
 def said(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    try:
+        outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            with process:
+                process.kill()  # one that hangs; else this does nothing
     assert [process.returncode for process in processes] == [0] * len(processes)
     return outputs
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,43 @@ def test_its_size_is_bounded_however_much_was_logged(tmp_path: Path, monkeypatch
     told = embedded(tmp_path / "a")
     assert sum(len(curve["mean"]) for curve in told["curves"]["curves"].values()) <= 4000
     assert sum(len(row) for layers in told["layers"].values() for row in layers["values"]) <= 4000
+
+
+def test_heat_maps_are_bounded_where_every_parameter_is_logged_at_steps_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "TOTAL_CELLS", 4000)
+    with RunLog(tmp_path / "a") as log:
+        for step in range(3000):
+            value = {1777: 1e6, 1778: math.nan}.get(step, 1.0)
+            log.write("layers", {"grad_norm": {f"layer{step % 50}": value}}, step=step)
+    layers = embedded(tmp_path / "a")["layers"]["grad_norm"]
+    assert len(layers["names"]) == 50
+    assert sum(len(row) for row in layers["values"]) <= 4000
+    assert {len(row) for row in layers["values"]} == {len(layers["steps"])}
+    rows = dict(zip(layers["names"], zip(layers["values"], layers["nonfinite"], strict=True), strict=True))
+    assert max(value for value in rows["layer27"][0] if value is not None) == 1e6
+    assert len(rows["layer28"][1]) == 1
+
+
+def test_text_of_many_different_characters_takes_no_longer_than_other_text() -> None:
+    def seconds(text: str) -> float:
+        began = time.perf_counter()
+        assert json.loads(reports._inside_script({"text": text})) == {"text": text}
+        return time.perf_counter() - began
+
+    private = "".join(map(chr, range(0xF0000, 0xF0000 + 20_000)))
+    alike = "\U000f0000" * len(private)
+    assert seconds(private) < 20 * max(0.02, seconds(alike))
+
+
+def test_the_loss_is_in_it_however_many_metrics_come_first_by_name(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "a") as log:
+        own = {f"expert/{number}": 1.0 for number in range(reports.MAX_CURVES)}
+        log.write("step", {**own, "train/loss": 2.0}, step=0)
+    curves = embedded(tmp_path / "a")["curves"]["curves"]
+    assert curves["train/loss"]["mean"] == [2.0]
+    assert len(curves) == reports.MAX_CURVES
 
 
 def test_a_run_that_logged_nothing_has_a_report_and_a_missing_one_is_an_error(tmp_path: Path) -> None:

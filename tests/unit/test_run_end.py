@@ -15,7 +15,7 @@ import pytest
 from harness.checkpoint import Checkpointer
 from harness.config import TrainConfig
 from harness.data import Loader
-from harness.errors import CheckpointError, HarnessError, InstabilityError, TaskError
+from harness.errors import CheckpointError, DataError, HarnessError, InstabilityError, TaskError
 from harness.runlog.reader import open_run
 from harness.stability import StepGuard
 from harness.training import Callback, train
@@ -40,8 +40,8 @@ def fail_to_close(monkeypatch: pytest.MonkeyPatch, *parts: type) -> list[str]:
     for part in parts:
         close = part.close  # type: ignore[attr-defined]
 
-        def failing(self: Any, part: type = part, close: Any = close) -> None:
-            close(self)
+        def failing(self: Any, *, part: type = part, close: Any = close, **options: Any) -> None:
+            close(self, **options)
             asked.append(part.__name__)
             raise CheckpointError(f"{part.__name__} does not close")
 
@@ -101,6 +101,25 @@ def test_an_error_before_the_first_step_is_there_at_every_start(
         train(config)
     assert not caught.value.restart_may_help
     assert ended(config)["state"] == "crashed"
+
+
+def test_a_log_is_ended_if_another_rank_cannot_open_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_elsewhere(action: Any) -> Any:
+        result = action()
+        if (Path(config.runs_dir) / config.name / "log").exists():
+            raise DataError("rank 1 has no disk")
+        return result
+
+    config = tiny_config(tmp_path, "--loop.steps=2")
+    monkeypatch.setattr("harness.training.build.on_all_ranks", fails_elsewhere)
+    with pytest.raises(DataError):
+        train(config)
+    monkeypatch.undo()
+    end = open_run(Path(config.runs_dir) / config.name).end
+    assert end == {"state": "crashed", "reason": "rank 1 has no disk."}
+    assert train(config).status == "finished"
 
 
 class StopsSideProcess(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from harness.cli.train import run as run_program
 from harness.runlog.reader import open_run
 from harness.stop import StopRequest
 from harness.training import Callback, train
-from tests.support.runs import tiny_config
+from tests.support.runs import tiny, tiny_config
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
@@ -127,6 +129,24 @@ def test_a_stop_at_any_point_is_committed_and_the_run_goes_on_as_if_it_had_not_b
     assert (tmp_path / f"parts/tiny/checkpoints/step-{stopped.steps:08d}").is_dir()
     assert train(tiny_config(tmp_path, *parts)).status == "finished"
     assert _outcome(tmp_path / "parts") == whole
+
+
+class _Done(Callback):
+    """Says that the run is done."""
+
+    def on_step(self, run: Any, record: Any) -> None:
+        if record.step == 1:
+            run.stop.requested = True  # a signal would do the same
+            run.stop.finish("a loss that is low enough")
+
+
+def test_a_run_that_a_callback_calls_done_is_finished_and_says_why(tmp_path: Path) -> None:
+    assert run_program([*tiny(tmp_path), "--callbacks=[tests.unit.test_stop:_Done]"]) == 0
+    end = open_run(tmp_path / "runs" / "tiny").end
+    assert end == {"state": "finished", "reason": "a loss that is low enough"}
+    summary = json.loads((tmp_path / "runs/tiny/summary.json").read_bytes())
+    assert (summary["status"], summary["reason"]) == ("finished", "a loss that is low enough")
+    assert (tmp_path / f"runs/tiny/checkpoints/step-{summary['steps']:08d}").is_dir()
 
 
 def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(

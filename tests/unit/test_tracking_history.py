@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
 from tensorboard.compat.proto.event_pb2 import Event
 
 from harness.runlog.codec import encode
@@ -119,6 +122,19 @@ def test_a_branch_as_it_stood_is_still_shown_on_request(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     assert run.scalars("train/loss", attempt=0).steps.tolist() == list(range(10))
     assert run.scalars("train/loss").values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 105.0, 106.0]
+
+
+def test_tensorboard_without_its_data_server_drops_a_branch_too(tmp_path: Path) -> None:
+    """It takes the first start of a session that it finds for the beginning, and drops nothing at it."""
+    with RunLog(tmp_path) as log:
+        write_steps(log, range(10))
+    with RunLog(tmp_path) as log:
+        log.rewind(5)
+        write_steps(log, range(5, 7), value=100.0)
+    mirrored(tmp_path)
+    shown = PluginEventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    assert [event.step for event in shown.Tensors("train/loss")] == list(range(7))
 
 
 def test_what_tensorboards_data_server_drops_for_an_earlier_step_is_shown_again_at_the_end(

@@ -90,7 +90,7 @@ def test_the_lock_goes_with_a_killed_writer_although_a_forked_child_lives_on(tmp
         RunLog(tmp_path).close()
     finally:
         os.killpg(writer.pid, signal.SIGKILL)
-        writer.stdout.close()
+        writer.communicate()
 
 
 def test_a_torn_last_line_is_passed_over_and_never_joined_to_the_next(tmp_path: Path) -> None:

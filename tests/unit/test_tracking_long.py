@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.runlog import blocks, digest, reader
+from harness.runlog import blocks, codec, digest, reader
 from harness.runlog.reader import Run, Series, open_run
 from harness.runlog.writer import RunLog
 from harness.tracking.compare import compare_runs
@@ -102,6 +102,62 @@ def test_stretches_hold_every_step_once(tmp_path: Path) -> None:
             assert not found[name].keys() & points(series).keys()
             found[name] |= points(series)
     assert all(same(found[name], truth[name]) for name in truth)
+
+
+def test_a_log_is_read_about_once_more_where_some_metrics_count_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("train/loss", "a")
+    truth: dict[str, dict[int, float]] = {name: {} for name in (*names, "epoch/loss", "samples/loss")}
+    with RunLog(tmp_path) as log:
+        for step in range(3000):
+            log.write("step", dict.fromkeys(names, float(step)), step=step)
+            for name in names:
+                truth[name][step] = float(step)
+            if step % 30 == 0:
+                log.write("epoch", {"epoch/loss": 0.5}, step=step // 30)
+                truth["epoch/loss"][step // 30] = 0.5
+            if step % 2 == 0:
+                log.write("eval", {"samples/loss": 2.0}, step=64 * step)
+                truth["samples/loss"][64 * step] = 2.0
+            log.write("layers", {"grad_norm": {"w": 1.0}}, step=step)
+    run = open_run(tmp_path)
+    read: list[int] = []
+    decoded = blocks.Blocks.decode
+    monkeypatch.setattr(
+        blocks.Blocks,
+        "decode",
+        lambda self, number, **how: read.append(number) or decoded(self, number, **how),
+    )
+    monkeypatch.setattr(blocks, "HELD_BYTES", 10_000)
+    monkeypatch.setattr(reader, "STRETCH_BYTES", 20_000)
+    found: dict[str, dict[int, float]] = {name: {} for name in truth}
+    for stretch in run.stretches():
+        largest = 0
+        for name, series in run.between(*stretch).items():
+            found[name] |= points(series)
+            largest = max(largest, len(series.steps))
+        assert largest < 1000
+    assert all(same(found[name], truth[name]) for name in truth)
+    assert len(run.stretches()) > 20
+    assert len(read) < 6 * len(run._blocks.blocks)  # two counters, and stretches that begin within a block
+
+
+def test_lines_that_hold_no_scalars_are_not_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLog(tmp_path) as log:
+        for step in range(300):
+            log.write("step", {"train/loss": float(step)}, step=step)
+            log.write("layers", {"grad_norm": {"w": 1.0}}, step=step)
+            log.write("ranks", {"loss": [1.0, 2.0]}, step=step)
+            log.write("text", {"said": "a"}, step=step)
+    run = open_run(tmp_path)
+    lines: list[bytes] = []
+    monkeypatch.setattr(blocks, "decode", lambda line: lines.append(line) or codec.decode(line))
+    assert len(run.between(0, 299)["train/loss"].steps) == 300
+    assert sum(b"train/loss" in line for line in lines) == 300
+    assert not any(kind in line for line in lines for kind in (b"layers", b"ranks", b"text"))
 
 
 def test_an_export_of_a_long_run_holds_every_point_once(tmp_path: Path) -> None:

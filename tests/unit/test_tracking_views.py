@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pandas
 import pytest
 from PIL import Image
 
+from harness.dashboard.report import write_report
 from harness.errors import TrackingError
 from harness.runlog.preview import open_whole
 from harness.runlog.reader import open_run
@@ -86,6 +88,13 @@ def test_a_comparison_finds_settings_and_the_first_step_that_differs(tmp_path: P
     assert "they part at step 0" in compare_text(a, b)  # the learning rate
 
 
+def test_equality_is_told_of_the_metric_with_the_most_steps(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with RunLog(make_run(tmp_path / name)) as log:
+            log.write("step", {"a/rare": 1.0}, step=29)
+    assert "equal, bit for bit, on all 30 steps" in compare_text(tmp_path / "a", tmp_path / "b")
+
+
 def test_equal_runs_are_equal_bit_for_bit_nan_included(tmp_path: Path) -> None:
     text = compare_text(make_run(tmp_path / "a", odd=3), make_run(tmp_path / "b", odd=3))
     assert "the settings are the same" in text
@@ -117,8 +126,10 @@ def test_an_export_in_an_unknown_format_or_to_nowhere_is_an_error(tmp_path: Path
     run_dir = make_run(tmp_path / "a", num_steps=1)
     with pytest.raises(TrackingError, match="'xlsx'"):
         export_run(run_dir, format="xlsx")  # type: ignore[arg-type]
-    with pytest.raises(TrackingError, match="cannot be written"):
-        export_run(run_dir, tmp_path / "gone" / "x.csv")
+    for path in (tmp_path / "gone" / "x.csv", ".", "/"):
+        for write in (export_run, write_report):
+            with pytest.raises(TrackingError, match="cannot be written"):
+                write(run_dir, path)
 
 
 def test_the_terminal_view_has_a_curve_and_the_newest_events(tmp_path: Path) -> None:
@@ -143,6 +154,24 @@ def test_a_run_that_logged_nothing_has_a_picture(tmp_path: Path) -> None:
     RunLog(tmp_path / "a").close()
     with Image.open(plot_run(tmp_path / "a", tmp_path / "a.png")) as picture:
         assert picture.size[0] == 1650
+
+
+@pytest.mark.parametrize("values", [[-1.7e308, 1.7e308], [1.0, 1.7e308], [-1.7e308] * 3, [1e308, 5e-324]])
+def test_a_run_of_huge_values_has_a_picture(values: list[float], tmp_path: Path) -> None:
+    names = ("train/loss", "train/grad_norm", "train/lr", "guard/num_nan", "val/loss")
+    with RunLog(tmp_path / "a") as log:
+        for step, value in enumerate(values):
+            log.write("step", dict.fromkeys(names, value), step=step)
+    assert plot_run(tmp_path / "a", tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_run_in_a_folder_whose_name_is_no_text_can_be_looked_at(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / os.fsdecode(b"run-\xff"), num_steps=2)
+    assert plot_run(run_dir, tmp_path / "a.png").exists()
+    assert write_report(run_dir, tmp_path / "a.html").exists()
+    assert export_run(run_dir, tmp_path / "a.json", format="json").exists()
+    for text in (show_run(run_dir), compare_text(run_dir, run_dir), runs_table(tmp_path)):
+        assert "run-" in text.encode().decode()
 
 
 def test_the_picture_has_a_panel_for_what_was_logged_and_marks_the_events(tmp_path: Path) -> None:

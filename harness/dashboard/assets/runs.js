@@ -74,6 +74,7 @@ class Runs extends HTMLElement {
       .sort((a, b) => {
         const [x, y] = [worth(a), worth(b)];
         if (x == null || y == null) return (x == null) - (y == null);
+        if (typeof x !== typeof y) return sign * ((typeof x === "string") - (typeof y === "string")); // "nan" among numbers
         return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
       });
   }

@@ -1,0 +1,58 @@
+"""What a rank is doing now, and how long it usually takes: written by the training thread, read by others."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from enum import StrEnum
+from typing import NamedTuple
+
+__all__ = ["At", "Phase", "Progress"]
+
+_FORGOTTEN = 0.99
+"""What is kept of the slowest time at each further one: an odd one is forgotten after some hundred."""
+
+
+class Phase(StrEnum):
+    """What the training thread does; the value is how people are told."""
+
+    START = "starting"
+    DATA = "waiting for the batch"
+    FORWARD = "in the forward pass"
+    BACKWARD = "in the backward pass"
+    UPDATE = "in the update"
+    RECORDS = "handling the records, callbacks included,"
+    EVALUATION = "evaluating"
+    SAVE = "saving a checkpoint"
+    ROLLBACK = "rolling back"
+    END = "ending"
+
+
+class At(NamedTuple):
+    """Where a rank is."""
+
+    phase: Phase
+    step: int
+    order: int
+    """Phases entered before: all ranks enter the same ones in the same order, so the lowest is behind."""
+    since: float
+    """`time.monotonic()`; it stands still while a machine is suspended."""
+
+
+class Progress:
+    """One rank's. `enter` takes some microseconds, and neither locks nor synchronises anything."""
+
+    def __init__(self) -> None:
+        self.at = At(Phase.START, 0, 0, time.monotonic())
+        self.num_done: Counter[Phase] = Counter()
+        """How often each phase has come to its end."""
+        self.slowest_s: dict[Phase, float] = {}
+        """The longest that it took lately."""
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """The phase before is over, and `phase` begins; on the training thread."""
+        now, before = time.monotonic(), self.at
+        took_s = now - before.since
+        self.slowest_s[before.phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(before.phase, 0.0))
+        self.num_done[before.phase] += 1
+        self.at = At(phase, step, before.order + 1, now)
