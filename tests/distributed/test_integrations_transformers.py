@@ -185,4 +185,4 @@ def _cases(folder: str, rank: int, world_size: int) -> None:
 
 
 def test_a_trainer_is_the_same_and_guarded_on_two_ranks_and_on_one(tmp_path: Path) -> None:
-    run_ranks(_all, 2, str(tmp_path), timeout_s=300)
+    run_ranks(_all, 2, str(tmp_path), timeout_s=170)
