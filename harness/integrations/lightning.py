@@ -15,7 +15,8 @@ checkpoints, under the plugin's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,15 +66,27 @@ class _Guarded(Precision):  # type: ignore[misc,unused-ignore]
     _settings: dict[str, Any]
     guard: StepGuard | None = None
     """From the first forward pass of a fit to its end."""
+    _model: nn.Module | None = None
+    """As the strategy wraps it."""
     _saved: dict[str, Any] | None = None
     _loss: Tensor | None = None
     _num_backward = 0
     _is_last = False
     """Whether the backward pass under way is the last before the step."""
 
+    def connect(self, model: nn.Module, optimizers: Any, lr_schedulers: Any) -> Any:
+        self._model = model
+        return super().connect(model, optimizers, lr_schedulers)
+
+    @contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        # A forward pass under FSDP2 leaves whole parameters in the model, in place of those of the optimizer.
+        if self.guard is None and self._model is not None:
+            self.guard = self._made_guard(self._model)
+        with super().train_step_context():
+            yield
+
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:
-        if self.guard is None:
-            self.guard = self._made_guard(module)
         self._num_backward += 1
         self._loss = tensor.detach()  # before it is scaled
         scaled: Tensor = super().pre_backward(tensor, module)
@@ -94,8 +107,10 @@ class _Guarded(Precision):  # type: ignore[misc,unused-ignore]
         self._is_last = False
         if self.guard is None or self._num_backward == num_backward:
             return result  # training_step returned None
-        self._after_closure(model, optimizer)  # the hooks between backward and step
         scaler = getattr(self, "scaler", None)
+        if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # as Lightning does it, for the hooks
+        self._after_closure(model, optimizer)  # the hooks between backward and step
         self.guard.step(scaler=scaler)
         if scaler is not None:
             scaler.update()
@@ -119,14 +134,16 @@ class _Guarded(Precision):  # type: ignore[misc,unused-ignore]
 
     def teardown(self) -> None:
         if self.guard is not None:
+            self._saved = self.guard.state_dict()  # for a checkpoint that is written after fit
             self.guard.close()
-        self.guard = None
+        self.guard = self._model = None
         super().teardown()
 
-    def _made_guard(self, module: pl.LightningModule) -> StepGuard:
-        trainer = module.trainer
-        model = trainer.strategy.model
+    def _made_guard(self, model: nn.Module) -> StepGuard:
+        module: Any = getattr(model, "module", model)  # without DDP
+        trainer: pl.Trainer = module.trainer
         _refuse_unfit(trainer, module, model)
+        _refuse_other_device(self, trainer)
         guard = StepGuard(model, trainer.optimizers, max_norm=trainer.gradient_clip_val, **self._settings)
         if self._saved is not None:
             guard.load_state_dict(self._saved)
@@ -160,6 +177,16 @@ def _refuse_unfit(trainer: pl.Trainer, module: pl.LightningModule, model: nn.Mod
                 "plain model, DDP or FSDP2",
                 remedy="leave it out; in a loop with manual optimization make a StepGuard yourself",
             )
+
+
+def _refuse_other_device(plugin: Precision, trainer: pl.Trainer) -> None:
+    ours, theirs = getattr(plugin, "device", None), trainer.strategy.root_device.type
+    if ours not in (None, theirs):
+        raise ConfigError(
+            f"device={ours!r} for the precision of a model on {theirs}",
+            rule="autocast changes nothing on another device",
+            remedy=f"guarded_precision({plugin.precision!r}, device={theirs!r})",
+        )
 
 
 class GuardCallback(pl.Callback):  # type: ignore[misc,unused-ignore]

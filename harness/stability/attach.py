@@ -60,7 +60,7 @@ def source_of(
     unwrapped = uncompiled(model)
     if isinstance(unwrapped, DistributedDataParallel):
         return DdpSource(unwrapped, layout, comm_hook=comm_hook)
-    if isinstance(unwrapped, FSDPModule):
+    if any(isinstance(module, FSDPModule) for module in unwrapped.modules()):  # the outermost need not be one
         return FsdpSource(model, layout)
     _check(comm_hook is None, "a comm_hook without DDP", "only DDP reduces by a communication hook")
     if group is None and dist.is_initialized() and dist.get_world_size() > 1:

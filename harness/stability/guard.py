@@ -335,7 +335,8 @@ class StepGuard:
         """What scaled the loss: what was handed over, or accelerate's; a forgotten one is refused, once."""
         if isinstance(scaler, EllipsisType):
             scaler = self._optimizers.grad_scaler
-            if scaler is None and self._may_have_forgotten_scaler:
+            may_forget = self._may_have_forgotten_scaler and not self._optimizers.are_accelerated
+            if scaler is None and may_forget:
                 refuse_forgotten_scaler()
         self._may_have_forgotten_scaler = False
         return scaler

@@ -74,6 +74,11 @@ class Optimizers:
         return any(not one.gradient_state.sync_gradients for one in self.wrapped if _is_accelerated(one))
 
     @property
+    def are_accelerated(self) -> bool:
+        """Whether accelerate prepared all of them, and so scales their losses itself or not at all."""
+        return all(map(_is_accelerated, self.wrapped))
+
+    @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The GradScaler with which accelerate scales losses, if it does."""
         scalers = (one.scaler for one in self.wrapped if _is_accelerated(one))

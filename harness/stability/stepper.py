@@ -66,7 +66,7 @@ class OptimizerStepper:
         skip, divisor = False, 1.0
         if len(by_device) < len(self._optimizers.unwrapped):
             skip, divisor = torch.stack([decision.found_inf_t, decision.grad_scale_t]).tolist()
-        for optimizer in self._optimizers.unwrapped:
+        for optimizer in (*self._optimizers.wrapped, *self._optimizers.unwrapped):
             _tell_scheduler(optimizer)
         with self.fused_check.checking(step, by_device, decision):
             for optimizer in self._optimizers.unwrapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stability import StepGuard
 from tests.support.distributed import run_ranks
-from tests.support.guarded import batch, snapshot, worst_difference
-from tests.support.launched import as_launched
+from tests.support.guarded import batch, make_model, snapshot, worst_difference
+from tests.support.launched import as_launched, each_alone, forget_accelerators
 
 NUM_MICRO_BATCHES = 2
 NUM_STEPS = 6
@@ -37,7 +38,16 @@ class _Net(nn.Module):
 class _Loop:
     """A training with accelerate: two micro-batches a step, a schedule, a checkpoint if asked for."""
 
-    def __init__(self, *, guarded: bool, fused: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        guarded: bool,
+        fused: bool = True,
+        model: Callable[[], nn.Module] = _Net,
+        told: dict[str, Any] | None = None,
+        scale: float | None = None,
+        **settings: Any,
+    ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
@@ -50,11 +60,14 @@ class _Loop:
             gradient_accumulation_steps=NUM_MICRO_BATCHES,
             kwargs_handlers=[kwargs],
             project_config=project,
+            **(told or {}),
         )
-        model = _Net()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        if scale is not None:  # accelerate makes one only where there is a GPU
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        net = model()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(net, optimizer, schedule)
         self.guard: StepGuard | None = None
         if guarded:
             self.guard = step_guard(self.accelerator, self.model, self.optimizer, max_norm=0, **settings)
@@ -141,16 +154,63 @@ def _resumed(rank: int, world_size: int, folder: str) -> None:
     assert ours.state_dict()["ladder"] == theirs.state_dict()["ladder"]
 
 
+def _with_adapters() -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=2, target_modules=["0", "2"], lora_dropout=0.0)
+    model: nn.Module = inject_adapter_in_model(settings, make_model())
+    return model
+
+
+def _under_fsdp2(rank: int, world_size: int) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    def looped(*, guarded: bool, checkpointing: bool = False, bad: Any = None, **changes: Any) -> _Loop:
+        forget_accelerators()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Linear"],
+            activation_checkpointing=checkpointing,
+        )
+        loop = _Loop(guarded=guarded, told={"fsdp_plugin": plugin}, **changes)
+        loop.run(0, 3, bad=bad)
+        return loop
+
+    for changes in (
+        {"scale": 1024.0},
+        {"checkpointing": True, "model": make_model},  # after a loop with a scaler, whose object is there yet
+        {"model": _with_adapters},
+    ):
+        ours, theirs = looped(guarded=True, **changes), looped(guarded=False, **changes)
+        assert worst_difference(ours.state, theirs.state) == ""
+        assert {record.verdict for record in ours.end()} == {"apply"}
+        scalers = ours.accelerator.scaler, theirs.accelerator.scaler
+        assert scalers == (None, None) or scalers[0].get_scale() == scalers[1].get_scale() == 2048.0
+    loop = looped(guarded=True, scale=1024.0, bad=(1, 1, world_size - 1))
+    bad = loop.end()[1]
+    assert (bad.verdict, bad.rank, bad.micro_batch) == ("skip", world_size - 1, 1)
+    assert all(value.isfinite().all() for value in loop.state.values())
+    forget_accelerators()
+
+
 def _all(rank: int, world_size: int, folder: str) -> None:
     as_launched(world_size)
+    _cases(rank, world_size, folder)
+    _under_fsdp2(rank, world_size)
+    each_alone()
+    _cases(0, 1, f"{folder}/{rank}")
+
+
+def _cases(rank: int, world_size: int, folder: str) -> None:
     _clean(rank, world_size)
     _bad(rank, world_size)
     _resumed(rank, world_size, folder)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loop_of_accelerate_is_the_same_and_guarded(world_size: int, tmp_path: Path) -> None:
-    run_ranks(_all, world_size, str(tmp_path), timeout_s=120)
+def test_a_loop_of_accelerate_is_the_same_and_guarded_on_two_ranks_and_on_one(tmp_path: Path) -> None:
+    run_ranks(_all, 2, str(tmp_path), timeout_s=120)
 
 
 def _refused(rank: int, world_size: int) -> None:
