@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from harness.errors import ConfigError, HarnessError, TaskError
 
-__all__ = ["load_function", "user_code"]
+__all__ = ["check_modules", "load_function", "user_code"]
 
 _MOST_FRAMES = 8
 _LONGEST_MESSAGE = 1000
@@ -114,14 +115,34 @@ def load_function(spec: str, *, key: str) -> Callable[..., Any]:
     return loaded
 
 
+def check_modules(specs: Iterable[str], *, key: str) -> None:
+    """Looks for the module of each `package.module:name` and does not run it: another process will.
+
+    Raises:
+        ConfigError: there is no such module.
+        TaskError: a package that holds it raised something while it was imported.
+    """
+    for spec in specs:
+        module_name = spec.partition(":")[0]
+        with _importing(spec, key):
+            if module_name not in sys.modules and importlib.util.find_spec(module_name) is None:
+                raise ModuleNotFoundError(name=module_name)
+
+
 def _import(spec: str, module_name: str, key: str) -> ModuleType:
+    with _importing(spec, key):
+        return importlib.import_module(module_name)
+
+
+@contextmanager
+def _importing(spec: str, key: str) -> Iterator[None]:
     # Launchers put the program's own folder on the path; people expect the one they stand in.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     with user_code(f"importing {key} {spec!r}", rule="its module has to be importable on every rank"):
         try:
-            return importlib.import_module(module_name)
+            yield
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"{key} {spec!r}: there is no module {error.name!r}",

@@ -30,7 +30,7 @@ class ParallelConfig:
     """DDP looks in every step for parameters that the loss does not depend on, which costs a walk through the
     graph; without it such a parameter ends the run with an error that names it. FSDP needs no such search."""
     timeout_s: float = 300.0
-    """How long a collective may wait before the run is ended."""
+    """How long a collective may wait before the run is ended, and one rank for another in a save."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_cap_mb", "timeout_s")

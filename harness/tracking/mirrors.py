@@ -243,8 +243,8 @@ def _start(
     """
     messages, messages_out = os.pipe()
     given = ["--run", run_dir, "--settings", settings.to_json(), "--messages", messages_out, *arguments]
-    if settings.mirrors:  # mirrors of their own are found where this process finds modules
-        given += ["--path", os.pathsep.join(sys.path)]
+    if settings.mirrors:  # found where this process finds modules, and from the current directory
+        given += ["--path", os.pathsep.join(["", *sys.path])]
     try:
         process = start_helper(
             _SIDE,

@@ -126,18 +126,28 @@ def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: fl
     """
     ended = threading.Event()
     ended.set()
-    followers = _followers_for(path, settings, ended=ended)
+    troubles = {name: _import_trouble(name) for name in mirrors_of(settings)}
+    followers = [f for f in _followers_for(path, settings, ended=ended) if troubles[f.name] is None]
     for follower in followers:
         if rebuild:
             follower.forget()
         threading.Thread(target=follower.run, name=follower.name, daemon=True).start()
     deadline = time.monotonic() + timeout_s
-    troubles = {follower.name: _trouble(follower, deadline, timeout_s) for follower in followers}
+    troubles |= {follower.name: _trouble(follower, deadline, timeout_s) for follower in followers}
     if not all(follower.done.is_set() for follower in followers):
         faulthandler.dump_traceback()  # into side.log: where it hangs
         for child in psutil.Process().children():
             child.kill()
     return troubles
+
+
+def _import_trouble(name: str) -> str | None:
+    """What keeps a mirror from being imported: for somebody who waits for it, trying again is no help."""
+    try:
+        load(name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (a user's module may raise anything)
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _trouble(follower: MirrorFollower, deadline: float, timeout_s: float) -> str | None:

@@ -58,6 +58,6 @@ def sync_run(
             raise TrackingError(
                 f"{name} of {run_dir} is not complete",
                 rule=trouble,
-                remedy="try again later; nothing is lost",
+                remedy="mend that and sync again; nothing is lost",
             )
     return list(outcome)

@@ -52,6 +52,7 @@ from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
+from harness.user_code import check_modules
 
 __all__ = ["build_run", "train"]
 
@@ -187,6 +188,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     task = on_all_ranks(lambda: build_task(config, files=files))
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
+    from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
         lambda: FaultInjector(
