@@ -38,6 +38,8 @@ class StopRequest:
         """Name of the signal that asked first, or why the run is done; None: nobody has asked."""
         self.is_done = False
         """Whether the run has reached what it is for, so that nothing is left to go on with."""
+        self.is_over = False
+        """Whether the run is ending already: a signal then changes nothing, and nothing is said of it."""
         self._interrupts = 0
         self._old: dict[int, Any] = {}
         self._terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
@@ -74,7 +76,7 @@ class StopRequest:
             os._exit(_ABORTED_BY_CTRL_C)
         if number == signal.SIGHUP:
             self._forget_terminal()
-        if self.reason is None:
+        if self.reason is None and not self.is_over:
             self.reason = signal.Signals(number).name
             _say(f"{self.reason}: finishing the step and saving a checkpoint; Ctrl-C again ends at once")
 

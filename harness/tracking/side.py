@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import orjson
 import psutil
 
-from harness.atomic import replacing
 from harness.priority import pass_on_to, stop_yielding
 from harness.runlog.nodes import NodeLog
 from harness.runlog.paths import log_dir, picture_file, side_output_file
@@ -162,8 +161,7 @@ def _draw_picture(run_dir: Path) -> None:
     from harness.tracking.plots import plot_run
 
     try:
-        with replacing(picture_file(run_dir)) as unfinished:
-            plot_run(run_dir, unfinished)
+        plot_run(run_dir, picture_file(run_dir))
     except Exception as error:  # noqa: BLE001  (the mirrors are worth more)
         logger.warning("%s cannot be drawn: %s: %s", picture_file(run_dir), type(error).__name__, error)
 

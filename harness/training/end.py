@@ -53,6 +53,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
     Args:
         error: What ended the loop; its ending is made of it.
     """
+    run.stop.is_over = True  # the first rank to leave may have its launcher end the others
     error = _close_parts(run, error)
     if error is not None:
         ending = Ending.of_error(error)

@@ -13,6 +13,7 @@ from harness.dist import UnusedParameters, World, distribute, plain
 from harness.errors import ConfigError
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
+from harness.training.progress import Progress
 from harness.training.step import StepRunner
 from tests.support.distributed import run_ranks
 
@@ -80,6 +81,7 @@ def _run(
         precision="fp32",
         world_size=world_size,
         nominal_tokens=6,
+        progress=Progress(),
     )
     gradients = []
     for number, step in enumerate(steps):

@@ -9,6 +9,7 @@ from harness.data import Batch, LossSum, Task, cross_entropy
 from harness.dist import UnusedParameters, World, distribute, plain
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
+from harness.training.progress import Progress
 from harness.training.step import StepRunner
 from tests.support.distributed import run_ranks
 
@@ -53,6 +54,7 @@ def one_step(
         precision="fp32",
         world_size=world_size,
         nominal_tokens=GLOBAL_BATCH * LENGTH,
+        progress=Progress(),
     )
     share = GLOBAL_BATCH // world_size
     mine = {name: values[rank * share : (rank + 1) * share] for name, values in global_batch().items()}

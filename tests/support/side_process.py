@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from harness.tracking import mirrors
 
-__all__ = ["let_it_take_its_share"]
+__all__ = ["let_it_take_its_share", "side_processes_of"]
 
 
 def let_it_take_its_share(monkeypatch: pytest.MonkeyPatch, starter: ModuleType = mirrors) -> None:
@@ -20,3 +22,13 @@ def let_it_take_its_share(monkeypatch: pytest.MonkeyPatch, starter: ModuleType =
         return started(*arguments, **{**keywords, "yields": False})
 
     monkeypatch.setattr(starter, "start_helper", start)
+
+
+def side_processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Those that still write mirrors or the picture of a run: its trainer does not wait for them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "harness.tracking.side" in words and str(run_dir.resolve()) in words:
+            found.append(process)
+    return found
