@@ -24,7 +24,7 @@ import numpy as np
 
 from harness.errors import TrackingError
 from harness.runlog.blocks import CLOCK, SYSTEM
-from harness.runlog.codec import KINDS, Record, decode
+from harness.runlog.codec import Record, decode
 from harness.runlog.digest import Digest, group_starts
 from harness.runlog.events import Event
 from harness.runlog.paths import log_dir
@@ -45,6 +45,9 @@ STRETCH_BYTES = 8 << 20
 """How much of a log `stretches` reads at once."""
 
 _NO_STEPS = np.empty(0, dtype=np.int64)
+WHOLE_KINDS = frozenset({"text", "image", "histogram", "graph", "layers", "ranks"})
+"""Records that are more than some numbers; see `Run.records`."""
+
 Parts = list[tuple[int, Series]]
 """A metric's points as they were written, each part of one attempt."""
 
@@ -283,13 +286,13 @@ class _Records(Mapping[str, list[Record]]):
         self._read = read
 
     def __getitem__(self, kind: str) -> list[Record]:
-        records = self._read(kind) if kind in KINDS else []
+        records = self._read(kind) if kind in WHOLE_KINDS else []
         if not records:
             raise KeyError(kind)
         return records
 
     def __iter__(self) -> Iterator[str]:
-        return (kind for kind in sorted(KINDS) if self._read(kind))
+        return (kind for kind in sorted(WHOLE_KINDS) if self._read(kind))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

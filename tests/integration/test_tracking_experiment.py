@@ -458,7 +458,7 @@ def test_losses_are_the_same_bits_with_every_tracker_broken(
 
     def log(step: int, loss: torch.Tensor) -> None:
         if step == 5:
-            pid = tracker._output._mirrors.pid
+            pid = tracker._output._log._mirrors.pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
         tracker.log_training_step(loss=loss)
