@@ -273,6 +273,12 @@ def test_lightnings_precision_calls_the_hooks_before_a_step() -> None:
     ]
 
 
+def test_fused_optimizers_say_that_they_divide_by_the_scale() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    assert torch.optim.AdamW([weight], fused=True)._step_supports_amp_scaling
+    assert not getattr(torch.optim.AdamW([weight]), "_step_supports_amp_scaling", False)
+
+
 def test_foreach_kernels() -> None:
     has(torch, "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
     tensors = [torch.full((2,), 4.0), torch.full((), 8.0)]
