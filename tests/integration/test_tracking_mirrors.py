@@ -278,7 +278,9 @@ def test_a_wandb_process_that_hangs_at_its_start_is_ended_and_started_again(
         while not hung:
             for helper in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if helper.name() == "wandb-core":
+                    # Not that of an earlier test, whose side process may still be at work.
+                    owners = [word for parent in helper.parents() for word in parent.cmdline()]
+                    if helper.name() == "wandb-core" and str(tmp_path) in owners:
                         helper.suspend()
                         hung.append(helper)
             time.sleep(0.002)
