@@ -416,7 +416,7 @@ def test_wandbs_process_has_the_name_by_which_it_is_ended() -> None:
 
 
 def test_trackios_database_takes_a_row_once() -> None:
-    pytest.importorskip("trackio", reason="see tests/integration/test_tracking_trackio.py")
+    pytest.importorskip("trackio", reason="pip install 'stability-harness[trackio]'")
     from trackio.media import utils
     from trackio.sqlite_storage import SQLiteStorage
 

@@ -1,8 +1,4 @@
-"""The trackio mirror, with the real package, which writes and reads back its own database.
-
-One of trackio's requirements (httptools 0.8, for its server) cannot be met beside constraints.txt, so it is
-in no extra for the tests: `pip install --no-deps trackio==0.43.0` is enough.
-"""
+"""The trackio mirror, with the real package, which writes and reads back its own database."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from harness.tracking import RunLog, sync_run
 from harness.tracking.mirror import MirroredRun, StartAgain
 from harness.tracking.settings import MirrorSettings
 
-trackio = pytest.importorskip("trackio", reason="trackio is not installed: see this file's first lines")
+trackio = pytest.importorskip("trackio", reason="pip install 'stability-harness[trackio]'")
 
 from trackio import sqlite_storage  # noqa: E402
 from trackio import utils as trackio_utils  # noqa: E402
