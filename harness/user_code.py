@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from harness.errors import ConfigError, HarnessError, TaskError
 
-__all__ = ["check_modules", "load_function", "user_code"]
+__all__ = ["check_modules", "load_function", "made_by_user", "user_code"]
 
+Made = TypeVar("Made")
 _MOST_FRAMES = 8
 _LONGEST_MESSAGE = 1000
 _HARNESS = Path(__file__).parent
@@ -54,6 +55,26 @@ def user_code(what: str, *, rule: str) -> Iterator[None]:
         )
         raised.frames = _own_frames(error)
         raise raised from error
+
+
+def made_by_user(
+    what: str, make: Callable[..., Any], argument: object, *, kind: type[Made], rule: str
+) -> Made:
+    """What a user's own function makes of `argument`.
+
+    Args:
+        what: Names the function in errors.
+        rule: What is expected of it.
+
+    Raises:
+        ConfigError: it is of another type than `kind`.
+        TaskError: the function raised something.
+    """
+    with user_code(what, rule=rule):
+        made = make(argument)
+    if not isinstance(made, kind):
+        raise ConfigError(f"{what} returned {type(made).__name__}", rule=rule)
+    return made
 
 
 def _is_lost_connection(error: BaseException) -> bool:

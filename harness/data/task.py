@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from harness.config import TrainConfig
 from harness.errors import ConfigError
-from harness.user_code import load_function, user_code
+from harness.user_code import load_function, made_by_user, user_code
 
 __all__ = ["Batch", "Dataset", "LossSum", "Task", "TaskBuilder", "cross_entropy", "load_task", "run_loss"]
 
@@ -172,13 +172,7 @@ def load_task(spec: str) -> TaskBuilder:
     function = load_function(spec, key="task")
 
     def build(config: TrainConfig) -> Task:
-        with user_code(f"task {spec!r}", rule="its function takes the TrainConfig and returns a Task"):
-            task = function(config)
-        if not isinstance(task, Task):
-            raise ConfigError(
-                f"task {spec!r} returned {type(task).__name__}",
-                rule="its function takes the TrainConfig and returns a harness.data.Task",
-            )
-        return task
+        rule = "its function takes the TrainConfig and returns a harness.data.Task"
+        return made_by_user(f"task {spec!r}", function, config, kind=Task, rule=rule)
 
     return build

@@ -26,11 +26,10 @@ from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig
 from harness.data import Loader, Task
 from harness.dist import World
-from harness.errors import ConfigError
 from harness.records import StepRecord
 from harness.stop import StopRequest
 from harness.training.counters import Counters
-from harness.user_code import load_function, user_code
+from harness.user_code import load_function, made_by_user, user_code
 
 __all__ = ["Callback", "Callbacks", "InFlight", "Rollback", "Training", "load_callbacks"]
 
@@ -228,14 +227,8 @@ def load_callbacks(config: TrainConfig) -> list[Callback]:
 def _loaded(config: TrainConfig) -> Iterator[Callback]:
     for spec in config.callbacks:
         make = load_function(spec, key="callbacks")
-        with user_code(f"callback {spec!r}", rule="it takes the TrainConfig and returns a Callback"):
-            callback = make(config)
-        if not isinstance(callback, Callback):
-            raise ConfigError(
-                f"callback {spec!r} gave a {type(callback).__name__}",
-                rule="it is a subclass of harness.Callback, or a function (TrainConfig) that returns one",
-            )
-        yield callback
+        rule = "it is a subclass of harness.Callback, or a function (TrainConfig) that returns one"
+        yield made_by_user(f"callback {spec!r}", make, config, kind=Callback, rule=rule)
 
 
 def _named(callbacks: Sequence[Callback]) -> dict[str, Callback]:

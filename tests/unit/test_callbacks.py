@@ -173,7 +173,7 @@ def test_what_a_callback_raises_ends_the_run_with_its_name(
     ("spec", "message"),
     [
         (f"{HERE}:Notebok", r"id you mean tests.unit.test_callbacks:Notebook\?"),
-        (f"{HERE}:no_callback", "gave a int"),
+        (f"{HERE}:no_callback", "returned int"),
         ("no.such:thing", "there is no module 'no'"),
         ("Notebook", "it has to be package.module:function"),
     ],

@@ -102,7 +102,7 @@ def test_a_check_that_fails_is_named() -> None:
     ("checks", "message"),
     [
         ([LargestWeight(), LargestWeight()], "two checks are called 'largest_weight'"),
-        ([f"{HERE}:points"], "gave a Task"),
+        ([f"{HERE}:points"], "returned Task"),
         ([f"{HERE}:LargestWait"], "id you mean tests.unit.test_checks:LargestWeight"),
     ],
 )

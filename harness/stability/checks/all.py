@@ -13,7 +13,7 @@ from harness.stability.checks.replicas import ReplicaCheck
 from harness.stability.checks.rows import RowsCheck
 from harness.stability.checks.samples import SamplesCheck
 from harness.stability.packing import Packet
-from harness.user_code import load_function, user_code
+from harness.user_code import load_function, made_by_user, user_code
 
 __all__ = ["Checks", "load_checks"]
 
@@ -104,11 +104,5 @@ def load_checks(config: GuardConfig) -> list[Check]:
 
 def _loaded(spec: str, config: GuardConfig) -> Check:
     make = load_function(spec, key="guard.checks")
-    with user_code(f"check {spec!r}", rule="it takes the GuardConfig and returns a Check"):
-        check = make(config)
-    if not isinstance(check, Check):
-        raise ConfigError(
-            f"check {spec!r} gave a {type(check).__name__}",
-            rule="it is a subclass of harness.stability.Check, or a function (GuardConfig) that returns one",
-        )
-    return check
+    rule = "it is a subclass of harness.stability.Check, or a function (GuardConfig) that returns one"
+    return made_by_user(f"check {spec!r}", make, config, kind=Check, rule=rule)  # type: ignore[type-abstract]
