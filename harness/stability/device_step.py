@@ -19,8 +19,8 @@ from harness.stability.checks.all import Checks
 from harness.stability.checks.attention import is_compiled
 from harness.stability.checks.base import StepView
 from harness.stability.grad_scaler import ScaledGradients
+from harness.stability.group_decider import GroupDecider
 from harness.stability.hooks import CommHook
-from harness.stability.judge import Judge
 from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
@@ -30,11 +30,11 @@ from harness.stability.rank_statistics import Fault
 from harness.stability.stepper import OptimizerStepper
 from harness.stability.watch import Watch
 
-__all__ = ["DeviceStep", "Made"]
+__all__ = ["DeviceStep", "StepOutput"]
 
 
-class Made(NamedTuple):
-    """What there is to say about a step that was made, on the device."""
+class StepOutput(NamedTuple):
+    """What a step leaves behind on the device, to be read later."""
 
     packet: Packet
     layout: Layout
@@ -75,7 +75,7 @@ class DeviceStep:
             enabled=precision == torch.float16,
         )
         self.micro_batches = MicroBatches(device)
-        self._judge = Judge(
+        self._decider = GroupDecider(
             config,
             group=self.source.group,
             num_replicas=self.source.num_replicas,
@@ -83,7 +83,7 @@ class DeviceStep:
             loss_scale=self.loss_scale,
             micro_batches=self.micro_batches,
         )
-        self.size = self._judge.size
+        self.size = self._decider.size
         self.buffers = Buffers(model)
         self._is_compiled = is_compiled(model)
         self._skip_t: Tensor | None = None
@@ -134,7 +134,7 @@ class DeviceStep:
         is_whole_step: bool,
         nominal_tokens: float,
         host_fields: Sequence[float],
-    ) -> Made:
+    ) -> StepOutput:
         """Makes the step at hand.
 
         Args:
@@ -157,7 +157,7 @@ class DeviceStep:
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         view = self._view(rows)
         sent, same = ({}, {}) if view is None else self._checks.measure(view)
-        decision, packet = self._judge.judge(
+        decision, packet = self._decider.decide(
             local,
             reduced,
             host_fields=(float(self._fault()), *host_fields),
@@ -177,7 +177,7 @@ class DeviceStep:
         if is_new_layout:
             self.buffers.take_snapshot()  # those of modules that are new too
         self.loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
-        return Made(packet, self.layout, rows, self.micro_batches.counts_tokens)
+        return StepOutput(packet, self.layout, rows, self.micro_batches.counts_tokens)
 
     def close(self, reason: str) -> None:
         """Stops measuring. Idempotent; the first reason counts."""

@@ -239,14 +239,14 @@ class StepGuard:
             self._is_within_accumulation = loss is not None
             return
         with torch.no_grad():
-            made = self._device.make(
+            output = self._device.make(
                 loss,
                 self._scaler(scaler),
                 is_whole_step=not self._is_within_accumulation,
                 nominal_tokens=nominal_tokens or 0.0,
                 host_fields=(compute_s, data_wait_s, float(stop_requested), float(num_saves)),
             )
-            self._monitor.push(self._device.number, made)
+            self._monitor.push(self._device.number, output)
         self._device.number += 1
         self._start_step()
         self._respond(self._monitor.settle())

@@ -17,7 +17,7 @@ from harness.dist.collectives import all_gather
 from harness.records import StepRecord
 from harness.stability.checks.all import Checks
 from harness.stability.checks.rows import ROWS
-from harness.stability.device_step import Made
+from harness.stability.device_step import StepOutput
 from harness.stability.host_copy import HostCopy, is_capturing
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
@@ -95,17 +95,17 @@ class Monitor:
         self._pending_bytes = 0
         self._has_dropped = False
 
-    def push(self, step: int, made: Made) -> None:
+    def push(self, step: int, output: StepOutput) -> None:
         """Starts the copy of a step's numbers to the host."""
-        flat, spec = pack(made.packet)
+        flat, spec = pack(output.packet)
         pending = _Pending(
             step=step,
             copy=self._copied(flat),
             spec=spec,
-            layout=made.layout,
-            rows=made.rows,
-            counts_tokens=made.counts_tokens,
-            size_bytes=flat.nbytes + made.rows.nbytes + RECORD_BYTES,
+            layout=output.layout,
+            rows=output.rows,
+            counts_tokens=output.counts_tokens,
+            size_bytes=flat.nbytes + output.rows.nbytes + RECORD_BYTES,
         )
         self._pending.append(pending)
         self._unsettled.append(pending)

@@ -96,8 +96,8 @@ def test_a_graph_gives_the_bits_of_its_kernels_and_goes_on_after_a_checkpoint() 
         guard = StepGuard(model, optimizer, spike="skip", spike_warmup=20, max_norm=0.5)
         seen = []
         for step in range(90):
-            judge = guard._device._judge
-            for call in (judge._rank_statistics, judge._decision):
+            decider = guard._device._decider
+            for call in (decider._rank_statistics, decider._decision):
                 call._refused = not graphs
             inputs, targets = (tensor.cuda() for tensor in batch(step % 7))
             loss = nn.functional.mse_loss(model(inputs), targets) * (1000.0 if step in (40, 41, 70) else 1.0)
@@ -111,7 +111,7 @@ def test_a_graph_gives_the_bits_of_its_kernels_and_goes_on_after_a_checkpoint() 
                 rule = {name: value.cpu() for name, value in guard.state_dict()["spike_rule"].items()}
                 guard.load_state_dict({**guard.state_dict(), "spike_rule": rule})
         seen += guard.drain(wait=True)
-        assert (judge._decision._recording is not None) == graphs
+        assert (decider._decision._recording is not None) == graphs
         norms.append([(r.step, r.loss, r.grad_norm, r.clip_coef, r.spike_score, r.verdict) for r in seen])
     assert len(norms[0]) == 90
     assert str(norms[0]) == str(norms[1])

@@ -23,11 +23,11 @@ from harness.stability.rank_statistics import NUM_HOST_FIELDS, build_rank_statis
 from harness.stability.size import SizeCheck
 from harness.stability.verdict import Decider, Decision
 
-__all__ = ["Judge"]
+__all__ = ["GroupDecider"]
 
 
-class Judge:
-    """Gathers rank statistics and decides, step by step. Nothing here synchronises with the device.
+class GroupDecider:
+    """Gathers the ranks' statistics and decides, step by step. Nothing here synchronises with the device.
 
     Args:
         group: The ranks that train together; None: this one alone.
@@ -54,7 +54,7 @@ class Judge:
             functools.partial(_decide, decider, loss_scale), state=decider.size.live_state
         )
 
-    def judge(
+    def decide(
         self,
         local: Tensor,
         reduced: Tensor,
