@@ -6,20 +6,21 @@ import atexit
 import functools
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
 __all__ = ["Lifetime"]
 
 
-class Lifetime:
+class Lifetime(ABC):
     """The part of `ExperimentTracker` that is its life as an object."""
 
     is_main: bool
 
+    @abstractmethod
     def close(self, state: str = "finished") -> None:
         """Ends the run."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

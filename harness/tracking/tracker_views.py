@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def _no_path(tracker: object) -> Path | str | None:
     return None
 
 
-class Views:
+class Views(ABC):
     """The part of `ExperimentTracker` that reads."""
 
     config: ExperimentConfig
@@ -38,9 +39,9 @@ class Views:
         """The run's directory; its log and pictures lie there."""
         return self._output.place.run_dir
 
+    @abstractmethod
     def log_images(self, name: str | Mapping[str, Any], images: Any = None, step: int | None = None) -> None:
         """Logs an image."""
-        raise NotImplementedError
 
     @harmless(lambda self: self._no_picture())
     def create_visualization(self, save_path: str | Path | None = None) -> dict[str, Any]:
