@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.errors import ConfigError
 
-__all__ = ["configuration_file", "is_presets_folder", "preset_file", "preset_names"]
+__all__ = ["configuration_file", "own_configurations", "preset_file", "preset_names"]
 
 _FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -23,9 +23,16 @@ def preset_file(name: str) -> Path:
     return _FOLDER / f"{name}.yaml"
 
 
-def is_presets_folder(folder: Path) -> bool:
+def _is_presets_folder(folder: Path) -> bool:
     """Whether it is, perhaps by a link, the presets' folder of this or another copy of the package."""
     return folder.resolve().parts[-2:] == _FOLDER.parts[-2:]
+
+
+def own_configurations(folder: str | Path = "configs") -> Path:
+    """Where the user's own configurations are kept: `folder`, or `my-configs` beside it where that holds the
+    package's presets, as `configs` does in a checkout of the repository."""
+    folder = Path(folder)
+    return folder.with_name(f"my-{folder.name}") if _is_presets_folder(folder) else folder
 
 
 def configuration_file(given: str) -> Path:

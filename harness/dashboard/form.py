@@ -24,7 +24,7 @@ import yaml
 from harness.atomic import write_atomically
 from harness.config import TrainConfig, flatten, parse_arguments, to_dict
 from harness.config.plain_yaml import check_bounded
-from harness.config.presets import is_presets_folder, preset_file, preset_names
+from harness.config.presets import own_configurations, preset_file, preset_names
 from harness.errors import ConfigError
 
 __all__ = [
@@ -119,10 +119,8 @@ def yaml_of(config: TrainConfig, *, only_changes: bool = False) -> str:
 
 
 def configs_folder() -> Path:
-    """The user's own configurations: `configs`, or `my-configs` where that holds the package's presets, as it
-    does in a checkout of the repository."""
-    configs = Path("configs")
-    return Path("my-configs") if is_presets_folder(configs) else configs
+    """Where the working directory keeps the user's own configurations."""
+    return own_configurations()
 
 
 def presets(folder: Path | None = None) -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from harness.config.checks import require
 from harness.config.plain_yaml import plain_yaml_file
+from harness.config.presets import own_configurations
 from harness.errors import ConfigError, TrackingError
 from harness.runlog.names import Metric
 
@@ -192,6 +193,7 @@ METRIC_NAMES = {
 
 def _found(path: Path, config_save_dir: Path) -> Path:
     """The file that a name means; two different ones of that name are an error."""
+    config_save_dir = own_configurations(config_save_dir)
     saved = config_save_dir / path
     if path.parent != Path() or not saved.is_file():
         return path

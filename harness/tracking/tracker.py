@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.config.presets import own_configurations
 from harness.env import launched
 from harness.errors import ConfigError
 from harness.runlog.names import Prefix
@@ -279,13 +280,13 @@ class ExperimentTracker(Lifetime, Views):
     @harmless(lambda self: self.run_dir)
     def save_config(self, path: str | Path) -> Path:
         """Writes the configuration as JSON or YAML; a bare name goes to `config_save_dir`, where
-        `from_file(name, config_save_dir=...)` finds it. Rank 0 writes.
+        `from_file(name, config_save_dir=...)` finds it (`own_configurations`). Rank 0 writes.
 
         Returns:
             The file; the run's directory if `path` is no path.
         """
         path = Path(path)
-        target = path if path.parent != Path() else Path(self.config.config_save_dir) / path
+        target = path if path.parent != Path() else own_configurations(self.config.config_save_dir) / path
         self._save_config(target)
         return target
 

@@ -59,6 +59,18 @@ def test_a_configuration_is_read_where_it_was_saved(name: str, tmp_path: Path) -
         assert ExperimentConfig.from_file(name) == tracker.config
 
 
+def test_in_a_checkout_no_configuration_is_saved_among_the_presets(tmp_path: Path) -> None:
+    """`configs` is a link to them there, and a file in them would be a preset from then on."""
+    presets = tmp_path / "harness" / "presets"
+    presets.mkdir(parents=True)
+    Path("configs").symlink_to(presets)
+    with alone(tmp_path) as tracker:
+        tracker.config.config_save_dir = "configs"
+        assert tracker.save_config("mine.yaml") == Path("my-configs/mine.yaml")
+        assert ExperimentConfig.from_file("mine.yaml") == tracker.config
+    assert list(presets.iterdir()) == []
+
+
 def test_a_bare_name_that_means_two_different_files_is_an_error(tmp_path: Path) -> None:
     ExperimentConfig(notes="here").save("c.json")
     assert ExperimentConfig.from_file("c.json").notes == "here"
