@@ -9,7 +9,7 @@ log/mirrors/            what each mirror has taken of the log
 log/side.log            what side processes have printed
 tensorboard/  wandb/    mirrors
 checkpoints/            what `checkpoint_of` reads the names of
-incidents/              stacks of all ranks of a run that hung
+incidents/              what is known of each incident, and stacks of all ranks of a run that hung
 summary.json            the end of the last attempt
 curves.png              the picture of the run
 report.html  export.csv what people have asked for
@@ -36,6 +36,7 @@ __all__ = [
     "checkpoints_dir",
     "config_file",
     "export_file",
+    "incident_dir",
     "incidents_dir",
     "log_dir",
     "media_bytes",
@@ -154,8 +155,13 @@ def checkpoints_dir(run_dir: str | Path) -> Path:
 
 
 def incidents_dir(run_dir: str | Path) -> Path:
-    """What is known of a run that hung: a folder for each time."""
+    """What is known of steps that went wrong and of a run that hung: a folder for each."""
     return Path(run_dir) / "incidents"
+
+
+def incident_dir(run_dir: str | Path, step: int) -> Path:
+    """What is known of the step numbered `step`: what its ranks remembered, and what a replay found."""
+    return incidents_dir(run_dir) / f"step-{step:08d}"
 
 
 def summary_file(run_dir: str | Path) -> Path:
