@@ -25,6 +25,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,14 +84,14 @@ def stop_run(launcher: str, folder: Path, draw: random.Random) -> tuple[str, int
         draw.choice(MOMENTS),
         draw.random() < 0.2 and number not in (signal.SIGKILL, signal.SIGINT),
     )
-    run = begin(launcher, folder, *STOPPED)
-    run.wait_for_ranks()
-    if moment == "training":
-        run.wait_for_step(1)
-    elif moment == "rollback":
-        run.wait_for_step(20)
-    time.sleep(draw.uniform(0.0, {"start": 6.0, "training": 2.0, "rollback": 0.3}[moment]))
-    stop = judge_stop(run, number, twice=twice)
+    with begin(launcher, folder, *STOPPED) as run:
+        run.wait_for_ranks()
+        if moment == "training":
+            run.wait_for_step(1)
+        elif moment == "rollback":
+            run.wait_for_step(20)
+        time.sleep(draw.uniform(0.0, {"start": 6.0, "training": 2.0, "rollback": 0.3}[moment]))
+        stop = judge_stop(run, number, twice=twice)
     what = f"{number.name}{' twice' if twice else ''}, {moment}"
     troubles = stop.troubles(launcher, number)
     assert not troubles, f"{launcher}, {what}:\n" + "\n".join(troubles)
@@ -104,19 +105,20 @@ def kill_run(folder: Path, name: str, draw: random.Random) -> tuple[str, int, fl
         AssertionError: the run does not come to its end, or differs from the undisturbed one.
     """
     began = time.monotonic()
-    run = begin("torchrun", folder, *arguments(folder, name, "ddp"), name=name, options=("--max-restarts=3",))
     kills: Counter[str] = Counter()
-    step = 0
-    for _ in range(KILLS_PER_RUN):
-        victim = draw.choice(VICTIMS)
-        step += draw.randint(3, 15)
-        ranks = _wait_for_victims(run, victim, step, draw)
-        for rank in ranks if victim.startswith("all") else ranks[:1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-        kills[victim] += bool(ranks)
-        _wait_until_gone(run, ranks)
-    output, _ = run.process.communicate(timeout=TIMEOUT_S)
+    restarting = ("--max-restarts=3",)
+    with begin("torchrun", folder, *arguments(folder, name, "ddp"), name=name, options=restarting) as run:
+        step = 0
+        for _ in range(KILLS_PER_RUN):
+            victim = draw.choice(VICTIMS)
+            step += draw.randint(3, 15)
+            ranks = _wait_for_victims(run, victim, step, draw)
+            for rank in ranks if victim.startswith("all") else ranks[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+            kills[victim] += bool(ranks)
+            _wait_until_gone(run, ranks)
+        output, _ = run.process.communicate(timeout=TIMEOUT_S)
     what = ", ".join(f"{count} {victim}" for victim, count in kills.items())
     assert run.process.returncode == 0, f"{name}, {what}:\n{output}"
     compare(folder, "ddp-whole", name)
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
+    _handle_signals_as_usual()
     done = {(trial.kind, trial.number): trial for trial in _read(options.journal)}
     ends = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -168,6 +171,12 @@ def main() -> None:
     if not options.dry:
         about = {"seed": options.seed}
         write_results("operations", _rows(list(done.values())), device=torch.device("cpu"), about=about)
+
+
+def _handle_signals_as_usual() -> None:
+    """nohup, and a shell that starts this in the background, would have the runs ignore some of them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 Attempt = Callable[[random.Random], tuple[str, int, float]]
@@ -204,7 +213,7 @@ def _kills(num_runs: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
 def _tried(kind: str, number: int, seed: int, attempt: Attempt) -> Trial:
     try:
         what, cases, seconds = attempt(random.Random(f"{kind} {seed} {number}"))
-    except AssertionError as error:
+    except (AssertionError, subprocess.TimeoutExpired) as error:
         return Trial(kind=kind, number=number, what="", cases=1, seconds=None, trouble=str(error))
     return Trial(kind=kind, number=number, what=what, cases=cases, seconds=seconds, trouble="")
 

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 import psutil
@@ -39,11 +39,22 @@ _TIMEOUT_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A run under a launcher."""
+    """A run under a launcher. A context manager: what is left of it is killed."""
 
     launcher: str
     process: subprocess.Popen[str]
     run_dir: Path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rank in self.ranks():  # torchrun gives each a session of its own
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes that live, without launcher and side processes."""
