@@ -1,7 +1,7 @@
 """Stops and kills a training at random moments: does it save what it should, and is it still the same?
 
-    python scripts/bench_operations.py [--kills 100] [--stops 50] [--seed 0] [--launchers python torchrun]
-        [--journal FILE] [--minutes M]
+    python scripts/bench_operations.py [--kills 100] [--stops 50] [--hangs 36] [--seed 0]
+        [--launchers python torchrun] [--journal FILE] [--minutes M]
 
 *Stops*: under each launcher, runs are sent a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP, to a launcher also
 SIGKILL; one in five twice) at a random moment: while they start, in a step, an evaluation, a save, a
@@ -11,6 +11,10 @@ reason, and no process left.
 *Kills*: two gloo processes under `torchrun --max-restarts 3`, of which one or both are killed by SIGKILL,
 three times a run: while they start, in a step, in a save. Each run has to come to its end under the same
 agent and to equal the undisturbed run bit for bit.
+
+*Hangs*: of two ranks one hangs, is stopped by SIGSTOP, takes too long, or is late and within
+its limit: while it starts, waits for a batch, in a forward or backward pass, a callback, an evaluation, a
+save, and in the thread that writes a checkpoint. The right rank has to be named in time, and a late one not.
 
 Each trial is drawn from the seed and its number, and noted in the journal when it is done; those that are in
 it are not done again. So the trials can be done in pieces, and a failed one again, once its line is deleted.
@@ -41,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from chaos import arguments, compare, run_whole  # noqa: E402  (the repository has to be on the path first)
+from hang_trials import hang_run  # noqa: E402
 from results import summarise, write_results  # noqa: E402
 
 from tests.support.operations import LAUNCHERS, Launched, begin, judge_stop  # noqa: E402
@@ -151,6 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stops", type=int, default=50)
+    parser.add_argument("--hangs", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launchers", nargs="*", default=list(LAUNCHERS))
     parser.add_argument("--journal", type=Path, help="the trials that are done, one a line")
@@ -179,13 +185,13 @@ def _handle_signals_as_usual() -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-Attempt = Callable[[random.Random], tuple[str, int, float]]
+Attempt = Callable[[random.Random], tuple[str, int, float | None]]
 
 
 def _planned(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
     """All trials, those of each kind in turn, so that after any number of them each kind has had its part."""
     columns = [_stops(name, options.stops, folder) for name in options.launchers]
-    columns.append(_kills(-(-options.kills // KILLS_PER_RUN), folder))
+    columns += [_kills(-(-options.kills // KILLS_PER_RUN), folder), _hangs(options.hangs, folder)]
     for row in zip_longest(*columns):
         yield from (trial for trial in row if trial is not None)
 
@@ -207,6 +213,16 @@ def _kills(num_runs: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
             "kill under torchrun --max-restarts 3",
             number,
             lambda draw, number=number: attempt(number, draw),
+        )
+
+
+def _hangs(count: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
+    for number in range(count):
+        where = folder / f"hang-{number}"
+        yield (
+            "hang",
+            number,
+            lambda draw, where=where, number=number: hang_run(where, draw, number),
         )
 
 
