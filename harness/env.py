@@ -26,6 +26,7 @@ __all__ = [
     "restarts_left",
     "set_default",
     "shares_agent_store",
+    "store_address",
     "threads_are_set",
     "threads_are_users",
     "unheard_launcher",
@@ -98,6 +99,18 @@ def launched() -> Launched:
         by_launcher=by_launcher,
         on_cpu=_flag("ACCELERATE_USE_CPU"),
     )
+
+
+def store_address() -> tuple[str, int] | None:
+    """Where another process keeps the store through which the ranks meet; None if this one does, or nobody
+    says where.
+
+    Raises:
+        LaunchError: the port is not a whole number.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), _int("MASTER_PORT", 0)
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return (host, port) if host and port and (by_agent or _int("RANK", 0) > 0) else None
 
 
 def unheard_launcher() -> tuple[str, int] | None:

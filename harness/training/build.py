@@ -210,7 +210,7 @@ def _train(
     watchdog: Watchdog,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
-    with report_once(tell):
+    with report_once(tell), watchdog.naming_who_hangs():
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
@@ -220,7 +220,8 @@ def _train(
         # Before anything is closed, which may take one rank longer than another.
         with report_once(tell):
             try:
-                ending = train_loop(run)
+                with watchdog.naming_who_hangs():
+                    ending = train_loop(run)
             except HarnessError as failure:
                 judge_restart(failure, run.counters.step > start.step)
                 raise
