@@ -39,9 +39,10 @@ FLOORS = {
     "integrations": 6,
     "dashboard": 6,
     "experiment_tracking": 6,
-    "cli": 7,
-    "gradio_experiment_tracking": 8,
-    "train": 8,
+    "replay": 7,
+    "cli": 8,
+    "gradio_experiment_tracking": 9,
+    "train": 9,
 }
 
 # Optional or heavy packages, each the business of one module.
