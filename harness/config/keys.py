@@ -11,7 +11,10 @@ from typing import Any
 
 from harness.errors import ConfigError
 
-__all__ = ["check_key", "flatten", "key_types", "switches"]
+__all__ = ["FREE", "check_key", "flatten", "is_free", "key_types", "nearest_key", "switches"]
+
+FREE = ("task_args",)
+"""Settings that are mappings, whose keys are not the schema's but those of a user's own function."""
 
 
 @functools.cache
@@ -33,10 +36,10 @@ def switches(schema: type) -> list[str]:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` to `{"optim.lr": 1}`; lists stay whole."""
+    """`{"optim": {"lr": 1}}` to `{"optim.lr": 1}`; lists, and what `FREE` names, stay whole."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + key not in FREE:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -54,7 +57,7 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     Raises:
         ConfigError: there is none; the nearest that exist are named.
     """
-    if key in key_types(schema):
+    if key in key_types(schema) or is_free(key):
         return
     positive = key.replace("no_", "", 1).replace("no-", "", 1)
     if positive != key and positive in switches(schema):
@@ -63,7 +66,7 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
             rule="a boolean has one name",
             remedy=f"write --{positive} false",
         )
-    nearest = _nearest(schema, key)
+    nearest = nearest_key(schema, key)
     raise ConfigError(
         f"unknown key {key!r}{where}",
         rule="only keys of the schema are read",
@@ -71,7 +74,12 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     )
 
 
-def _nearest(schema: type, key: str) -> list[str]:
+def is_free(key: str) -> bool:
+    """Whether it lies in one of the `FREE` mappings: `task_args.noise`."""
+    return key.partition(".")[0] in FREE
+
+
+def nearest_key(schema: type, key: str) -> list[str]:
     """Keys that are spelled nearly so, else those of the same name in whichever section."""
     known = list(key_types(schema))
     return difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [
