@@ -14,7 +14,7 @@ from harness.errors import ConfigError
 __all__ = ["FREE", "check_key", "flatten", "is_free", "key_types", "nearest_key", "switches"]
 
 FREE = ("task_args",)
-"""Settings that are mappings, whose keys are not the schema's but those of a user's own function."""
+"""Settings of `TrainConfig` that are mappings: their keys are a user's own."""
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     Raises:
         ConfigError: there is none; the nearest that exist are named.
     """
-    if key in key_types(schema) or is_free(key):
+    if key in key_types(schema) or is_free(schema, key):
         return
     positive = key.replace("no_", "", 1).replace("no-", "", 1)
     if positive != key and positive in switches(schema):
@@ -74,9 +74,12 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     )
 
 
-def is_free(key: str) -> bool:
-    """Whether it lies in one of the `FREE` mappings: `task_args.noise`."""
-    return key.partition(".")[0] in FREE
+def is_free(schema: type, key: str) -> bool:
+    """Whether it lies in a setting that takes a mapping of any keys: `task_args.noise`."""
+    parts = key.split(".")
+    above = (".".join(parts[:length]) for length in range(1, len(parts)))
+    kinds = (key_types(schema).get(name) for name in above)
+    return any(kind is Any or typing.get_origin(kind) is dict for kind in kinds)
 
 
 def nearest_key(schema: type, key: str) -> list[str]:

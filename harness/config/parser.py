@@ -33,7 +33,7 @@ def parse(
     schema: type[Settings], argv: Sequence[str], *, prog: str = "harness train", description: str = ""
 ) -> Settings:
     """Reads `[--config FILE] [--section.key value]...`; later values win. FILE may be a preset's name.
-    A key within a free mapping, as in `--task_args.noise 0.1`, changes that one value of what all others give.
+    A key within a free mapping, as in `--task_args.noise 0.1`, changes that one value of all that is given.
 
     Args:
         schema: The configuration's class: a dataclass of settings and of sections, which are dataclasses.
@@ -48,7 +48,7 @@ def parse(
     argv = list(_with_files(argv))
     _check_argument_names(schema, argv)
     parser = argument_parser(schema, prog=prog, description=description)
-    argv, within_free = _without_free(list(_spell_out_switches(schema, argv)))
+    argv, within_free = _without_free(schema, list(_spell_out_switches(schema, argv)))
     try:
         namespace = parser.parse_args(argv)
         settings = parser.instantiate(namespace).as_dict()
@@ -156,7 +156,7 @@ def _spell_out_switches(schema: type, argv: Sequence[str]) -> Iterator[str]:
             yield "true"
 
 
-def _without_free(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _without_free(schema: type, argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """The arguments without those of keys within free mappings; these as pairs of key and text."""
     rest: list[str] = []
     found: list[tuple[str, str]] = []
@@ -164,7 +164,7 @@ def _without_free(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]
     for argument in arguments:
         name, is_given, value = argument.partition("=")
         key = name.removeprefix("--")
-        if name.startswith("--") and "." in key and is_free(key):
+        if name.startswith("--") and is_free(schema, key):
             found.append((key, value if is_given else next(arguments, "null")))
         else:
             rest.append(argument)

@@ -22,7 +22,7 @@ def checked_arguments(
     """The arguments by which `function(config, **arguments)` is called.
 
     Its parameters after the first say which there are; annotations give their types, which may be
-    dataclasses: a mapping becomes one. A parameter without an annotation takes anything, and `**more` any name.
+    dataclasses: a mapping becomes one. A parameter without an annotation takes anything, `**more` any name.
 
     Args:
         function: A function or a class.

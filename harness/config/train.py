@@ -48,8 +48,8 @@ class TrainConfig:
     task: str = "text"
     """text, images, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
-    """What the task's function takes besides the configuration, by name: `--task_args.noise 0.1`, or a mapping
-    in a file. Checked against the function's parameters and their types; docs/tasks.md."""
+    """What the task's function takes besides the configuration, by name: `--task_args.noise 0.1`, or a
+    mapping in a file. Checked against the function's parameters and their types; docs/tasks.md."""
     callbacks: tuple[str, ...] = ()
     """`package.module:function` each, called with the configuration: they return a `harness.Callback`, whose
     hooks are called at set points of the loop; docs/extending.md."""

@@ -57,7 +57,7 @@ class Field:
     key: str
     """As on the command line: `optim.lr`."""
     kind: Kind
-    """bool: True or False; choice: one of `choices`; list: YAML text of a list or a mapping, empty for none."""
+    """bool: True or False; choice: one of `choices`; list: YAML text, also of a mapping; empty for none."""
     optional: bool = False
     """It may be left empty, which is null: None or blank text."""
     choices: tuple[str, ...] = ()

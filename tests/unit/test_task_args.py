@@ -34,13 +34,17 @@ def build(
 
 
 def test_arguments_come_in_the_types_that_the_function_declares() -> None:
-    values = {"noise": 1, "sources": [{"path": "a"}, {"path": "b", "weight": 2}], "main": {"path": "c"}}
-    made = checked_arguments(build, {**values, "anything": [1, {"b": None}]})
+    values: dict[str, Any] = {
+        "noise": 1,
+        "sources": [{"path": "a"}, {"path": "b", "weight": 2}],
+        "main": {"path": "c"},
+    }
+    made = checked_arguments(build, {**values, "anything": {"b": None}})
     assert made == {
         "noise": 1.0,
         "sources": (Source(path="a"), Source(path="b", weight=2.0)),
         "main": Source(path="c"),
-        "anything": [1, {"b": None}],
+        "anything": {"b": None},
     }
     assert checked_arguments(build, {}) == {}  # the function has its own defaults
 
