@@ -139,12 +139,8 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(
-        counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader, precision=precision
-    )
-    runner = build_runner(
-        config, world, task, model, guard, inputs.faults, precision=precision, progress=progress
-    )
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
@@ -247,7 +243,7 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Attempt:
     """How this attempt begins."""
 
@@ -308,7 +304,6 @@ def build_runner(
     model: nn.Module,
     guard: MicroBatchGuard,
     faults: FaultInjector,
-    *,
     precision: str,
     progress: Progress,
 ) -> StepRunner:
