@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate_precision",
     "cache_dir",
     "child_environment",
+    "compiler",
     "dashboard_token",
     "has_launcher",
     "is_direct_child",
@@ -28,6 +30,7 @@ __all__ = [
     "threads_are_set",
     "threads_are_users",
     "unheard_launcher",
+    "wants_native",
     "wants_traceback",
 ]
 
@@ -135,6 +138,18 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stability-harness"
+
+
+def compiler() -> str | None:
+    """Full path of the C++ compiler: `$CXX`, else what is found; None if there is none."""
+    wanted = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ((wanted,) if wanted else ("c++", "g++", "clang++")))
+    return next(filter(None, found), None)
+
+
+def wants_native() -> bool:
+    """`HARNESS_NATIVE=0`: nothing is compiled, and gradients on the CPU are measured by torch."""
+    return os.environ.get("HARNESS_NATIVE") != "0"
 
 
 def threads_are_set() -> bool:
