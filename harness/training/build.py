@@ -21,6 +21,7 @@ from harness.dist import (
     World,
     distribute,
     from_main,
+    keep_flight_records,
     on_all_ranks,
     open_world,
     plain,
@@ -29,7 +30,7 @@ from harness.dist import (
 )
 from harness.errors import ConfigError, HarnessError
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
@@ -214,6 +215,9 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    if world.device.type == "cuda":
+        keep_flight_records(incidents_dir(run.directory))
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
