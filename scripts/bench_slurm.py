@@ -167,7 +167,8 @@ def fail(node: str) -> Callable[[Job], None]:
 
 EVENTS = {
     "completion": Event(starts=1),
-    "time limit": Event(options=("--time=1", "--signal=B:TERM@45"), slow_s=1.2),
+    # Slurm looks every 30 s: two minutes or so after the start, which a busy machine needs to load everything.
+    "time limit": Event(options=("--time=4", "--signal=B:TERM@90"), slow_s=4.0),
     "scontrol requeue": Event(requeue),
     "pre-emption": Event(preempt),
     "node failure": Event(fail(NODES[1]), saves=False),

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from typing import NoReturn
 
 from harness.cli.arguments import parser
 from harness.cli.errors import reporting
@@ -18,7 +20,7 @@ from harness.errors import LaunchError
 __all__ = ["run"]
 
 _SUBMIT = {
-    "torchrun": ["bash", "-c"],
+    "torchrun": ["bash", "-s"],
     "slurm": ["sbatch"],
     "kubernetes": ["kubectl", "apply", "-f", "-"],
     "kubeflow": ["kubectl", "apply", "-f", "-"],
@@ -111,5 +113,14 @@ def _submit(text: str, on: str, nodes: int) -> int:
             remedy="leave --submit out, and submit what is printed where there is one",
         )
     if on == "torchrun":
-        os.execvp(command[0], [*command, text])  # so that signals reach the agent, not this process
+        _become(command, text)
     return subprocess.run(command, input=text, text=True, check=False).returncode
+
+
+def _become(command: list[str], text: str) -> NoReturn:
+    """Turns into the command, which reads `text`: signals then reach the agent, and not this process."""
+    with tempfile.TemporaryFile() as script:
+        script.write(text.encode())
+        script.seek(0)
+        os.dup2(script.fileno(), sys.stdin.fileno())
+    os.execvp(command[0], command)
