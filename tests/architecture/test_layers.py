@@ -37,6 +37,7 @@ FLOORS = {
     "checkpoint": 4,
     "tracking": 5,
     "training": 6,
+    "doctor": 6,
     "integrations": 6,
     "dashboard": 6,
     "experiment_tracking": 6,
