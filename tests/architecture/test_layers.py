@@ -35,6 +35,7 @@ FLOORS = {
     "models": 4,
     "stability": 4,
     "checkpoint": 4,
+    "tasks": 5,
     "tracking": 5,
     "training": 6,
     "doctor": 6,
@@ -57,7 +58,15 @@ SOLE_IMPORTERS = {
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
-    "transformers": {"harness/integrations/transformers.py"},
+    # Those of the task that is made of it: a tokenizer, a model, and what both are saved as.
+    "transformers": {
+        "harness/integrations/transformers.py",
+        "harness/tasks/hf/tokenizer.py",
+        "harness/tasks/hf/model.py",
+    },
+    "tokenizers": {"harness/tasks/hf/tokenizer.py"},
+    "datasets": {"harness/tasks/hf/readers.py"},
+    "peft": {"harness/tasks/hf/model.py"},
     "lightning": {"harness/integrations/lightning.py"},
 }
 
