@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -40,10 +41,16 @@ class At(NamedTuple):
 
 
 class Progress:
-    """One rank's. `enter` takes some microseconds, and neither locks nor synchronises anything."""
+    """One rank's. `enter` takes some microseconds, and synchronises nothing.
 
-    def __init__(self) -> None:
-        self.at = At(Phase.START, 0, 0, time.monotonic())
+    Args:
+        begun: When the program was started, by `time.monotonic()`; default: now.
+    """
+
+    def __init__(self, *, begun: float | None = None) -> None:
+        self.at = At(Phase.START, 0, 0, time.monotonic() if begun is None else begun)
+        self.when_left: Callable[[At, float], None] | None = None
+        """Called by `enter` with the phase that is over, and the moment."""
         self.num_done: Counter[Phase] = Counter()
         """How often each phase has come to its end."""
         self.slowest_s: dict[Phase, float] = {}
@@ -56,3 +63,5 @@ class Progress:
         self.slowest_s[before.phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(before.phase, 0.0))
         self.num_done[before.phase] += 1
         self.at = At(phase, step, before.order + 1, now)
+        if self.when_left is not None:
+            self.when_left(before, now)

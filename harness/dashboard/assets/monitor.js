@@ -64,6 +64,7 @@ class Monitor extends HTMLElement {
     this.grid = element("div", { class: "h-grid" });
     this.system = element("div", { class: "h-grid" });
     this.more = element("div", { class: "h-grid" });
+    this.ledger = element("div", {});
     this.incidents = element("div", {});
     this.checkpoints = element("div", {});
     this.events = element("div", {});
@@ -79,6 +80,7 @@ class Monitor extends HTMLElement {
       this.head,
       this.note,
       this.controls(),
+      this.ledger,
       section("Incidents", true, this.incidents),
       this.grid,
       section("Layers", true, this.statistic, this.heat.node, this.layerChart),
@@ -111,7 +113,7 @@ class Monitor extends HTMLElement {
     this.settings.within = null;
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
-    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
+    for (const node of [this.head, this.ledger, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
     delete this.configuration.dataset.attempts;
     this.dataset.run = id || "";
     this.requestRefresh();
@@ -235,6 +237,7 @@ class Monitor extends HTMLElement {
     if (data.is_preview) words.push(`this is a preview of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
     if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
     this.note.textContent = words.join("; ");
+    this.renderLedger();
     this.renderIncidents();
     this.renderCheckpoints();
     this.events.replaceChildren(
@@ -257,6 +260,28 @@ class Monitor extends HTMLElement {
     if (run !== this.wanted) return;
     this.configuration.replaceChildren(table(["setting", "value"], settings));
     this.configuration.dataset.attempts = this.data.attempts;
+  }
+
+  // Where the wall time went: one bar, a part for each class.
+  renderLedger() {
+    const { ledger } = this.data;
+    if (!ledger) return this.ledger.replaceChildren();
+    const percent = (share) => `${(100 * share).toFixed(1)} %`;
+    const words = ({ name, seconds, frac }) => `${name} ${percent(frac)} (${duration(seconds)})`;
+    this.ledger.replaceChildren(
+      element(
+        "div",
+        { class: "h-ledger", role: "img", "aria-label": `where the time went: ${ledger.classes.map(words).join(", ")}` },
+        ledger.classes.map((one) => element("span", { class: `h-time-${one.name}`, style: `flex-grow: ${one.seconds}`, title: words(one) })),
+      ),
+      element(
+        "div",
+        { class: "h-facts h-note" },
+        element("span", {}, `goodput ${percent(ledger.goodput_frac)}`),
+        element("span", {}, `effective training time ${percent(ledger.ettr_frac)} of ${duration(ledger.wall_s)}`),
+        ledger.classes.map((one) => element("span", { class: `h-key h-time-${one.name}` }, words(one))),
+      ),
+    );
   }
 
   renderIncidents() {
