@@ -74,12 +74,20 @@ class Writer:
         group: Used by the thread alone.
         tasks: What there is to do after commits. It is done before the next attempt takes more of the disk,
             and while training goes on.
+        tasks_s: How long that may take, or the attempt fails.
         committed: Called on rank 0, in the thread, after each commit.
     """
 
     def __init__(
-        self, store: Store, group: HostGroup, tasks: Tasks, *, committed: Callable[[Saved], None]
+        self,
+        store: Store,
+        group: HostGroup,
+        tasks: Tasks,
+        *,
+        tasks_s: float,
+        committed: Callable[[Saved], None],
     ) -> None:
+        self._tasks_s = tasks_s
         self._store, self._group, self._tasks, self._committed = store, group, tasks, committed
         self._thread: threading.Thread | None = None
         self._outcomes: deque[SaveOutcome] = deque()
@@ -155,11 +163,9 @@ class Writer:
         return saved, sum(file.size_bytes for file, _ in shares)
 
     def _begin(self, step: int) -> Path:
-        # The others wait for this in `from_main`: they have to hear of it before they give up.
-        longest_s = self._group.timeout_s / 2
-        if not self._tasks.join(longest_s):
+        if not self._tasks.join(self._tasks_s):
             raise CheckpointError(
-                f"after {longest_s:g} s old checkpoints are still being marked or deleted",
+                f"after {self._tasks_s:g} s old checkpoints are still being marked or deleted",
                 rule="a new one is not begun before, or the disk might hold too many",
                 remedy=f"check whether {self._store.directory} answers; the next save tries again",
             )

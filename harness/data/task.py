@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.config import TrainConfig
+from harness.config import TrainConfig, checked_arguments
 from harness.errors import ConfigError
 from harness.user_code import load_function, made_by_user, user_code
 
@@ -164,7 +165,8 @@ def load_task(spec: str) -> TaskBuilder:
     """Finds `package.module:function`, with the current directory importable under every launcher.
 
     Returns:
-        The function, made to raise `ConfigError` unless it returns a `Task`.
+        The function, called with the configuration and `task_args`, and made to raise `ConfigError` where
+        these are not what it takes, or where it does not return a `Task`.
 
     Raises:
         ConfigError: there is no such module or no such function.
@@ -172,7 +174,8 @@ def load_task(spec: str) -> TaskBuilder:
     function = load_function(spec, key="task")
 
     def build(config: TrainConfig) -> Task:
+        make = functools.partial(function, **checked_arguments(function, config.task_args))
         rule = "its function takes the TrainConfig and returns a harness.data.Task"
-        return made_by_user(f"task {spec!r}", function, config, kind=Task, rule=rule)
+        return made_by_user(f"task {spec!r}", make, config, kind=Task, rule=rule)
 
     return build

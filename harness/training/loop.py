@@ -213,7 +213,9 @@ def _tell_of_saves(run: Run, count: int) -> None:
     """Tells of the next `count` saves that have ended, which all ranks know of by now."""
     for _ in range(count):
         run.num_saves += 1
-        run.callbacks.on_saved(run, run.ended_saves.popleft())
+        outcome = run.ended_saves.popleft()
+        run.progress.learn(Phase.SAVE, outcome.seconds)
+        run.callbacks.on_saved(run, outcome)
 
 
 def _finish(run: Run, stopped: bool) -> Ending:
@@ -225,8 +227,9 @@ def _finish(run: Run, stopped: bool) -> Ending:
         finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run, when_busy="wait")  # dropped, it would be missing for good
-    run.progress.enter(Phase.END, run.counters.step)
+    run.progress.enter(Phase.SAVE, run.counters.step - 1)
     run.checkpointer.wait()
+    run.progress.enter(Phase.END, run.counters.step)
     run.ended_saves.extend(run.checkpointer.outcomes())
     _tell_of_saves(run, len(run.ended_saves))
     asked = gather(lambda: (run.stop.reason, run.stop.is_done))

@@ -59,9 +59,12 @@ class Progress:
     def enter(self, phase: Phase, step: int) -> None:
         """The phase before is over, and `phase` begins; on the training thread."""
         now, before = time.monotonic(), self.at
-        took_s = now - before.since
-        self.slowest_s[before.phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(before.phase, 0.0))
+        self.learn(before.phase, now - before.since)
         self.num_done[before.phase] += 1
         self.at = At(phase, step, before.order + 1, now)
         if self.when_left is not None:
             self.when_left(before, now)
+
+    def learn(self, phase: Phase, took_s: float) -> None:
+        """A phase took so long, or what it began: who enters it next may have to wait for the end of that."""
+        self.slowest_s[phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(phase, 0.0))

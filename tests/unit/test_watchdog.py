@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.config import WatchdogConfig
+from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
 from harness.training.stacks import innermost, is_debugged, waits_for_others, write_stacks
-from harness.training.watchdog import RankState, late_ranks, limit_s
 
 ON_TIME = RankState(rank=0, order=5, doing="training", age_s=1.0, limit_s=10.0, host="a", pid=1, beat=1)
 
@@ -41,7 +41,7 @@ def state(rank: int, order: int, *, late: bool = False, silent_s: float = 0.0) -
 def test_those_furthest_behind_are_late_when_all_of_them_are(
     states: list[RankState], named: list[int]
 ) -> None:
-    assert [late.rank for late in late_ranks(states)] == named
+    assert [late.rank for late in late_ranks(states, patience_s=270.0)] == named
 
 
 def test_a_limit_is_learned_has_a_floor_and_begins_generous() -> None:
