@@ -19,10 +19,12 @@ __all__ = [
     "compiler",
     "dashboard_token",
     "has_launcher",
+    "has_wandb_key",
     "is_direct_child",
     "is_terminal",
     "launched",
     "program_environment",
+    "rendezvous_address",
     "restarts_left",
     "set_default",
     "shares_agent_store",
@@ -30,6 +32,7 @@ __all__ = [
     "threads_are_set",
     "threads_are_users",
     "unheard_launcher",
+    "wandb_address",
     "wants_native",
     "wants_traceback",
 ]
@@ -127,6 +130,13 @@ def unheard_launcher() -> tuple[str, int] | None:
     return None
 
 
+def rendezvous_address() -> str | None:
+    """HOST:PORT at which the launcher has the processes meet, or None without a launcher."""
+    if not has_rank() or "MASTER_ADDR" not in os.environ:
+        return None
+    return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+
+
 def accelerate_precision() -> str | None:
     """`no`, `bf16`, `fp16` as given in accelerate's configuration, or None without accelerate."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -184,6 +194,16 @@ def wants_traceback() -> bool:
 def dashboard_token() -> str | None:
     """`HARNESS_DASHBOARD_TOKEN`: unlike an argument, no other user of the machine can read it."""
     return os.environ.get("HARNESS_DASHBOARD_TOKEN")
+
+
+def has_wandb_key() -> bool:
+    """Whether WANDB_API_KEY is set."""
+    return bool(os.environ.get("WANDB_API_KEY"))
+
+
+def wandb_address() -> str:
+    """Where W&B is, as wandb itself would have it."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
 def set_default(name: str, value: str) -> None:

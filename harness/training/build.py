@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     tell: Callable[[HarnessError], None] | None = None,
     stop: StopRequest | None = None,
+    begun: float | None = None,
 ) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
@@ -74,11 +76,13 @@ def train(
             all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
         stop: Where the caller handles signals; default: they are handled here, in the main thread.
+        begun: When the program that trains was started, by `time.monotonic()`; default: now.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
             `InstabilityError` when the guard's last rung is reached.
     """
+    begun = time.monotonic() if begun is None else begun
     config.check_world(env.launched().world_size)
     if config.debug:
         config = with_every_check(config)
@@ -96,7 +100,7 @@ def train(
                 " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         set_determinism(config)
-        with Watchdog(config) as watchdog:
+        with Watchdog(config, begun=begun) as watchdog:
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
@@ -143,7 +147,7 @@ def build_run(
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
     runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
-    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -260,7 +264,12 @@ class _Attempt:
 
 
 def _open_journal(
-    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
+    config: TrainConfig,
+    world: World,
+    directory: Path,
+    inputs: _Inputs,
+    attempt: _Attempt,
+    progress: Progress,
 ) -> Journal:
     """This rank's journal; the main one says how the attempt begins."""
     if not world.is_main:
@@ -278,6 +287,7 @@ def _open_journal(
         about={**about, "versions": versions, "data": inputs.fingerprints},
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
+        progress=progress,
     )
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
