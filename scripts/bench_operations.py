@@ -8,8 +8,8 @@ SIGKILL; one in five twice) at a random moment: while they start, in a step, an 
 rollback. Each has to end with every finished step in a committed checkpoint, the right exit code, status and
 reason, and no process left.
 
-*Kills*: two gloo processes under `torchrun --max-restarts 3`, of which one or both are killed by SIGKILL,
-three times a run: while they start, in a step, in a save. Each run has to come to its end under the same
+*Kills*: two gloo processes under `torchrun --max-restarts`, of which one or both are killed by SIGKILL,
+several times a run: while they start, in a step, in a save. Each run has to come to its end under the same
 agent and to equal the undisturbed run bit for bit. `--forked-kills N` is the same with ranks
 that torchrun's agent forks from a process which has loaded everything: where a start takes minutes otherwise.
 
@@ -56,7 +56,7 @@ __all__ = ["kill_run", "stop_run"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 MOMENTS = ("start", "training", "training", "rollback")
 VICTIMS = ("one rank in a step", "all ranks in a step", "one rank at the start", "one rank in a save")
-KILLS_PER_RUN = 3
+KILLS_PER_RUN = {"torchrun": 3, FORKING: 9}
 SPIKES = "--faults=[" + ", ".join(f"{{step: {step}, kind: nan}}" for step in (20, 21, 22)) + "]"
 STOPPED = (
     *("--loop.steps=100000", "--checkpoint.every=3", "--loop.eval_every=5", "--loop.eval_samples=64"),
@@ -114,12 +114,13 @@ def kill_run(
     """
     began = time.monotonic()
     kills: Counter[str] = Counter()
-    restarting = ("--max-restarts=3",)
+    most_kills = KILLS_PER_RUN[launcher]
+    restarting = (f"--max-restarts={most_kills}",)
     with begin(launcher, folder, *arguments(folder, name, "ddp"), name=name, options=restarting) as run:
         step = 0
-        for _ in range(KILLS_PER_RUN):
+        for _ in range(most_kills):
             victim = draw.choice(VICTIMS)
-            step += draw.randint(3, 15)
+            step += draw.randint(3, 45 // most_kills)
             ranks = _wait_for_victims(run, victim, step, draw)
             for rank in ranks if victim.startswith("all") else ranks[:1]:
                 with contextlib.suppress(ProcessLookupError):
@@ -196,7 +197,7 @@ def _planned(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, i
     """All trials, those of each kind in turn, so that after any number of them each kind has had its part."""
     columns = [_stops(name, options.stops, folder) for name in options.launchers]
     for launcher, count in (("torchrun", options.kills), (FORKING, options.forked_kills)):
-        columns.append(_kills(launcher, -(-count // KILLS_PER_RUN), folder))
+        columns.append(_kills(launcher, -(-count // KILLS_PER_RUN[launcher]), folder))
     columns.append(_hangs(options.hangs, folder))
     for row in zip_longest(*columns):
         yield from (trial for trial in row if trial is not None)
@@ -216,7 +217,7 @@ def _kills(launcher: str, num_runs: int, folder: Path) -> Iterator[tuple[str, in
 
     for number in range(num_runs):
         yield (
-            f"kill under {launcher} --max-restarts 3",
+            f"kill under {launcher} --max-restarts",
             number,
             lambda draw, number=number: attempt(number, draw),
         )
