@@ -28,6 +28,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
+from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir
 from harness.stability import Ladder, StepGuard
@@ -43,6 +44,7 @@ from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
+from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
@@ -57,6 +59,9 @@ from harness.user_code import check_modules
 __all__ = ["build_run", "train"]
 
 logger = logging.getLogger(__name__)
+
+_END_S = 15.0
+"""How long a process may take to end once the others are gone."""
 
 
 def train(
@@ -89,10 +94,12 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
-        if world.is_main and env.shares_agent_store():
+        missing = missing_settings() if world.is_main else []
+        if missing:
             logger.warning(
-                "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
+                "torchrun was started without %s, which the files of `harness launch` set: a machine that"
+                " comes back is not taken in, or one that is lost is waited for longer",
+                " and ".join(missing),
             )
         _set_determinism(config)
         with Watchdog(config) as watchdog:
@@ -112,6 +119,7 @@ def build_run(
     inputs = _agreed_inputs(config, world)
     task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
+    config = keep_micro_batch(config, world, directory)
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
@@ -140,7 +148,7 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
+    runner = _step_runner(config, world, inputs, model, guard, loader, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
     called.own = [journal, Debugger()] if config.debug else [journal]
@@ -262,6 +270,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    about[NOTED] = attempt.loader.shares.micro_batch
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
     journal = MainJournal(
         directory,
@@ -270,7 +279,10 @@ def _open_journal(
         about={**about, "versions": versions, "data": inputs.fingerprints},
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
+        # A rank 0 that was cut off from its launcher's others has to notice that first.
+        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
     )
+    say_shares(attempt.loader.shares)
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
@@ -299,6 +311,7 @@ def _step_runner(
     inputs: _Inputs,
     model: nn.Module,
     guard: StepGuard,
+    loader: Loader,
     precision: str,
     progress: Progress,
 ) -> StepRunner:
@@ -313,15 +326,15 @@ def _step_runner(
         world_size=world.world_size,
         progress=progress,
         nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
+        num_passes=loader.shares.num_passes,
     )
 
 
 def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
-    share = config.loop.global_batch // world.world_size
     return Loader(
         inputs.task.train_data,
         global_batch=config.loop.global_batch,
-        micro_batch=config.loop.micro_batch or share,
+        micro_batch=config.loop.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,

@@ -88,6 +88,7 @@ class MainJournal(Journal):
         about: Mapping[str, Any],
         mfu_per_speed: float | None,
         step_indices: Callable[[int, int | None, int | None], Sequence[int]],
+        wait_s: float = 0.0,
     ) -> None:
         """Opens the log and starts its mirrors.
 
@@ -95,11 +96,12 @@ class MainJournal(Journal):
             step_indices: The loader's: which samples a step holds, by its first position.
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
+            wait_s: How long the process of an attempt before may still write.
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
         """
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = Recorder(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about}, wait_s=wait_s)
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
         self._log.start_mirrors(MirrorSettings.from_config(config))

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "files": 0,
     "locks": 0,
+    "network": 0,
     "logs": 0,
     "priority": 0,
     "records": 0,
@@ -41,6 +42,7 @@ FLOORS = {
     "experiment_tracking": 6,
     "cli": 7,
     "gradio_experiment_tracking": 8,
+    "agent": 8,
     "train": 8,
 }
 

@@ -1,0 +1,131 @@
+"""Ends connections to machines that are gone without a word: no power, a broken link.
+
+One that only waits for such a machine would wait for ever, and one with unsent data for a quarter of an hour.
+Linux asks an idle connection's other end by itself (keep-alive); where data is on its way it only sends that
+again, so a thread looks whether anything of it was answered. TCP_USER_TIMEOUT would do that too, but ends
+connections to a process that is slow to read as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+__all__ = ["Connections"]
+
+logger = logging.getLogger(__name__)
+
+_PROBES = 3
+_LOOKS = 10
+"""Looks in the time that a machine may be silent."""
+_SHARE = 100
+"""At most one part in so many of a processor's time goes into looking; with thousands of ranks it takes long."""
+_TCP_INFO = struct.Struct("=BxBB40xI8xI")
+"""Of linux/tcp.h: state, retransmits, questions whether more may be sent, milliseconds since data was last sent and
+since anything was acknowledged."""
+_ESTABLISHED = 1
+
+
+class Connections:
+    """Looks after the TCP connections of this process, also those that are made later. A context manager.
+
+    It is the machine that has to answer: that of a process which hangs, or is stopped, answers still. Other
+    systems than Linux are left to themselves.
+
+    Args:
+        silent_s: How long a machine may answer nothing.
+    """
+
+    def __init__(self, silent_s: float) -> None:
+        self._silent_s = silent_s
+        self._every_s = silent_s / _LOOKS
+        between_s = max(1, round(silent_s / (_PROBES + 1)))
+        self._options = (
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between_s),
+            (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", 0), between_s),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        )
+        self._unanswered: dict[int, float] = {}
+        """Descriptors of connections that send the same data again and again, and since when."""
+        # Python's socket objects would change how a descriptor of gloo's blocks.
+        self._libc = ctypes.CDLL(None)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
+
+    def __enter__(self) -> Self:
+        if sys.platform == "linux":
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> list[str]:
+        """Ends the connections to machines that are silent; their addresses."""
+        now, unanswered, silent = time.monotonic(), {}, set()
+        for name in os.listdir("/proc/self/fd"):
+            descriptor = int(name)
+            if not self._keep_alive(descriptor) or not self._sends_again(descriptor):
+                continue
+            unanswered[descriptor] = self._unanswered.get(descriptor, now)
+            if now - unanswered[descriptor] >= self._silent_s:
+                silent.add(_end(descriptor))
+        self._unanswered = unanswered
+        return sorted(silent - {""})
+
+    def _run(self) -> None:
+        took_s = 0.0
+        while not self._closed.wait(max(self._every_s, _SHARE * took_s)):
+            started = time.monotonic()
+            for address in self.look():
+                logger.error(
+                    "%s has not answered for %g s (parallel.silent_s): its machine or the network is gone;"
+                    " whatever waits for it fails now",
+                    address,
+                    self._silent_s,
+                )
+            took_s = time.monotonic() - started
+
+    def _keep_alive(self, descriptor: int) -> bool:
+        """Has Linux ask the other end now and then; False if it is no connection over TCP."""
+        for level, option, value in self._options:
+            word = ctypes.c_int(value)
+            if self._libc.setsockopt(descriptor, level, option, ctypes.byref(word), ctypes.sizeof(word)):
+                return False
+        return True
+
+    def _sends_again(self, descriptor: int) -> bool:
+        """Whether what was sent again, or the question whether more may be sent, was answered by nothing yet."""
+        info, size = ctypes.create_string_buffer(_TCP_INFO.size), ctypes.c_uint(_TCP_INFO.size)
+        if self._libc.getsockopt(
+            descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size)
+        ):
+            return False
+        state, retransmits, probes, since_sent_ms, since_ack_ms = _TCP_INFO.unpack(info.raw)
+        # Linux leaves a single probe unanswered that comes within half a second of another.
+        is_unanswered = probes > 1 or (retransmits > 0 and since_ack_ms > since_sent_ms)
+        return bool(state == _ESTABLISHED and is_unanswered)
+
+
+def _end(descriptor: int) -> str:
+    """Ends a connection for whoever uses it; its other end's address, empty if it has ended meanwhile."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            address = str(connection.getpeername()[0])
+            connection.shutdown(socket.SHUT_RDWR)
+            return address
+    except OSError:
+        return ""
