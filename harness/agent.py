@@ -1,7 +1,7 @@
 """torchrun for several machines: `python -m harness.agent` in place of `torchrun`, with the same arguments.
 
-An agent that is cut off from the others waits a quarter of an hour for them, and longer for one that holds the
-rendezvous. Here it ends, and its machine is there for what starts it again.
+An agent that is cut off from the others would wait a quarter of an hour for them. Here it ends, and its
+machine is there for what starts it again.
 """
 
 from __future__ import annotations

@@ -34,13 +34,20 @@ STEP_S = 0.1
 
 
 def paced(config: TrainConfig) -> Callback:
-    """Makes a step take so long that something can happen in it."""
-    return _Paced()
+    """Makes a step take so long that something can happen in it: 0.1 s, or what `Job.pace` says."""
+    return _Paced(_pace_file(Path(config.runs_dir), config.name))
 
 
 class _Paced(Callback):
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
     def on_step(self, run: Any, record: Any) -> None:
-        time.sleep(STEP_S)
+        time.sleep(float(self._file.read_text()) if self._file.exists() else STEP_S)
+
+
+def _pace_file(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{name}.pace"
 
 
 @dataclass(slots=True)
@@ -107,6 +114,13 @@ class Job:
             if self.output_of(host).exists()
         )
 
+    def pace(self, step_s: float) -> None:
+        """How long each further step takes."""
+        file = _pace_file(self.run_dir.parent, self.name)
+        written = file.with_suffix(".new")
+        written.write_text(str(step_s))
+        written.rename(file)
+
     def kill_rank(self, host: Host) -> None:
         """Kills the training process on a host; its agent lives."""
         for pid in host.pids():
@@ -160,6 +174,11 @@ class Job:
             agent = self.agents[host.name]
             self.wait(lambda agent=agent: agent.poll() is not None, f"the end of {host.name}'s agent")  # type: ignore[misc]
             assert agent.returncode == 0, self.said()
+
+    def tokens(self) -> list[float]:
+        """How many were trained on by the end of each step."""
+        tokens: list[float] = open_run(self.run_dir).scalars("train/tokens").values.tolist()
+        return tokens
 
     def assert_same_run(self, whole: Job, *, bitwise: bool) -> None:
         """Every step once, with the losses and last weights of `whole`.
