@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from harness import env
 from harness.config import ParallelConfig
 from harness.dist.connections import Connections
-from harness.dist.rendezvous import fresh_store
+from harness.dist.rendezvous import await_store, fresh_store
 from harness.errors import LaunchError, LostRankError
 from harness.network import interface_towards
 
@@ -119,6 +119,9 @@ def _join(
         _choose_interface(launched.main_address)
     try:
         if launched.by_launcher:
+            address = env.store_address()
+            if address is not None:
+                await_store(address, timeout_s=parallel.timeout_s, stopping=stopping)
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))
             store.set_timeout(timeout)
             store = fresh_store(

@@ -1,4 +1,4 @@
-"""Two machines: what is killed starts again, one that is lost is done without, and taken in when it is back."""
+"""Two machines: what is killed starts again, one that is lost is done without and taken in when it comes."""
 
 from __future__ import annotations
 
