@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness import env
 
-__all__ = ["end_launcher", "missing_settings", "stop_with_launcher"]
+__all__ = ["RENDEZVOUS_SETTINGS", "end_launcher", "missing_settings", "stop_with_launcher"]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"

@@ -24,6 +24,8 @@ __all__ = ["Connections"]
 logger = logging.getLogger(__name__)
 
 _PROBES = 3
+"""In the time that a machine may be silent. Linux itself ends a connection after more of them, and says nothing."""
+_MOST_PROBES = 10
 _LOOKS = 10
 """Looks in the time that a machine may be silent."""
 _SHARE = 100
@@ -49,13 +51,13 @@ class Connections:
         self._every_s = silent_s / _LOOKS
         between_s = max(1, round(silent_s / (_PROBES + 1)))
         self._options = (
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _MOST_PROBES),
             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between_s),
             (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", 0), between_s),
             (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         )
         self._unanswered: dict[int, float] = {}
-        """Descriptors of connections that send the same data again and again, and since when."""
+        """Descriptors of connections whose other end owes an answer, and since when."""
         # Python's socket objects would change how a descriptor of gloo's blocks.
         self._libc = ctypes.CDLL(None)
         self._closed = threading.Event()
@@ -75,15 +77,12 @@ class Connections:
 
     def look(self) -> list[str]:
         """Ends the connections to machines that are silent; their addresses."""
-        now, unanswered, silent = time.monotonic(), {}, set()
-        for name in os.listdir("/proc/self/fd"):
-            descriptor = int(name)
-            if not self._keep_alive(descriptor) or not self._sends_again(descriptor):
-                continue
-            unanswered[descriptor] = self._unanswered.get(descriptor, now)
-            if now - unanswered[descriptor] >= self._silent_s:
-                silent.add(_end(descriptor))
-        self._unanswered = unanswered
+        unanswered = {descriptor: self._unanswered_since(descriptor) for descriptor in _descriptors()}
+        self._unanswered = {one: since for one, since in unanswered.items() if since is not None}
+        now = time.monotonic()
+        silent = {
+            _end(one) for one, since in self._unanswered.items() if now - since >= self._silent_s
+        }
         return sorted(silent - {""})
 
     def _run(self) -> None:
@@ -107,17 +106,27 @@ class Connections:
                 return False
         return True
 
-    def _sends_again(self, descriptor: int) -> bool:
-        """Whether what was sent again, or the question whether more may be sent, was answered by nothing yet."""
+    def _unanswered_since(self, descriptor: int) -> float | None:
+        """Since when the other end owes an answer, by `time.monotonic`; None: it does not, or there is none."""
         info, size = ctypes.create_string_buffer(_TCP_INFO.size), ctypes.c_uint(_TCP_INFO.size)
-        if self._libc.getsockopt(
-            descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size)
-        ):
-            return False
-        state, retransmits, probes, since_sent_ms, since_ack_ms = _TCP_INFO.unpack(info.raw)
+        place = (descriptor, socket.IPPROTO_TCP, socket.TCP_INFO)
+        if not self._keep_alive(descriptor) or self._libc.getsockopt(*place, info, ctypes.byref(size)):
+            return None
+        state, retransmits, probes, since_sent_ms, since_answer_ms = _TCP_INFO.unpack(info.raw)
+        now = time.monotonic()
+        if state != _ESTABLISHED:
+            return None
         # Linux leaves a single probe unanswered that comes within half a second of another.
-        is_unanswered = probes > 1 or (retransmits > 0 and since_ack_ms > since_sent_ms)
-        return bool(state == _ESTABLISHED and is_unanswered)
+        if probes > 1:
+            return now - since_answer_ms / 1000
+        if retransmits and since_answer_ms > since_sent_ms:
+            # Not since the last answer: before the data was sent there was nothing to be answered.
+            return self._unanswered.get(descriptor, now)
+        return None
+
+
+def _descriptors() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/fd")]
 
 
 def _end(descriptor: int) -> str:
