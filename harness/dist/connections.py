@@ -24,15 +24,16 @@ __all__ = ["Connections"]
 logger = logging.getLogger(__name__)
 
 _PROBES = 3
-"""In the time that a machine may be silent. Linux itself ends a connection after more of them, and says nothing."""
+"""In the time that a machine may be silent."""
 _MOST_PROBES = 10
+"""After which Linux itself ends a connection, and says nothing."""
 _LOOKS = 10
 """Looks in the time that a machine may be silent."""
 _SHARE = 100
-"""At most one part in so many of a processor's time goes into looking; with thousands of ranks it takes long."""
+"""Looking takes one part in so many of a processor's time at most: with thousands of ranks it takes long."""
 _TCP_INFO = struct.Struct("=BxBB40xI8xI")
-"""Of linux/tcp.h: state, retransmits, questions whether more may be sent, milliseconds since data was last sent and
-since anything was acknowledged."""
+"""Of linux/tcp.h: state, retransmits, probes, milliseconds since data was last sent and since anything was
+acknowledged."""
 _ESTABLISHED = 1
 
 
@@ -80,9 +81,7 @@ class Connections:
         unanswered = {descriptor: self._unanswered_since(descriptor) for descriptor in _descriptors()}
         self._unanswered = {one: since for one, since in unanswered.items() if since is not None}
         now = time.monotonic()
-        silent = {
-            _end(one) for one, since in self._unanswered.items() if now - since >= self._silent_s
-        }
+        silent = {_end(one) for one, since in self._unanswered.items() if now - since >= self._silent_s}
         return sorted(silent - {""})
 
     def _run(self) -> None:
@@ -107,7 +106,7 @@ class Connections:
         return True
 
     def _unanswered_since(self, descriptor: int) -> float | None:
-        """Since when the other end owes an answer, by `time.monotonic`; None: it does not, or there is none."""
+        """Since when the other end owes an answer, by `time.monotonic`; None: it owes none."""
         info, size = ctypes.create_string_buffer(_TCP_INFO.size), ctypes.c_uint(_TCP_INFO.size)
         place = (descriptor, socket.IPPROTO_TCP, socket.TCP_INFO)
         if not self._keep_alive(descriptor) or self._libc.getsockopt(*place, info, ctypes.byref(size)):

@@ -38,9 +38,7 @@ class World:
 
 
 @contextmanager
-def open_world(
-    parallel: ParallelConfig, *, stopping: Callable[[], bool] = lambda: False
-) -> Iterator[World]:
+def open_world(parallel: ParallelConfig, *, stopping: Callable[[], bool] = lambda: False) -> Iterator[World]:
     """Joins the processes that the launcher started; leaves them at the end, without waiting for any.
 
     Works under `python`, `torchrun`, `accelerate launch` and anything else that sets RANK and WORLD_SIZE.
