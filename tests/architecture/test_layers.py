@@ -24,6 +24,7 @@ FLOORS = {
     "stop": 0,
     "wrappers": 0,
     "env": 1,
+    "network": 1,
     "runlog": 1,
     "helper": 2,
     "helper_main": 2,
@@ -45,6 +46,7 @@ FLOORS = {
     "replay": 7,
     "cli": 8,
     "gradio_experiment_tracking": 9,
+    "agent": 9,
     "train": 9,
 }
 
