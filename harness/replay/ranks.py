@@ -231,8 +231,8 @@ class RanksInTurn:
             self.model,
             share,
             self._injectors[rank],
-            precision=self.precision,
-            progress=Progress(),
+            self.precision,
+            Progress(),
         )
         runner.run(step, self.loaders[rank].next())
         share.finish()
