@@ -31,6 +31,7 @@ __all__ = [
     "store_address",
     "threads_are_set",
     "threads_are_users",
+    "train_job_endpoint",
     "unheard_launcher",
     "wandb_address",
     "wants_native",
@@ -58,6 +59,16 @@ class Launched:
     """RANK and WORLD_SIZE were set, so a rendezvous is expected even for one process."""
     on_cpu: bool = False
     """accelerate was told `use_cpu`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJobEndpoint:
+    """Where Kubeflow Trainer takes reports of a TrainJob's progress."""
+
+    url: str
+    token_file: str
+    authority_file: str | None
+    """Certificate of who signed the endpoint's; None: one of those that the system trusts."""
 
 
 def has_rank() -> bool:
@@ -128,6 +139,15 @@ def unheard_launcher() -> tuple[str, int] | None:
         if _int(name, 1) > 1:
             return name, _int(name, 1)
     return None
+
+
+def train_job_endpoint() -> TrainJobEndpoint | None:
+    """What Kubeflow Trainer says to the pods of a TrainJob, where its feature gate TrainJobStatus is on."""
+    url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
+    token_file = os.environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN")
+    if not url or not token_file:
+        return None
+    return TrainJobEndpoint(url, token_file, os.environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT"))
 
 
 def rendezvous_address() -> str | None:

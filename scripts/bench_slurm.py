@@ -135,8 +135,6 @@ class Event:
     """Whether it is a stop, which may lose no step."""
     state: str = "COMPLETED"
     starts: int = 2
-    at_start: bool = True
-    """Whether it may also come while the job starts."""
 
 
 def requeue(job: Job) -> None:
@@ -167,7 +165,7 @@ def fail(node: str) -> Callable[[Job], None]:
 
 EVENTS = {
     "completion": Event(starts=1),
-    # Slurm looks every 30 s: two minutes or so after the start, which a busy machine needs to load everything.
+    # Slurm looks every 30 s: it comes two minutes or so after the start, which a busy machine needs.
     "time limit": Event(options=("--time=4", "--signal=B:TERM@90"), slow_s=4.0),
     "scontrol requeue": Event(requeue),
     "pre-emption": Event(preempt),
@@ -179,14 +177,19 @@ EVENTS = {
 }
 
 
-def trial(slurm: Slurm, name: str, event: Event, draw: random.Random) -> float | None:
+def trial(
+    slurm: Slurm, name: str, event: Event, draw: random.Random, *, may_start: bool = True
+) -> float | None:
     """One job and one event; the seconds from the event until the job had left its nodes.
+
+    Args:
+        may_start: Whether the event may also come while the job starts.
 
     Raises:
         AssertionError: it did not end as it should.
     """
     job = Job.submitted(slurm, name, *event.options, slow_s=event.slow_s, more=event.more)
-    struck = _strike(job, event, draw) if event.strike else None
+    struck = _strike(job, event, draw, may_start) if event.strike else None
     took_s = None
     if struck is not None:
         job.wait_while_running()
@@ -202,10 +205,10 @@ def trial(slurm: Slurm, name: str, event: Event, draw: random.Random) -> float |
     return took_s
 
 
-def _strike(job: Job, event: Event, draw: random.Random) -> float:
+def _strike(job: Job, event: Event, draw: random.Random, may_start: bool) -> float:
     """At a random moment; when."""
     assert event.strike
-    if event.at_start and draw.random() < 0.25:
+    if may_start and draw.random() < 0.25:
         wait_for(lambda: job.state() == "RUNNING", what="the job's start")
         time.sleep(draw.uniform(0.0, 8.0))
     else:
