@@ -89,7 +89,7 @@ def stop_run(launcher: str, folder: Path, draw: random.Random) -> tuple[str, int
         draw.choice(MOMENTS),
         draw.random() < 0.2 and number not in (signal.SIGKILL, signal.SIGINT),
     )
-    with begin(launcher, folder, *STOPPED) as run:
+    with begin(launcher, folder, *STOPPED, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300") as run:
         run.wait_for_ranks()
         if moment == "training":
             run.wait_for_step(1)

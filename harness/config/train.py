@@ -46,7 +46,7 @@ class TrainConfig:
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     task: str = "text"
-    """text, images, or `package.module:function` for a task of your own."""
+    """text, images, hf, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """What the task's function takes besides the configuration, by name: `--task_args.noise 0.1`, or a
     mapping in a file. Checked against the function's parameters and their types; docs/tasks.md."""
@@ -89,8 +89,8 @@ class TrainConfig:
         require(
             self,
             "task",
-            self.task in ("text", "images") or ":" in self.task,
-            "it has to be text, images, or package.module:function",
+            self.task in ("text", "images", "hf") or ":" in self.task,
+            "it has to be text, images, hf, or package.module:function",
         )
         require(
             self,

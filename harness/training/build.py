@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from harness.dist import (
     World,
     distribute,
     from_main,
+    keep_flight_records,
     on_all_ranks,
     open_world,
     plain,
@@ -29,7 +31,7 @@ from harness.dist import (
 )
 from harness.errors import ConfigError, HarnessError
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
@@ -65,6 +67,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     tell: Callable[[HarnessError], None] | None = None,
     stop: StopRequest | None = None,
+    begun: float | None = None,
 ) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
@@ -73,11 +76,13 @@ def train(
             all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
         stop: Where the caller handles signals; default: they are handled here, in the main thread.
+        begun: When the program that trains was started, by `time.monotonic()`; default: now.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
             `InstabilityError` when the guard's last rung is reached.
     """
+    begun = time.monotonic() if begun is None else begun
     config.check_world(env.launched().world_size)
     if config.debug:
         config = with_every_check(config)
@@ -95,7 +100,7 @@ def train(
                 " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
         set_determinism(config)
-        with Watchdog(config) as watchdog:
+        with Watchdog(config, begun=begun) as watchdog:
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
@@ -142,7 +147,7 @@ def build_run(
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
     runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
-    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -214,6 +219,9 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    if world.device.type == "cuda":
+        keep_flight_records(incidents_dir(run.directory))
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
@@ -256,7 +264,12 @@ class _Attempt:
 
 
 def _open_journal(
-    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
+    config: TrainConfig,
+    world: World,
+    directory: Path,
+    inputs: _Inputs,
+    attempt: _Attempt,
+    progress: Progress,
 ) -> Journal:
     """This rank's journal; the main one says how the attempt begins."""
     if not world.is_main:
@@ -274,6 +287,7 @@ def _open_journal(
         about={**about, "versions": versions, "data": inputs.fingerprints},
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
+        progress=progress,
     )
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)

@@ -33,6 +33,7 @@ LAUNCHERS = {
     ],
 }
 NUM_RANKS = {"python": 1, "torchrun": 2, "accelerate": 1}
+_NEVER_MET = "did not come to the start"
 _TIMEOUT_S = 900.0
 """A busy machine takes minutes to start two processes."""
 
@@ -138,6 +139,8 @@ class Stop:
 
     def troubles(self, launcher: str, number: int) -> list[str]:
         """What is not as it should be."""
+        if number == signal.SIGKILL and not self.summary and self.steps < 0 and _NEVER_MET in self.output:
+            return []  # the launcher died before its ranks had met: there is no run, and they are gone
         wanted = {"python": EXIT_STOPPED, "torchrun": 1}.get(launcher)
         if number in (signal.SIGKILL, signal.SIGUSR1) and launcher == "torchrun":
             wanted = None  # the launcher's own way of ending
