@@ -18,6 +18,7 @@ __all__ = [
     "child_environment",
     "compiler",
     "dashboard_token",
+    "exit_note",
     "has_launcher",
     "has_wandb_key",
     "is_direct_child",
@@ -27,6 +28,7 @@ __all__ = [
     "rendezvous_address",
     "restarts_left",
     "set_default",
+    "set_exit_note",
     "shares_agent_store",
     "store_address",
     "threads_are_set",
@@ -44,6 +46,7 @@ _SAID_BY_LAUNCHERS = {
     "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
 }  # fmt: skip
 _LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
+_EXIT_NOTE = "HARNESS_EXIT_NOTE"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -224,6 +227,17 @@ def has_wandb_key() -> bool:
 def wandb_address() -> str:
     """Where W&B is, as wandb itself would have it."""
     return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def exit_note() -> Path | None:
+    """Where `harness.torchrun` looks for the program's exit code; None under other launchers."""
+    path = os.environ.get(_EXIT_NOTE)
+    return Path(path) if path else None
+
+
+def set_exit_note(path: Path) -> None:
+    """Tells the processes that this one starts where to leave their exit code."""
+    os.environ[_EXIT_NOTE] = str(path)
 
 
 def set_default(name: str, value: str) -> None:

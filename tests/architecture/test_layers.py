@@ -46,6 +46,7 @@ FLOORS = {
     "cli": 8,
     "gradio_experiment_tracking": 9,
     "train": 9,
+    "torchrun": 9,
 }
 
 # Optional or heavy packages, each the business of one module.

@@ -11,9 +11,7 @@ from random import Random
 
 import pytest
 
-from scripts.bench_slurm import EVENTS, trial
-from scripts.chaos import arguments
-from tests.support.launch import launch
+from scripts.bench_slurm import EVENTS, run_undisturbed, trial
 from tests.support.slurm import Slurm, why_not
 
 
@@ -23,7 +21,6 @@ from tests.support.slurm import Slurm, why_not
 def test_a_preempted_job_saves_every_step_and_goes_on_as_the_same_run() -> None:
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
         folder = Path(name)  # short, as the path of a socket has to be
-        code, output = launch(arguments(folder, "ddp-whole", "ddp"))
-        assert code == 0, output
+        run_undisturbed(folder)
         with Slurm.started(folder) as slurm:
             trial(slurm, "struck", EVENTS["pre-emption"], Random(0), may_start=False)
