@@ -1,7 +1,7 @@
 """torchrun, with the exit code that the program had: `python -m harness.torchrun` in the place of `torchrun`.
 
-torchrun itself exits with 1 whatever its program's exit code was: Kubernetes could not tell a run
-that was stopped, or a setting that is wrong, from a process that died. The program leaves its exit code in a file
+torchrun itself exits with 1 whatever its program's exit code was: Kubernetes could not tell a run that was
+stopped, or a setting that is wrong, from a process that died. The program leaves its exit code in a file
 where it has a meaning: it was stopped and has saved (75), or another start would not help (2, 3).
 """
 
