@@ -22,10 +22,13 @@ __all__ = [
     "has_launcher",
     "has_wandb_key",
     "is_direct_child",
+    "is_restartable",
+    "is_restartable_on_several",
     "is_terminal",
     "launched",
     "program_environment",
     "rendezvous_address",
+    "rendezvous_settings",
     "restarts_left",
     "set_default",
     "set_exit_note",
@@ -62,6 +65,13 @@ class Launched:
     """RANK and WORLD_SIZE were set, so a rendezvous is expected even for one process."""
     on_cpu: bool = False
     """accelerate was told `use_cpu`."""
+    main_address: str = ""
+    """Of the machine with rank 0: MASTER_ADDR."""
+
+    @property
+    def on_several_machines(self) -> bool:
+        """Whether some of the processes run elsewhere."""
+        return self.local_world_size < self.world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +105,24 @@ def restarts_left() -> bool:
     return _int("TORCHELASTIC_RESTART_COUNT", 0) < _int("TORCHELASTIC_MAX_RESTARTS", 0)
 
 
+def is_restartable() -> bool:
+    """Whether torchrun's agent starts the program again."""
+    return _int("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
+def is_restartable_on_several() -> bool:
+    """Whether torchrun's agents of several machines start the program again."""
+    return is_restartable() and _int("GROUP_WORLD_SIZE", 1) > 1
+
+
 def shares_agent_store() -> bool:
-    """Whether torchrun's agents of several machines keep one store for all attempts."""
-    restartable = _int("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and _int("GROUP_WORLD_SIZE", 1) > 1
-    return restartable and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    """Whether these agents keep one store for all attempts."""
+    return os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+
+
+def rendezvous_settings() -> str:
+    """What torchrun's --rdzv-conf is where the environment says it."""
+    return os.environ.get("PET_RDZV_CONF", "")
 
 
 def launched() -> Launched:
@@ -115,6 +139,7 @@ def launched() -> Launched:
         local_world_size=_int("LOCAL_WORLD_SIZE", 1) if by_launcher else 1,
         by_launcher=by_launcher,
         on_cpu=_flag("ACCELERATE_USE_CPU"),
+        main_address=os.environ.get("MASTER_ADDR", ""),
     )
 
 
@@ -230,7 +255,7 @@ def wandb_address() -> str:
 
 
 def exit_note() -> Path | None:
-    """Where `harness.torchrun` looks for the program's exit code; None under other launchers."""
+    """Where `harness.agent` looks for the program's exit code; None under other launchers."""
     path = os.environ.get(_EXIT_NOTE)
     return Path(path) if path else None
 

@@ -22,7 +22,8 @@ class LoopConfig:
     global_batch: int = 16
     """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int | None = None
-    """Samples per forward pass and rank; default: all of a rank's share at once."""
+    """Samples per forward pass and rank, at most; default: all of a rank's share at once, but no more than in
+    the attempt before, which may have had more ranks."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward; parameters stay fp32. auto: what accelerate was told, else bf16 on
     CUDA and fp32 on CPU."""

@@ -96,6 +96,7 @@ class MainJournal(Journal):
         mfu_per_speed: float | None,
         step_indices: Callable[[int, int | None, int | None], Sequence[int]],
         progress: Progress,
+        wait_s: float = 0.0,
     ) -> None:
         """Opens the log and starts its mirrors.
 
@@ -103,13 +104,14 @@ class MainJournal(Journal):
             step_indices: The loader's: which samples a step holds, by its first position.
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
+            wait_s: How long the process of an attempt before may still write.
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
             progress: What this rank is doing, of which the ledger is kept.
         """
         before = newest_ledger(directory)
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = Recorder(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about}, wait_s=wait_s)
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
         self._ledger = LedgerKeeper(progress, before, self._write_ledger)

@@ -24,6 +24,7 @@ FLOORS = {
     "stop": 0,
     "wrappers": 0,
     "env": 1,
+    "network": 1,
     "runlog": 1,
     "helper": 2,
     "helper_main": 2,
@@ -45,8 +46,8 @@ FLOORS = {
     "replay": 7,
     "cli": 8,
     "gradio_experiment_tracking": 9,
+    "agent": 9,
     "train": 9,
-    "torchrun": 9,
 }
 
 # Optional or heavy packages, each the business of one module.

@@ -1,4 +1,4 @@
-"""`harness.torchrun` ends as its program did, so that what started it knows whether to start it again."""
+"""`harness.agent` ends as its program did, so that what started it knows whether to start it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.runs import program, tiny
 LAUNCHER = [
     sys.executable,
     "-m",
-    "harness.torchrun",
+    "harness.agent",
     "--standalone",
     "--nproc-per-node=2",
     "--max-restarts=3",
