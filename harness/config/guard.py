@@ -45,7 +45,7 @@ class GuardConfig:
     max_consecutive_skips: int = 3
     """More skipped steps in a row than this roll the run back where that is possible, else end it."""
     max_skip_frac: float = 0.25
-    """Largest share of skipped steps among the last 100 that is borne."""
+    """Largest share of skipped steps among the last 100 that is tolerated."""
     max_rollbacks: int = 3
     """Rollbacks that a run may take before it is ended."""
     rollback_skip_steps: int = 200

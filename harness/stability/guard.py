@@ -232,7 +232,10 @@ class StepGuard:
                 in use and not handed over is an error; None says that it scales another loss.
             nominal_tokens: The constant that summed losses were divided by before the backward pass; the
                 gradient becomes that of the mean over the tokens that were really there.
-            compute_s, data_wait_s, stop_requested, num_saves: Passed on to the records of all ranks.
+            compute_s: Passed on to the records of all ranks, like the next three: seconds of computing.
+            data_wait_s: Seconds of waiting for data.
+            stop_requested: Whether this rank was asked to stop.
+            num_saves: How many saves have ended on this rank.
 
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
