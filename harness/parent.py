@@ -11,10 +11,18 @@ from pathlib import Path
 
 from harness import env
 
-__all__ = ["end_launcher", "stop_with_launcher"]
+__all__ = ["RENDEZVOUS_SETTINGS", "end_launcher", "missing_settings", "stop_with_launcher"]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-_LAUNCHERS = (b"torchrun", b"torch.distributed.run", b"torch/distributed/run.py", b"accelerate")
+RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+_LAUNCHERS = (
+    b"torchrun",
+    b"harness.agent",
+    b"harness/agent.py",
+    b"torch.distributed.run",
+    b"torch/distributed/run.py",
+    b"accelerate",
+)
 
 
 def stop_with_launcher() -> None:
@@ -52,9 +60,27 @@ def end_launcher(*, speaks: bool) -> None:
             os.kill(parent, signal.SIGTERM)
 
 
+def missing_settings() -> list[str]:
+    """What torchrun's agents on several machines lack to lose a machine and take it in again; what an agent
+    was started with is seen where it is this process's parent."""
+    if not env.is_restartable_on_several():
+        return []
+    missing = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"] if env.shares_agent_store() else []
+    command = _command(os.getppid())
+    if (
+        _is_launcher(os.getppid())
+        and b"keep_alive_interval" not in command + env.rendezvous_settings().encode()
+    ):
+        missing.append(f"--rdzv-conf {RENDEZVOUS_SETTINGS}")
+    return missing
+
+
 def _is_launcher(pid: int) -> bool:
+    return any(name in _command(pid) for name in _LAUNCHERS)
+
+
+def _command(pid: int) -> bytes:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
-    return any(name in command for name in _LAUNCHERS)
+        return b""

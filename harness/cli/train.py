@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +14,7 @@ from typing import NoReturn
 from harness.cli.errors import Outcome, reporting
 from harness.config import parse_arguments
 from harness.parent import end_launcher
+from harness.runlog.process import age_s
 from harness.stop import StopRequest
 
 __all__ = ["EXIT_CRASHED", "EXIT_STOPPED", "run", "train_and_exit"]
@@ -34,7 +36,10 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
             from harness.training import train  # after the arguments, so that --help does not wait for torch
 
             try:
-                result = train(config, tell=outcome.report, stop=stop)
+                begun = (
+                    None if stop is None else time.monotonic() - age_s()
+                )  # the program trains, and no more
+                result = train(config, tell=outcome.report, stop=stop, begun=begun)
             except SystemExit as leaving:  # a launcher would take its code for the run's
                 raise RuntimeError(f"the run was left by SystemExit({leaving.code!r})") from leaving
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED

@@ -125,17 +125,10 @@ class TrainConfig:
             ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
                 does not exist, or the debug mode is asked for in several processes.
         """
-        micro_batch = self.loop.micro_batch or 1
-        share = world_size * micro_batch
-        require(
-            self.loop,
-            "global_batch",
-            self.loop.global_batch % share == 0,
-            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
-            f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
-        )
-        num_micro_batches = self.loop.global_batch // (
-            world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
+        self._check_batch(world_size)
+        num_micro_batches = max(
+            1,
+            self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),
         )
         for fault in self.faults:
             last_step = self.loop.steps - 1
@@ -153,6 +146,26 @@ class TrainConfig:
             not (self.debug and world_size > 1),
             f"it runs in one process, and there are {world_size}",
             "start it with `python -m harness.train`",
+        )
+
+    def _check_batch(self, world_size: int) -> None:
+        micro_batch = self.loop.micro_batch or 1
+        share = world_size * micro_batch
+        remedy = f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}"
+        require(
+            self.loop,
+            "global_batch",
+            self.loop.global_batch % micro_batch == 0,
+            f"it has to be a multiple of loop.micro_batch, and best one of"
+            f" world size x loop.micro_batch = {world_size} x {micro_batch}",
+            remedy,
+        )
+        require(
+            self.loop,
+            "global_batch",
+            self.loop.global_batch >= world_size,
+            f"each of {world_size} ranks needs a sample",
+            remedy,
         )
 
     @classmethod

@@ -16,6 +16,8 @@ answer of a dead process is not the one that its successor gave.
 from __future__ import annotations
 
 import json
+import logging
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -25,10 +27,15 @@ import torch.distributed as dist
 
 from harness.errors import LostRankError
 
-__all__ = ["fresh_store"]
+__all__ = ["await_store", "fresh_store"]
+
+logger = logging.getLogger(__name__)
 
 _TOKEN = "harness/attempt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
+_SAY_S = 15.0
+"""After so long it is said for whom a rank waits, and again after twice as long each time."""
+_CONNECT_S = 5.0
 _STOP_GRACE_S = 20.0
 """How long a rank that was asked to stop still waits for the others, who may be gone or still import: a stop
 before the first step is committed by all. Below the 30 s after which torchrun kills."""
@@ -57,6 +64,29 @@ def fresh_store(
     return dist.PrefixStore(f"harness/{token}", store)  # type: ignore[attr-defined, arg-type]  # there at run time
 
 
+def await_store(address: tuple[str, int], *, timeout_s: float, stopping: Callable[[], bool]) -> None:
+    """Waits until somebody listens at the store's address. torch's own attempt to connect, which goes on for
+    as long, handles no signal meanwhile; and the launcher that keeps the store may be dead.
+
+    Args:
+        timeout_s, stopping: As for `fresh_store`.
+
+    Raises:
+        LostRankError: nobody did in time.
+    """
+    waiting = _Waiting(timeout_s, stopping)
+    while not _is_open(address):
+        waiting.once_more(f"whoever keeps the store at {address[0]}:{address[1]}")
+
+
+def _is_open(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
 class Store(Protocol):
     """What is asked of torch's stores here."""
 
@@ -71,8 +101,9 @@ class _Waiting:
     """Waits in short pauses, in which signals are handled; not in the store, which prints every time-out."""
 
     def __init__(self, timeout_s: float, stopping: Callable[[], bool]) -> None:
-        self._ends, self._stopping = time.monotonic() + timeout_s, stopping
-        self._pause_s = _FIRST_PAUSE_S
+        self._began = time.monotonic()
+        self._ends, self._stopping = self._began + timeout_s, stopping
+        self._pause_s, self._say_s = _FIRST_PAUSE_S, _SAY_S
 
     def once_more(self, waiting_for: str) -> None:
         if self._stopping():
@@ -84,6 +115,10 @@ class _Waiting:
                 rule="all processes of an attempt meet before anything else",
                 remedy="look at what the others said; parallel.timeout_s is how long they are waited for",
             )
+        if time.monotonic() > self._began + self._say_s:
+            left_s = self._ends - time.monotonic()
+            logger.warning("waiting for %s for %.0f s, for %.0f s more", waiting_for, self._say_s, left_s)
+            self._say_s *= 2
         time.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
@@ -112,7 +147,7 @@ def _follow(store: Store, rank: int, world_size: int, waiting: _Waiting) -> str:
             if newest != token:
                 token, mine = newest, uuid.uuid4().hex
                 store.set(_answer_key(token, rank), mine)
-        waiting.once_more("rank 0, or another that it waits for,")
+        waiting.once_more("rank 0, or another that it waits for")
     return token
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Task, fetch, seed_everything
+from harness.data import Loader, Shares, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
     distribute,
     from_main,
+    keep_flight_records,
     on_all_ranks,
     open_world,
     plain,
@@ -28,8 +30,9 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
+from harness.parent import missing_settings
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
@@ -43,20 +46,24 @@ from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
+from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
-from harness.training.step import StepRunner
+from harness.training.step import MicroBatchGuard, StepRunner
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
-__all__ = ["build_run", "train"]
+__all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
+
+_END_S = 15.0
+"""How long a process may take to end once the others are gone."""
 
 
 def train(
@@ -65,6 +72,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     tell: Callable[[HarnessError], None] | None = None,
     stop: StopRequest | None = None,
+    begun: float | None = None,
 ) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
@@ -73,11 +81,13 @@ def train(
             all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
         stop: Where the caller handles signals; default: they are handled here, in the main thread.
+        begun: When the program that trains was started, by `time.monotonic()`; default: now.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
             `InstabilityError` when the guard's last rung is reached.
     """
+    begun = time.monotonic() if begun is None else begun
     config.check_world(env.launched().world_size)
     if config.debug:
         config = with_every_check(config)
@@ -89,13 +99,15 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
-        if world.is_main and env.shares_agent_store():
+        missing = missing_settings() if world.is_main else []
+        if missing:
             logger.warning(
-                "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
+                "torchrun was started without %s, which the files of `harness launch` set: a machine that"
+                " comes back is not taken in, or one that is lost is waited for longer",
+                " and ".join(missing),
             )
-        _set_determinism(config)
-        with Watchdog(config) as watchdog:
+        set_determinism(config)
+        with Watchdog(config, begun=begun) as watchdog:
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
@@ -108,16 +120,17 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
-    precision = _precision(config, world)
+    precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
     task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
+    config = keep_micro_batch(config, world, directory)
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = _loader(config, world, inputs)
+    loader = build_loader(config, world, task, inputs.fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
@@ -139,10 +152,10 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
     # Last of what can fail: from here on somebody has to close it.
-    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [journal, Debugger()] if config.debug else [journal]
     run = Run(
         config=config,
@@ -210,17 +223,21 @@ def _train(
     watchdog: Watchdog,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
-    with report_once(tell):
+    with report_once(tell), watchdog.naming_who_hangs():
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    if world.device.type == "cuda":
+        keep_flight_records(incidents_dir(run.directory))
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         # Before anything is closed, which may take one rank longer than another.
         with report_once(tell):
             try:
-                ending = train_loop(run)
+                with watchdog.naming_who_hangs():
+                    ending = train_loop(run)
             except HarnessError as failure:
                 judge_restart(failure, run.counters.step > start.step)
                 raise
@@ -242,7 +259,7 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Attempt:
     """How this attempt begins."""
 
@@ -251,10 +268,16 @@ class _Attempt:
     schedule: str
     """What the learning-rate schedule means for it, in words."""
     loader: Loader
+    precision: str
 
 
 def _open_journal(
-    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
+    config: TrainConfig,
+    world: World,
+    directory: Path,
+    inputs: _Inputs,
+    attempt: _Attempt,
+    progress: Progress,
 ) -> Journal:
     """This rank's journal; the main one says how the attempt begins."""
     if not world.is_main:
@@ -262,6 +285,9 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    about[NOTED] = attempt.loader.shares.micro_batch
+    # What decides about the last bits, for a replay.
+    about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
     journal = MainJournal(
         directory,
@@ -270,7 +296,11 @@ def _open_journal(
         about={**about, "versions": versions, "data": inputs.fingerprints},
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
+        progress=progress,
+        # A rank 0 that was cut off from its launcher's others has to notice that first.
+        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
     )
+    say_shares(attempt.loader.shares)
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
@@ -293,46 +323,54 @@ def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
     return opened[0]
 
 
-def _step_runner(
+def build_runner(
     config: TrainConfig,
     world: World,
-    inputs: _Inputs,
+    task: Task,
     model: nn.Module,
-    guard: StepGuard,
+    guard: MicroBatchGuard,
+    faults: FaultInjector,
     precision: str,
     progress: Progress,
 ) -> StepRunner:
+    """What runs forward and backward passes of this rank."""
     return StepRunner(
         model=model,
-        task=inputs.task,
+        task=task,
         guard=guard,
-        faults=inputs.faults,
+        faults=faults,
         unused=UnusedParameters(model),
         device=world.device,
         precision=precision,
         world_size=world.world_size,
         progress=progress,
-        nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
+        nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
+        num_passes=_shares(config, world).num_passes,
     )
 
 
-def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
-    share = config.loop.global_batch // world.world_size
+def _shares(config: TrainConfig, world: World) -> Shares:
+    return Shares.of(config.loop.global_batch, world.world_size, at_most=config.loop.micro_batch)
+
+
+def build_loader(config: TrainConfig, world: World, task: Task, fingerprints: Mapping[str, str]) -> Loader:
+    """The loader of this rank's share of the training data."""
     return Loader(
-        inputs.task.train_data,
+        task.train_data,
         global_batch=config.loop.global_batch,
-        micro_batch=config.loop.micro_batch or share,
+        micro_batch=config.loop.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
-        fingerprints=inputs.fingerprints,
+        fingerprints=fingerprints,
         allow_change=config.data.allow_change,
     )
 
 
-def _precision(config: TrainConfig, world: World) -> str:
+def resolved_precision(config: TrainConfig, world: World) -> str:
+    """fp32, bf16 or fp16: what `loop.precision` means here."""
     if config.loop.precision != "auto":
         return config.loop.precision
     by_accelerate = env.accelerate_precision()
@@ -353,7 +391,8 @@ def _check_names(guard: GuardConfig) -> None:
     Checks(guard, load_checks(guard))
 
 
-def _set_determinism(config: TrainConfig) -> None:
+def set_determinism(config: TrainConfig) -> None:
+    """Lets torch choose among all algorithms, or among deterministic ones only."""
     if config.deterministic:
         env.set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)

@@ -6,18 +6,38 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
-from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 from harness.training.progress import Phase, Progress
 
-__all__ = ["StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+
+
+class MicroBatchGuard(Protocol):
+    """What a step runner needs of a `StepGuard`, whose methods these are."""
+
+    def accumulate(
+        self,
+        loss: Tensor,
+        num_tokens: Tensor | float | None = None,
+        *,
+        num_correct: Tensor | float = 0,
+        is_last: bool = False,
+    ) -> None:
+        """Notes a micro-batch after its backward pass."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to call `backward` on."""
+
+    def watch_forward(self) -> AbstractContextManager[None]:
+        """Around a forward pass."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -38,7 +58,7 @@ class StepRunner:
 
     model: nn.Module
     task: Task
-    guard: StepGuard
+    guard: MicroBatchGuard
     faults: FaultInjector
     unused: UnusedParameters
     device: torch.device
@@ -47,10 +67,16 @@ class StepRunner:
     progress: Progress
     nominal_tokens: int
     """Tokens of a global batch without padding."""
+    num_passes: int
+    """Forward passes of each rank in a step."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the host's seconds. No synchronisation with the device."""
         start = time.perf_counter()
+        for _ in range(self.num_passes - len(micro_batches)):
+            # Another rank has one micro-batch more, and sharded models need as many passes on each.
+            with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
+                self._forward_backward(step, micro_batches[0], weight=0.0)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             self.progress.enter(Phase.FORWARD, step)
@@ -63,7 +89,7 @@ class StepRunner:
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return time.perf_counter() - start
 
-    def _forward_backward(self, step: int, batch: Batch) -> LossSum:
+    def _forward_backward(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:
         batch = to_device(batch, self.device)
         with autocast(self.device, self.precision), self.guard.watch_forward():
             loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
@@ -73,7 +99,7 @@ class StepRunner:
                 rule="it is computed from the model's parameters, without detach(), item() or no_grad()",
             )
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
-        share = loss.total * (self.world_size / self.nominal_tokens)
+        share = loss.total * (weight * self.world_size / self.nominal_tokens)
         self.progress.enter(Phase.BACKWARD, step)
         self.guard.scale(share).backward()
         return loss

@@ -1,6 +1,7 @@
 """The floors of docs/architecture.md, read off the imports."""
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ FLOORS = {
     "stop": 0,
     "wrappers": 0,
     "env": 1,
+    "network": 1,
     "runlog": 1,
     "helper": 2,
     "helper_main": 2,
@@ -37,12 +39,15 @@ FLOORS = {
     "tasks": 5,
     "tracking": 5,
     "training": 6,
+    "doctor": 6,
     "integrations": 6,
     "dashboard": 6,
     "experiment_tracking": 6,
-    "cli": 7,
-    "gradio_experiment_tracking": 8,
-    "train": 8,
+    "replay": 7,
+    "cli": 8,
+    "gradio_experiment_tracking": 9,
+    "agent": 9,
+    "train": 9,
 }
 
 # Optional or heavy packages, each the business of one module.
@@ -98,9 +103,15 @@ MAY_SYNCHRONISE = {
 }
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Everything in a module's syntax tree."""
+    return tuple(ast.walk(ast.parse((ROOT / path).read_text())))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Full names of the modules that a file imports, wherever in it, or names in a text, to import later."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "harness":
@@ -167,8 +178,7 @@ def test_an_optional_package_is_the_business_of_one_module(package: str) -> None
 
 
 def attribute_names(path: Path) -> set[str]:
-    tree = ast.parse((ROOT / path).read_text())
-    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
 
 
 def test_the_environment_is_read_in_one_place() -> None:
@@ -178,8 +188,7 @@ def test_the_environment_is_read_in_one_place() -> None:
 
 def distributed_names(path: Path) -> set[str]:
     """Names taken from `torch.distributed`, under that name or as `dist`."""
-    tree = ast.parse((ROOT / path).read_text())
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    attributes = [node for node in nodes_of(path) if isinstance(node, ast.Attribute)]
     return {node.attr for node in attributes if ast.unparse(node.value) in ("dist", "torch.distributed")}
 
 
@@ -215,10 +224,9 @@ def test_the_dashboard_reads_logs_and_nothing_else() -> None:
 
 
 def strings_of(path: Path) -> set[str]:
-    tree = ast.parse((ROOT / path).read_text())
     return {
         node.value
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
 
@@ -245,9 +253,8 @@ FILES = {
 
 def joined_to_paths(path: Path) -> set[str]:
     """The texts that a file appends to paths by `/`."""
-    tree = ast.parse((ROOT / path).read_text())
     divisions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        node for node in nodes_of(path) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
     ]
     return {node.right.value for node in divisions if isinstance(node.right, ast.Constant)}
 
