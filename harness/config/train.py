@@ -26,6 +26,9 @@ from harness.config.watchdog import WatchdogConfig
 
 __all__ = ["TrainConfig"]
 
+MAX_NAME_BYTES = 200
+"""Of a run's name: file systems allow 255, and there are files that are named after runs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -77,7 +80,13 @@ class TrainConfig:
     """Faults to inject; loud when there are any."""
 
     def __post_init__(self) -> None:
-        require(self, "name", bool(self.name), "a run needs a name")
+        require(self, "name", bool(self.name.strip()), "a run needs a name, of more than blanks")
+        require(
+            self,
+            "name",
+            len(self.name.encode(errors="surrogateescape")) <= MAX_NAME_BYTES,
+            f"it is a folder's name, of at most {MAX_NAME_BYTES} bytes",
+        )
         require(
             self,
             "name",
