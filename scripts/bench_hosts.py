@@ -125,7 +125,7 @@ def rendezvous_lost(job: Job, hosts: list[Host]) -> float:
 def _goes_on(
     job: Job, hosts: list[Host], event: Callable[[], object], *, world_size: int, began: bool = False
 ) -> float:
-    """An event after which the run goes on at this size of the world, to its end; the seconds until it does."""
+    """An event after which the run goes on at this size of the world; the seconds until it does."""
     if not began:
         job.start()
         job.wait_for_steps(FIRST, world_size=len(hosts), attempt=0)
