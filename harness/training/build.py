@@ -26,6 +26,7 @@ from harness.dist import (
     open_world,
     plain,
     report_once,
+    time_collectives,
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
@@ -49,8 +50,10 @@ from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import MicroBatchGuard, StepRunner
+from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
+from harness.training.timer import StepTimer
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
@@ -120,7 +123,10 @@ def build_run(
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, task, inputs.fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
@@ -147,11 +153,15 @@ def build_run(
         counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader, precision=precision
     )
     runner = build_runner(
-        config, world, task, model, guard, inputs.faults, precision=precision, progress=progress
+        config, world, task, model, guard, inputs.faults, precision=precision, progress=progress, timer=timer
     )
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [journal, Debugger()] if config.debug else [journal]
+    called.own = [
+        journal,
+        Stragglers(config.straggler, world, journal),
+        *([Debugger()] if config.debug else []),
+    ]
     run = Run(
         config=config,
         world=world,
@@ -321,6 +331,7 @@ def build_runner(
     *,
     precision: str,
     progress: Progress,
+    timer: StepTimer | None = None,
 ) -> StepRunner:
     """What runs forward and backward passes of this rank."""
     return StepRunner(
@@ -333,6 +344,7 @@ def build_runner(
         precision=precision,
         world_size=world.world_size,
         progress=progress,
+        timer=timer or StepTimer(world.device),
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
     )
 
