@@ -242,6 +242,11 @@ class Checkpointer:
         if self._memory is not None and proved is not None:
             self._memory.promote(proved)
 
+    @property
+    def written_bytes(self) -> int:
+        """What this rank has written so far: a save that goes on, however slowly, makes it grow."""
+        return self._writer.written_bytes
+
     def outcomes(self) -> list[SaveOutcome]:
         """The saves that have ended since the last call. Local."""
         return self._writer.take_outcomes()

@@ -91,6 +91,8 @@ class Writer:
         self._store, self._group, self._tasks, self._committed = store, group, tasks, committed
         self._thread: threading.Thread | None = None
         self._outcomes: deque[SaveOutcome] = deque()
+        self.written_bytes = 0
+        """Of all jobs so far, on this rank."""
         self.failed: HarnessError | None = None
         """The last save's error, until it is taken away by whoever raises it."""
         self.failing_since: float | None = None
@@ -173,7 +175,11 @@ class Writer:
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:
         path = folder / shard_name(self._group.rank)
-        return write_shard(path, job.staging.layout, job.staging.data), job.rank_state
+        shard = write_shard(path, job.staging.layout, job.staging.data, self._count)
+        return shard, job.rank_state
+
+    def _count(self, num_bytes: int) -> None:
+        self.written_bytes += num_bytes
 
     def _manifest(self, job: Job, shares: list[tuple[ShardFile, dict[str, Any]]]) -> Manifest:
         return Manifest(

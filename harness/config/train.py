@@ -27,6 +27,9 @@ from harness.config.watchdog import WatchdogConfig
 
 __all__ = ["TrainConfig"]
 
+MAX_NAME_BYTES = 200
+"""Of a run's name: file systems allow 255, and there are files that are named after runs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -47,7 +50,7 @@ class TrainConfig:
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     task: str = "text"
-    """text, images, or `package.module:function` for a task of your own."""
+    """text, images, hf, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """What the task's function takes besides the configuration, by name: `--task_args.noise 0.1`, or a
     mapping in a file. Checked against the function's parameters and their types; docs/tasks.md."""
@@ -80,7 +83,13 @@ class TrainConfig:
     """Faults to inject; loud when there are any."""
 
     def __post_init__(self) -> None:
-        require(self, "name", bool(self.name), "a run needs a name")
+        require(self, "name", bool(self.name.strip()), "a run needs a name, of more than blanks")
+        require(
+            self,
+            "name",
+            len(self.name.encode(errors="surrogateescape")) <= MAX_NAME_BYTES,
+            f"it is a folder's name, of at most {MAX_NAME_BYTES} bytes",
+        )
         require(
             self,
             "name",
@@ -92,8 +101,8 @@ class TrainConfig:
         require(
             self,
             "task",
-            self.task in ("text", "images") or ":" in self.task,
-            "it has to be text, images, or package.module:function",
+            self.task in ("text", "images", "hf") or ":" in self.task,
+            "it has to be text, images, hf, or package.module:function",
         )
         require(
             self,
@@ -128,17 +137,10 @@ class TrainConfig:
             ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
                 does not exist, or the debug mode is asked for in several processes.
         """
-        micro_batch = self.loop.micro_batch or 1
-        share = world_size * micro_batch
-        require(
-            self.loop,
-            "global_batch",
-            self.loop.global_batch % share == 0,
-            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
-            f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
-        )
-        num_micro_batches = self.loop.global_batch // (
-            world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
+        self._check_batch(world_size)
+        num_micro_batches = max(
+            1,
+            self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),
         )
         for fault in self.faults:
             last_step = self.loop.steps - 1
@@ -156,6 +158,26 @@ class TrainConfig:
             not (self.debug and world_size > 1),
             f"it runs in one process, and there are {world_size}",
             "start it with `python -m harness.train`",
+        )
+
+    def _check_batch(self, world_size: int) -> None:
+        micro_batch = self.loop.micro_batch or 1
+        share = world_size * micro_batch
+        remedy = f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}"
+        require(
+            self.loop,
+            "global_batch",
+            self.loop.global_batch % micro_batch == 0,
+            f"it has to be a multiple of loop.micro_batch, and best one of"
+            f" world size x loop.micro_batch = {world_size} x {micro_batch}",
+            remedy,
+        )
+        require(
+            self.loop,
+            "global_batch",
+            self.loop.global_batch >= world_size,
+            f"each of {world_size} ranks needs a sample",
+            remedy,
         )
 
     @classmethod

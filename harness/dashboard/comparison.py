@@ -8,7 +8,7 @@ from typing import Any
 from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
 from harness.runlog.names import Prefix
-from harness.tracking.compare import compare_runs, settings_of
+from harness.tracking.compare import compare_runs, different_settings, settings_of
 from harness.tracking.text import spelled
 
 __all__ = ["compare_view"]
@@ -29,18 +29,20 @@ def compare_view(run_index: RunIndex, runs: Sequence[str]) -> dict[str, Any]:
     for run in runs:
         run_index.directory(run)
     columns = [_column(run_index, run) for run in runs]
-    settings, last = zip(*columns, strict=True)
+    states, settings, last = zip(*columns, strict=True)
     return {
+        "states": states,
         "settings": [
-            row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
+            {"name": name, "values": [_shown(value) for value in values]}
+            for name, values in different_settings(settings).items()
         ],
         "metrics": _rows(last),
         "partings": [_parting(run_index, runs[0], run) for run in runs[1:]],
     }
 
 
-def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's settings and last values."""
+def _column(run_index: RunIndex, run: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A run's state, settings and last values."""
     try:
         with run_index.reading(run) as digest:
             names = [
@@ -48,9 +50,10 @@ def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, An
                 for name in digest.names()
                 if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
             ]
-            return settings_of(digest), {name: spelled(digest.last(name)) for name in names}
+            last = {name: spelled(digest.last(name)) for name in names}
+            return digest.state(), settings_of(digest), last
     except TrackingError:
-        return {}, {}
+        return "unreadable", {}, {}
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

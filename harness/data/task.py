@@ -45,6 +45,8 @@ class LossSum:
     """How many tokens (or samples) are in `total`; a tensor on any device, or a plain number."""
     correct: Tensor | float = 0
     """How many of them were predicted right; 0 where nothing is right or wrong."""
+    by_part: Tensor | None = None
+    """In evaluation, of a task with `parts`: `[parts, 2]`, total and count of each; None: it is not known."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.total, Tensor) or not self.total.is_floating_point():
@@ -117,6 +119,8 @@ class Task:
     """Floating-point operations of training per token, for the model FLOPs utilisation; None: unknown."""
     accuracy_of: str = "class"
     """What `LossSum.correct` counts, in words: next byte, class."""
+    parts: tuple[str, ...] = ()
+    """Names of what the data consists of, such as sources, if `LossSum.by_part` tells their losses apart."""
 
 
 TaskBuilder = Callable[[TrainConfig], Task]

@@ -10,6 +10,8 @@ from harness.dist.agreement import (
     on_all_ranks,
     report_once,
 )
+from harness.dist.connections import Connections
+from harness.dist.flight_recorder import keep_flight_records, write_flight_records
 from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
@@ -21,6 +23,7 @@ from harness.dist.waiting import time_collectives
 from harness.dist.world import World, open_world
 
 __all__ = [
+    "Connections",
     "Heartbeats",
     "HostGroup",
     "UnusedParameters",
@@ -34,6 +37,7 @@ __all__ = [
     "gather",
     "gradient_sync",
     "has_group",
+    "keep_flight_records",
     "local_part",
     "on_all_ranks",
     "open_world",
@@ -43,4 +47,5 @@ __all__ = [
     "time_collectives",
     "use_threads",
     "wait_for_main",
+    "write_flight_records",
 ]

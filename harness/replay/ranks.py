@@ -66,7 +66,7 @@ class Played:
     rows: Tensor
     """`[W, P, 6]` statistics of the ranks' own gradients, and of the reduced one."""
     micro_batches: list[MicroBatch]
-    """Of all ranks; kept of the last steps only."""
+    """Of all ranks."""
 
 
 class RanksInTurn:
@@ -113,6 +113,8 @@ class RanksInTurn:
         self._rng = [self._first_rng(rank) for rank in range(world_size)]
         self._buffers = [saved_buffers(self.model)] * world_size
         self._first_buffers = self._buffers[0]
+        self.passes: list[MicroBatch] = []
+        """The micro-batches of the last step."""
         self._passes: list[MicroBatch] | None = None
         self._rank, self._step = 0, 0
 
@@ -190,6 +192,7 @@ class RanksInTurn:
         else:
             self._buffers = found
         passes, self._passes = self._passes, None
+        self.passes = passes
         return Played(record=judged.record, rows=judged.rows, micro_batches=passes)
 
     def injector(self, rank: int, faults: Sequence[FaultConfig]) -> FaultInjector:
@@ -228,8 +231,8 @@ class RanksInTurn:
             self.model,
             share,
             self._injectors[rank],
-            precision=self.precision,
-            progress=Progress(),
+            self.precision,
+            Progress(),
         )
         runner.run(step, self.loaders[rank].next())
         share.finish()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,20 @@ from harness.checkpoint.store import Saved
 from harness.data.seeding import own_generators
 from harness.errors import CheckpointError, ReplayError
 from harness.records import StepRecord
+from harness.replay.arms import Arm, Judgement, judge_cause, run_arms
+from harness.replay.cause import Cause, find_causes
 from harness.replay.compare import Difference, Parting, differences, parting
 from harness.replay.history import History, read_history
-from harness.replay.ranks import Played, RanksInTurn
+from harness.replay.probe import Probe
+from harness.replay.ranks import MicroBatch, Played, RanksInTurn
+from harness.replay.spike import Carriers, find_carriers
 from harness.runlog.paths import checkpoints_dir
 from harness.training.build import resolved_precision, set_determinism
 
 __all__ = ["Replay", "replay"]
 
 logger = logging.getLogger(__name__)
+_faults_logger = logging.getLogger("harness.training.faults")
 
 
 @dataclass(kw_only=True)
@@ -41,6 +47,13 @@ class Replay:
     parting: Parting
     differences: list[Difference]
     """Where the step is not what it was in the run."""
+    causes: list[Cause] = field(default_factory=list)
+    """Of a step that is not finite: each bad micro-batch."""
+    arms: list[Arm] = field(default_factory=list)
+    """Variations of the first of them."""
+    judgement: Judgement | None = None
+    carriers: Carriers | None = None
+    """Of a spike."""
     notes: list[str] = field(default_factory=list)
     """What is not as it was in the run: device, versions."""
 
@@ -56,7 +69,12 @@ class Replay:
 
 
 def replay(
-    directory: str | Path, step: int | None = None, *, steps_before: int = 0, device: str = "auto"
+    directory: str | Path,
+    step: int | None = None,
+    *,
+    steps_before: int = 0,
+    device: str = "auto",
+    inspect: Callable[[Replay, RanksInTurn], None] | None = None,
 ) -> Replay:
     """Runs a step of a run again, all its ranks in turn in this process. Changes nothing in the run.
 
@@ -65,6 +83,7 @@ def replay(
         step: None: that of the run's last incident.
         steps_before: At least so many steps before it are run again too, where a checkpoint allows.
         device: auto, cpu or cuda; auto: as the run.
+        inspect: Called at the end, while everything is there, with the weights from before the step.
 
     Raises:
         TrackingError, ReplayError: there is no such run or no such step.
@@ -77,8 +96,10 @@ def replay(
         ranks = _ranks(history, device)
         saved = _restored(ranks, directory, history, steps_before)
         records = _play_up_to(ranks, history, saved)
+        before = records[-1] if records else None
+        earlier = ranks.passes
         played = ranks.play(apply=False)
-        return Replay(
+        result = Replay(
             directory=directory,
             history=history,
             started_from=0 if saved is None else saved.step,
@@ -88,6 +109,27 @@ def replay(
             differences=differences(history, played.record, ranks.samples_of),
             notes=_notes(history, ranks),
         )
+        _explain(result, Probe(ranks), earlier, before)
+        if inspect is not None:
+            inspect(result, ranks)
+    return result
+
+
+def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before: StepRecord | None) -> None:
+    """Finds out what is wrong with the step, if anything is."""
+    record, passes = result.record, result.played.micro_batches
+    bad_ranks = [
+        row.rank for row in record.per_rank if row.num_nan or row.num_inf or not math.isfinite(row.loss)
+    ]
+    if bad_ranks:
+        result.causes = find_causes(probe, passes, bad_ranks=bad_ranks, earlier=earlier)
+        first = next((one for one in result.causes if not one.only_together), None)
+        if first is not None:
+            culprit = next(p for p in passes if (p.rank, p.number) == (first.rank, first.micro_batch))
+            result.arms = run_arms(probe, culprit, has_attention=bool(first.attention_logits))
+            result.judgement = judge_cause(first, result.arms)
+    elif record.is_spike or record.is_outlier:
+        result.carriers = find_carriers(probe, passes, record, before)
 
 
 def _ranks(history: History, device: str) -> RanksInTurn:
@@ -170,9 +212,12 @@ def _as_in_run(history: History) -> Iterator[None]:
     if of_run:
         torch.set_num_threads(int(of_run))
     set_determinism(history.config)
+    level = _faults_logger.level
+    _faults_logger.setLevel(logging.CRITICAL)  # they strike once more in each of many passes
     try:
         yield
     finally:
+        _faults_logger.setLevel(level)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = benchmark

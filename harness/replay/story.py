@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.atomic import write_atomically
+from harness.replay.cause_story import carriers_data, carriers_text, cause_data, cause_text, judgement_text
 from harness.replay.replay import Replay
 from harness.runlog.paths import incident_dir
 
@@ -20,6 +21,13 @@ STORY, DATA = "story.md", "replay.json"
 def story(replay: Replay) -> str:
     """The replay in Markdown, a paragraph for each question that it answers."""
     parts = [_title(replay), _way(replay), _comparison(replay)]
+    parts += [cause_text(cause) for cause in replay.causes]
+    if replay.judgement is not None:
+        parts.append(judgement_text(replay.judgement, replay.arms))
+    if replay.carriers is not None:
+        parts.append(carriers_text(replay.carriers))
+    if not replay.causes and replay.record.skipped and replay.carriers is None:
+        parts.append("Every rank's own loss and gradient are finite: " + (replay.record.reason or ""))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -47,6 +55,10 @@ def as_data(replay: Replay) -> dict[str, Any]:
             "culprits": [dataclasses.asdict(one) for one in record.culprits],
             "bad_elements": bad_elements(replay),
         },
+        "causes": [cause_data(cause) for cause in replay.causes],
+        "arms": [dataclasses.asdict(arm) for arm in replay.arms],
+        "judgement": None if replay.judgement is None else dataclasses.asdict(replay.judgement),
+        "carriers": None if replay.carriers is None else carriers_data(replay.carriers),
     }
     plain: dict[str, Any] = _plain(data)
     return plain

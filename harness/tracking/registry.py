@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from harness import env
 from harness.errors import TrackingError
 from harness.tracking.mirror import Mirror
 from harness.tracking.settings import MirrorSettings
@@ -34,10 +35,18 @@ MIRRORS = {
 }
 
 
+_TRAIN_JOB = "harness.tracking.kubeflow:TrainJobMirror"
+
+
 def mirrors_of(settings: MirrorSettings, *, live: bool = True) -> list[str]:
-    """The names of the mirrors that the settings ask for; with or without those that live with the run."""
+    """The names of the mirrors that the settings ask for, and of a TrainJob's status where there is one.
+
+    Args:
+        live: With those that show a run only while it goes on.
+    """
     asked = [name for name, kind in MIRRORS.items() if _is_on(settings, name) and (live or not kind.is_live)]
-    return asked + list(settings.mirrors)
+    asked += settings.mirrors
+    return asked + ([_TRAIN_JOB] if env.train_job_endpoint() is not None else [])
 
 
 def only(settings: MirrorSettings, names: Iterable[str]) -> MirrorSettings:

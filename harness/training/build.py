@@ -16,12 +16,13 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Task, fetch, seed_everything
+from harness.data import Loader, Shares, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
     distribute,
     from_main,
+    keep_flight_records,
     on_all_ranks,
     open_world,
     plain,
@@ -30,8 +31,9 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
+from harness.parent import missing_settings
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
@@ -45,6 +47,7 @@ from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
+from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
@@ -61,6 +64,9 @@ from harness.user_code import check_modules
 __all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
+
+_END_S = 15.0
+"""How long a process may take to end once the others are gone."""
 
 
 def train(
@@ -96,10 +102,12 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
-        if world.is_main and env.shares_agent_store():
+        missing = missing_settings() if world.is_main else []
+        if missing:
             logger.warning(
-                "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
+                "torchrun was started without %s, which the files of `harness launch` set: a machine that"
+                " comes back is not taken in, or one that is lost is waited for longer",
+                " and ".join(missing),
             )
         set_determinism(config)
         with Watchdog(config, begun=begun) as watchdog:
@@ -119,6 +127,7 @@ def build_run(
     inputs = _agreed_inputs(config, world)
     task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
+    config = keep_micro_batch(config, world, directory)
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
@@ -149,12 +158,8 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(
-        counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader, precision=precision
-    )
-    runner = build_runner(
-        config, world, task, model, guard, inputs.faults, precision=precision, progress=progress, timer=timer
-    )
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress, timer)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [
@@ -232,6 +237,9 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    if world.device.type == "cuda":
+        keep_flight_records(incidents_dir(run.directory))
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
@@ -261,7 +269,7 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Attempt:
     """How this attempt begins."""
 
@@ -287,6 +295,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    about[NOTED] = attempt.loader.shares.micro_batch
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -298,7 +307,10 @@ def _open_journal(
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
         progress=progress,
+        # A rank 0 that was cut off from its launcher's others has to notice that first.
+        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
     )
+    say_shares(attempt.loader.shares)
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
@@ -328,7 +340,6 @@ def build_runner(
     model: nn.Module,
     guard: MicroBatchGuard,
     faults: FaultInjector,
-    *,
     precision: str,
     progress: Progress,
     timer: StepTimer | None = None,
@@ -346,16 +357,20 @@ def build_runner(
         progress=progress,
         timer=timer or StepTimer(world.device),
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
+        num_passes=_shares(config, world).num_passes,
     )
+
+
+def _shares(config: TrainConfig, world: World) -> Shares:
+    return Shares.of(config.loop.global_batch, world.world_size, at_most=config.loop.micro_batch)
 
 
 def build_loader(config: TrainConfig, world: World, task: Task, fingerprints: Mapping[str, str]) -> Loader:
     """The loader of this rank's share of the training data."""
-    share = config.loop.global_batch // world.world_size
     return Loader(
         task.train_data,
         global_batch=config.loop.global_batch,
-        micro_batch=config.loop.micro_batch or share,
+        micro_batch=config.loop.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,

@@ -51,10 +51,11 @@ class RankState:
 def limit_s(config: WatchdogConfig, progress: Progress, *, compiles: bool) -> float:
     """How long what `progress` is at may take, in seconds."""
     phase = progress.at.phase
-    if phase in (Phase.START, Phase.END) or progress.num_done[phase] < _NUM_FIRST:
+    is_first = progress.num_done[phase] < _NUM_FIRST and phase != Phase.SAVE  # which warms nothing up
+    if phase in (Phase.START, Phase.END) or is_first:
         return config.first_s
     least_s = config.min_step_s if phase in _IN_STEP and not compiles else config.min_other_s
-    return max(least_s, config.ratio * progress.slowest_s[phase])
+    return max(least_s, config.ratio * progress.slowest_s.get(phase, 0.0))
 
 
 def late_ranks(states: Sequence[RankState], *, patience_s: float) -> list[RankState]:

@@ -24,6 +24,7 @@ from harness.stop import StopRequest
 from harness.training.callbacks import Callbacks, InFlight
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
+from harness.training.garbage import GarbageCollection
 from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
 from harness.training.progress import Phase, Progress
@@ -100,8 +101,10 @@ def train_loop(run: Run) -> Ending:
         run.loader.start()
         rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
         stopped = _evaluation_is_owed(run) and not _evaluate(run)
-    while run.counters.step < run.config.loop.steps and not stopped:
-        stopped = train_step(run)
+    with GarbageCollection(run.config.loop.gc_every) as garbage:
+        while run.counters.step < run.config.loop.steps and not stopped:
+            stopped = train_step(run)
+            garbage.after_step(run.counters.step)
     run.runner.unused.refuse()
     ending = _finish(run, stopped)
     run.callbacks.on_end(run, ending.status)
@@ -192,9 +195,10 @@ def _evaluate(run: Run) -> bool:
     """Evaluates; False if a rank was asked to stop before it was done, and then nothing has changed."""
     run.progress.enter(Phase.EVALUATION, run.counters.step - 1)
     interrupted = functools.partial(_any_asked_to_stop, run)
-    metrics = evaluate(
-        run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
-    )
+    with run.guard.watch_evaluation():
+        metrics = evaluate(
+            run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
+        )
     if metrics is None:
         return False
     run.counters.count_evaluation(metrics[Metric.VAL_LOSS])

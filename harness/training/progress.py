@@ -40,6 +40,10 @@ class At(NamedTuple):
     """`time.monotonic()`; it stands still while a machine is suspended."""
 
 
+def _nothing() -> int:
+    return 0
+
+
 class Progress:
     """One rank's. `enter` takes some microseconds, and synchronises nothing.
 
@@ -55,6 +59,8 @@ class Progress:
         """How often each phase has come to its end."""
         self.slowest_s: dict[Phase, float] = {}
         """The longest that it took lately."""
+        self.written_bytes: Callable[[], int] = _nothing
+        """What the thread has written that saves, for which this one may wait: a sign of life."""
 
     def enter(self, phase: Phase, step: int) -> None:
         """The phase before is over, and `phase` begins; on the training thread."""

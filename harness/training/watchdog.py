@@ -11,6 +11,7 @@ through the store every few seconds (`Heartbeats`). Nothing of it is a collectiv
                    not wait for others
     every rank     leaves, once rank 0 has noted how the run ended
 
+What a rank does begins anew with every few bytes that it writes of a checkpoint: a slow disk is no hang.
 A rank that waits for one that works (a long evaluation, a slow disk) raises no alarm: the other one is
 behind, and within its own limit. Words are some seconds old, so besides nobody may have moved for some beats.
 What counts is time that the thread has lived through, so not while a process is stopped or a machine
@@ -34,7 +35,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from harness.config import TrainConfig
-from harness.dist import Heartbeats
+from harness.dist import Heartbeats, write_flight_records
 from harness.errors import LostRankError
 from harness.runlog.paths import incidents_dir
 from harness.training.late import RankState, late_ranks, limit_s
@@ -139,7 +140,7 @@ class Watchdog:
             rank=self._heartbeats.rank,
             order=at.order,
             doing=str(at.phase) if at.phase in (Phase.START, Phase.END) else f"{at.phase} of step {at.step}",
-            age_s=self._mine.age_s(at.order),
+            age_s=self._mine.age_s(at.order, self.progress.written_bytes()),
             limit_s=limit_s(self._config, self.progress, compiles=self._compiles),
             host=platform.node(),
             pid=os.getpid(),
@@ -228,6 +229,7 @@ class Watchdog:
             state = RankState(**json.loads(self._heartbeats.word))
             heading = f"{state}, at {innermost(self._trainer)}"
             write_stacks(folder / f"rank-{state.rank}.txt", heading)
+            write_flight_records(folder, state.rank)
 
     def _error(self, text: str, ranks: list[int], folder: Path) -> LostRankError:
         config = self._config
@@ -276,10 +278,11 @@ class _Since:
     """How long a number has been the same."""
 
     def __init__(self, clock: _Clock) -> None:
-        self._clock, self._number, self._changed_s = clock, -1, clock.now_s
+        self._clock, self._changed_s = clock, clock.now_s
+        self._number: tuple[int, ...] = ()
 
-    def age_s(self, number: int) -> float:
-        """Since when the number is this one."""
+    def age_s(self, *number: int) -> float:
+        """Since when the number, or several, is this one."""
         if number != self._number:
             self._number = number
             self.restart()
