@@ -4,8 +4,8 @@ An agent that is cut off from the others would wait a quarter of an hour for the
 machine is there for what starts it again.
 
 torchrun exits with 1 whatever its program's exit code was: nobody could tell a run that was
-stopped, or a setting that is wrong, from a process that died. Here the program leaves its exit code in a file
-where it has a meaning: it was stopped and has saved (75), or another start would not help (2, 3).
+stopped, or a setting that is wrong, from a process that died. Here the program leaves its exit code in a
+file where it has a meaning: it was stopped and has saved (75), or another start would not help (2, 3).
 """
 
 from __future__ import annotations

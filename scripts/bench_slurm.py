@@ -134,10 +134,18 @@ class Event:
     slow_s: float = 0.2
     more: tuple[str, ...] = ()
     """Arguments of the program."""
+    comes_by_itself: bool = False
+    """Whether `strike` only follows it."""
     saves: bool = True
     """Whether it is a stop, which may lose no step."""
     state: str = "COMPLETED"
     starts: int = 2
+
+
+def allow_an_hour(job: Job) -> None:
+    """Once the job has come to its limit: on a busy machine the start alone takes minutes."""
+    wait_for(lambda: job.num_starts() > 1, timeout_s=TIMEOUT_S, what="the time limit")
+    job.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
 
 
 def requeue(job: Job) -> None:
@@ -168,8 +176,10 @@ def fail(node: str) -> Callable[[Job], None]:
 
 EVENTS = {
     "completion": Event(starts=1),
-    # Slurm looks every 30 s: it comes two minutes or so after the start, which a busy machine needs.
-    "time limit": Event(options=("--time=4", "--signal=B:TERM@90"), slow_s=4.0),
+    # Slurm looks every 30 s: it comes two minutes or so after the start.
+    "time limit": Event(
+        allow_an_hour, options=("--time=4", "--signal=B:TERM@90"), slow_s=4.0, comes_by_itself=True
+    ),
     "scontrol requeue": Event(requeue),
     "pre-emption": Event(preempt),
     "node failure": Event(fail(NODES[1]), saves=False),
@@ -200,7 +210,7 @@ def trial(
     job = Job.submitted(slurm, name, *event.options, slow_s=event.slow_s, more=event.more)
     struck = _strike(job, event, draw, may_start) if event.strike else None
     took_s = None
-    if struck is not None:
+    if struck is not None and not event.comes_by_itself:
         job.wait_while_running()
         took_s = time.monotonic() - struck
     state = job.wait_for_end()
@@ -217,7 +227,9 @@ def trial(
 def _strike(job: Job, event: Event, draw: random.Random, may_start: bool) -> float:
     """At a random moment; when."""
     assert event.strike
-    if may_start and draw.random() < 0.25:
+    if event.comes_by_itself:
+        pass
+    elif may_start and draw.random() < 0.25:
         wait_for(lambda: job.state() == "RUNNING", what="the job's start")
         time.sleep(draw.uniform(0.0, 8.0))
     else:

@@ -30,7 +30,7 @@ def test_a_wrong_setting_is_told_from_a_process_that_died(tmp_path: Path) -> Non
     assert code == 2
     assert output.count("ConfigError") == 1
     code, output = program(
-        ["-c", "raise SystemExit(3)"], launcher=[*LAUNCHER, "--no-python"], target=sys.executable
+        ["-c", "raise SystemExit(3)"], launcher=[*LAUNCHER[:-1], "--no-python"], target=sys.executable
     )
     assert code == 1, output
 
