@@ -16,7 +16,7 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Task, fetch, seed_everything
+from harness.data import Loader, Shares, Task, fetch, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
@@ -30,6 +30,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
+from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
@@ -45,6 +46,7 @@ from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
+from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
@@ -59,6 +61,9 @@ from harness.user_code import check_modules
 __all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
+
+_END_S = 15.0
+"""How long a process may take to end once the others are gone."""
 
 
 def train(
@@ -83,7 +88,8 @@ def train(
             `InstabilityError` when the guard's last rung is reached.
     """
     begun = time.monotonic() if begun is None else begun
-    config.check_world(env.launched().world_size)
+    # Where machines may go and come, a number of ranks that fits badly is better than none.
+    config.check_world(env.launched().world_size, may_be_uneven=env.is_restartable())
     if config.debug:
         config = with_every_check(config)
     with (
@@ -94,10 +100,12 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
-        if world.is_main and env.shares_agent_store():
+        missing = missing_settings() if world.is_main else []
+        if missing:
             logger.warning(
-                "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
+                "torchrun was started without %s, which the files of `harness launch` set: a machine that"
+                " comes back is not taken in, or one that is lost is waited for longer",
+                " and ".join(missing),
             )
         set_determinism(config)
         with Watchdog(config, begun=begun) as watchdog:
@@ -117,6 +125,7 @@ def build_run(
     inputs = _agreed_inputs(config, world)
     task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
+    config = keep_micro_batch(config, world, directory)
     if config.loop.compile:
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
@@ -277,6 +286,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    about[NOTED] = attempt.loader.shares.micro_batch
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -288,7 +298,10 @@ def _open_journal(
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
         progress=progress,
+        # A rank 0 that was cut off from its launcher's others has to notice that first.
+        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
     )
+    say_shares(attempt.loader.shares)
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
@@ -333,16 +346,20 @@ def build_runner(
         world_size=world.world_size,
         progress=progress,
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
+        num_passes=_shares(config, world).num_passes,
     )
+
+
+def _shares(config: TrainConfig, world: World) -> Shares:
+    return Shares.of(config.loop.global_batch, world.world_size, at_most=config.loop.micro_batch)
 
 
 def build_loader(config: TrainConfig, world: World, task: Task, fingerprints: Mapping[str, str]) -> Loader:
     """The loader of this rank's share of the training data."""
-    share = config.loop.global_batch // world.world_size
     return Loader(
         task.train_data,
         global_batch=config.loop.global_batch,
-        micro_batch=config.loop.micro_batch or share,
+        micro_batch=config.loop.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,

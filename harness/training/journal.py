@@ -16,7 +16,7 @@ from torch import nn
 
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
-from harness.records import StepRecord
+from harness.records import Finding, StepRecord
 from harness.runlog import events
 from harness.runlog.ledger import Ledger, newest_ledger
 from harness.runlog.names import Metric, Prefix
@@ -96,6 +96,7 @@ class MainJournal(Journal):
         mfu_per_speed: float | None,
         step_indices: Callable[[int, int | None, int | None], Sequence[int]],
         progress: Progress,
+        wait_s: float = 0.0,
     ) -> None:
         """Opens the log and starts its mirrors.
 
@@ -103,13 +104,14 @@ class MainJournal(Journal):
             step_indices: The loader's: which samples a step holds, by its first position.
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
+            wait_s: How long the process of an attempt before may still write.
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
             progress: What this rank is doing, of which the ledger is kept.
         """
         before = newest_ledger(directory)
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = Recorder(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about}, wait_s=wait_s)
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
         self._ledger = LedgerKeeper(progress, before, self._write_ledger)
@@ -138,6 +140,8 @@ class MainJournal(Journal):
             self._log.write("layers", layer_values(record), step=record.step)
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
+        for finding in record.findings:
+            self._log.write("event", finding_event(finding).to_values(), step=record.step)
         if incident is not None:
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
@@ -271,6 +275,11 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def finding_event(finding: Finding) -> events.Finding:
+    """What a check for silent errors has found, as the log keeps it."""
+    return events.Finding(summary=finding.summary(), **dataclasses.asdict(finding))
 
 
 def incident_event(incident: Incident, record: StepRecord) -> events.Incident:

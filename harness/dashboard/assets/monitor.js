@@ -105,7 +105,7 @@ class Monitor extends HTMLElement {
     this.wanted = id;
     if (!this.built || isShown) return;
     this.data = null;
-    if (id && id !== shown("run")) show({ run: id, zoom: null });
+    if (id && id !== shown("run")) show({ run: id, zoom: null }, { isPlace: true }); // chosen from the list
     this.readSettings();
     this.incidents.clear();
     this.charts.forEach((chart) => chart.remove());
@@ -231,7 +231,10 @@ class Monitor extends HTMLElement {
   async takeNewest() {
     const { runs } = await ask("runs");
     const newest = runs.reduce((best, one) => (best && (best.updated ?? 0) >= (one.updated ?? 0) ? best : one), null);
-    if (newest && !this.wanted) this.run = newest.id;
+    if (newest && !this.wanted) {
+      show({ run: newest.id });
+      this.run = newest.id;
+    }
     return Boolean(newest);
   }
 
