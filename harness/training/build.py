@@ -88,7 +88,8 @@ def train(
             `InstabilityError` when the guard's last rung is reached.
     """
     begun = time.monotonic() if begun is None else begun
-    config.check_world(env.launched().world_size)
+    # Where machines may go and come, a number of ranks that fits badly is better than none.
+    config.check_world(env.launched().world_size, may_be_uneven=env.is_restartable())
     if config.debug:
         config = with_every_check(config)
     with (

@@ -16,7 +16,7 @@ from torch import nn
 
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
-from harness.records import StepRecord
+from harness.records import Finding, StepRecord
 from harness.runlog import events
 from harness.runlog.ledger import Ledger, newest_ledger
 from harness.runlog.names import Metric, Prefix
@@ -140,6 +140,8 @@ class MainJournal(Journal):
             self._log.write("layers", layer_values(record), step=record.step)
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         incident = Incident.of(record, samples_of=samples_of, outliers=True)
+        for finding in record.findings:
+            self._log.write("event", finding_event(finding).to_values(), step=record.step)
         if incident is not None:
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
@@ -273,6 +275,11 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def finding_event(finding: Finding) -> events.Finding:
+    """What a check for silent errors has found, as the log keeps it."""
+    return events.Finding(summary=finding.summary(), **dataclasses.asdict(finding))
 
 
 def incident_event(incident: Incident, record: StepRecord) -> events.Incident:

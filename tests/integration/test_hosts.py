@@ -22,6 +22,7 @@ def hosts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes start, and a busy machine takes a minute for each
 @pytest.mark.usefixtures("hosts")
 def test_a_killed_worker_starts_again_and_a_lost_machine_is_done_without_and_taken_in_again(
     tmp_path: Path,

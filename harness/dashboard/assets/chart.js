@@ -13,6 +13,7 @@ const MARKS = {
   RESUME: "#3e63dd",
   CHECKPOINT_FAILED: "#e5484d",
   OUTLIER: "#b9bbc6",
+  FINDING: "#f76b15",
 };
 const NON_FINITE = "#d6009a";
 const HEIGHT = 200;
