@@ -30,8 +30,8 @@ _MOST_PROBES = 10
 _LOOKS = 10
 """Looks in the time that a machine may be silent."""
 _SHARE = 100
-"""Looking takes one part in so many of a processor's time, as there may be thousands of connections; but there is
-one look in `silent_s`."""
+"""There may be thousands of connections: looking takes one part in so many of a processor's time, or is done
+once in `silent_s`."""
 _TCP_INFO = struct.Struct("=BxBB40xI8xI")
 """Of linux/tcp.h: state, retransmits, probes, milliseconds since data was last sent and since anything was
 acknowledged."""
