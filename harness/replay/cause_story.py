@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,7 +207,9 @@ def module_text(operation: Operation) -> str:
 
 def note_text(note: TensorNote) -> str:
     """A tensor in numbers, in words."""
-    text = f"{note.dtype} {list(note.shape)}, finite values from {note.smallest:.4g} to {note.largest:.4g}"
+    text = f"{note.dtype} {list(note.shape)}"
+    if math.isfinite(note.smallest):  # else nothing in it is
+        text += f", finite values from {note.smallest:.4g} to {note.largest:.4g}"
     for count, what in ((note.num_zero, "zeros"), (note.num_nan, "NaN"), (note.num_inf, "Inf")):
         text += f", {count} {what}" if count else ""
     return text
