@@ -51,6 +51,7 @@ from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
+from harness.training.silent import RunChecks
 from harness.training.step import MicroBatchGuard, StepRunner
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
@@ -157,6 +158,7 @@ def build_run(
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [journal, Debugger()] if config.debug else [journal]
+    called.own += [RunChecks(config, journal)] if config.guard.silent_errors == "on" else []
     run = Run(
         config=config,
         world=world,
