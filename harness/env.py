@@ -18,6 +18,7 @@ __all__ = [
     "child_environment",
     "compiler",
     "dashboard_token",
+    "exit_note",
     "has_launcher",
     "has_wandb_key",
     "is_direct_child",
@@ -30,10 +31,12 @@ __all__ = [
     "rendezvous_settings",
     "restarts_left",
     "set_default",
+    "set_exit_note",
     "shares_agent_store",
     "store_address",
     "threads_are_set",
     "threads_are_users",
+    "train_job_endpoint",
     "unheard_launcher",
     "wandb_address",
     "wants_native",
@@ -46,6 +49,7 @@ _SAID_BY_LAUNCHERS = {
     "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
 }  # fmt: skip
 _LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
+_EXIT_NOTE = "HARNESS_EXIT_NOTE"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -68,6 +72,16 @@ class Launched:
     def on_several_machines(self) -> bool:
         """Whether some of the processes run elsewhere."""
         return self.local_world_size < self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJobEndpoint:
+    """Where Kubeflow Trainer takes reports of a TrainJob's progress."""
+
+    url: str
+    token_file: str
+    authority_file: str | None
+    """Certificate of who signed the endpoint's; None: one of those that the system trusts."""
 
 
 def has_rank() -> bool:
@@ -155,6 +169,15 @@ def unheard_launcher() -> tuple[str, int] | None:
     return None
 
 
+def train_job_endpoint() -> TrainJobEndpoint | None:
+    """What Kubeflow Trainer says to the pods of a TrainJob, where its feature gate TrainJobStatus is on."""
+    url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
+    token_file = os.environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN")
+    if not url or not token_file:
+        return None
+    return TrainJobEndpoint(url, token_file, os.environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT"))
+
+
 def rendezvous_address() -> str | None:
     """HOST:PORT at which the launcher has the processes meet, or None without a launcher."""
     if not has_rank() or "MASTER_ADDR" not in os.environ:
@@ -229,6 +252,17 @@ def has_wandb_key() -> bool:
 def wandb_address() -> str:
     """Where W&B is, as wandb itself would have it."""
     return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def exit_note() -> Path | None:
+    """Where `harness.agent` looks for the program's exit code; None under other launchers."""
+    path = os.environ.get(_EXIT_NOTE)
+    return Path(path) if path else None
+
+
+def set_exit_note(path: Path) -> None:
+    """Tells the processes that this one starts where to leave their exit code."""
+    os.environ[_EXIT_NOTE] = str(path)
 
 
 def set_default(name: str, value: str) -> None:

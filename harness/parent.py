@@ -10,8 +10,16 @@ import sys
 from pathlib import Path
 
 from harness import env
+from harness.atomic import write_atomically
 
-__all__ = ["RENDEZVOUS_SETTINGS", "end_launcher", "missing_settings", "stop_with_launcher"]
+__all__ = [
+    "RENDEZVOUS_SETTINGS",
+    "clear_exit_note",
+    "end_launcher",
+    "leave_exit_note",
+    "missing_settings",
+    "stop_with_launcher",
+]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -58,6 +66,22 @@ def end_launcher(*, speaks: bool) -> None:
     if speaks:
         with contextlib.suppress(OSError):
             os.kill(parent, signal.SIGTERM)
+
+
+def leave_exit_note(exit_code: int) -> None:
+    """Leaves the exit code where the launcher asks for it."""
+    note = env.exit_note()
+    if note is not None:
+        with contextlib.suppress(OSError):  # the launcher is gone, and its folder
+            write_atomically(note, str(exit_code))
+
+
+def clear_exit_note() -> None:
+    """Forgets the exit code of an earlier attempt; by every process, first thing."""
+    note = env.exit_note()
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.unlink()
 
 
 def missing_settings() -> list[str]:

@@ -106,13 +106,12 @@ def stop_run(launcher: str, folder: Path, draw: random.Random) -> tuple[str, int
 
 def kill_run(
     folder: Path, name: str, draw: random.Random, *, launcher: str = "torchrun"
-) -> tuple[str, int, float]:
-    """Runs under an agent that restarts, killing again and again; the victims, and the seconds of the run.
+) -> tuple[str, int, None]:
+    """Runs under an agent that restarts, killing again and again; the victims.
 
     Raises:
         AssertionError: the run does not come to its end, or differs from the undisturbed one.
     """
-    began = time.monotonic()
     kills: Counter[str] = Counter()
     most_kills = KILLS_PER_RUN[launcher]
     restarting = (f"--max-restarts={most_kills}",)
@@ -131,7 +130,7 @@ def kill_run(
     what = ", ".join(f"{count} {victim}" for victim, count in kills.items())
     assert run.process.returncode == 0, f"{name}, {what}:\n{output}"
     compare(folder, "ddp-whole", name)
-    return what, kills.total(), time.monotonic() - began
+    return what, kills.total(), None
 
 
 def _wait_for_victims(run: Launched, victim: str, step: int, draw: random.Random) -> list[int]:
@@ -210,7 +209,7 @@ def _stops(launcher: str, count: int, folder: Path) -> Iterator[tuple[str, int, 
 
 
 def _kills(launcher: str, num_runs: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
-    def attempt(number: int, draw: random.Random) -> tuple[str, int, float]:
+    def attempt(number: int, draw: random.Random) -> tuple[str, int, None]:
         if not (folder / "runs/ddp-whole").exists():
             run_whole(folder, "ddp")
         return kill_run(folder, f"{launcher}-{number}", draw, launcher=launcher)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from harness.cli.errors import Outcome, reporting
 from harness.config import parse_arguments
-from harness.parent import end_launcher
+from harness.parent import clear_exit_note, end_launcher, leave_exit_note
 from harness.runlog.process import age_s
 from harness.stop import StopRequest
 
@@ -30,6 +30,7 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
     What another start would not cure is said to torchrun's agent too, which else would try it again.
     """
     outcome = Outcome()
+    clear_exit_note()
     try:
         with reporting(outcome):
             config = parse_arguments(argv, prog=prog)
@@ -44,6 +45,8 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
                 raise RuntimeError(f"the run was left by SystemExit({leaving.code!r})") from leaving
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     finally:
+        if outcome.is_final or outcome.exit_code == EXIT_STOPPED:
+            leave_exit_note(outcome.exit_code)
         if outcome.is_final:
             end_launcher(speaks=outcome.speaks)
     return outcome.exit_code

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.config.checks import require_not_negative, require_positive
+from harness.config.checks import require, require_not_negative, require_positive
 
 __all__ = ["LoopConfig"]
+
+MAX_STEPS = 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "global_batch", "eval_samples")
+        require(self, "steps", self.steps <= MAX_STEPS, "there are at most 10^15")
         require_not_negative(self, "eval_every", "gc_every")
         if self.micro_batch is not None:
             require_positive(self, "micro_batch")

@@ -48,6 +48,8 @@ class Connections:
     """
 
     def __init__(self, silent_s: float) -> None:
+        self.lost: set[str] = set()
+        """Addresses of machines to which connections were ended."""
         self._silent_s = silent_s
         self._every_s = silent_s / _LOOKS
         between_s = max(1, round(silent_s / (_PROBES + 1)))
@@ -81,7 +83,7 @@ class Connections:
         unanswered = {descriptor: self._unanswered_since(descriptor) for descriptor in _descriptors()}
         self._unanswered = {one: since for one, since in unanswered.items() if since is not None}
         now = time.monotonic()
-        silent = {_end(one) for one, since in self._unanswered.items() if now - since >= self._silent_s}
+        silent = {self._end(one) for one, since in self._unanswered.items() if now - since >= self._silent_s}
         return sorted(silent - {""})
 
     def _run(self) -> None:
@@ -112,28 +114,28 @@ class Connections:
         if not self._keep_alive(descriptor) or self._libc.getsockopt(*place, info, ctypes.byref(size)):
             return None
         state, retransmits, probes, since_sent_ms, since_answer_ms = _TCP_INFO.unpack(info.raw)
-        now = time.monotonic()
         if state != _ESTABLISHED:
             return None
+        now = time.monotonic()
         # Linux leaves a single probe unanswered that comes within half a second of another.
         if probes > 1:
-            return now - since_answer_ms / 1000
+            return now - float(since_answer_ms) / 1000
         if retransmits and since_answer_ms > since_sent_ms:
             # Not since the last answer: before the data was sent there was nothing to be answered.
             return self._unanswered.get(descriptor, now)
         return None
 
+    def _end(self, descriptor: int) -> str:
+        """Ends a connection for whoever uses it; its other end's address, empty if it has ended meanwhile."""
+        try:
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                address = str(connection.getpeername()[0])
+                self.lost.add(address)  # first, for whoever uses it fails at once
+                connection.shutdown(socket.SHUT_RDWR)
+                return address
+        except OSError:
+            return ""
+
 
 def _descriptors() -> list[int]:
     return [int(name) for name in os.listdir("/proc/self/fd")]
-
-
-def _end(descriptor: int) -> str:
-    """Ends a connection for whoever uses it; its other end's address, empty if it has ended meanwhile."""
-    try:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            address = str(connection.getpeername()[0])
-            connection.shutdown(socket.SHUT_RDWR)
-            return address
-    except OSError:
-        return ""

