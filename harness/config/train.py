@@ -21,6 +21,7 @@ from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
+from harness.config.straggler import StragglerConfig
 from harness.config.tracking import TrackingConfig
 from harness.config.watchdog import WatchdogConfig
 
@@ -72,6 +73,8 @@ class TrainConfig:
     """Stability guard."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """Watchdog."""
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
+    """Stragglers."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

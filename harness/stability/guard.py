@@ -21,7 +21,7 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.checks.base import Check
 from harness.stability.device_step import DeviceStep
 from harness.stability.grad_scaler import refuse_forgotten_scaler
-from harness.stability.hooks import CommHook
+from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.incidents import Incident
 from harness.stability.layout import Layout
 from harness.stability.monitor import Monitor, Settled
@@ -262,6 +262,12 @@ class StepGuard:
         self._device.number += 1
         self._start_step()
         self._respond(self._monitor.settle())
+
+    def when_local_done(self, call: Callable[[], None]) -> None:
+        """Has `call` called in each backward pass that reduces, once this rank's own gradients are complete
+        and before the last of them are reduced: what follows is waiting for others. DDP alone tells that."""
+        if isinstance(self._device.source, DdpSource):
+            self._device.source.when_local_done = call
 
     def flush(self) -> None:
         """Waits for the steps that are still in flight, on all ranks: incidents among them are said, and the

@@ -27,6 +27,7 @@ from harness.dist import (
     open_world,
     plain,
     report_once,
+    time_collectives,
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
@@ -52,8 +53,10 @@ from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.step import MicroBatchGuard, StepRunner
+from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
+from harness.training.timer import StepTimer
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
@@ -130,7 +133,10 @@ def build_run(
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, task, inputs.fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
@@ -154,10 +160,14 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
-    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
+    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress, timer)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [journal, Debugger()] if config.debug else [journal]
+    called.own = [
+        journal,
+        Stragglers(config.straggler, world, journal),
+        *([Debugger()] if config.debug else []),
+    ]
     run = Run(
         config=config,
         world=world,
@@ -333,6 +343,7 @@ def build_runner(
     faults: FaultInjector,
     precision: str,
     progress: Progress,
+    timer: StepTimer | None = None,
 ) -> StepRunner:
     """What runs forward and backward passes of this rank."""
     return StepRunner(
@@ -345,6 +356,7 @@ def build_runner(
         precision=precision,
         world_size=world.world_size,
         progress=progress,
+        timer=timer or StepTimer(world.device),
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
         num_passes=_shares(config, world).num_passes,
     )

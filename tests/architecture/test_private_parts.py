@@ -516,3 +516,14 @@ def test_jsonargparse_says_which_key_is_wrong() -> None:
     with pytest.raises(argparse.ArgumentError) as caught:
         parser.parse_args(["--number", "word"])
     assert str(caught.value.message).startswith('Parser key "number"'), users_of("Parser key")
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_fsdp_says_what_gathers_and_reduces() -> None:
+    model: Any = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    group = model._get_fsdp_state()._fsdp_param_group
+    has(group, "_all_gather_comm", "_reduce_scatter_comm")
+    has(group._all_gather_comm, "allocate")
+    own = type(group._all_gather_comm)()
+    model.set_custom_all_gather(own)
+    assert group._all_gather_comm is own

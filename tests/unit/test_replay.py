@@ -58,6 +58,22 @@ def test_what_is_bad_and_reaches_nothing_is_not_blamed() -> None:
     assert Path(str(producer.place.file)).name == Path(__file__).name
 
 
+def test_memory_that_held_nan_in_the_run_only_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as within:
+        within.setattr(broken_tasks.Unwritten, "before", torch.nan)
+        train_task(0, 1, str(tmp_path), "unwritten", "fp32")
+    found = replay(tmp_path / "runs" / "own")
+    assert not found.reproduced
+    assert found.judgement is not None
+    assert found.judgement.kind == "kernel"
+    producer = found.causes[0].producer
+    assert not isinstance(producer, str | None)
+    assert (producer.name, producer.place.module) == ("aten.empty_like.default", "middle")
+    assert "memory that nobody has written" in story(found)
+
+
 class Outlying(Points):
     """Sample 17 has a target far from all others."""
 

@@ -9,6 +9,7 @@ Legend: W ranks, P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from harness.dist import local_part
 from harness.records import Finding
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.fingerprint import sum_of_bits
-from harness.stability.layout import Layout
+from harness.stability.layout import NUM_INF, NUM_NAN, Layout
+from harness.stability.statistics import tensor_statistics
 
 __all__ = ["StateCheck"]
 
@@ -51,7 +53,7 @@ class StateCheck(Check):
         if not self.is_due(view.step):
             return
         tensors = [_tensors(p, view) for p in view.layout.parameters]
-        finite = torch.stack([_is_finite(p) for p in view.layout.parameters])
+        finite = _are_finite(view.layout.parameters)
         self._left = (view.layout, _sums(tensors), [_signature(one) for one in tensors], finite)
 
     def measure(self, view: StepView) -> Tensor | None:
@@ -144,11 +146,10 @@ def _signature(tensors: list[Tensor]) -> _Signature:
     return tuple((id(one), local_part(one)._version) for one in tensors)
 
 
-def _is_finite(parameter: nn.Parameter) -> Tensor:
-    local = local_part(parameter).detach()
-    if not local.numel():
-        return torch.ones((), dtype=torch.bool, device=local.device)
-    return torch.linalg.vector_norm(local, torch.inf).isfinite()
+def _are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """`[P]` bool."""
+    rows = tensor_statistics([local_part(parameter).detach() for parameter in parameters], extremes=False)
+    return rows[:, NUM_NAN] + rows[:, NUM_INF] == 0
 
 
 def _is_one_bit(change: int) -> bool:
