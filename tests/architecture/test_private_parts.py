@@ -181,6 +181,11 @@ def test_the_default_group_has_a_store() -> None:
     assert (store.check(["key"]), store.get("key")) == (True, b"word")
 
 
+def test_nccl_tells_what_it_was_asked_to_do() -> None:
+    has(torch._C, "_distributed_c10d")
+    assert hasattr(torch._C._distributed_c10d, "_dump_nccl_trace") == dist.is_nccl_available()
+
+
 def test_an_iterator_ends_its_workers() -> None:
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
