@@ -52,6 +52,7 @@ from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
+from harness.training.silent import RunChecks
 from harness.training.step import MicroBatchGuard, StepRunner
 from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
@@ -166,6 +167,7 @@ def build_run(
     called.own = [
         journal,
         Stragglers(config.straggler, world, journal),
+        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
         *([Debugger()] if config.debug else []),
     ]
     run = Run(
