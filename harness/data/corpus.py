@@ -28,6 +28,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from harness.data.origin import Origin
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
 from harness.locks import locked
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATOR = b"\0"
 
-_VERSION = 2
+_VERSION = 3
 """Raised whenever the same files would give other bytes or another split."""
 _LONGEST_PIECE_BYTES = 2**20
 _SHORTEST_PIECE_BYTES = 2**12
@@ -65,6 +66,7 @@ class Part:
     path: Path
     digest: str
     """xxh3_128 of its bytes, which tells its text from any other."""
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
 def _parts(folder: Path) -> list[Part]:
     try:
         digests = json.loads((folder / _DIGESTS).read_bytes())
-        return [Part(folder / f"{name}.bin", str(digests[name])) for name in _PARTS]
+        return [Part(folder / f"{name}.bin", str(digests[name]), Origin(folder / name)) for name in _PARTS]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"the prepared text in {folder} is damaged: {_DIGESTS} cannot be read",
@@ -170,8 +172,7 @@ def _build(files: Sequence[SourceFile], val_frac: float, folder: Path) -> None:
     unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     unfinished.mkdir()
     digests = {
-        name: _write_part(unfinished / f"{name}.bin", pieces)
-        for name, pieces in zip(_PARTS, parts, strict=True)
+        name: _write_part(unfinished / name, pieces) for name, pieces in zip(_PARTS, parts, strict=True)
     }
     with open(unfinished / _DIGESTS, "wb") as out:
         out.write(json.dumps(digests).encode())
@@ -181,9 +182,10 @@ def _build(files: Sequence[SourceFile], val_frac: float, folder: Path) -> None:
 
 
 def _write_part(path: Path, pieces: Sequence[_Piece]) -> str:
-    """Writes `pieces`; the digest of all that was written."""
+    """Writes `pieces`, and where they come from; the digest of all that was written."""
     digest = xxhash.xxh3_128()
-    with open(path, "wb") as out:
+    Origin(path).write([(piece.path, piece.start, piece.num_bytes + len(SEPARATOR)) for piece in pieces])
+    with open(path.with_suffix(".bin"), "wb") as out:
         for piece in pieces:
             content = _read(piece.path, piece.start, piece.num_bytes)
             if content_rank(content) != piece.rank:

@@ -15,7 +15,7 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Task, fetch, seed_everything
+from harness.data import Loader, Task, fetch, find_quarantined, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
@@ -35,12 +35,14 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
 from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
+from harness.training.incident_report import open_writer
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
@@ -141,9 +143,11 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
     runner = _step_runner(config, world, inputs, model, guard, precision, progress)
+    writer = open_writer(config, world, directory, loader, task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
-    called.own = [journal, Debugger()] if config.debug else [journal]
+    black_box = BlackBox(config, world, progress, writer)
+    called.own = [journal, black_box, *([Debugger()] if config.debug else [])]
     run = Run(
         config=config,
         world=world,
@@ -165,6 +169,7 @@ def build_run(
         schedule_steps=counters.schedule_steps,
         callbacks=called,
         progress=progress,
+        black_box=black_box,
     )
     return run
 
@@ -178,6 +183,8 @@ class _Inputs:
     """Those that the configuration names."""
     fingerprints: dict[str, str]
     """Of the data sets."""
+    quarantined: tuple[int, ...]
+    """Samples that are never trained on, by index."""
     faults: FaultInjector
 
 
@@ -198,7 +205,10 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
             sample=lambda: fetch(task.train_data, [0]),
         )
     )
-    return _Inputs(task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults)
+    quarantined = from_main(lambda: find_quarantined(task.train_data, config.data.quarantine))
+    return _Inputs(
+        task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
+    )
 
 
 def _train(
@@ -329,6 +339,7 @@ def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
         pin_memory=world.device.type == "cuda",
         fingerprints=inputs.fingerprints,
         allow_change=config.data.allow_change,
+        quarantined=inputs.quarantined,
     )
 
 
