@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,18 +16,24 @@ __all__ = [
     "accelerate_precision",
     "cache_dir",
     "child_environment",
+    "compiler",
     "dashboard_token",
     "has_launcher",
+    "has_wandb_key",
     "is_direct_child",
     "is_terminal",
     "launched",
     "program_environment",
+    "rendezvous_address",
     "restarts_left",
     "set_default",
     "shares_agent_store",
+    "store_address",
     "threads_are_set",
     "threads_are_users",
     "unheard_launcher",
+    "wandb_address",
+    "wants_native",
     "wants_traceback",
 ]
 
@@ -97,6 +104,18 @@ def launched() -> Launched:
     )
 
 
+def store_address() -> tuple[str, int] | None:
+    """Where another process keeps the store through which the ranks meet; None if this one does, or nobody
+    says where.
+
+    Raises:
+        LaunchError: the port is not a whole number.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), _int("MASTER_PORT", 0)
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return (host, port) if host and port and (by_agent or _int("RANK", 0) > 0) else None
+
+
 def unheard_launcher() -> tuple[str, int] | None:
     """A variable by which MPI or srun says that there are several processes, and how many it says.
 
@@ -111,6 +130,13 @@ def unheard_launcher() -> tuple[str, int] | None:
     return None
 
 
+def rendezvous_address() -> str | None:
+    """HOST:PORT at which the launcher has the processes meet, or None without a launcher."""
+    if not has_rank() or "MASTER_ADDR" not in os.environ:
+        return None
+    return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+
+
 def accelerate_precision() -> str | None:
     """`no`, `bf16`, `fp16` as given in accelerate's configuration, or None without accelerate."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -122,6 +148,18 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stability-harness"
+
+
+def compiler() -> str | None:
+    """Full path of the C++ compiler: `$CXX`, else what is found; None if there is none."""
+    wanted = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ((wanted,) if wanted else ("c++", "g++", "clang++")))
+    return next(filter(None, found), None)
+
+
+def wants_native() -> bool:
+    """`HARNESS_NATIVE=0`: nothing is compiled, and gradients on the CPU are measured by torch."""
+    return os.environ.get("HARNESS_NATIVE") != "0"
 
 
 def threads_are_set() -> bool:
@@ -156,6 +194,16 @@ def wants_traceback() -> bool:
 def dashboard_token() -> str | None:
     """`HARNESS_DASHBOARD_TOKEN`: unlike an argument, no other user of the machine can read it."""
     return os.environ.get("HARNESS_DASHBOARD_TOKEN")
+
+
+def has_wandb_key() -> bool:
+    """Whether WANDB_API_KEY is set."""
+    return bool(os.environ.get("WANDB_API_KEY"))
+
+
+def wandb_address() -> str:
+    """Where W&B is, as wandb itself would have it."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
 def set_default(name: str, value: str) -> None:

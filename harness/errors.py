@@ -17,6 +17,7 @@ __all__ = [
     "InstabilityError",
     "LaunchError",
     "LostRankError",
+    "ReplayError",
     "TaskError",
     "TrackingError",
     "needs",
@@ -117,6 +118,10 @@ class LostRankError(LaunchError):
 
 class TrackingError(HarnessError):
     """A run's log cannot be written or read. A mirror that fails never raises this in the trainer."""
+
+
+class ReplayError(HarnessError):
+    """A step that cannot be replayed: it is not in the log, or nothing is left to begin from."""
 
 
 class InstabilityError(HarnessError):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Culprit", "ParameterRow", "ParameterSample", "RankRow", "StepRecord", "Verdict"]
+__all__ = ["Culprit", "Finding", "ParameterRow", "ParameterSample", "RankRow", "StepRecord", "Verdict"]
 
 Verdict = Literal["apply", "clip", "skip", "stop"]
 
@@ -83,6 +83,24 @@ class Culprit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a check for silent errors has found: what is wrong with the loop, and not with a step of it."""
+
+    check: str
+    """Name of the check."""
+    problem: str
+    """What is wrong, in words, with ranks and names."""
+    remedy: str
+    rank: int | None = None
+    """The one rank that it concerns; None: all, or several."""
+    parameter: str | None = None
+
+    def summary(self) -> str:
+        """One line: `cleared: gradients were not cleared between steps; call zero_grad() ...`."""
+        return f"{self.check}: {self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """What the guard measured in one step and what it did about it. Equal on all ranks."""
 
@@ -130,6 +148,8 @@ class StepRecord:
     """What the step before did to the weights, by parameter name; every so many steps."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What checks of a user's own found, by the names that log and mirrors show; every so many steps."""
+    findings: tuple[Finding, ...] = ()
+    """What checks for silent errors have found by this step, each said once in a run."""
     attention_logit_max: tuple[float, ...] = ()
     """Largest attention logit per layer over all ranks; every so many steps, where the loop lets the guard
     look. Beyond about 100 a model is about to diverge."""

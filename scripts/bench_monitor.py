@@ -18,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ BARS: dict[str, list[tuple[str, str, float]]] = {
     "cuda": [(EVERYTHING, "clip + step", 0.92)],
 }
 """By device: variant, what it is compared with, largest ratio of medians allowed."""
+TURN = 10
+"""Rounds that a guard is in force, before another one is."""
 
 for _bars in BARS.values():
     _bars += [(CADENCE, "naive + clip + step", 0.25), (EVERYTHING, "naive + clip + step", 0.25)]
@@ -85,25 +88,26 @@ class Bench:
             parameter.grad = torch.randn_like(parameter).mul_(0.5 / self.num_elements**0.5)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
         self.loss = torch.ones((), device=device)
-        guards = {name: self._guard(every) for name, every in ((CADENCE, 10), (EVERYTHING, 1))}
-        self.variants: dict[str, Callable[[], None]] = {
+        self.unguarded: dict[str, Callable[[], None]] = {
             "step": self._step,
             "clip + step": self._clip,
             "naive + clip + step": self._naive,
-            CADENCE: lambda: self._guarded(guards[CADENCE]),
-            EVERYTHING: lambda: self._guarded(guards[EVERYTHING]),
         }
 
-    def timed(self, name: str) -> float:
+    @contextmanager
+    def guarded(self, extremes_every: int) -> Iterator[Callable[[], None]]:
+        """A step under a guard, which has made its first one; parameters have one guard at a time."""
+        with StepGuard(self.parameters, self.optimizer, max_norm=1.0, extremes_every=extremes_every) as guard:
+            self._guarded(guard)
+            yield lambda: self._guarded(guard)
+
+    def timed(self, step: Callable[[], None]) -> float:
         """Milliseconds of one step of a variant, with the device idle before and after."""
         self._synchronise()
         start = time.perf_counter()
-        self.variants[name]()
+        step()
         self._synchronise()
         return 1000 * (time.perf_counter() - start)
-
-    def _guard(self, extremes_every: int) -> StepGuard:
-        return StepGuard(self.parameters, self.optimizer, max_norm=1.0, extremes_every=extremes_every)
 
     def _step(self) -> None:
         self.optimizer.step()
@@ -130,14 +134,31 @@ class Bench:
 
 
 def measure(bench: Bench, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Per variant p50 and p99 in milliseconds, after a round to warm up."""
-    names = list(bench.variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds + 1):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(bench.timed(name))
-    return {name: _summary(series[1:]) for name, series in times.items()}
+    """Per variant p50 and p99 in milliseconds.
+
+    The guards take turns of `TURN` rounds, each with a round before it to warm up; in a round every other
+    variant makes a step too.
+    """
+    times: dict[str, list[float]] = {name: [] for name in (*bench.unguarded, CADENCE, EVERYTHING)}
+    for start in range(0, rounds, TURN):
+        for name, every in ((CADENCE, 10), (EVERYTHING, 1)):
+            with bench.guarded(every) as step:
+                variants = [*bench.unguarded.items(), (name, step)]
+                _take_turns(bench, variants, 1)
+                for variant, series in _take_turns(bench, variants, min(TURN, rounds - start)).items():
+                    times[variant] += series
+    return {name: _summary(series) for name, series in times.items()}
+
+
+def _take_turns(
+    bench: Bench, variants: list[tuple[str, Callable[[], None]]], rounds: int
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name, _ in variants}
+    for index in range(rounds):
+        shift = index % len(variants)
+        for name, step in variants[shift:] + variants[:shift]:
+            times[name].append(bench.timed(step))
+    return times
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -57,7 +57,8 @@ class Checkpointer:
         give_up_after_s: A save that has not succeeded for this long is an error.
         in_memory: Keep two or three copies of each rank's state in host memory, so that a rollback needs no
             disk.
-        timeout_s: How long one rank waits for another while saving; while loading half an hour at least.
+        timeout_s: How long one rank waits for another when all begin a save; while loading half an hour at
+            least. While a save is written in the background, which holds up nobody, for `give_up_after_s`.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Checkpointer:
         )
         retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         retainer = None if keep_all else Retainer(self._store, retention)
-        writes = HostGroup(error=CheckpointError, timeout_s=timeout_s)
+        writes = HostGroup(error=CheckpointError, timeout_s=give_up_after_s)
         committed = functools.partial(_after_commit, self._tasks, self._health, retainer)
-        self._writer = Writer(self._store, writes, self._tasks, committed=committed)
+        # The others wait for its tasks in `writes`: they have to hear of them before they give up.
+        tasks_s = min(timeout_s, give_up_after_s) / 2
+        self._writer = Writer(self._store, writes, self._tasks, tasks_s=tasks_s, committed=committed)
         loads = HostGroup(error=CheckpointError, timeout_s=max(timeout_s, LOADING_S))
         self._loader = Loader(self._store, loads)
         self._planning = SavePlanning(self._calls)
@@ -238,6 +241,11 @@ class Checkpointer:
         proved = self._health.observe(step, incident=incident)
         if self._memory is not None and proved is not None:
             self._memory.promote(proved)
+
+    @property
+    def written_bytes(self) -> int:
+        """What this rank has written so far: a save that goes on, however slowly, makes it grow."""
+        return self._writer.written_bytes
 
     def outcomes(self) -> list[SaveOutcome]:
         """The saves that have ended since the last call. Local."""

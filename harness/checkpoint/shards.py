@@ -7,7 +7,7 @@ manifest, and the header is never read back.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +22,36 @@ __all__ = ["check_file", "read_elements", "write_file", "write_shard"]
 
 _PIECE_BYTES = 8 << 20
 """Written and checksummed at a time: large for the disk, small for the cache."""
+_FLUSHED_BYTES = 256 << 20
+"""Flushed to the disk at a time: a write only says that the page cache has taken it."""
 
 
-def write_shard(path: Path, layout: ShardLayout, data: torch.Tensor) -> ShardFile:
+def write_shard(
+    path: Path, layout: ShardLayout, data: torch.Tensor, wrote: Callable[[int], None] | None = None
+) -> ShardFile:
     """Writes the bytes `data`, laid out as `layout` says, to `path` and flushes them to the disk.
+
+    Args:
+        wrote: As for `write_file`.
 
     Raises:
         OSError: the disk is full, gone or read-only.
     """
-    return write_file(path, [layout.header, data.numpy().data])
+    return write_file(path, [layout.header, data.numpy().data], wrote)
 
 
-def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> ShardFile:
+def write_file(
+    path: Path, parts: Sequence[bytes | memoryview], wrote: Callable[[int], None] | None = None
+) -> ShardFile:
     """Creates `path` with the concatenated `parts` and flushes it to the disk; gives size and checksum.
+
+    Args:
+        wrote: Told of every few bytes that the disk has taken.
 
     Raises:
         OSError: the disk is full, gone or read-only, or the file exists.
     """
-    checksum, size_bytes = xxhash.xxh3_128(), 0
+    checksum, size_bytes, flushed_bytes = xxhash.xxh3_128(), 0, 0
     with open(path, "xb", buffering=0) as file:
         for part in parts:
             for piece in _pieces(memoryview(part)):
@@ -48,6 +60,11 @@ def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> ShardFile:
                     written = file.write(piece)
                     size_bytes += written
                     piece = piece[written:]
+                    if wrote is not None:
+                        wrote(written)
+                if size_bytes - flushed_bytes >= _FLUSHED_BYTES:
+                    os.fsync(file.fileno())
+                    flushed_bytes = size_bytes
         os.fsync(file.fileno())
     return ShardFile(size_bytes=size_bytes, xxh3_128=checksum.hexdigest())
 

@@ -74,15 +74,25 @@ class Writer:
         group: Used by the thread alone.
         tasks: What there is to do after commits. It is done before the next attempt takes more of the disk,
             and while training goes on.
+        tasks_s: How long that may take, or the attempt fails.
         committed: Called on rank 0, in the thread, after each commit.
     """
 
     def __init__(
-        self, store: Store, group: HostGroup, tasks: Tasks, *, committed: Callable[[Saved], None]
+        self,
+        store: Store,
+        group: HostGroup,
+        tasks: Tasks,
+        *,
+        tasks_s: float,
+        committed: Callable[[Saved], None],
     ) -> None:
+        self._tasks_s = tasks_s
         self._store, self._group, self._tasks, self._committed = store, group, tasks, committed
         self._thread: threading.Thread | None = None
         self._outcomes: deque[SaveOutcome] = deque()
+        self.written_bytes = 0
+        """Of all jobs so far, on this rank."""
         self.failed: HarnessError | None = None
         """The last save's error, until it is taken away by whoever raises it."""
         self.failing_since: float | None = None
@@ -155,11 +165,9 @@ class Writer:
         return saved, sum(file.size_bytes for file, _ in shares)
 
     def _begin(self, step: int) -> Path:
-        # The others wait for this in `from_main`: they have to hear of it before they give up.
-        longest_s = self._group.timeout_s / 2
-        if not self._tasks.join(longest_s):
+        if not self._tasks.join(self._tasks_s):
             raise CheckpointError(
-                f"after {longest_s:g} s old checkpoints are still being marked or deleted",
+                f"after {self._tasks_s:g} s old checkpoints are still being marked or deleted",
                 rule="a new one is not begun before, or the disk might hold too many",
                 remedy=f"check whether {self._store.directory} answers; the next save tries again",
             )
@@ -167,7 +175,11 @@ class Writer:
 
     def _write(self, folder: Path, job: Job) -> tuple[ShardFile, dict[str, Any]]:
         path = folder / shard_name(self._group.rank)
-        return write_shard(path, job.staging.layout, job.staging.data), job.rank_state
+        shard = write_shard(path, job.staging.layout, job.staging.data, self._count)
+        return shard, job.rank_state
+
+    def _count(self, num_bytes: int) -> None:
+        self.written_bytes += num_bytes
 
     def _manifest(self, job: Job, shares: list[tuple[ShardFile, dict[str, Any]]]) -> Manifest:
         return Manifest(

@@ -29,10 +29,12 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "run", "train a model; the same program as harness/train.py"),
     "launch": Command("launch", "run", "files that start a run: Slurm, Kubernetes, torchrun, accelerate"),
+    "doctor": Command("doctor", "run", "are these machines fit for a training?"),
     "runs": Command("look", "runs", "a table of all runs"),
     "show": Command("look", "show", "one run in words and numbers"),
     "watch": Command("look", "watch", "follow a run in the terminal"),
     "compare": Command("look", "compare", "how two runs differ, and the first step at which they part"),
+    "replay": Command("replay", "run", "run a step again and find what went wrong in it"),
     "report": Command("look", "report", "one self-contained HTML file about a run"),
     "export": Command(
         "export", "run", "a run's metrics (csv, parquet, json) or weights (safetensors, torch)"

@@ -14,6 +14,7 @@ from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
+from harness.config.task_args import checked_arguments
 from harness.config.tracking import TrackingConfig
 from harness.config.train import TrainConfig
 from harness.config.watchdog import WatchdogConfig
@@ -34,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "WatchdogConfig",
     "check_same_run",
+    "checked_arguments",
     "dump_yaml",
     "flatten",
     "parse_arguments",

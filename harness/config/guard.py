@@ -45,7 +45,7 @@ class GuardConfig:
     max_consecutive_skips: int = 3
     """More skipped steps in a row than this roll the run back where that is possible, else end it."""
     max_skip_frac: float = 0.25
-    """Largest share of skipped steps among the last 100 that is borne."""
+    """Largest share of skipped steps among the last 100 that is tolerated."""
     max_rollbacks: int = 3
     """Rollbacks that a run may take before it is ended."""
     rollback_skip_steps: int = 200
@@ -71,6 +71,12 @@ class GuardConfig:
     checks: tuple[str, ...] = ()
     """`package.module:function` each, called with this section: they return a `harness.stability.Check`,
     which is measured every so many steps; docs/extending.md."""
+    silent_errors: Literal["on", "off"] = "on"
+    """Checks for errors that make no noise (docs/checks.md): gradients that nobody clears, layers that do not
+    move, ranks with the same data, modules in the wrong mode, flipped bits. They warn, and change nothing."""
+    state_every: int = 11
+    """Of these, steps between looks at whether a step starts from the very bits that the one before has left;
+    0: never. Odd, or 1: every step."""
     init_loss_scale: float = 65536.0
     """Loss scale at the start of an fp16 run."""
     loss_scale_growth_steps: int = 2000
@@ -88,6 +94,12 @@ class GuardConfig:
             "replicas_every",
             self.replicas_every == 0 or (self.replicas_every > 0 and self.replicas_every % 2 == 1),
             "it has to be odd, or 0 for never: an even cadence misses an error of period two",
+        )
+        require(
+            self,
+            "state_every",
+            self.state_every == 0 or (self.state_every > 0 and self.state_every % 2 == 1),
+            "it has to be odd, or 0 for never",
         )
         if self.max_norm is not None:
             require_not_negative(self, "max_norm")

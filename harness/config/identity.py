@@ -13,7 +13,15 @@ from harness.errors import ConfigError
 __all__ = ["check_same_run"]
 
 # Changing one of these would make the rest of the run another experiment under the same name.
-_IDENTITY = ("seed", "task", "data.paths", "data.sequence_length", "data.val_frac", "loop.global_batch")
+_IDENTITY = (
+    "seed",
+    "task",
+    "task_args",
+    "data.paths",
+    "data.sequence_length",
+    "data.val_frac",
+    "loop.global_batch",
+)
 _IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
 _MAY_CHANGE = ("schedule.steps",)
 

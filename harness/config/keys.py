@@ -11,7 +11,10 @@ from typing import Any
 
 from harness.errors import ConfigError
 
-__all__ = ["check_key", "flatten", "key_types", "switches"]
+__all__ = ["FREE", "check_key", "flatten", "is_free", "key_types", "nearest_key", "switches"]
+
+FREE = ("task_args",)
+"""Settings of `TrainConfig` that are mappings: their keys are a user's own."""
 
 
 @functools.cache
@@ -33,10 +36,10 @@ def switches(schema: type) -> list[str]:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` to `{"optim.lr": 1}`; lists stay whole."""
+    """`{"optim": {"lr": 1}}` to `{"optim.lr": 1}`; lists, and what `FREE` names, stay whole."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + key not in FREE:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -54,7 +57,7 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     Raises:
         ConfigError: there is none; the nearest that exist are named.
     """
-    if key in key_types(schema):
+    if key in key_types(schema) or is_free(schema, key):
         return
     positive = key.replace("no_", "", 1).replace("no-", "", 1)
     if positive != key and positive in switches(schema):
@@ -63,7 +66,7 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
             rule="a boolean has one name",
             remedy=f"write --{positive} false",
         )
-    nearest = _nearest(schema, key)
+    nearest = nearest_key(schema, key)
     raise ConfigError(
         f"unknown key {key!r}{where}",
         rule="only keys of the schema are read",
@@ -71,7 +74,15 @@ def check_key(schema: type, key: str, *, where: str = "") -> None:
     )
 
 
-def _nearest(schema: type, key: str) -> list[str]:
+def is_free(schema: type, key: str) -> bool:
+    """Whether it lies in a setting that takes a mapping of any keys: `task_args.noise`."""
+    parts = key.split(".")
+    above = (".".join(parts[:length]) for length in range(1, len(parts)))
+    kinds = (key_types(schema).get(name) for name in above)
+    return any(kind is Any or typing.get_origin(kind) is dict for kind in kinds)
+
+
+def nearest_key(schema: type, key: str) -> list[str]:
     """Keys that are spelled nearly so, else those of the same name in whichever section."""
     known = list(key_types(schema))
     return difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [

@@ -32,9 +32,12 @@ class LoopConfig:
     """Steps between evaluations; 0: only at the end."""
     eval_samples: int = 256
     """Held-out samples per evaluation, always the same ones."""
+    gc_every: int = 50
+    """Steps between two collections of Python's cyclic garbage, the same ones on all ranks, which else wait
+    for each other's pauses; 0: whenever Python likes."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "global_batch", "eval_samples")
-        require_not_negative(self, "eval_every")
+        require_not_negative(self, "eval_every", "gc_every")
         if self.micro_batch is not None:
             require_positive(self, "micro_batch")

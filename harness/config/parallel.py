@@ -30,7 +30,8 @@ class ParallelConfig:
     """DDP looks in every step for parameters that the loss does not depend on, which costs a walk through the
     graph; without it such a parameter ends the run with an error that names it. FSDP needs no such search."""
     timeout_s: float = 300.0
-    """How long a collective may wait before the run is ended, and one rank for another in a save."""
+    """How long one rank may wait for another before the run is ended. Not in a save that goes on in the
+    background: that is bounded by checkpoint.give_up_after_s."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_cap_mb", "timeout_s")

@@ -7,20 +7,21 @@ unknown one is answered with the nearest that exists.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
 
-from harness.config.keys import check_key, flatten, switches
+from harness.config.keys import check_key, flatten, is_free, switches
 from harness.config.plain_yaml import plain_yaml_file
 from harness.config.presets import configuration_file, preset_names
 from harness.errors import ConfigError
 
-__all__ = ["argument_parser", "parse", "read_mapping"]
+__all__ = ["argument_parser", "parse", "parse_values", "read_mapping"]
 
 Settings = TypeVar("Settings")
 
@@ -32,6 +33,7 @@ def parse(
     schema: type[Settings], argv: Sequence[str], *, prog: str = "harness train", description: str = ""
 ) -> Settings:
     """Reads `[--config FILE] [--section.key value]...`; later values win. FILE may be a preset's name.
+    A key within a free mapping, as in `--task_args.noise 0.1`, changes that one value of all that is given.
 
     Args:
         schema: The configuration's class: a dataclass of settings and of sections, which are dataclasses.
@@ -46,14 +48,38 @@ def parse(
     argv = list(_with_files(argv))
     _check_argument_names(schema, argv)
     parser = argument_parser(schema, prog=prog, description=description)
+    argv, within_free = _without_free(schema, list(_spell_out_switches(schema, argv)))
     try:
-        namespace = parser.parse_args(list(_spell_out_switches(schema, argv)))
+        namespace = parser.parse_args(argv)
         settings = parser.instantiate(namespace).as_dict()
     except argparse.ArgumentError as error:
         raise _readable(error) from error
     settings.pop("config")
     settings.pop("print_config", None)
+    for key, text in within_free:
+        _put(settings, key, _value(text))
     return schema(**settings)
+
+
+def parse_values(schema: type, values: Mapping[str, Any], *, key: str) -> dict[str, Any]:
+    """The values by name, each of the type of its field; classes are made from mappings.
+
+    Args:
+        schema: A dataclass. A mapping within `values` makes one where the field's type is one.
+        values: Plain data; what is missing has its default.
+        key: The setting that they are, for errors.
+
+    Raises:
+        ConfigError: a name that is no field's, one that is missing, or a value of another type.
+    """
+    for name in flatten(values):
+        check_key(schema, name, where=f" in {key}")
+    parser = argument_parser(schema, prog=key, description="")
+    try:
+        made = parser.instantiate(parser.parse_object(dict(values))).as_dict()
+    except argparse.ArgumentError as error:
+        raise _readable(error, prefix=f"{key}.") from error
+    return {field.name: made[field.name] for field in dataclasses.fields(schema)}
 
 
 def argument_parser(schema: type, *, prog: str, description: str) -> jsonargparse.ArgumentParser:
@@ -130,9 +156,44 @@ def _spell_out_switches(schema: type, argv: Sequence[str]) -> Iterator[str]:
             yield "true"
 
 
-def _readable(error: argparse.ArgumentError) -> ConfigError:
+def _without_free(schema: type, argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The arguments without those of keys within free mappings; these as pairs of key and text."""
+    rest: list[str] = []
+    found: list[tuple[str, str]] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, is_given, value = argument.partition("=")
+        key = name.removeprefix("--")
+        if name.startswith("--") and is_free(schema, key):
+            found.append((key, value if is_given else next(arguments, "null")))
+        else:
+            rest.append(argument)
+    return rest, found
+
+
+def _put(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `settings["a"]["b"]` for the key `a.b`; what is no mapping on the way becomes one."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = settings.get(parent)
+        settings[parent] = dict(inner) if isinstance(inner, Mapping) else {}
+        settings = settings[parent]
+    settings[last] = value
+
+
+def _value(text: str) -> Any:
+    """What a text on the command line stands for where any type will do."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=Any)
+    return parser.parse_args([f"--value={text}"]).value
+
+
+def _readable(error: argparse.ArgumentError, *, prefix: str = "") -> ConfigError:
     """jsonargparse's message on one line, with types as a person would write them."""
-    text = " ".join(str(error.message).split()).replace("Parser key ", "")
+    text = " ".join(str(error.message).split())
+    text = re.sub(r'Parser key "([^"]*)"', rf'"{prefix}\1"', text)
+    text = text.replace("are required: ", f"are required: {prefix}")
     text = re.sub(r"<class '(\w+)'>", r"\1", text)
     text = re.sub(r"a typing\.Literal\[([^]]*)\]", r"one of \1", text)
-    return ConfigError(text, remedy="`harness train --help` gives each key's type")
+    remedy = "" if prefix else "`harness train --help` gives each key's type"
+    return ConfigError(text, remedy=remedy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from harness.config.checkpoint import CheckpointConfig
 from harness.config.checks import require
@@ -47,7 +47,10 @@ class TrainConfig:
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     task: str = "text"
-    """text, images, or `package.module:function` for a task of your own."""
+    """text, images, hf, or `package.module:function` for a task of your own."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """What the task's function takes besides the configuration, by name: `--task_args.noise 0.1`, or a
+    mapping in a file. Checked against the function's parameters and their types; docs/tasks.md."""
     callbacks: tuple[str, ...] = ()
     """`package.module:function` each, called with the configuration: they return a `harness.Callback`, whose
     hooks are called at set points of the loop; docs/extending.md."""
@@ -89,8 +92,15 @@ class TrainConfig:
         require(
             self,
             "task",
-            self.task in ("text", "images") or ":" in self.task,
-            "it has to be text, images, or package.module:function",
+            self.task in ("text", "images", "hf") or ":" in self.task,
+            "it has to be text, images, hf, or package.module:function",
+        )
+        require(
+            self,
+            "task_args",
+            not self.task_args or self.task not in ("text", "images"),
+            f"task {self.task} takes none",
+            "its settings are in the sections data and model",
         )
         self._check_model_fits_task()
 

@@ -22,12 +22,12 @@ class WatchdogConfig:
     `loop.compile`, which compiles again now and then."""
     min_other_s: float = 240.0
     """The same for what waits for disks and networks, or runs code of yours: a batch, an evaluation, a
-    checkpoint, a callback, a rollback. Below `parallel.timeout_s`, after which the run ends unexplained."""
+    checkpoint, a callback, a rollback. Others wait for it for `parallel.timeout_s` at most."""
     ratio: float = 10.0
     """Each may besides take so many times as long as the slowest of its kind lately."""
     first_s: float = 1800.0
-    """Bound in seconds of the start, of the end, and of the first three of each kind: caches are cold, and
-    models are compiled."""
+    """Bound in seconds of the start, of the end, and of the first three of each kind but saves: caches are
+    cold, and models are compiled. Others wait for a rank for `parallel.timeout_s` at most, then too."""
 
     def __post_init__(self) -> None:
         require_positive(self, "min_step_s", "min_other_s", "first_s")

@@ -14,6 +14,7 @@ from harness.tracking.text import spelled
 __all__ = ["compare_view"]
 
 MAX_TEXT = 500
+NOT_SET = "not set"
 MAX_LOG_BYTES = 64 << 20
 """Comparing bit for bit reads both logs whole; longer ones are for the command line."""
 
@@ -29,18 +30,21 @@ def compare_view(run_index: RunIndex, runs: Sequence[str]) -> dict[str, Any]:
     for run in runs:
         run_index.directory(run)
     columns = [_column(run_index, run) for run in runs]
-    settings, last = zip(*columns, strict=True)
+    states, settings, last = zip(*columns, strict=True)
     return {
+        "states": states,
         "settings": [
-            row for row in _rows(settings) if any(value != row["values"][0] for value in row["values"])
+            row
+            for row in _setting_rows(settings)
+            if any(value != row["values"][0] for value in row["values"])
         ],
         "metrics": _rows(last),
         "partings": [_parting(run_index, runs[0], run) for run in runs[1:]],
     }
 
 
-def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's settings and last values."""
+def _column(run_index: RunIndex, run: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A run's state, settings and last values."""
     try:
         with run_index.reading(run) as digest:
             names = [
@@ -48,9 +52,26 @@ def _column(run_index: RunIndex, run: str) -> tuple[dict[str, Any], dict[str, An
                 for name in digest.names()
                 if not name.startswith((Prefix.LAYERS, Prefix.RANKS, Prefix.SYSTEM))
             ]
-            return settings_of(digest), {name: spelled(digest.last(name)) for name in names}
+            last = {name: spelled(digest.last(name)) for name in names}
+            return digest.state(), settings_of(digest), last
     except TrackingError:
-        return {}, {}
+        return "unreadable", {}, {}
+
+
+def _setting_rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A setting that a run does not know is another thing than one that is null there."""
+    names = sorted({name for column in columns for name in column})
+    return [
+        {
+            "name": name,
+            "values": [_setting(column[name]) if name in column else NOT_SET for column in columns],
+        }
+        for name in names
+    ]
+
+
+def _setting(value: Any) -> Any:
+    return "null" if value is None else _shown(value)
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Field:
     key: str
     """As on the command line: `optim.lr`."""
     kind: Kind
-    """bool: True or False; choice: one of `choices`; list: YAML text, empty for none."""
+    """bool: True or False; choice: one of `choices`; list: YAML text, also of a mapping; empty for none."""
     optional: bool = False
     """It may be left empty, which is null: None or blank text."""
     choices: tuple[str, ...] = ()
@@ -193,7 +193,7 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {**_kind(inner), "optional": True}
     if typing.get_origin(hint) is Literal:
         return {"kind": "choice", "choices": typing.get_args(hint)}
-    return {"kind": "list" if typing.get_origin(hint) is tuple else _KINDS[hint]}
+    return {"kind": "list" if typing.get_origin(hint) in (tuple, dict) else _KINDS[hint]}
 
 
 def _helps(schema: type) -> dict[str, str]:
@@ -207,7 +207,7 @@ def _form_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _form_values(value, f"{prefix}{field.name}.")
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | dict):
             yield prefix + field.name, _dump(_changes(value), flow=None).strip() if value else ""
         elif value is None and _kind(typing.get_type_hints(type(config))[field.name])["kind"] == "text":
             yield prefix + field.name, ""
@@ -255,6 +255,8 @@ def _argument(field: Field, value: Any) -> str:
         return "null" if field.optional else "[]" if field.kind == "list" else ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return _dump(value, flow=True).strip()
     if isinstance(value, list | tuple):
         return _dump(list(value), flow=True).strip()
     if field.kind == "integer" and isinstance(value, float) and value.is_integer():

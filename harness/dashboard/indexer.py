@@ -30,8 +30,9 @@ import orjson
 from harness.atomic import write_atomically
 from harness.dashboard.records import has_fields_of
 from harness.files import read_file
-from harness.runlog.digest import Digest, log_signature
+from harness.runlog.digest import Digest
 from harness.runlog.digest_cache import digest_file, load_digest, save_digest
+from harness.runlog.log_follower import log_signature
 from harness.runlog.paths import log_dir
 from harness.runlog.preview import LONG_BYTES, preview
 from harness.tracking.overview import RunRow, run_name, run_paths, run_row, unreadable_row

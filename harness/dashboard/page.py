@@ -83,6 +83,8 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
             with gr.Tab("Monitoring", id="monitoring"):
                 chosen = run_list("Run", "chosen-run", value=None)
                 monitor = custom_element("harness-monitor")
+            with gr.Tab("Compare", id="compare"):
+                custom_element("harness-compare")
             with gr.Tab("Configuration", id="configuration"):
                 fields = configuration_tab(access)
             with gr.Tab("Training", id="training"):

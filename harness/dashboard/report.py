@@ -18,6 +18,7 @@ import orjson
 
 from harness.atomic import output_file, write_atomically
 from harness.dashboard.bundle import ASSETS, bundled
+from harness.dashboard.stories import read_stories
 from harness.dashboard.views import embedded_curves, embedded_layers, run_view, settings_view
 from harness.errors import TrackingError
 from harness.runlog.digest import Digest
@@ -101,6 +102,7 @@ def report_data(digest: Digest) -> dict[str, Any]:
         "curves": curves,
         "layers": layers,
         "settings": settings_view(digest),
+        "stories": read_stories(digest),
     }
 
 

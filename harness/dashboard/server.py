@@ -23,6 +23,7 @@ from harness.dashboard.access import Access, Gate, is_loopback
 from harness.dashboard.bundle import ASSETS
 from harness.dashboard.comparison import compare_view
 from harness.dashboard.run_index import RunIndex
+from harness.dashboard.stories import read_story
 from harness.dashboard.tensorboard import TensorBoard
 from harness.dashboard.views import Axis, curves_view, layers_view, run_view, settings_view
 from harness.errors import ConfigError, HarnessError
@@ -160,6 +161,12 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
     def settings(run: str) -> Response:
         with run_index.reading(run) as digest:
             return _json(settings_view(digest))
+
+    @app.get("/api/story")
+    def story(run: str, step: Annotated[int, Query(ge=0, lt=10**18)]) -> Response:
+        """What a replay has found of a step."""
+        directory = run_index.directory(run)
+        return _json({"story": read_story(directory, step, within=run_index.root)})
 
     @app.get("/api/curves")
     def curves(run: str, query: CurveQuery) -> Response:

@@ -40,6 +40,8 @@ def check_task(task: Task) -> None:
         positive = bool(isinstance(value, int | float | np.number) and math.isfinite(value) and value > 0)
         _require(value is None or positive, name, value, "it is None or a number greater than 0")
     _require(isinstance(task.accuracy_of, str), "accuracy_of", task.accuracy_of, "it is a word or two")
+    are_names = isinstance(task.parts, tuple) and all(isinstance(name, str) for name in task.parts)
+    _require(are_names, "parts", task.parts, "it is a tuple of names")
 
 
 def _check_model(model: Any) -> None:

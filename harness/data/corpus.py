@@ -1,8 +1,6 @@
 """Turns files of text into one array of bytes on disk for training and one for validation.
 
-A corpus is prepared once per machine: the first process takes a file lock, writes into a folder of another
-name and renames it when all is on disk; the others wait for the lock and find it done. What a killed
-process leaves behind is never read, and swept away by the next one.
+A corpus is prepared once per machine; see `harness.data.prepared`.
 
 Each file, cut into pieces if it is long, goes to the training or to the validation part by a hash of its
 bytes, so that it is on the same side wherever it lies and in whatever order it is read, and copies of it
@@ -17,21 +15,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
 from harness.data.origin import Origin
+from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
-from harness.locks import locked
 
 __all__ = ["SEPARATOR", "Corpus", "Part", "SourceFile", "list_files", "prepare", "standard_library"]
 
@@ -120,10 +116,7 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
             split, or `cache_dir` cannot be written.
     """
     folder = cache_dir / f"text-{_key(files, val_frac)}"
-    if not folder.exists():
-        with _writing(cache_dir), locked(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _build(files, val_frac, folder)
+    prepared_folder(folder, lambda unfinished: _build(files, val_frac, unfinished))
     train, val = _parts(folder)
     return Corpus(train=train, val=val)
 
@@ -165,20 +158,12 @@ def _key(files: Sequence[SourceFile], val_frac: float) -> str:
 
 
 def _build(files: Sequence[SourceFile], val_frac: float, folder: Path) -> None:
-    logger.info("preparing %d files of text in %s", len(files), folder)
+    logger.info("preparing %d files of text in %s", len(files), folder.parent)
     parts = _split(list(_pieces(files, val_frac)), val_frac)
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale)
-    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    unfinished.mkdir()
-    digests = {
-        name: _write_part(unfinished / name, pieces) for name, pieces in zip(_PARTS, parts, strict=True)
-    }
-    with open(unfinished / _DIGESTS, "wb") as out:
+    digests = {name: _write_part(folder / name, pieces) for name, pieces in zip(_PARTS, parts, strict=True)}
+    with open(folder / _DIGESTS, "wb") as out:
         out.write(json.dumps(digests).encode())
-        _sync(out)
-    unfinished.rename(folder)
-    logger.info("prepared %s", folder)
+        sync_file(out)
 
 
 def _write_part(path: Path, pieces: Sequence[_Piece]) -> str:
@@ -193,7 +178,7 @@ def _write_part(path: Path, pieces: Sequence[_Piece]) -> str:
             for written in (content, SEPARATOR):
                 digest.update(written)
                 out.write(written)
-        _sync(out)
+        sync_file(out)
     return digest.hexdigest()
 
 
@@ -247,11 +232,6 @@ def _read(path: str, start: int, num_bytes: int) -> bytes:
     return content
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
     try:
@@ -274,16 +254,3 @@ def _changed(path: str) -> DataError:
         rule="a corpus is made of files that stand still; they may grow at the end",
         remedy="start again when it is written, or give a copy of it to --data.paths",
     )
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write prepared data to {folder}: {error.strerror}",
-            rule="it is kept there between runs",
-            remedy="name another folder with --data.cache_dir or HARNESS_CACHE",
-        ) from error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.config import TrainConfig
+from harness.config import TrainConfig, checked_arguments
 from harness.errors import ConfigError
 from harness.user_code import load_function, made_by_user, user_code
 
@@ -44,6 +45,8 @@ class LossSum:
     """How many tokens (or samples) are in `total`; a tensor on any device, or a plain number."""
     correct: Tensor | float = 0
     """How many of them were predicted right; 0 where nothing is right or wrong."""
+    by_part: Tensor | None = None
+    """In evaluation, of a task with `parts`: `[parts, 2]`, total and count of each; None: it is not known."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.total, Tensor) or not self.total.is_floating_point():
@@ -119,6 +122,8 @@ class Task:
     """Floating-point operations of training per token, for the model FLOPs utilisation; None: unknown."""
     accuracy_of: str = "class"
     """What `LossSum.correct` counts, in words: next byte, class."""
+    parts: tuple[str, ...] = ()
+    """Names of what the data consists of, such as sources, if `LossSum.by_part` tells their losses apart."""
 
 
 TaskBuilder = Callable[[TrainConfig], Task]
@@ -167,7 +172,8 @@ def load_task(spec: str) -> TaskBuilder:
     """Finds `package.module:function`, with the current directory importable under every launcher.
 
     Returns:
-        The function, made to raise `ConfigError` unless it returns a `Task`.
+        The function, called with the configuration and `task_args`, and made to raise `ConfigError` where
+        these are not what it takes, or where it does not return a `Task`.
 
     Raises:
         ConfigError: there is no such module or no such function.
@@ -175,7 +181,8 @@ def load_task(spec: str) -> TaskBuilder:
     function = load_function(spec, key="task")
 
     def build(config: TrainConfig) -> Task:
+        make = functools.partial(function, **checked_arguments(function, config.task_args))
         rule = "its function takes the TrainConfig and returns a harness.data.Task"
-        return made_by_user(f"task {spec!r}", function, config, kind=Task, rule=rule)
+        return made_by_user(f"task {spec!r}", make, config, kind=Task, rule=rule)
 
     return build

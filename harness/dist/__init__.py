@@ -10,6 +10,7 @@ from harness.dist.agreement import (
     on_all_ranks,
     report_once,
 )
+from harness.dist.flight_recorder import keep_flight_records, write_flight_records
 from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
@@ -33,6 +34,7 @@ __all__ = [
     "gather",
     "gradient_sync",
     "has_group",
+    "keep_flight_records",
     "local_part",
     "on_all_ranks",
     "open_world",
@@ -41,4 +43,5 @@ __all__ = [
     "set_from_main",
     "use_threads",
     "wait_for_main",
+    "write_flight_records",
 ]

@@ -99,6 +99,7 @@ class Heartbeats:
     def _run(self) -> None:
         with suppress(dist.DistError, RuntimeError):  # the store is gone: nobody is heard any more
             self._store = dist.PrefixStore("harness/watchdog", self._store.clone())  # type: ignore[attr-defined]
+            self._exchange()  # at once: a rank that has never spoken cannot be told from one that is missing
             while not self._closed.wait(self._beat_s):
                 self._exchange()
 

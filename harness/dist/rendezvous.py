@@ -16,6 +16,7 @@ answer of a dead process is not the one that its successor gave.
 from __future__ import annotations
 
 import json
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -25,10 +26,11 @@ import torch.distributed as dist
 
 from harness.errors import LostRankError
 
-__all__ = ["fresh_store"]
+__all__ = ["await_store", "fresh_store"]
 
 _TOKEN = "harness/attempt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
+_CONNECT_S = 5.0
 _STOP_GRACE_S = 20.0
 """How long a rank that was asked to stop still waits for the others, who may be gone or still import: a stop
 before the first step is committed by all. Below the 30 s after which torchrun kills."""
@@ -55,6 +57,29 @@ def fresh_store(
     meet = _lead if rank == 0 else _follow
     token = meet(store, rank, world_size, _Waiting(timeout_s, stopping))
     return dist.PrefixStore(f"harness/{token}", store)  # type: ignore[attr-defined, arg-type]  # there at run time
+
+
+def await_store(address: tuple[str, int], *, timeout_s: float, stopping: Callable[[], bool]) -> None:
+    """Waits until somebody listens at the store's address. torch's own attempt to connect, which goes on for
+    as long, handles no signal meanwhile; and the launcher that keeps the store may be dead.
+
+    Args:
+        timeout_s, stopping: As for `fresh_store`.
+
+    Raises:
+        LostRankError: nobody did in time.
+    """
+    waiting = _Waiting(timeout_s, stopping)
+    while not _is_open(address):
+        waiting.once_more(f"whoever keeps the store at {address[0]}:{address[1]}")
+
+
+def _is_open(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class Store(Protocol):

@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from harness import env
 from harness.config import ParallelConfig
-from harness.dist.rendezvous import fresh_store
+from harness.dist.rendezvous import await_store, fresh_store
 from harness.errors import LaunchError, LostRankError
 
 __all__ = ["World", "open_world"]
@@ -110,6 +110,9 @@ def _join(
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if launched.by_launcher:
+            address = env.store_address()
+            if address is not None:
+                await_store(address, timeout_s=timeout_s, stopping=stopping)
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))
             store.set_timeout(timeout)
             store = fresh_store(

@@ -11,7 +11,7 @@ RDZV=${RDZV:-localhost:0}
 # With torch's shared store a node that comes back finds the addresses of processes that are dead.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # How long a stop may take before torchrun kills: the step under way, lag_steps more, and the save. Its own: 30 s.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_S:-120}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_S:-110}
 
 exec torchrun \
   --nnodes "$NNODES" --nproc-per-node "$NPROC" \

@@ -11,22 +11,20 @@ the run; where somebody looks closely, the steps themselves are read from the lo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.files import file_status, open_file
 from harness.runlog.blocks import CLOCK, MADE, SYSTEM, Block, Blocks, measured
 from harness.runlog.codec import Record, decode
+from harness.runlog.log_follower import LogFollower
 from harness.runlog.names import Prefix
 from harness.runlog.paths import log_dir
-from harness.runlog.segments import Follower, Position, node_folders, segment_name, segments
 from harness.runlog.series import Layers, Series, last_of_each_step
 from harness.runlog.timeline import Timeline, line_of, newest_steps
 from harness.runlog.traces import (
@@ -41,7 +39,7 @@ from harness.runlog.traces import (
     visible,
 )
 
-__all__ = ["NO_ENTRIES", "Bands", "Digest", "group_starts", "log_signature"]
+__all__ = ["NO_ENTRIES", "Bands", "Digest", "group_starts"]
 
 READ_BYTES = 4 << 20
 CLOSE_BYTES = 32 << 20
@@ -51,7 +49,6 @@ MOST_EVENTS = 10_000
 MAX_COLUMNS = 400
 MAX_NAMES = 50_000
 """Metrics of a run, those of layers and ranks included; some kB each."""
-HEAD_BYTES = 1024
 
 
 class Bands(NamedTuple):
@@ -89,8 +86,7 @@ class Digest(Timeline):
         super().__init__(run_dir, within=within)
         self.read_frac = 0.0
         self.num_bytes = self.num_left_out = 0
-        self._head = b""
-        self._followers: dict[str, Follower] = {}
+        self._log = LogFollower(self.path, within=within)
         self._traces: dict[str, Trace] = {}
         self._blocks = Blocks(log_dir(run_dir), within=within)
         self._last_steps: dict[int, int] = {}
@@ -99,38 +95,39 @@ class Digest(Timeline):
     def refresh(self, *, budget_s: float | None = None) -> bool:
         """Reads what is new, for `budget_s` at most; True when there is no more."""
         deadline = np.inf if budget_s is None else time.monotonic() + budget_s
-        self._begin_anew_if_replaced()
+        if not self._log.is_same_log():
+            type(self).__init__(self, self.path, within=self.within)
+            self._log.is_same_log()
         is_complete = True
-        for folder in self._folders():
-            follower = self._followers.setdefault(folder, self._follower(folder, Position()))
+        for folder, follower in self._log.followers():
             while records := follower.read(READ_BYTES):
                 place = (folder, follower.began, follower.position)
                 self._take(records, self._blocks.note(*place, self._last_steps))
                 if time.monotonic() > deadline:
                     is_complete = False
                     break
-        self.read_frac = 1.0 if is_complete else self._share_read()
+        self.read_frac = 1.0 if is_complete else self._log.read_frac()
         self.num_bytes = self._size()
         return is_complete
 
     def bytes_behind(self) -> int:
         """How much of the log there is still to read."""
-        return sum(size for _, size in self._unread())
+        return sum(unread for _, unread in self._log.sizes())
 
     def log_bytes(self) -> int:
         """Size of the whole log."""
-        return sum(size for size, _ in self._unread())
+        return sum(size for size, _ in self._log.sizes())
 
     def version(self) -> str:
         """Another one whenever more of the log has been read."""
-        places = [(folder, follower.position) for folder, follower in self._followers.items()]
+        places = list(self._log.positions().items())
         known_by = repr((self.is_preview, self.started, self.updated, self.num_events, places))
         return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:16]
 
     @property
     def num_damaged(self) -> int:
         """Complete lines that are no records; a healthy log has none."""
-        return sum(follower.num_damaged for follower in self._followers.values())
+        return self._log.num_damaged
 
     @property
     def last_step(self) -> int | None:
@@ -224,11 +221,8 @@ class Digest(Timeline):
     def dump(self) -> tuple[dict[str, Any], list[Entries]]:
         """All that is known of the log so far, as plain JSON data and arrays; `restore` takes it back."""
         about = {
-            "head": self._head.hex(),
-            "places": {
-                folder: (follower.position.segment, follower.position.offset, follower.num_damaged)
-                for folder, follower in self._followers.items()
-            },
+            "head": self._log.head.hex(),
+            "places": self._log.dump(),
             "folders": self._blocks.folders,
             "blocks": [tuple(block) for block in self._blocks.blocks],
             "num_left_out": self.num_left_out,
@@ -243,18 +237,9 @@ class Digest(Timeline):
 
     def restore(self, about: Mapping[str, Any], entries: Entries) -> bool:
         """Takes back what `dump` told, its arrays in one; False if it was of another log, or only a part."""
-        self._head = bytes.fromhex(about["head"])
-        places = {
-            folder: (Position(*place), damaged) for folder, (*place, damaged) in about["places"].items()
-        }
         is_whole = sum(size for _, _, size, _ in about["traces"]) == len(entries)
-        if not is_whole or not self._read_head().startswith(self._head):
+        if not is_whole or not self._log.restore(bytes.fromhex(about["head"]), about["places"]):
             return False
-        if not self._holds({folder: position for folder, (position, _) in places.items()}):
-            return False
-        for folder, (position, num_damaged) in places.items():
-            self._followers[folder] = self._follower(folder, position)
-            self._followers[folder].num_damaged = num_damaged
         self._blocks.folders = about["folders"]
         self._blocks.blocks = [Block(*block) for block in about["blocks"]]
         self.num_left_out = int(about["num_left_out"])
@@ -272,18 +257,7 @@ class Digest(Timeline):
             )
             begin += size
         self._take_account(about["timeline"])
-        self.read_frac, self.num_bytes = self._share_read(), self._size()
-        return True
-
-    def _holds(self, places: Mapping[str, Position]) -> bool:
-        """Whether the log reaches as far as it did; asks for one file's size in each folder."""
-        for folder, position in places.items():
-            size = 0
-            with contextlib.suppress(OSError):
-                path = log_dir(self.path) / folder / segment_name(position.segment)
-                size = file_status(path, within=self.within).st_size
-            if size < position.offset:
-                return False
+        self.read_frac, self.num_bytes = self._log.read_frac(), self._size()
         return True
 
     def _take(self, records: list[Record], block: int) -> None:
@@ -369,65 +343,12 @@ class Digest(Timeline):
             dated["first_step"] = dated["last_step"] = steps[newest.clip(0)]
         return dated
 
-    def _follower(self, folder: str, position: Position) -> Follower:
-        return Follower(log_dir(self.path) / folder, position, within=self.within)
-
-    def _folders(self) -> list[str]:
-        return node_folders(log_dir(self.path), within=self.within)
-
-    def _segments(self, folder: str) -> list[tuple[Path, int]]:
-        """The segments of a folder and their sizes in bytes."""
-        paths = segments(log_dir(self.path) / folder, within=self.within)
-        return [(path, file_status(path, within=self.within).st_size) for path in paths]
-
-    def _unread(self) -> Iterator[tuple[int, int]]:
-        """Size of every segment, and how much of it is still to be read."""
-        for folder in self._folders():
-            place = self._followers[folder].position if folder in self._followers else Position()
-            for path, size in self._segments(folder):
-                number = int(path.stem)
-                read = size if number < place.segment else place.offset if number == place.segment else 0
-                yield size, max(0, size - read)
-
     def _size(self) -> int:
         return self._events_bytes + sum(trace.num_bytes for trace in self._traces.values())
-
-    def _share_read(self) -> float:
-        sizes = list(self._unread())
-        return 1.0 - sum(unread for _, unread in sizes) / max(1, sum(size for size, _ in sizes))
-
-    def _begin_anew_if_replaced(self) -> None:
-        """A run may have been deleted, and another begun under its name; or its log was cut short."""
-        head = self._read_head()
-        places = {folder: follower.position for folder, follower in self._followers.items()}
-        if (self._head and not head.startswith(self._head)) or not self._holds(places):
-            type(self).__init__(self, self.path, within=self.within)
-        if len(self._head) < HEAD_BYTES:
-            self._head = head
-
-    def _read_head(self) -> bytes:
-        """The beginning of the log, by which it is known."""
-        for path in segments(log_dir(self.path), within=self.within)[:1]:
-            with contextlib.suppress(OSError), open_file(path, within=self.within) as file:
-                return file.read(HEAD_BYTES)
-        return b""
 
 
 _NO_STEPS = np.empty(0, dtype=np.int64)
 NO_ENTRIES = np.empty(0, dtype=ENTRY)
-
-
-def log_signature(run_dir: Path, *, within: Path | None = None) -> tuple[str, int]:
-    """Something that changes whenever the log grows, and how many bytes it has."""
-    log = log_dir(run_dir)
-    files = [
-        (str(path), file_status(path, within=within))
-        for folder in node_folders(log, within=within)
-        for path in segments(log / folder, within=within)
-    ]
-    known_by = repr([(name, status.st_size, status.st_mtime_ns) for name, status in files])
-    num_bytes = sum(status.st_size for _, status in files)
-    return hashlib.sha256(known_by.encode(errors="surrogateescape")).hexdigest()[:32], num_bytes
 
 
 def _most(name: str) -> int:

@@ -48,6 +48,7 @@ __all__ = [
     "picture_file",
     "report_file",
     "side_output_file",
+    "story_file",
     "summary_file",
     "tensorboard_dir",
     "wandb_dir",
@@ -162,6 +163,11 @@ def incidents_dir(run_dir: str | Path) -> Path:
 def incident_dir(run_dir: str | Path, step: int) -> Path:
     """What is known of the step numbered `step`: what its ranks remembered, and what a replay found."""
     return incidents_dir(run_dir) / f"step-{step:08d}"
+
+
+def story_file(run_dir: str | Path, step: int) -> Path:
+    """What a replay of a step has found, as Markdown."""
+    return incident_dir(run_dir, step) / "story.md"
 
 
 def summary_file(run_dir: str | Path) -> Path:

@@ -12,8 +12,10 @@ from harness.files import open_file
 from harness.runlog.codec import Record, decode
 from harness.runlog.digest import Digest
 from harness.runlog.digest_cache import load_digest
+from harness.runlog.log_follower import folder_sizes
+from harness.runlog.paths import log_dir
 from harness.runlog.reader import is_run, no_run, unreadable
-from harness.runlog.segments import LONGEST_LINE_BYTES, READ_BYTES
+from harness.runlog.segments import LONGEST_LINE_BYTES, READ_BYTES, node_folders
 from harness.runlog.traces import Entries
 
 __all__ = ["LONG_BYTES", "open_digest", "open_whole", "preview"]
@@ -88,7 +90,8 @@ class _Preview(Digest):
         """Attempts that a new process began."""
         records: list[Record] = []
         num_bytes = total = 0
-        folders = [self._segments(folder) for folder in self._folders()]
+        log = log_dir(run_dir)
+        folders = [folder_sizes(log / name, within=within) for name in node_folders(log, within=within)]
         share = MOST_BYTES // max(1, sum(map(len, folders)))
         for parts in folders:
             whole = sum(size for _, size in parts)

@@ -198,9 +198,14 @@ class Run(Digest):
         limits = self.limits()
         return [
             record
-            for record in self._records_of(kind)
+            for record in self.written(kind)
             if record.step is None or record.step < limits.get(record.attempt, np.inf)
         ]
+
+    def written(self, kind: str) -> list[Record]:
+        """The records of a kind in the order of writing, those of abandoned branches among them; read from
+        the log again."""
+        return self._records_of(kind)
 
     def to_pandas(
         self, names: Sequence[str] | None = None, *, attempt: int | None = None

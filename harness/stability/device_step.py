@@ -88,6 +88,7 @@ class DeviceStep:
         self._is_compiled = is_compiled(model)
         self._skip_t: Tensor | None = None
         self._take_layout()
+        checks.attach(model, optimizers)
         self.start()
 
     @property
@@ -156,7 +157,7 @@ class DeviceStep:
         reduced = self.source.reduced_rows()
         rows = torch.cat([local, reduced[:, SUM_SQUARES, None]], dim=1)
         view = self._view(rows)
-        sent, same = ({}, {}) if view is None else self._checks.measure(view)
+        sent, same = ({}, {}) if view is None else self._measured(view)
         decision, packet = self._decider.decide(
             local,
             reduced,
@@ -171,6 +172,8 @@ class DeviceStep:
             self._checks.before_update(view)
         self.stepper.step(self.number, decision)
         self._skip_t = decision.skip_t
+        if view is not None:
+            self._checks.after_update(view)
         if scaled is not None:
             scaled.note_outcome(decision.overflowed_t)
         self.buffers.restore_if_skipped(decision.skip_t)
@@ -193,6 +196,7 @@ class DeviceStep:
             )
 
     def _release(self) -> None:
+        self._checks.close()
         self.source.close()
         self.buffers.close()
 
@@ -207,7 +211,6 @@ class DeviceStep:
         if has_changed:
             self._take_layout()
         self._watch.require_reduced(self.source)
-        self._watch.warn_of_unused_gradients()
         return has_changed
 
     def _scaled_gradients(self, scaler: GradScaler | None) -> ScaledGradients | None:
@@ -226,6 +229,10 @@ class DeviceStep:
             fault |= Fault.NO_GRADIENT
         return fault
 
+    def _measured(self, view: StepView) -> tuple[Packet, Packet]:
+        self._checks.observe(view)
+        return self._checks.measure(view)
+
     def _view(self, rows: Tensor) -> StepView | None:
         """What checks see of the step; None if none is due."""
         if not self._checks.watches(self.number):
@@ -237,4 +244,6 @@ class DeviceStep:
             state_of=self._optimizers.state_of,
             precision=self._precision,
             num_replicas=self.source.num_replicas,
+            applied_t=self.applied_t,
+            loss_scale_t=self.loss_scale.value_t,
         )

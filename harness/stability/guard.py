@@ -26,7 +26,7 @@ from harness.stability.incidents import Incident
 from harness.stability.layout import Layout
 from harness.stability.monitor import Monitor, Settled
 from harness.stability.optimizers import Optimizers
-from harness.stability.policy import Ladder
+from harness.stability.policy import Ladder, say
 
 __all__ = ["StepGuard"]
 
@@ -67,7 +67,8 @@ class StepGuard:
         rollback: Brings the run back to where it was sound, on all ranks: loads model, optimizer and guard,
             and steps over the data that broke them. It gets the record of the last step; False: it cannot.
         on_incident: Called with each incident as it becomes known, on all ranks.
-        checks: Measurements of your own, each a `Check` or its name `package.module:function`.
+        checks: Whether the checks for silent errors (docs/checks.md) look on: they warn and change nothing.
+            Or, besides them, measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
     Raises:
@@ -89,15 +90,18 @@ class StepGuard:
         ladder: bool = True,
         rollback: Callable[[StepRecord], bool] | None = None,
         on_incident: Callable[[Incident], None] | None = None,
-        checks: Sequence[Check | str] = (),
+        checks: Literal["on", "off"] | Sequence[Check | str] = "on",
         **settings: Any,
     ) -> None:
+        if isinstance(checks, str):
+            settings.setdefault("silent_errors", checks)
+            checks = ()
         named = tuple(check for check in checks if isinstance(check, str))
         self.config = GuardConfig(
             max_norm=max_norm, nonfinite=nonfinite, spike=spike, checks=named, **settings
         )
         given = [check for check in checks if not isinstance(check, str)]
-        all_checks = Checks(self.config, [*load_checks(self.config), *given])
+        self._checks = all_checks = Checks(self.config, [*load_checks(self.config), *given])
         self._optimizers = Optimizers(optimizer)
         self._device = DeviceStep(
             model,
@@ -199,6 +203,11 @@ class StepGuard:
         guarded they see nothing, and one that is compiled later is compiled twice."""
         return self._device.watch_forward()
 
+    def watch_evaluation(self) -> AbstractContextManager[None]:
+        """Put an evaluation into it, and a check finds what it leaves behind: random numbers drawn, modes
+        changed, parameters or buffers written to, dropout that was on. Optional; host work only."""
+        return self._checks.watch_evaluation()
+
     def step(
         self,
         loss: Tensor | None = None,
@@ -223,7 +232,10 @@ class StepGuard:
                 in use and not handed over is an error; None says that it scales another loss.
             nominal_tokens: The constant that summed losses were divided by before the backward pass; the
                 gradient becomes that of the mean over the tokens that were really there.
-            compute_s, data_wait_s, stop_requested, num_saves: Passed on to the records of all ranks.
+            compute_s: Passed on to the records of all ranks, like the next three: seconds of computing.
+            data_wait_s: Seconds of waiting for data.
+            stop_requested: Whether this rank was asked to stop.
+            num_saves: How many saves have ended on this rank.
 
         Raises:
             ConfigError: there is no loss, neither here nor from `accumulate`, or there is one from both; a
@@ -311,6 +323,8 @@ class StepGuard:
         """Acts on steps that are known by now, as all ranks do."""
         for one in settled:
             self._device.stepper.fused_check.observe(one.step, skipped=one.skipped, clip_coef=one.clip_coef)
+            for finding in one.record.findings if one.record else ():
+                say(f"step {one.step}: {finding.summary()}")
             incident = None if one.record is None else Incident.of(one.record)
             if incident is not None and self._on_incident is not None:
                 self._on_incident(incident)

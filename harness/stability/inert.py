@@ -10,7 +10,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Hook"]
+import torch
+
+__all__ = ["ForwardHook", "Hook"]
 
 
 class Hook:
@@ -30,3 +32,14 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         # Takes anything, does nothing, and is part of Python.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class ForwardHook(Hook):
+    """One for forward passes: of a model that is compiled with it, it does nothing, and is compiled away."""
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        method = self._method()  # not super().__call__: torch.compile cannot trace it
+        if method is not None:
+            method(*args)

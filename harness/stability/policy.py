@@ -20,7 +20,7 @@ from harness.errors import InstabilityError
 from harness.records import StepRecord
 from harness.stability.incidents import Incident, report
 
-__all__ = ["Action", "Ladder"]
+__all__ = ["Action", "Ladder", "say"]
 
 Action = Literal["go_on", "rollback"]
 
@@ -70,7 +70,7 @@ class Ladder:
         incident = Incident.of(record)
         if incident is not None:
             self._incidents.append(incident)
-            _say(incident.summary())
+            say(incident.summary())
         self._count(skipped=record.skipped, may_be_cured=_loss_scale_may_cure(record))
         self._refuse(record)
         trouble = self._trouble() if record.skipped else None
@@ -133,7 +133,7 @@ class Ladder:
         self.num_rollbacks, self.num_skips = num_rollbacks + 1, num_skips
         self._recent.clear()
         self.num_consecutive_skips = self._num_applied_since_rollback = 0
-        _say(f"rolled back at step {record.step} (rollback {self.num_rollbacks}): {trouble}")
+        say(f"rolled back at step {record.step} (rollback {self.num_rollbacks}): {trouble}")
         return "rollback"
 
     def _error(self, problem: str) -> InstabilityError:
@@ -148,7 +148,7 @@ def _loss_scale_may_cure(record: StepRecord) -> bool:
     return record.loss_scale > 1.0 and math.isfinite(record.loss) and not record.is_spike
 
 
-def _say(message: str) -> None:
-    # Records are equal on all ranks; one line in the log is enough.
+def say(message: str) -> None:
+    """A warning in the log, once for all ranks: records are equal on all of them."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.warning("%s", message)

@@ -160,6 +160,7 @@ class RecordBuilder:
             is_spike=bool(summary.is_spike),
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
+            findings=tuple(one for reading in readings for one in reading.findings),
             clipped_by_spike=bool(summary.clipped_by_spike),
             **found,
         )

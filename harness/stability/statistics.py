@@ -1,16 +1,17 @@
-"""Gradient statistics on the device that holds the gradients: torch on the CPU, Triton kernels on CUDA."""
+"""Gradient statistics on the device that holds the gradients: by Triton kernels on CUDA, on the CPU by a
+compiled loop, or else torch."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from harness.stability import reference
+from harness.stability import native, reference
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES
 
 __all__ = [
@@ -36,7 +37,7 @@ def bucket_statistics(flat: Tensor, sizes: Sequence[int], *, extremes: bool = Tr
         flat: `[N]` of fp32, bf16 or fp16, on the CPU also float64; elements after the last segment (padding)
             are not measured.
         sizes: Elements per segment; 0 is allowed.
-        extremes: False leaves max-abs and the number of zeros out (NaN: not measured), which is cheaper.
+        extremes: False leaves max-abs and the number of zeros out (NaN: not measured), which may be cheaper.
 
     Returns:
         `[len(sizes), 5]` float64 on `flat`'s device: sum of squares and max-abs over the finite elements,
@@ -47,6 +48,8 @@ def bucket_statistics(flat: Tensor, sizes: Sequence[int], *, extremes: bool = Tr
     """
     _check(flat.layout, flat.dtype, flat.device)
     if flat.device.type == "cpu":
+        if _is_native({flat.dtype}):
+            return native.tensor_statistics(flat.detach()[: sum(sizes)].split(list(sizes)), extremes=extremes)
         return reference.bucket_statistics(flat, sizes, extremes=extremes)
     from harness.stability import kernels  # needs Triton, which machines without a GPU do not have
 
@@ -64,10 +67,16 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Te
     for layout, dtype in itertools.product(layouts, dtypes):
         _check(layout, dtype, device)
     if device.type == "cpu":
+        if _is_native(dtypes):
+            return native.tensor_statistics(tensors, extremes=extremes)
         return reference.tensor_statistics(tensors, extremes=extremes)
     from harness.stability import kernels
 
     return kernels.tensor_statistics(tensors, extremes=extremes)
+
+
+def _is_native(dtypes: Set[torch.dtype]) -> bool:
+    return dtypes <= native.MEASURED and native.is_available()
 
 
 def _check(layout: torch.layout, dtype: torch.dtype, device: torch.device) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
-import torch.distributed as dist
 from torch import nn
 
 from harness.errors import ConfigError
-from harness.stability.attach import layout_of, named_parameters
+from harness.stability.attach import layout_of
 from harness.stability.optimizers import Optimizers
 from harness.stability.sources import GradientSource
 
-__all__ = ["Watch"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Watch", "guarded_parameters"]
 
 
 class Watch:
@@ -33,7 +29,6 @@ class Watch:
     def __init__(self, model: nn.Module, optimizers: Optimizers, *, on_close: Callable[[], None]) -> None:
         self._model, self._optimizers = model, optimizers
         self._on_close = weakref.WeakMethod(on_close)  # the guard holds this watch
-        self._has_warned = False
         self._signature: tuple[object, ...] = ()
         self.closed_because: str | None = None
         """Why it was closed, if it was."""
@@ -65,20 +60,6 @@ class Watch:
                 remedy="thaw or add parameters first and make the DistributedDataParallel then",
             )
 
-    def warn_of_unused_gradients(self) -> None:
-        """Warns once, when all guards have been made, of gradients that no guarded optimizer uses."""
-        if self._has_warned:
-            return
-        self._has_warned = True
-        held = {row for watch in _watches for row in watch.layout.row_of}
-        names = [n for n, p in named_parameters(self._model) if p.requires_grad and id(p) not in held]
-        if names and not (dist.is_initialized() and dist.get_rank()):
-            logger.warning(
-                "no guarded optimizer holds %s, so the gradients taken there are neither measured nor used; "
-                "requires_grad_(False) saves the work",
-                _listed(names),
-            )
-
     def close(self, reason: str) -> None:
         """Lets go of the parameters; the first reason counts."""
         self.closed_because = self.closed_because or reason
@@ -100,6 +81,11 @@ class Watch:
             if other is not self and other.layout.row_of.keys() & self.layout.row_of.keys():
                 other.close("a later guard watches its parameters")
         _watches.add(self)
+
+
+def guarded_parameters() -> set[int]:
+    """The `id`s of what all guards together step."""
+    return {row for watch in _watches for row in watch.layout.row_of}
 
 
 _watches: WeakSet[Watch] = WeakSet()

@@ -114,7 +114,7 @@ class MirrorHandle:
         self._start = start
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._is_told = self._is_left = False
+        self._is_complete = self._is_left = False
         self._over = threading.Event()
         """Set when nothing will be started again."""
         messages = self._begin()
@@ -138,7 +138,7 @@ class MirrorHandle:
     def leave(self) -> None:
         """Says that the log is complete, and waits for nothing: the side process finishes by itself."""
         with self._lock:
-            self._is_told = True
+            self._is_complete = True
             self._tell()
 
     def close(self, timeout_s: float = 30.0) -> bool:
@@ -192,7 +192,7 @@ class MirrorHandle:
                 exit_code = self._process.wait()
                 messages.join(LAST_WORDS_S)
                 self._close_stdin()
-                if exit_code == 0 and self._is_told:  # before that it has taken this process for dead
+                if exit_code == 0 and self._is_complete:  # before that it has taken this process for dead
                     break
                 now = time.monotonic()
                 ends = [*(end for end in ends if now - end < MOST_ENDS_IN_S), now]
@@ -213,7 +213,7 @@ class MirrorHandle:
                 )
                 return None
             messages = self._begin()
-            if self._is_told:
+            if self._is_complete:
                 self._tell()
         return messages
 

@@ -18,23 +18,25 @@ import logging
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from harness.checkpoint.tasks import Tasks
 from harness.config import TrainConfig
-from harness.data import Batch
+from harness.data import Batch, Dataset, Loader
 from harness.dist import World
 from harness.errors import InstabilityError, LostRankError
 from harness.records import RankRow, StepRecord
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.counters import incident_kind
+from harness.training.incident_report import open_writer
 from harness.training.incident_writer import Found, HeldStep, IncidentWriter
 from harness.training.progress import Progress
 from harness.training.rng_states import HeldRng
 from harness.training.step_profiler import StepProfiler
 
-__all__ = ["BlackBox"]
+__all__ = ["BlackBox", "open_black_box"]
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +169,13 @@ class BlackBox(Callback):
         held = next((held for held in reversed(self._ring) if held.step == record.step), None)
         if held is not None:
             held.verdict, held.row = record.verdict, row
+
+
+def open_black_box(
+    config: TrainConfig, world: World, progress: Progress, directory: Path, loader: Loader, data: Dataset
+) -> BlackBox:
+    """This rank's. On all ranks; one collective on the host."""
+    return BlackBox(config, world, progress, open_writer(config, world, directory, loader, data))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

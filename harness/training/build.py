@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from harness.dist import (
     World,
     distribute,
     from_main,
+    keep_flight_records,
     on_all_ranks,
     open_world,
     plain,
@@ -29,34 +30,33 @@ from harness.dist import (
 )
 from harness.errors import ConfigError, HarnessError
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir
+from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
-from harness.training.black_box import BlackBox
+from harness.training.black_box import open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
 from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
-from harness.training.incident_report import open_writer
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
-from harness.training.step import StepRunner
+from harness.training.step import MicroBatchGuard, StepRunner
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
-__all__ = ["build_run", "train"]
+__all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def train(
                 "a node that comes back will not be taken in: torchrun was started without"
                 " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
             )
-        _set_determinism(config)
+        set_determinism(config)
         with Watchdog(config) as watchdog:
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
@@ -110,7 +110,7 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
-    precision = _precision(config, world)
+    precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
     task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
@@ -119,7 +119,7 @@ def build_run(
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = _loader(config, world, inputs)
+    loader = build_loader(config, world, task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
@@ -141,12 +141,11 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(counters=counters, resumed_from=resumed_from, schedule=schedule, loader=loader)
-    runner = _step_runner(config, world, inputs, model, guard, precision, progress)
-    writer = open_writer(config, world, directory, loader, task.train_data)
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
+    black_box = open_black_box(config, world, progress, directory, loader, task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
-    black_box = BlackBox(config, world, progress, writer)
     called.own = [journal, black_box, *([Debugger()] if config.debug else [])]
     run = Run(
         config=config,
@@ -220,17 +219,21 @@ def _train(
     watchdog: Watchdog,
 ) -> TrainResult:
     """The run, and an end that is written down however it comes."""
-    with report_once(tell):
+    with report_once(tell), watchdog.naming_who_hangs():
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    if world.device.type == "cuda":
+        keep_flight_records(incidents_dir(run.directory))
     try:
         if run.counters.step >= run.config.loop.steps:
             run.journal.say(f"nothing to do: {run.counters.step} steps are done; raise --loop.steps to go on")
         # Before anything is closed, which may take one rank longer than another.
         with report_once(tell):
             try:
-                ending = train_loop(run)
+                with watchdog.naming_who_hangs():
+                    ending = train_loop(run)
             except HarnessError as failure:
                 judge_restart(failure, run.counters.step > start.step)
                 raise
@@ -252,7 +255,7 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Attempt:
     """How this attempt begins."""
 
@@ -261,6 +264,7 @@ class _Attempt:
     schedule: str
     """What the learning-rate schedule means for it, in words."""
     loader: Loader
+    precision: str
 
 
 def _open_journal(
@@ -272,6 +276,8 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    # What decides about the last bits, for a replay.
+    about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
     journal = MainJournal(
         directory,
@@ -303,33 +309,42 @@ def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
     return opened[0]
 
 
-def _step_runner(
+def build_runner(
     config: TrainConfig,
     world: World,
-    inputs: _Inputs,
+    task: Task,
     model: nn.Module,
-    guard: StepGuard,
+    guard: MicroBatchGuard,
+    faults: FaultInjector,
     precision: str,
     progress: Progress,
 ) -> StepRunner:
+    """What runs forward and backward passes of this rank."""
     return StepRunner(
         model=model,
-        task=inputs.task,
+        task=task,
         guard=guard,
-        faults=inputs.faults,
+        faults=faults,
         unused=UnusedParameters(model),
         device=world.device,
         precision=precision,
         world_size=world.world_size,
         progress=progress,
-        nominal_tokens=config.loop.global_batch * inputs.task.tokens_per_sample,
+        nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
     )
 
 
-def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
+def build_loader(
+    config: TrainConfig,
+    world: World,
+    task: Task,
+    fingerprints: Mapping[str, str],
+    quarantined: Sequence[int],
+) -> Loader:
+    """The loader of this rank's share of the training data, without the samples of `find_quarantined`."""
     share = config.loop.global_batch // world.world_size
     return Loader(
-        inputs.task.train_data,
+        task.train_data,
         global_batch=config.loop.global_batch,
         micro_batch=config.loop.micro_batch or share,
         rank=world.rank,
@@ -337,13 +352,14 @@ def _loader(config: TrainConfig, world: World, inputs: _Inputs) -> Loader:
         seed=config.seed,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
-        fingerprints=inputs.fingerprints,
+        fingerprints=fingerprints,
         allow_change=config.data.allow_change,
-        quarantined=inputs.quarantined,
+        quarantined=quarantined,
     )
 
 
-def _precision(config: TrainConfig, world: World) -> str:
+def resolved_precision(config: TrainConfig, world: World) -> str:
+    """fp32, bf16 or fp16: what `loop.precision` means here."""
     if config.loop.precision != "auto":
         return config.loop.precision
     by_accelerate = env.accelerate_precision()
@@ -364,7 +380,8 @@ def _check_names(guard: GuardConfig) -> None:
     Checks(guard, load_checks(guard))
 
 
-def _set_determinism(config: TrainConfig) -> None:
+def set_determinism(config: TrainConfig) -> None:
+    """Lets torch choose among all algorithms, or among deterministic ones only."""
     if config.deterministic:
         env.set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)

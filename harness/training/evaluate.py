@@ -31,7 +31,8 @@ def evaluate(
     num_samples: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`.
+    """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`; of
+    a task with parts `val/loss/PART` of each.
 
     The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
     ranks are rank 0's, unless they are too large to be copied. What the forward pass draws depends on the
@@ -50,7 +51,7 @@ def evaluate(
     """
     # DDP's forward pass would broadcast buffers; FSDP2 needs its own, on every rank equally often.
     network = plain(model)
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3 + 2 * len(task.parts), dtype=torch.float64, device=world.device)
     with torch.no_grad(), _reading_only(network, seed=config.seed + world.rank):
         for batch, counts in evaluation_batches(
             task.val_data,
@@ -65,8 +66,10 @@ def evaluate(
                 loss = run_loss(task, network, to_device(batch, world.device))
             if counts:
                 _add(sums, loss)
-    total, count, correct = all_reduce_sum(sums).tolist()
-    return _metrics(_ratio(total, count), _ratio(correct, count), task.bytes_per_token)
+    total, count, correct, *by_part = all_reduce_sum(sums).tolist()
+    metrics = _metrics(_ratio(total, count), _ratio(correct, count), task.bytes_per_token)
+    of_parts = zip(task.parts, by_part[::2], by_part[1::2], strict=True)
+    return metrics | {f"{Metric.VAL_LOSS}/{name}": _ratio(*of_part) for name, *of_part in of_parts}
 
 
 def rehearse(model: nn.Module, task: Task, config: TrainConfig, world: World, *, precision: str) -> None:
@@ -80,8 +83,10 @@ def rehearse(model: nn.Module, task: Task, config: TrainConfig, world: World, *,
 
 def _add(sums: Tensor, loss: LossSum) -> None:
     # One by one: a count may lie on the host, as a number or as a tensor, and is then sent without waiting.
-    for place, value in zip(sums, (loss.total, loss.count, loss.correct), strict=True):
+    for place, value in zip(sums[:3], (loss.total, loss.count, loss.correct), strict=True):
         place.add_(value)
+    if loss.by_part is not None:
+        sums[3:].add_(loss.by_part.flatten())
 
 
 def _ratio(total: float, count: float) -> float:

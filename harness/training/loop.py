@@ -25,6 +25,7 @@ from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callbacks, InFlight
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
+from harness.training.garbage import GarbageCollection
 from harness.training.journal import Journal
 from harness.training.optim import set_learning_rate
 from harness.training.progress import Phase, Progress
@@ -103,8 +104,10 @@ def train_loop(run: Run) -> Ending:
         run.loader.start()
         rehearse(run.model, run.task, run.config, run.world, precision=run.precision)
         stopped = _evaluation_is_owed(run) and not _evaluate(run)
-    while run.counters.step < run.config.loop.steps and not stopped:
-        stopped = train_step(run)
+    with GarbageCollection(run.config.loop.gc_every) as garbage:
+        while run.counters.step < run.config.loop.steps and not stopped:
+            stopped = train_step(run)
+            garbage.after_step(run.counters.step)
     run.runner.unused.refuse()
     ending = _finish(run, stopped)
     run.callbacks.on_end(run, ending.status)
@@ -219,7 +222,9 @@ def _tell_of_saves(run: Run, count: int) -> None:
     """Tells of the next `count` saves that have ended, which all ranks know of by now."""
     for _ in range(count):
         run.num_saves += 1
-        run.callbacks.on_saved(run, run.ended_saves.popleft())
+        outcome = run.ended_saves.popleft()
+        run.progress.learn(Phase.SAVE, outcome.seconds)
+        run.callbacks.on_saved(run, outcome)
 
 
 def _finish(run: Run, stopped: bool) -> Ending:
@@ -231,8 +236,9 @@ def _finish(run: Run, stopped: bool) -> Ending:
         finished = not stopped and _evaluate(run)
     if run.counters.step != run.saved_step:
         _save(run, when_busy="wait")  # dropped, it would be missing for good
-    run.progress.enter(Phase.END, run.counters.step)
+    run.progress.enter(Phase.SAVE, run.counters.step - 1)
     run.checkpointer.wait()
+    run.progress.enter(Phase.END, run.counters.step)
     run.ended_saves.extend(run.checkpointer.outcomes())
     _tell_of_saves(run, len(run.ended_saves))
     asked = gather(lambda: (run.stop.reason, run.stop.is_done))

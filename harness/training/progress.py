@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -39,6 +40,10 @@ class At(NamedTuple):
     """`time.monotonic()`; it stands still while a machine is suspended."""
 
 
+def _nothing() -> int:
+    return 0
+
+
 class Progress:
     """One rank's. `enter` takes some microseconds, and neither locks nor synchronises anything."""
 
@@ -48,11 +53,16 @@ class Progress:
         """How often each phase has come to its end."""
         self.slowest_s: dict[Phase, float] = {}
         """The longest that it took lately."""
+        self.written_bytes: Callable[[], int] = _nothing
+        """What the thread has written that saves, for which this one may wait: a sign of life."""
 
     def enter(self, phase: Phase, step: int) -> None:
         """The phase before is over, and `phase` begins; on the training thread."""
         now, before = time.monotonic(), self.at
-        took_s = now - before.since
-        self.slowest_s[before.phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(before.phase, 0.0))
+        self.learn(before.phase, now - before.since)
         self.num_done[before.phase] += 1
         self.at = At(phase, step, before.order + 1, now)
+
+    def learn(self, phase: Phase, took_s: float) -> None:
+        """A phase took so long, or what it began: who enters it next may have to wait for the end of that."""
+        self.slowest_s[phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(phase, 0.0))

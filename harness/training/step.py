@@ -6,18 +6,38 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
-from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 from harness.training.progress import Phase, Progress
 
-__all__ = ["StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+
+
+class MicroBatchGuard(Protocol):
+    """What a step runner needs of a `StepGuard`, whose methods these are."""
+
+    def accumulate(
+        self,
+        loss: Tensor,
+        num_tokens: Tensor | float | None = None,
+        *,
+        num_correct: Tensor | float = 0,
+        is_last: bool = False,
+    ) -> None:
+        """Notes a micro-batch after its backward pass."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to call `backward` on."""
+
+    def watch_forward(self) -> AbstractContextManager[None]:
+        """Around a forward pass."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -38,7 +58,7 @@ class StepRunner:
 
     model: nn.Module
     task: Task
-    guard: StepGuard
+    guard: MicroBatchGuard
     faults: FaultInjector
     unused: UnusedParameters
     device: torch.device

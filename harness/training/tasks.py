@@ -25,6 +25,9 @@ from harness.models import build_model, training_flops_per_token
 
 __all__ = ["build_task"]
 
+_OF_OTHERS = {"hf": "harness.tasks.hf:build"}
+"""Tasks with a name of their own that are found as a user's are."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +50,7 @@ def build_task(config: TrainConfig, *, files: Sequence[SourceFile] | None = None
         return _text_task(config, files)
     if config.task == "images":
         return _image_task(config)
-    task = load_task(config.task)(config)
+    task = load_task(_OF_OTHERS.get(config.task, config.task))(config)
     check_task(task)
     _put_in_train_mode(task.model)
     return task

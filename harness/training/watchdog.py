@@ -4,12 +4,14 @@ A thread of each rank looks at what the training thread notes in its `Progress`;
 through the store every few seconds (`Heartbeats`). Nothing of it is a collective or touches a device.
 
     every rank     is late when what it does takes longer than its limit
-    a few ranks    hear all others; when all that are furthest behind are late, one raises the alarm
+    a few ranks    hear all others; when all that are furthest behind are late, or a rank has waited for
+                   others as long as it may, one raises the alarm
     every rank     writes its stacks to the run's incidents/ and answers
     who raised it  names the ranks without a sign of life; else, of those furthest behind, the ones that do
                    not wait for others
     every rank     leaves, once rank 0 has noted how the run ended
 
+What a rank does begins anew with every few bytes that it writes of a checkpoint: a slow disk is no hang.
 A rank that waits for one that works (a long evaluation, a slow disk) raises no alarm: the other one is
 behind, and within its own limit. Words are some seconds old, so besides nobody may have moved for some beats.
 What counts is time that the thread has lived through, so not while a process is stopped or a machine
@@ -25,21 +27,22 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from harness.config import TrainConfig, WatchdogConfig
-from harness.dist import Heartbeats
+from harness.config import TrainConfig
+from harness.dist import Heartbeats, write_flight_records
 from harness.errors import LostRankError
 from harness.runlog.paths import incidents_dir
+from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
-from harness.training.stacks import innermost, is_debugged, waits_for_others, write_stacks
+from harness.training.stacks import arose_waiting, innermost, is_debugged, waits_for_others, write_stacks
 
-__all__ = ["RankState", "Watchdog", "late_ranks", "limit_s"]
+__all__ = ["Watchdog"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,61 +54,12 @@ _STILL_BEATS = 3
 """For so many beats nobody has to have moved, as some words are older than others."""
 _ANSWER_BEATS = 3
 """How long an answer to an alarm may take."""
-_NUM_FIRST = 3
-"""How often a phase has to have ended before its usual time is known."""
-_IN_STEP = (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+_PATIENCE = 0.9
+"""What part of `parallel.timeout_s` a rank waits for others until it says so: before it ends, as that of NCCL
+ends the process."""
 _GRACE_S = 5.0
 """For what may block when all else does: a disk, a terminal, the store."""
 _MOST_NAMED = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankState:
-    """What a rank said last, and how long ago."""
-
-    rank: int
-    order: int
-    """Phases entered before: where it is in the order that all ranks follow."""
-    doing: str
-    age_s: float
-    """How long it has been doing that."""
-    limit_s: float
-    host: str
-    pid: int
-    beat: int
-    silent_s: float = 0.0
-    """How long it has said nothing; 0 where that is nothing unusual."""
-
-    @property
-    def is_late(self) -> bool:
-        """It has been longer where it is than it may."""
-        return self.age_s + self.silent_s > self.limit_s
-
-    def __str__(self) -> str:
-        who = f"rank {self.rank} ({self.host}, pid {self.pid})"
-        if self.silent_s:
-            return f"{who} has given no sign of life for {self.silent_s:.0f} s, and was last {self.doing}"
-        return f"{who} has been {self.doing} for {self.age_s:.0f} s"
-
-
-def limit_s(config: WatchdogConfig, progress: Progress, *, compiles: bool) -> float:
-    """How long what `progress` is at may take, in seconds."""
-    phase = progress.at.phase
-    if phase in (Phase.START, Phase.END) or progress.num_done[phase] < _NUM_FIRST:
-        return config.first_s
-    least_s = config.min_step_s if phase in _IN_STEP and not compiles else config.min_other_s
-    return max(least_s, config.ratio * progress.slowest_s[phase])
-
-
-def late_ranks(states: Sequence[RankState]) -> list[RankState]:
-    """The ranks for which all others wait; empty while one of those furthest behind is within its limit, or
-    none but silent ones are over theirs."""
-    behind = min(state.order for state in states)
-    hindmost = [state for state in states if state.order == behind]
-    waiting = [state for state in states if state.is_late and not state.silent_s]
-    if not waiting or not all(state.is_late for state in hindmost):
-        return []
-    return [state for state in states if state.silent_s] or hindmost
 
 
 class Watchdog:
@@ -119,6 +73,8 @@ class Watchdog:
         self._config = config.watchdog
         self._compiles = config.loop.compile
         self._enabled = config.watchdog.enabled and not config.debug
+        self._timeout_s = config.parallel.timeout_s
+        self._timed_out = threading.Event()
         self._run_dir = Path(config.runs_dir) / config.name
         limits = (self._config.min_step_s, self._config.min_other_s, self._config.first_s)
         self._beat_s = min(_LONGEST_BEAT_S, min(limits) / _BEATS_PER_LIMIT)
@@ -147,6 +103,20 @@ class Watchdog:
             self._thread.join()
             self._heartbeats.close()
 
+    @contextmanager
+    def naming_who_hangs(self) -> Iterator[None]:
+        """Within it, on the training thread, a collective that times out raises the alarm, which ends the
+        process; its error goes on if no rank is found for whom it waited."""
+        try:
+            yield
+        except Exception as error:
+            waited_s = time.monotonic() - self.progress.at.since
+            if self._enabled and waited_s > _PATIENCE * self._timeout_s and arose_waiting(error):
+                logger.error("waited for other ranks in vain, and asks who hangs: %s", error)
+                self._timed_out.set()
+                self._closed.wait(2 * (_STILL_BEATS + _ANSWER_BEATS) * self._beat_s + 5 * _GRACE_S)
+            raise
+
     def _run(self) -> None:
         while not self._closed.wait(self._beat_s):
             self._clock.tick()
@@ -155,9 +125,9 @@ class Watchdog:
                 self._end(partial(self._follow, self._heartbeats.alarm))
             if self._store.age_s(self._heartbeats.num_beats) <= _SILENT_BEATS * self._beat_s:
                 states = self._states()
-                if self._is_still(states) and late_ranks(states):
+                if self._is_still(states) and self._late(states):
                     self._end(partial(self._lead, states))
-            elif mine.is_late:
+            elif mine.is_late or mine.timed_out:
                 self._end(partial(self._alone, mine))
 
     def _look(self) -> RankState:
@@ -170,11 +140,13 @@ class Watchdog:
             rank=self._heartbeats.rank,
             order=at.order,
             doing=str(at.phase) if at.phase in (Phase.START, Phase.END) else f"{at.phase} of step {at.step}",
-            age_s=self._mine.age_s(at.order),
+            age_s=self._mine.age_s(at.order, self.progress.written_bytes()),
             limit_s=limit_s(self._config, self.progress, compiles=self._compiles),
             host=platform.node(),
             pid=os.getpid(),
             beat=self._beats,
+            waits=self._waits(),
+            timed_out=self._timed_out.is_set(),
         )
         self._heartbeats.word = json.dumps(dataclasses.asdict(state))
         return state
@@ -182,6 +154,12 @@ class Watchdog:
     def _states(self) -> list[RankState]:
         """All ranks, for those that hear them."""
         return [self._state(rank, word) for rank, word in enumerate(self._heartbeats.heard)]
+
+    def _waits(self) -> bool:
+        return self._timed_out.is_set() or waits_for_others(self._trainer)
+
+    def _late(self, states: list[RankState]) -> list[RankState]:
+        return late_ranks(states, patience_s=_PATIENCE * self._timeout_s)
 
     def _is_still(self, states: list[RankState]) -> bool:
         still_s = self._all.age_s(sum(state.order for state in states))
@@ -206,7 +184,7 @@ class Watchdog:
         answering = [state.rank for state in states if not state.silent_s]
         said = self._heartbeats.answers(answering, _ANSWER_BEATS * self._beat_s)
         answers = {rank: json.loads(text) for rank, text in said.items()}
-        late = late_ranks(states)
+        late = self._late(states)
         culprits = [
             s for s in late if s.silent_s or not answers.get(s.rank, {"waits": False})["waits"]
         ] or late
@@ -242,7 +220,7 @@ class Watchdog:
 
     def _answer(self, folder: Path) -> None:
         _try(lambda: self._write_stacks(folder))
-        where = {"at": innermost(self._trainer), "waits": waits_for_others(self._trainer)}
+        where = {"at": innermost(self._trainer), "waits": self._waits()}
         self._heartbeats.answer(json.dumps(where))
 
     def _write_stacks(self, folder: Path) -> None:
@@ -251,13 +229,15 @@ class Watchdog:
             state = RankState(**json.loads(self._heartbeats.word))
             heading = f"{state}, at {innermost(self._trainer)}"
             write_stacks(folder / f"rank-{state.rank}.txt", heading)
+            write_flight_records(folder, state.rank)
 
     def _error(self, text: str, ranks: list[int], folder: Path) -> LostRankError:
         config = self._config
         error = LostRankError(
             f"the run hangs: {text}",
             rule=f"each thing may take {config.ratio:g} times as long as the slowest of its kind lately, at"
-            f" least {config.min_step_s:g} s in a step and {config.min_other_s:g} s elsewhere (watchdog)",
+            f" least {config.min_step_s:g} s in a step and {config.min_other_s:g} s elsewhere (watchdog), and"
+            f" one rank may wait {self._timeout_s:g} s for another (parallel.timeout_s)",
             remedy=f"look at the stacks of the ranks in {folder}",
         )
         error.ranks = tuple(ranks) or None
@@ -298,10 +278,11 @@ class _Since:
     """How long a number has been the same."""
 
     def __init__(self, clock: _Clock) -> None:
-        self._clock, self._number, self._changed_s = clock, -1, clock.now_s
+        self._clock, self._changed_s = clock, clock.now_s
+        self._number: tuple[int, ...] = ()
 
-    def age_s(self, number: int) -> float:
-        """Since when the number is this one."""
+    def age_s(self, *number: int) -> float:
+        """Since when the number, or several, is this one."""
         if number != self._number:
             self._number = number
             self.restart()

@@ -1,6 +1,7 @@
 """The floors of docs/architecture.md, read off the imports."""
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -34,14 +35,17 @@ FLOORS = {
     "models": 4,
     "stability": 4,
     "checkpoint": 4,
+    "tasks": 5,
     "tracking": 5,
     "training": 6,
+    "doctor": 6,
     "integrations": 6,
     "dashboard": 6,
     "experiment_tracking": 6,
-    "cli": 7,
-    "gradio_experiment_tracking": 8,
-    "train": 8,
+    "replay": 7,
+    "cli": 8,
+    "gradio_experiment_tracking": 9,
+    "train": 9,
 }
 
 # Optional or heavy packages, each the business of one module.
@@ -54,7 +58,15 @@ SOLE_IMPORTERS = {
     "jsonargparse": {"harness/config/parser.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
-    "transformers": {"harness/integrations/transformers.py"},
+    # Those of the task that is made of it: a tokenizer, a model, and what both are saved as.
+    "transformers": {
+        "harness/integrations/transformers.py",
+        "harness/tasks/hf/tokenizer.py",
+        "harness/tasks/hf/model.py",
+    },
+    "tokenizers": {"harness/tasks/hf/tokenizer.py"},
+    "datasets": {"harness/tasks/hf/readers.py"},
+    "peft": {"harness/tasks/hf/model.py"},
     "lightning": {"harness/integrations/lightning.py"},
 }
 
@@ -88,9 +100,15 @@ MAY_SYNCHRONISE = {
 }
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Everything in a module's syntax tree."""
+    return tuple(ast.walk(ast.parse((ROOT / path).read_text())))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Full names of the modules that a file imports, wherever in it, or names in a text, to import later."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "harness":
@@ -157,8 +175,7 @@ def test_an_optional_package_is_the_business_of_one_module(package: str) -> None
 
 
 def attribute_names(path: Path) -> set[str]:
-    tree = ast.parse((ROOT / path).read_text())
-    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
 
 
 def test_the_environment_is_read_in_one_place() -> None:
@@ -168,8 +185,7 @@ def test_the_environment_is_read_in_one_place() -> None:
 
 def distributed_names(path: Path) -> set[str]:
     """Names taken from `torch.distributed`, under that name or as `dist`."""
-    tree = ast.parse((ROOT / path).read_text())
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    attributes = [node for node in nodes_of(path) if isinstance(node, ast.Attribute)]
     return {node.attr for node in attributes if ast.unparse(node.value) in ("dist", "torch.distributed")}
 
 
@@ -205,10 +221,9 @@ def test_the_dashboard_reads_logs_and_nothing_else() -> None:
 
 
 def strings_of(path: Path) -> set[str]:
-    tree = ast.parse((ROOT / path).read_text())
     return {
         node.value
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
 
@@ -216,7 +231,7 @@ def strings_of(path: Path) -> set[str]:
 def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() -> None:
     lockers = {str(path) for path in MODULES if "fcntl" in set(imports(path))}
     assert lockers == {"harness/locks.py"}
-    folders = {"harness/checkpoint/store.py", "harness/data/corpus.py", "harness/dashboard/forks.py"}
+    folders = {"harness/checkpoint/store.py", "harness/data/prepared.py", "harness/dashboard/forks.py"}
     renamers = {str(path) for path in MODULES if {"rename", "link"} & attribute_names(path)}
     assert renamers <= folders | {"harness/atomic.py"}  # what is renamed elsewhere is a folder
     assert {str(path) for path in MODULES if {".new", ".tmp", ".unfinished"} & strings_of(path)} <= {
@@ -235,9 +250,8 @@ FILES = {
 
 def joined_to_paths(path: Path) -> set[str]:
     """The texts that a file appends to paths by `/`."""
-    tree = ast.parse((ROOT / path).read_text())
     divisions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        node for node in nodes_of(path) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
     ]
     return {node.right.value for node in divisions if isinstance(node.right, ast.Constant)}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 
 import pytest
 from torch.distributed import TCPStore
 
-from harness.dist.rendezvous import fresh_store
+from harness.dist.rendezvous import await_store, fresh_store
 from harness.errors import LostRankError
 
 WORLD_SIZE = 3
@@ -58,6 +59,18 @@ def test_a_rank_that_is_missing_is_named_after_the_time_that_was_set() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(LostRankError, match=r"rank 1 did not come.*timeout_s"):
         fresh_store(server, rank=0, world_size=2, timeout_s=0.1, stopping=lambda: False)
+
+
+def test_a_rank_that_is_to_stop_does_not_wait_for_a_launcher_that_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("harness.dist.rendezvous._STOP_GRACE_S", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        began = time.monotonic()
+        with pytest.raises(LostRankError, match=r"the store at 127\.0\.0\.1"):
+            await_store(taken.getsockname(), timeout_s=100.0, stopping=lambda: True)
+    assert time.monotonic() - began < 50.0
 
 
 def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_are_gone(

@@ -6,11 +6,13 @@ import platform
 from pathlib import Path
 
 import orjson
+import pytest
 
 from harness.errors import LostRankError
 from harness.runlog.incident_files import STACKS, rank_path, read_incident, read_rank
 from harness.runlog.paths import incident_dir, incidents_dir, summary_file
 from harness.runlog.reader import open_run
+from tests.support.hanging_anywhere import plan
 from tests.support.launch import launch
 from tests.support.runs import ROOT, tiny
 
@@ -69,3 +71,24 @@ def test_a_rank_that_waits_for_a_slow_one_raises_no_alarm(tmp_path: Path) -> Non
     code, output = launch(tiny(tmp_path, *QUICK, slow), PYTHONPATH=str(ROOT))
     assert code == 0, output
     assert not incidents_dir(tmp_path / "runs" / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "settings", "doing"),
+    [
+        ("backward", ["--parallel.timeout_s=4"], "in the backward pass of step 1"),
+        ("disk", ["--watchdog.min_other_s=2"], "saving a checkpoint of step 3"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_wherever_it_does(
+    place: str, settings: list[str], doing: str, tmp_path: Path
+) -> None:
+    plan(tmp_path, place=place, way="hang", rank=1, count=1, seconds=0.0)
+    more = ["--checkpoint.every=2", "--callbacks=[tests.support.hanging_anywhere:hangs_as_planned]"]
+    code, output = launch(tiny(tmp_path, *QUICK, *more, *settings), PYTHONPATH=str(ROOT))
+    assert code == LostRankError.exit_code, output
+    (said,) = [text for text in output.splitlines() if "the run hangs" in text]
+    assert "the run hangs: rank 1 (" in said
+    assert "rank 0 (" not in said
+    assert f"has been {doing} for" in said
+    assert "hanging_anywhere.py" in said

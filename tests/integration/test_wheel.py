@@ -92,11 +92,11 @@ def test_the_command_tells_its_version_and_where_it_comes_from(empty: Path, site
         assert line.split()[-1].startswith(str(site))
 
 
-@pytest.mark.parametrize("name", ["slurm", "kubernetes", "torchrun", "accelerate"])
+@pytest.mark.parametrize("name", ["slurm", "kubernetes", "kubeflow", "torchrun", "accelerate"])
 def test_a_launch_file_is_printed_and_names_no_file_of_a_clone(name: str, empty: Path) -> None:
     file = said("launch", "--print", name)
     assert "harness/train.py" not in file
-    if name in ("kubernetes", "accelerate"):
+    if name in ("kubernetes", "kubeflow", "accelerate"):
         assert all(yaml.safe_load_all(file))
     else:
         subprocess.run(["bash", "-n"], input=file, text=True, check=True)

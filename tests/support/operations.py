@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 import psutil
@@ -33,24 +33,40 @@ LAUNCHERS = {
     ],
 }
 NUM_RANKS = {"python": 1, "torchrun": 2, "accelerate": 1}
-_TIMEOUT_S = 180.0
-"""A busy machine takes a minute to start two processes."""
+_NEVER_MET = "did not come to the start"
+_TIMEOUT_S = 900.0
+"""A busy machine takes minutes to start two processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A run under a launcher."""
+    """A run under a launcher. A context manager: what is left of it is killed."""
 
     launcher: str
     process: subprocess.Popen[str]
     run_dir: Path
+    seen: list[psutil.Process] = field(default_factory=list)
+    """All that were ever among its ranks."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rank in [*self.seen, *self.ranks()]:  # torchrun gives each a session of its own
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes that live, without launcher and side processes."""
         with contextlib.suppress(psutil.Error):
             main = psutil.Process(self.process.pid)
             family = [main] if self.launcher == "python" else main.children(recursive=True)
-            return [process for process in family if _runs_program(process)]
+            ranks = [process for process in family if _runs_program(process)]
+            self.seen.extend(rank for rank in ranks if rank not in self.seen)
+            return ranks
         return []
 
     def wait_for_ranks(self) -> list[psutil.Process]:
@@ -60,6 +76,7 @@ class Launched:
             lambda: self._has_ended() or len([r for r in self.ranks() if _handles_stop(r)]) == wanted,
             timeout_s=_TIMEOUT_S,
             what="the start",
+            pause_s=0.2,  # what is waited for needs the processor more
         )
         assert not self._has_ended(), self.process.communicate()[0]
         return self.ranks()
@@ -94,10 +111,16 @@ class Launched:
 
 
 def begin(
-    launcher: str, folder: Path, *more: str, name: str = "tiny", options: tuple[str, ...] = ()
+    launcher: str,
+    folder: Path,
+    *more: str,
+    name: str = "tiny",
+    options: tuple[str, ...] = (),
+    **environment: str,
 ) -> Launched:
     """Starts the tiny run, or one that differs by `more`, under a launcher with further options."""
-    process = start([*LAUNCHERS[launcher], *options, PROGRAM, *tiny(folder, f"--name={name}", *more)])
+    command = [*LAUNCHERS[launcher], *options, PROGRAM, *tiny(folder, f"--name={name}", *more)]
+    process = start(command, **environment)
     return Launched(launcher, process, folder / "runs" / name)
 
 
@@ -116,6 +139,8 @@ class Stop:
 
     def troubles(self, launcher: str, number: int) -> list[str]:
         """What is not as it should be."""
+        if number == signal.SIGKILL and not self.summary and self.steps < 0 and _NEVER_MET in self.output:
+            return []  # the launcher died before its ranks had met: there is no run, and they are gone
         wanted = {"python": EXIT_STOPPED, "torchrun": 1}.get(launcher)
         if number in (signal.SIGKILL, signal.SIGUSR1) and launcher == "torchrun":
             wanted = None  # the launcher's own way of ending

@@ -91,10 +91,12 @@ def program(
     return process.returncode, output
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0, what: str = "it") -> None:
+def wait_for(
+    condition: Callable[[], bool], *, timeout_s: float = 30.0, what: str = "it", pause_s: float = 0.02
+) -> None:
     """Polls `condition()` until it holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen within {timeout_s} s")
-        time.sleep(0.02)
+        time.sleep(pause_s)

@@ -153,7 +153,7 @@ def write_and_die(out):
     written.append(out)
     if len(written) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-corpus._sync = write_and_die
+corpus.sync_file = write_and_die
 corpus.prepare(corpus.list_files([sys.argv[1]]), val_frac=0.1, cache_dir=Path(sys.argv[2]))
 """
 

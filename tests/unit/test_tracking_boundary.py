@@ -29,7 +29,7 @@ import torch
 
 from harness import ExperimentTracker
 from harness.errors import TrackingError
-from harness.runlog import digest
+from harness.runlog import log_follower
 from harness.runlog.digest import Digest
 from harness.runlog.preview import open_digest
 from harness.tracking import TrainingMetrics, open_run, places, shared_place
@@ -342,7 +342,7 @@ def test_answers_need_no_disk_that_works(
     tracker = alone(tmp_path, run_name="one")
     keys = tracker.get_experiment_summary().keys()
     with monkeypatch.context() as patched:
-        patched.setattr(digest, "node_folders", fails)
+        patched.setattr(log_follower, "node_folders", fails)
         assert tracker.get_experiment_summary().keys() == keys
         assert tracker.create_visualization()["metrics_summary"].keys() == keys
         tracker.config.log_images = True

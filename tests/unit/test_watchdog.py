@@ -6,13 +6,16 @@ import dataclasses
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from harness.config import WatchdogConfig
+from harness.errors import TaskError
+from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
-from harness.training.stacks import innermost, is_debugged, waits_for_others, write_stacks
-from harness.training.watchdog import RankState, late_ranks, limit_s
+from harness.training.stacks import arose_waiting, innermost, is_debugged, waits_for_others, write_stacks
 
 ON_TIME = RankState(rank=0, order=5, doing="training", age_s=1.0, limit_s=10.0, host="a", pid=1, beat=1)
 
@@ -41,7 +44,35 @@ def state(rank: int, order: int, *, late: bool = False, silent_s: float = 0.0) -
 def test_those_furthest_behind_are_late_when_all_of_them_are(
     states: list[RankState], named: list[int]
 ) -> None:
-    assert [late.rank for late in late_ranks(states)] == named
+    assert [late.rank for late in late_ranks(states, patience_s=270.0)] == named
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ([{"timed_out": True}, {}], [0, 1]),  # which of them does not wait is asked
+        ([{"order": 6, "timed_out": True}, {}], [1]),
+        ([{"timed_out": True}, {"silent_s": 12.0}], [1]),
+        ([{"order": 6, "waits": True, "age_s": 9.0}, {"age_s": 9.5}], [1]),
+        ([{"order": 6, "age_s": 9.0}, {"age_s": 9.5}], []),  # rank 0 has work of its own
+        ([{"order": 6, "waits": True, "age_s": 7.0}, {"age_s": 9.5}], []),  # and may wait a little longer
+        ([{"order": 6, "waits": True, "age_s": 9.0}, {"age_s": 2.0}], []),  # rank 1 goes on
+        ([{"waits": True, "age_s": 9.0}, {"age_s": 9.5}], []),  # both may be in a long backward pass
+    ],
+)
+def test_a_rank_that_has_waited_as_long_as_it_may_says_for_whom(
+    changes: list[dict[str, Any]], named: list[int]
+) -> None:
+    states = [dataclasses.replace(ON_TIME, rank=rank, **change) for rank, change in enumerate(changes)]
+    assert [late.rank for late in late_ranks(states, patience_s=8.0)] == named
+
+
+def test_a_save_is_bounded_from_the_first_on_and_by_how_long_whole_saves_take() -> None:
+    config, progress = WatchdogConfig(min_other_s=240.0, ratio=10.0), Progress()
+    progress.enter(Phase.SAVE, 0)
+    assert limit_s(config, progress, compiles=False) == 240.0
+    progress.learn(Phase.SAVE, 50.0)
+    assert limit_s(config, progress, compiles=False) == 500.0
 
 
 def test_a_limit_is_learned_has_a_floor_and_begins_generous() -> None:
@@ -88,6 +119,38 @@ def test_a_thread_tells_where_it_is(tmp_path: Path) -> None:
     assert text.startswith("a heading\n")
     assert "in lingers" in text
     assert f"in {test_a_thread_tells_where_it_is.__name__}" in text
+
+
+def test_a_thread_that_waits_for_another_one_is_where_that_one_is() -> None:
+    ended = threading.Event()
+    worker = threading.Thread(target=lambda: lingers_for(ended))
+    waiting = threading.Thread(target=lambda: worker.join())
+    for thread in (worker, waiting):
+        thread.start()
+    while "lingers_for" not in innermost(waiting.ident or 0):
+        time.sleep(0.01)
+    ended.set()
+    waiting.join()
+
+
+def lingers_for(ended: threading.Event) -> None:
+    ended.wait(20.0)
+
+
+def test_an_error_out_of_torchs_communication_is_told_from_others() -> None:
+    def communicates() -> None:
+        torch.distributed.all_reduce(torch.zeros(1))  # without a group
+
+    def wraps() -> None:
+        try:
+            communicates()
+        except ValueError as error:
+            raise TaskError("a loss failed") from error
+
+    for function, expected in ((communicates, True), (wraps, True), (lambda: 1 / 0, False)):
+        with pytest.raises((ValueError, TaskError, ZeroDivisionError)) as raised:
+            function()
+        assert arose_waiting(raised.value) == expected
 
 
 def test_a_thread_in_a_debugger_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

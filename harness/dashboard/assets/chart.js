@@ -2,7 +2,8 @@
 
 import { element, number, tick } from "./format.js";
 
-export const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#ff8ab7"];
+// As many as runs can be compared: none comes twice.
+const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#6cc5b0", "#9c6b4e", "#ff8ab7", "#97bbf5", "#7f7f17", "#d64a9e", "#8a8f98"];
 const MARKS = {
   INCIDENT: "#e5484d",
   ROLLBACK: "#f76b15",
@@ -15,6 +16,13 @@ const MARKS = {
 };
 const NON_FINITE = "#d6009a";
 const HEIGHT = 200;
+const CLOSE_PX = 5;
+const LARGE = 1e9;
+const SMALL = 1e-6;
+
+export function colourOf(index) {
+  return COLOURS[index % COLOURS.length];
+}
 
 // The events that are marked in pictures, each with its colour; `names` are what events are called.
 export function marksOf(events, names) {
@@ -34,6 +42,25 @@ function smoothed(values, weight) {
     mass = weight * mass + (1 - weight);
     return mean / mass;
   });
+}
+
+// Curves are drawn in units of a power of ten where their numbers are too large or too small for the axis.
+function factorOf(curves) {
+  let size = 0;
+  for (const curve of curves)
+    for (const values of [curve.high ?? curve.mean, curve.low ?? []]) for (const value of values) if (value != null) size = Math.max(size, Math.abs(value));
+  return size === 0 || (size < LARGE && size > SMALL) ? 1 : 10 ** Math.floor(Math.log10(size));
+}
+
+function labelWidth(labels) {
+  return 18 + 6.5 * Math.max(3, ...(labels ?? []).map((label) => label.length));
+}
+
+// To the next place that is not the same, on one side.
+function distance(places, at, side) {
+  let other = at + side;
+  while (places[other] !== undefined && places[other] === places[at]) other += side;
+  return places[other] === undefined ? Infinity : Math.abs(places[other] - places[at]);
 }
 
 function positive(values) {
@@ -67,12 +94,13 @@ export class Chart {
     this.marks = [];
     this.nonfinite = [];
     this.key = "";
-    this.body = element("div", { class: "h-chart-body" });
+    this.body = element("div", { class: "h-chart-body", tabindex: 0, role: "group", "aria-label": `${plot.title}; arrows move along it, Escape shows all of it`, onkeydown: (event) => this.press(event) });
+    this.gaps = element("span", { class: "h-note h-gaps" });
     this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
     this.node = element(
       "figure",
       { class: "h-chart", "data-plot": plot.title },
-      element("figcaption", {}, element("span", {}, plot.title), this.toggle),
+      element("figcaption", {}, element("span", {}, plot.title), this.gaps, this.toggle),
       this.body,
     );
     this.observer = new ResizeObserver(() => this.u && this.u.setSize({ width: this.width(), height: HEIGHT }));
@@ -97,16 +125,19 @@ export class Chart {
     this.last = [view, marks, options];
     const present = this.plot.lines.filter((line) => view.xs[(view.curves[line.name] || {}).x]?.x.length);
     this.node.classList.toggle("h-empty", present.length === 0);
+    const numGaps = this.log ? present.reduce((sum, line) => sum + view.curves[line.name].mean.filter((value) => value != null && value <= 0).length, 0) : 0;
+    this.gaps.textContent = numGaps ? `${numGaps} values without a logarithm are left out` : "";
     this.toggle.classList.toggle("h-on", this.log);
     this.toggle.setAttribute("aria-pressed", this.log);
     if (!present.length) {
       this.clear();
       return;
     }
+    this.factor = factorOf(present.map((line) => view.curves[line.name]));
     const { series, bands, tables } = this.plotData(view, present, options);
     const data = window.uPlot.join(tables);
     const axis = view.xs[view.curves[present[0].name].x];
-    this.marks = marks.map((mark) => ({ ...mark, x: placeOf(mark.step, axis) })).filter((mark) => mark.x != null);
+    this.marks = marks.map((mark) => ({ ...mark, x: placeOf(mark.step, axis) })).filter((mark) => mark.x != null).sort((a, b) => a.x - b.x);
     this.nonfinite = present.flatMap((line) => {
       const curve = view.curves[line.name];
       return curve.nonfinite.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
@@ -128,12 +159,13 @@ export class Chart {
   }
 
   plotData(view, present, { smoothing }) {
-    const scale = this.log ? positive : (values) => values;
+    const scaled = this.factor === 1 ? (values) => values : (values) => values.map((value) => (value == null ? value : value / this.factor));
+    const scale = this.log ? (values) => scaled(positive(values)) : scaled;
     const series = [{ label: view.axis }];
     const bands = [];
     const tables = [];
     present.forEach((line, index) => {
-      const colour = line.colour || COLOURS[index % COLOURS.length];
+      const colour = line.colour || colourOf(index);
       const curve = view.curves[line.name];
       const columns = [view.xs[curve.x].x];
       const width = 1.5;
@@ -160,7 +192,7 @@ export class Chart {
     const style = getComputedStyle(this.node);
     const ink = style.getPropertyValue("--h-faint").trim() || "#888";
     const grid = { stroke: style.getPropertyValue("--h-grid").trim() || "#8883", width: 1 };
-    const marks = series.map((one) => ({ ...one, value: (u, value) => number(value) }));
+    const marks = series.map((one) => ({ ...one, value: (u, value) => number(value == null ? value : value * this.factor) }));
     marks[0].value = (u, value) => (value == null ? "–" : this.xText(value, axis));
     return {
       width: this.width(),
@@ -170,7 +202,7 @@ export class Chart {
       scales: { x: { time: axis === "clock" }, y: { distr: this.log ? 3 : 1 } },
       axes: [
         { stroke: ink, grid, ticks: grid, size: 28, values: axis === "clock" ? undefined : (u, ticks) => ticks.map((value) => this.xText(value, axis)) },
-        { stroke: ink, grid, ticks: grid, size: 54, values: (u, ticks) => ticks.map((value) => (value == null ? "" : tick(value))) },
+        { stroke: ink, grid, ticks: grid, size: (u, values) => labelWidth(values), values: (u, ticks) => ticks.map((value) => (value == null ? "" : tick(value * this.factor))) },
       ],
       cursor: { sync: { key: this.sync }, drag: { x: true, y: false, setScale: false } },
       legend: { live: true },
@@ -190,18 +222,21 @@ export class Chart {
     ctx.clip();
     const ratio = window.devicePixelRatio || 1;
     ctx.lineWidth = ratio;
-    for (const mark of this.marks) {
-      const x = Math.round(u.valToPos(mark.x, "x", true));
+    // Lines so close that they would paint the picture over are ticks on its lower edge.
+    const places = this.marks.map((mark) => Math.round(u.valToPos(mark.x, "x", true)));
+    const isClose = (at) => Math.min(distance(places, at, -1), distance(places, at, 1)) < CLOSE_PX * ratio;
+    this.marks.forEach((mark, at) => {
+      const isTick = isClose(at);
       ctx.strokeStyle = mark.colour + "aa";
-      ctx.setLineDash(mark.isSolid ? [] : [4 * ratio, 4 * ratio]);
+      ctx.setLineDash(mark.isSolid || isTick ? [] : [4 * ratio, 4 * ratio]);
       ctx.beginPath();
-      ctx.moveTo(x, bbox.top);
-      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.moveTo(places[at], isTick ? bbox.top + bbox.height - 8 * ratio : bbox.top);
+      ctx.lineTo(places[at], bbox.top + bbox.height);
       ctx.stroke();
-    }
+    });
     ctx.setLineDash([]);
     if (this.plot.threshold && this.plot.threshold.value != null) {
-      const y = Math.round(u.valToPos(this.plot.threshold.value, "y", true));
+      const y = Math.round(u.valToPos(this.plot.threshold.value / this.factor, "y", true));
       ctx.strokeStyle = MARKS.INCIDENT + "88";
       ctx.setLineDash([2 * ratio, 3 * ratio]);
       ctx.beginPath();
@@ -231,6 +266,18 @@ export class Chart {
       ...this.nonfinite.filter((point) => near(point.x)).map((point) => `${point.label}: ${point.nan == null ? "not finite" : `${point.nan} NaN, ${point.inf} infinite`}`),
     ];
     u.over.title = texts.slice(0, 6).join("\n");
+  }
+
+  // Moves the cursor by arrows; the legend tells the values there.
+  press(event) {
+    const { u } = this;
+    if (!u) return;
+    if (event.key === "Escape") this.node.dispatchEvent(new MouseEvent("dblclick"));
+    const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 20, PageUp: -20 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const at = Math.min(u.data[0].length - 1, Math.max(0, (u.cursor.idx ?? (by > 0 ? -1 : u.data[0].length)) + by));
+    u.setCursor({ left: u.valToPos(u.data[0][at], "x"), top: u.over.clientHeight / 2 });
   }
 
   zoom(u) {

@@ -10,6 +10,7 @@ const own = (values, name) => (Object.hasOwn(values, name) ? values[name] : null
 const ANSWERS = {
   names: () => report.names,
   settings: () => report.settings,
+  story: ({ step }) => ({ story: own(report.stories, String(step)) }),
   run: ({ seen, name, statistic, axis, first, last }) => {
     const { version } = report;
     if (seen === version) return { version, unchanged: true };

@@ -24,9 +24,44 @@ export function number(value) {
   return value.toPrecision(4).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
 }
 
-// For the ticks of an axis, where there is room for five characters.
+// For the ticks of an axis: as few characters as tell them apart.
 export function tick(value) {
-  return Math.abs(value) >= 1e4 && Math.abs(value) < 1e6 ? `${Number((value / 1e3).toPrecision(3))}k` : number(value);
+  const size = Math.abs(value);
+  if (size >= 1e4 && size < 1e6) return `${Number((value / 1e3).toPrecision(4))}k`;
+  if (size !== 0 && (size < 1e-3 || size >= 1e15)) return Number(value.toPrecision(4)).toExponential().replace("e+", "e");
+  return number(value);
+}
+
+// Makes a node like a fresh one, changing only what differs: what is under the pointer, has the focus or is selected stays
+// itself. Children that have one are known by their `data-key`; handlers stay those of the node that was there first.
+export function update(node, fresh) {
+  if (node.nodeType !== fresh.nodeType || node.nodeName !== fresh.nodeName) {
+    node.replaceWith(fresh);
+    return fresh;
+  }
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== fresh.data) node.data = fresh.data;
+    return node;
+  }
+  const isReaders = (name) => name === "open"; // what was unfolded stays so
+  for (const { name } of [...node.attributes]) if (!fresh.hasAttribute(name) && !isReaders(name)) node.removeAttribute(name);
+  for (const { name, value } of fresh.attributes) if (node.getAttribute(name) !== value && !isReaders(name)) node.setAttribute(name, value);
+  updateChildren(node, [...fresh.childNodes]);
+  return node;
+}
+
+function updateChildren(parent, fresh) {
+  const keyOf = (child) => child.dataset?.key;
+  const keyed = new Map([...parent.childNodes].filter(keyOf).map((child) => [keyOf(child), child]));
+  const unkeyed = [...parent.childNodes].filter((child) => !keyOf(child));
+  const kept = new Set();
+  fresh.forEach((child, index) => {
+    const there = keyOf(child) ? keyed.get(keyOf(child)) : unkeyed.shift();
+    const now = there ? update(there, child) : child;
+    kept.add(now);
+    if (parent.childNodes[index] !== now) parent.insertBefore(now, parent.childNodes[index] ?? null);
+  });
+  for (const child of [...parent.childNodes]) if (!kept.has(child)) child.remove();
 }
 
 export function bytes(value) {
@@ -47,6 +82,10 @@ export function duration(seconds) {
 export function clock(time) {
   if (time == null) return "–";
   return new Date(time * 1000).toLocaleString("sv").replace("T", " ");
+}
+
+export function ago(seconds) {
+  return seconds < 2 ? "now" : `${duration(seconds)} ago`;
 }
 
 export function badge(state) {

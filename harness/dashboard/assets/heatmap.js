@@ -13,6 +13,7 @@ const PALETTE = [
 const NON_FINITE = [214, 0, 154];
 const ZERO = [40, 40, 46]; // which has no logarithm, and is not the same as nothing measured
 const MIN_ROW = 5;
+const NAMED_ROW = 10; // pixels that a row has to have for its name
 const MAX_HEIGHT = 560;
 
 function colour(share) {
@@ -24,13 +25,16 @@ function colour(share) {
 export class HeatMap {
   constructor({ onpick }) {
     this.onpick = onpick;
-    this.canvas = element("canvas", { class: "h-heat" });
-    this.tip = element("div", { class: "h-heat-tip" }, "one row per parameter; a click shows its history");
-    this.node = element("div", { class: "h-heat-box" }, this.canvas, this.tip);
-    this.canvas.addEventListener("mousemove", (event) => this.showTip(event));
+    this.canvas = element("canvas", { class: "h-heat", tabindex: 0, role: "img", "aria-label": "statistic of every parameter over steps; arrows choose a row, Enter shows its history", onkeydown: (event) => this.press(event) });
+    this.mark = element("div", { class: "h-heat-mark", hidden: true });
+    this.rows = element("div", { class: "h-heat-rows", "aria-hidden": "true" });
+    this.scale = element("div", { class: "h-heat-scale" });
+    this.tip = element("div", { class: "h-heat-tip", role: "status" }, "one row per parameter; a click shows its history");
+    this.node = element("div", { class: "h-heat-box" }, this.scale, element("div", { class: "h-heat-body" }, this.rows, element("div", { class: "h-heat-frame" }, this.canvas, this.mark)), this.tip);
+    this.canvas.addEventListener("mousemove", (event) => this.showTip(this.placeOf(event)));
     this.canvas.addEventListener("click", (event) => {
       const place = this.placeOf(event);
-      if (place) this.onpick(this.view.names[place.row]);
+      if (place) this.pick(place.row);
     });
   }
 
@@ -48,7 +52,10 @@ export class HeatMap {
     this.range = [low, high];
     this.canvas.width = columns;
     this.canvas.height = rows;
-    this.canvas.style.height = `${Math.min(MAX_HEIGHT, Math.max(rows * MIN_ROW, Math.min(rows * 14, 320)))}px`;
+    const height = Math.min(MAX_HEIGHT, Math.max(rows * MIN_ROW, Math.min(rows * 14, 420)));
+    this.canvas.style.height = `${height}px`;
+    this.label(low, high, height);
+    this.markRow();
     const context = this.canvas.getContext("2d");
     const image = context.createImageData(columns, rows);
     logs.forEach((row, y) =>
@@ -63,6 +70,49 @@ export class HeatMap {
     context.putImageData(image, 0, 0);
   }
 
+  // The row whose history is shown.
+  pick(row) {
+    this.row = row;
+    this.markRow();
+    this.onpick(this.view.names[row]);
+  }
+
+  press(event) {
+    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const last = (this.view?.names.length ?? 0) - 1;
+    if (last < 0) return;
+    if (by) {
+      event.preventDefault();
+      this.row = Math.min(last, Math.max(0, (this.row ?? (by > 0 ? -1 : last + 1)) + by));
+      this.markRow();
+      this.showTip({ row: this.row, column: this.view.steps.length - 1 });
+    } else if (event.key === "Enter" && this.row != null) this.pick(this.row);
+  }
+
+  markRow() {
+    const rows = this.view.names.length;
+    this.mark.hidden = this.row == null || this.row >= rows;
+    this.mark.style.top = `${(100 * (this.row ?? 0)) / rows}%`;
+    this.mark.style.height = `${100 / rows}%`;
+  }
+
+  // What colours mean, and which row is whose where there is room for names.
+  label(low, high, height) {
+    const { names, statistic } = this.view;
+    const shades = [0, 0.25, 0.5, 0.75, 1].map((share) => `rgb(${colour(share).map(Math.round).join(",")})`);
+    const bar = element("i", { class: "h-heat-bar" });
+    bar.style.background = `linear-gradient(90deg, ${shades.join(",")})`;
+    const swatch = (rgb) => {
+      const one = element("i", { class: "h-heat-swatch" });
+      one.style.background = `rgb(${rgb.join(",")})`;
+      return one;
+    };
+    const ends = Number.isFinite(low) ? [number(10 ** low), bar, `${number(10 ** high)} (logarithmic)`] : ["no value above zero"];
+    this.scale.replaceChildren(element("span", {}, `${statistic}: `), ...ends, swatch(ZERO), "zero", swatch(NON_FINITE), "not finite");
+    this.rows.replaceChildren(...(height / names.length >= NAMED_ROW ? names.map((name) => element("span", { title: name }, name)) : []));
+    this.rows.style.height = `${height}px`;
+  }
+
   placeOf(event) {
     if (!this.view || !this.view.names.length) return null;
     const box = this.canvas.getBoundingClientRect();
@@ -71,8 +121,7 @@ export class HeatMap {
     return this.view.names[row] === undefined || this.view.steps[column] === undefined ? null : { row, column };
   }
 
-  showTip(event) {
-    const place = this.placeOf(event);
+  showTip(place) {
     if (!place) return;
     const { names, steps, values, nonfinite, statistic } = this.view;
     const value = nonfinite[place.row].includes(place.column) ? "not finite" : number(values[place.row][place.column]);

@@ -1,22 +1,13 @@
 // One run, live: its state, its curves, its layers, its incidents and its checkpoints.
 
+import { show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 import { Chart, marksOf } from "./chart.js";
-import { badge, bytes, clock, duration, element, number, table } from "./format.js";
+import { ago, badge, bytes, clock, duration, element, number, table, update } from "./format.js";
 import { HeatMap } from "./heatmap.js";
-import { opened, repeat } from "./page.js";
-
-const SAMPLES_SHOWN = 8;
-
-/** Indices of the samples to blame; of logs before these were kept, positions in the order of the data. */
-function samplesOf(incident) {
-  const indices = incident.sample_indices;
-  if (Array.isArray(indices) && indices.length) {
-    const more = indices.length > SAMPLES_SHOWN ? ` and ${indices.length - SAMPLES_SHOWN} more` : "";
-    return indices.slice(0, SAMPLES_SHOWN).join(", ") + more;
-  }
-  return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
-}
+import { Incidents } from "./incidents.js";
+import { axisList, smoothingRange } from "./inputs.js";
+import { repeat } from "./page.js";
 
 // The pictures of a run; `names` are those of metrics as the server gives them.
 const PLOTS = ({ metric, prefix }, maxNorm) => [
@@ -64,7 +55,7 @@ class Monitor extends HTMLElement {
     this.grid = element("div", { class: "h-grid" });
     this.system = element("div", { class: "h-grid" });
     this.more = element("div", { class: "h-grid" });
-    this.incidents = element("div", {});
+    this.incidents = new Incidents({ onpick: (range) => this.zoom(range) });
     this.checkpoints = element("div", {});
     this.events = element("div", {});
     this.ranks = element("div", {});
@@ -73,13 +64,14 @@ class Monitor extends HTMLElement {
     this.layerChart = element("div", { class: "h-grid" });
     this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
     this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.requestRefresh() });
-    const section = (title, open, ...nodes) => element("details", { open, class: "h-section", ontoggle: () => this.isIncomplete() && this.requestRefresh() }, element("summary", {}, title), ...nodes);
+    this.parts = {};
+    const section = (title, open, ...nodes) => (this.parts[title] = element("details", { open, class: "h-section", ontoggle: () => this.isIncomplete() && this.requestRefresh() }, element("summary", {}, title), ...nodes));
     this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
     this.append(
       this.head,
       this.note,
       this.controls(),
-      section("Incidents", true, this.incidents),
+      section("Incidents", true, this.incidents.node),
       this.grid,
       section("Layers", true, this.statistic, this.heat.node, this.layerChart),
       section("Ranks, last step", false, this.ranks),
@@ -90,13 +82,15 @@ class Monitor extends HTMLElement {
       section("Last values", false, this.lastValues),
       section("Configuration", false, this.configuration),
     );
-    this.addEventListener("harness-trouble", (event) => (this.note.textContent = event.detail));
+    this.addEventListener("harness-trouble", (event) => this.sayOld(event.detail));
     this.poll = repeat(this, 1200, () => this.refresh());
-    this.run = this.wanted || opened.run;
+    this.stopFollowing = whenMoved(() => this.follow());
+    this.follow();
   }
 
   disconnectedCallback() {
     this.poll?.stop();
+    this.stopFollowing?.();
     this.charts.forEach((chart) => chart.remove());
     this.replaceChildren();
     this.built = false;
@@ -108,10 +102,12 @@ class Monitor extends HTMLElement {
     this.wanted = id;
     if (!this.built || isShown) return;
     this.data = null;
-    this.settings.within = null;
+    if (id && id !== shown("run")) show({ run: id, zoom: null });
+    this.readSettings();
+    this.incidents.clear();
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
-    for (const node of [this.head, this.incidents, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
+    for (const node of [this.head, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
     delete this.configuration.dataset.attempts;
     this.dataset.run = id || "";
     this.requestRefresh();
@@ -122,32 +118,61 @@ class Monitor extends HTMLElement {
   }
 
   controls() {
-    const axis = element(
-      "select",
-      { class: "h-input", "aria-label": "x axis", onchange: () => ((this.settings.axis = axis.value), this.requestRefresh()) },
-      [["step", "by step"], ["tokens", "by tokens"], ["hours", "by hours"], ["clock", "by time of day"]].map(([value, text]) => element("option", { value }, text)),
-    );
-    const smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "smoothing", oninput: () => {
-      this.settings.smoothing = Number(smoothing.value);
+    this.axis = axisList(() => this.settle({ axis: this.axis.value }));
+    this.smoothing = smoothingRange(() => {
+      show({ smoothing: this.smoothing.value });
+      this.settings.smoothing = Number(this.smoothing.value);
       this.charts.forEach((chart) => chart.last && chart.draw(chart.last[0], chart.last[1], this.settings));
-    } });
-    const logs = element("input", { type: "checkbox", onchange: () => this.charts.forEach((chart) => chart.setLog(logs.checked)) });
+    });
+    this.logs = element("input", { type: "checkbox", onchange: () => this.settle({ log: this.logs.checked ? "1" : null }) });
     this.reset = element("button", { class: "h-button", type: "button", disabled: true, onclick: () => this.zoom(null) }, "Whole run");
     return element(
       "div",
       { class: "h-bar" },
-      axis,
-      element("label", {}, "smoothing ", smoothing),
-      element("label", {}, logs, " log axes"),
+      this.axis,
+      element("label", {}, "smoothing ", this.smoothing),
+      element("label", {}, this.logs, " log axes"),
       this.reset,
       element("span", { class: "h-note" }, "drag in a picture to zoom"),
     );
   }
 
-  zoom(within) {
-    this.settings.within = within;
-    this.reset.disabled = !within;
+  // What the address says is shown.
+  follow() {
+    const run = this.wanted && !shown("run") ? this.wanted : shown("run");
+    this.readSettings();
+    if (run && run !== this.dataset.run) this.run = run;
     this.requestRefresh();
+  }
+
+  readSettings() {
+    const zoom = shown("zoom");
+    this.settings = { axis: shown("axis") ?? "step", smoothing: Number(shown("smoothing") ?? 0), within: zoom && zoom.split("-").map(Number) };
+    this.axis.value = this.settings.axis;
+    this.smoothing.value = this.settings.smoothing;
+    this.reset.disabled = !zoom;
+    const log = shown("log") === "1";
+    if (log !== this.logs.checked || log !== Boolean(this.hasLogs)) {
+      this.hasLogs = this.logs.checked = log;
+      this.charts.forEach((chart) => chart.setLog(log || chart.plot.log || false));
+    }
+  }
+
+  settle(values, options) {
+    show(values, options);
+    this.readSettings();
+    this.requestRefresh();
+  }
+
+  zoom(within) {
+    this.settle({ zoom: within && within.join("-") }, { isPlace: true });
+  }
+
+  // Figures that are not new are said to be old, where the eye is.
+  sayOld(why) {
+    const since = this.freshAt ? `; what is shown is of ${clock(this.freshAt / 1000).slice(11)}` : "";
+    this.note.textContent = `${why}${since}`;
+    this.dataset.old = "true";
   }
 
   // Something else is to be seen: an answer that is under way is not the last word.
@@ -158,18 +183,21 @@ class Monitor extends HTMLElement {
   }
 
   async refresh() {
-    const run = this.wanted;
-    if (!run) {
-      this.note.textContent = "no run is chosen: pick one above, or in the table of runs";
+    if (!this.wanted && !(await this.takeNewest())) {
+      this.note.textContent = "there is no run yet: start one in the tab Training, or with `harness train` in a terminal";
       return;
     }
+    const run = this.wanted;
     const { turn } = this;
     this.names ??= await ask("names");
     this.requested = this.visibleParts();
     const { axis, within } = this.settings;
     const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
-    this.note.textContent = "";
+    this.freshAt = Date.now();
+    delete this.dataset.old;
+    this.note.textContent = this.data ? this.words() : "";
+    this.age();
     if (answer.unchanged) return;
     this.data = answer;
     this.version = turn === this.turn ? answer.version : null;
@@ -182,6 +210,39 @@ class Monitor extends HTMLElement {
     this.dataset.lastStep = answer.last_step;
     this.dataset.ready = "true";
     if (this.isIncomplete()) this.requestRefresh();
+  }
+
+  hideEmpty() {
+    const { data, names } = this;
+    const full = {
+      Layers: data.statistics.length,
+      "Ranks, last step": Object.keys(data.ranks || {}).length,
+      Checkpoints: data.checkpoints.length,
+      "Host and devices": data.names.some((name) => name.startsWith(names.prefix.SYSTEM)),
+      Events: data.events.length,
+    };
+    for (const [title, content] of Object.entries(full)) this.parts[title].hidden = !content;
+  }
+
+  // Without a choice the newest run is shown.
+  async takeNewest() {
+    const { runs } = await ask("runs");
+    const newest = runs.reduce((best, one) => (best && (best.updated ?? 0) >= (one.updated ?? 0) ? best : one), null);
+    if (newest && !this.wanted) this.run = newest.id;
+    return Boolean(newest);
+  }
+
+  age() {
+    const last = this.head.querySelector(".h-age b");
+    if (last && this.data) last.textContent = this.data.updated == null ? "–" : ago(Date.now() / 1000 - this.data.updated);
+  }
+
+  words() {
+    const { data } = this;
+    const words = [];
+    if (data.is_preview) words.push(`this is a preview of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
+    if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
+    return words.join("; ");
   }
 
   // What can be seen, and only that is asked for: a closed section costs nothing.
@@ -206,8 +267,10 @@ class Monitor extends HTMLElement {
     const steps = data.last_step == null ? 0 : data.last_step + 1;
     const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
     const last = (name) => number(data.last[name]);
-    const fact = (label, value) => element("div", { class: "h-fact" }, element("span", {}, label), element("b", {}, value));
-    this.head.replaceChildren(
+    const fact = (label, value, more = "") => element("div", { class: `h-fact ${more}` }, element("span", {}, label), element("b", {}, value));
+    const head = element(
+      "div",
+      { class: "h-head" },
       element("h2", {}, this.wanted, " ", badge(data.state)),
       element(
         "div",
@@ -226,24 +289,25 @@ class Monitor extends HTMLElement {
         fact("attempts", number(data.attempts)),
         fact("running for", duration(data.updated - data.started)),
         fact("started", clock(data.started)),
+        fact("last record", data.updated == null ? "–" : ago(Date.now() / 1000 - data.updated), "h-age"),
         fact("host", data.host || "–"),
       ),
       element("div", { class: "h-note" }, data.command.join(" ")),
-      share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide" }),
+      share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide", "aria-label": `${(100 * share).toFixed(0)} % of its steps` }),
     );
-    const words = [];
-    if (data.is_preview) words.push(`this is a preview of a long log, and spikes may be missing until it has been read: ${(100 * data.read_frac).toFixed(0)} % so far`);
-    if (data.num_damaged) words.push(`${data.num_damaged} lines of the log cannot be read and are left out`);
-    this.note.textContent = words.join("; ");
-    this.renderIncidents();
+    update(this.head, head);
+    this.hideEmpty();
+    this.note.textContent = this.words();
+    this.incidents.draw(this.wanted, data.incidents);
     this.renderCheckpoints();
-    this.events.replaceChildren(
+    refill(
+      this.events,
       table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
     );
-    this.lastValues.replaceChildren(table(["metric", "value"], Object.entries(data.last).map(([name, value]) => [name, number(value)])));
+    refill(this.lastValues, table(["metric", "value"], Object.entries(data.last).map(([name, value]) => [name, number(value)])));
     const ranks = Object.entries(data.ranks || {});
     const world = Math.max(0, ...ranks.map(([, row]) => row.length));
-    this.ranks.replaceChildren(table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
+    refill(this.ranks, table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
   }
 
   // A new attempt may have set something else.
@@ -259,27 +323,6 @@ class Monitor extends HTMLElement {
     this.configuration.dataset.attempts = this.data.attempts;
   }
 
-  renderIncidents() {
-    const { incidents } = this.data;
-    if (!incidents.length) {
-      this.incidents.replaceChildren(element("p", { class: "h-note" }, "none"));
-      return;
-    }
-    const rows = incidents.slice().reverse().map((one) => [
-      one.step ?? "–",
-      one.kind || "",
-      one.rank ?? "–",
-      one.parameter || "–",
-      one.micro_batch ?? "–",
-      number(one.num_nan),
-      number(one.num_inf),
-      samplesOf(one),
-      one.verdict || one.action || "–",
-      (one.reason || one.summary || "") + (one.abandoned ? " (on a branch that was replaced)" : ""),
-    ]);
-    this.incidents.replaceChildren(table(["step", "kind", "rank", "parameter", "micro-batch", "NaN", "Inf", "samples", "guard", "reason"], rows, { class: "h-table h-incidents" }));
-  }
-
   renderCheckpoints() {
     const rows = this.data.checkpoints.slice().reverse().map((one) => [
       one.num_steps,
@@ -289,7 +332,7 @@ class Monitor extends HTMLElement {
       one.blocked_s == null ? "–" : `${number(one.blocked_s)} s`,
       clock(one.time),
     ]);
-    this.checkpoints.replaceChildren(rows.length ? table(["after steps", "health", "size", "written in", "training blocked", "time"], rows) : element("p", { class: "h-note" }, "none"));
+    refill(this.checkpoints, rows.length ? table(["after steps", "health", "size", "written in", "training blocked", "time"], rows) : element("p", { class: "h-note" }, "none"));
   }
 
   makeCharts() {
@@ -348,6 +391,12 @@ class Monitor extends HTMLElement {
     this.layerChart.append(chart.node);
     this.requestRefresh();
   }
+}
+
+// Puts a part in the place of what was there; what is the same stays itself.
+function refill(node, part) {
+  if (node.firstChild) update(node.firstChild, part);
+  else node.append(part);
 }
 
 customElements.define("harness-monitor", Monitor);

@@ -1,5 +1,6 @@
-// What the elements of the page have in common: when they ask again, and which run is open.
+// What the elements of the page have in common: when they ask again, which run is open, which tab is in front.
 
+import { show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 
 const PAUSE_MS = 250;
@@ -40,13 +41,39 @@ export function repeat(node, everyMs, work) {
   };
 }
 
-// The run that was opened last. The page turns to it at once; Gradio, which only tells its list of runs, follows.
-export const opened = { run: null };
+function tabCalled(title) {
+  return [...document.querySelectorAll('[role="tab"]')].find((tab) => tab.textContent.trim() === title);
+}
 
+// Brings a tab to the front; false if it is not there yet.
+export function turnTo(title) {
+  const tab = tabCalled(title);
+  if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+  return Boolean(tab);
+}
+
+// The page turns to a run at once; Gradio, which only tells its list of runs, follows.
 export function open(run) {
-  opened.run = run;
   const monitor = document.querySelector("harness-monitor");
+  show({ tab: "Monitoring", run, zoom: null }, { isPlace: true });
   if (monitor) monitor.run = run;
   ask("run", { run }).catch(() => {}); // its log is read while the page turns
-  [...document.querySelectorAll('[role="tab"]')].find((tab) => tab.textContent.trim() === "Monitoring")?.click();
+  turnTo("Monitoring");
+}
+
+// The tab in front is a part of the address.
+export function followTabs() {
+  let isMoving = false;
+  const turn = () => {
+    isMoving = true;
+    const isThere = turnTo(shown("tab") ?? "Runs");
+    isMoving = false;
+    return isThere;
+  };
+  document.addEventListener("click", (event) => {
+    const tab = event.target.closest?.('[role="tab"]');
+    if (tab && !isMoving) show({ tab: tab.textContent.trim() }, { isPlace: true });
+  });
+  whenMoved(turn);
+  const wait = setInterval(() => turn() && clearInterval(wait), 50);
 }

@@ -1,9 +1,9 @@
 // The table of all runs: filter, sort, group, open one, compare several.
 
 import { ask } from "./api.js";
-import { badge, duration, element, number } from "./format.js";
-import { Comparison } from "./compare.js";
-import { open, repeat } from "./page.js";
+import { allShown, show, shown, whenMoved } from "./address.js";
+import { ago, badge, element, number, update } from "./format.js";
+import { open, repeat, turnTo } from "./page.js";
 
 const COLUMNS = [
   ["name", "run"],
@@ -26,35 +26,51 @@ class Runs extends HTMLElement {
   connectedCallback() {
     this.replaceChildren();
     this.runs = [];
-    this.chosen = new Set();
-    this.sort = ["updated", -1];
-    this.search = element("input", { class: "h-input", type: "search", placeholder: "filter: words of name, state, group, tag", "aria-label": "filter runs", oninput: () => this.show() });
+    this.chosen = new Set(allShown("compare"));
+    this.search = element("input", { class: "h-input", type: "search", placeholder: "filter: words of name, state, group, tag", "aria-label": "filter runs", oninput: () => this.note({ filter: this.search.value || null }) });
     this.grouping = element(
       "select",
-      { class: "h-input", "aria-label": "group by", onchange: () => this.show() },
+      { class: "h-input", "aria-label": "group by", onchange: () => this.note({ group: this.grouping.value || null }) },
       [["", "no groups"], ["group", "by group"], ["state", "by state"], ["folder", "by folder"]].map(([value, text]) => element("option", { value }, text)),
     );
     this.compareButton = element("button", { class: "h-button", type: "button", disabled: true, onclick: () => this.compare() }, "Compare");
-    this.note = element("span", { class: "h-note" });
+    this.words = element("span", { class: "h-note", role: "status" });
     this.table = element("div", { class: "h-scroll" });
-    this.panel = element("div", {});
-    this.append(element("div", { class: "h-bar" }, this.search, this.grouping, this.compareButton, this.note), this.table, this.panel);
-    this.addEventListener("harness-trouble", (event) => (this.note.textContent = event.detail));
+    this.append(element("div", { class: "h-bar" }, this.search, this.grouping, this.compareButton, this.words), this.table);
+    this.addEventListener("harness-trouble", (event) => (this.words.textContent = event.detail));
+    this.stopFollowing = whenMoved(() => this.follow());
     this.poll = repeat(this, 2000, () => this.refresh());
+    this.follow();
   }
 
   disconnectedCallback() {
     this.poll.stop();
+    this.stopFollowing();
+  }
+
+  // What the address says is in the table.
+  follow() {
+    this.search.value = shown("filter") ?? "";
+    this.grouping.value = shown("group") ?? "";
+    this.sort = [shown("sort") ?? "updated", Number(shown("order") ?? -1)];
+    this.show();
+  }
+
+  note(values) {
+    show(values);
+    this.show();
   }
 
   async refresh() {
     const answer = await ask("runs");
     this.runs = answer.runs;
     this.now = answer.now;
-    this.note.textContent = `${answer.runs.length} runs in ${answer.folder}` + (answer.reading ? `, ${answer.reading} still being read` : "");
-    const told = JSON.stringify(answer.runs);
-    if (told === this.told && Date.now() - this.shownAt < AGES_EVERY_MS) return;
-    this.told = told;
+    this.words.textContent = answer.runs.length
+      ? `${number(answer.runs.length)} runs in ${answer.folder}` + (answer.reading ? `, ${answer.reading} still being read` : "")
+      : `no run in ${answer.folder} yet: start one in the tab Training, or with \`harness train\` in a terminal`;
+    const drawn = JSON.stringify(answer.runs);
+    if (drawn === this.drawn && Date.now() - this.shownAt < AGES_EVERY_MS) return;
+    this.drawn = drawn;
     this.shownAt = Date.now();
     this.show();
   }
@@ -82,19 +98,20 @@ class Runs extends HTMLElement {
   show() {
     const heads = COLUMNS.map(([key, label]) => {
       const arrow = this.sort[0] === key ? (this.sort[1] > 0 ? " ▲" : " ▼") : "";
-      return element("th", {}, element("button", { type: "button", class: "h-sort", onclick: () => this.sortBy(key) }, label + arrow));
+      const order = this.sort[0] === key ? (this.sort[1] > 0 ? "ascending" : "descending") : null;
+      return element("th", { "aria-sort": order }, element("button", { type: "button", class: "h-sort", onclick: () => this.sortBy(key) }, label + arrow));
     });
     const runs = this.visible();
     const grouping = this.grouping.value;
     const groupOf = (run) => (grouping === "folder" ? run.id.split("/").slice(0, -1).join("/") : run[grouping]) || "none";
     const groups = grouping ? [...new Set(runs.map(groupOf))].sort() : [null];
     const rows = groups.flatMap((group) => [
-      group === null ? null : element("tr", { class: "h-group" }, element("td", { colspan: COLUMNS.length + 1 }, String(group))),
+      group === null ? null : element("tr", { class: "h-group", "data-key": `group ${group}` }, element("td", { colspan: COLUMNS.length + 1 }, String(group))),
       ...runs.filter((run) => group === null || groupOf(run) === group).map((run) => this.row(run)),
     ]);
-    this.table.replaceChildren(
-      element("table", { class: "h-table h-runs" }, element("thead", {}, element("tr", {}, element("th", {}), heads)), element("tbody", {}, rows)),
-    );
+    const table = element("table", { class: "h-table h-runs" }, element("thead", {}, element("tr", {}, element("th", {}, element("span", { class: "h-hidden" }, "compare")), heads)), element("tbody", {}, rows));
+    if (this.table.firstChild) update(this.table.firstChild, table);
+    else this.table.append(table);
     this.compareButton.disabled = this.chosen.size < 2;
   }
 
@@ -108,7 +125,7 @@ class Runs extends HTMLElement {
       "span",
       { class: "h-progress-cell" },
       run.last_step == null ? "–" : number(run.last_step + 1) + (total ? ` / ${number(total)}` : ""),
-      share == null ? null : element("progress", { max: 1, value: share }),
+      share == null ? null : element("progress", { max: 1, value: share, "aria-label": `${(100 * share).toFixed(0)} % of its steps` }),
     );
     const cells = [
       box,
@@ -122,14 +139,14 @@ class Runs extends HTMLElement {
       element("span", { class: run.num_incidents ? "h-bad" : "" }, number(run.num_incidents)),
       run.group || "",
       (run.tags || []).join(", "),
-      run.updated ? `${duration(this.now - run.updated)} ago` : "–",
+      run.updated ? ago(this.now - run.updated) : "–",
     ];
-    return element("tr", { "data-run": run.id }, cells.map((cell) => element("td", {}, cell)));
+    return element("tr", { "data-run": run.id, "data-key": `run ${run.id}` }, cells.map((cell) => element("td", {}, cell)));
   }
 
   sortBy(key) {
     this.sort = [key, this.sort[0] === key ? -this.sort[1] : 1];
-    this.show();
+    this.note({ sort: key, order: this.sort[1] });
   }
 
   choose(id, on) {
@@ -144,9 +161,8 @@ class Runs extends HTMLElement {
   }
 
   compare() {
-    const comparison = new Comparison([...this.chosen]);
-    this.panel.replaceChildren(comparison.node);
-    comparison.load();
+    show({ tab: "Compare", compare: [...this.chosen] }, { isPlace: true });
+    turnTo("Compare");
   }
 }
 

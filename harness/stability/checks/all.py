@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+
+from torch import nn
 
 from harness.config import GuardConfig
 from harness.errors import ConfigError
+from harness.records import Finding
+from harness.stability.audits.all import AuditsCheck
 from harness.stability.checks.attention import AttentionCheck
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.replicas import ReplicaCheck
 from harness.stability.checks.rows import RowsCheck
 from harness.stability.checks.samples import SamplesCheck
+from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet
 from harness.user_code import load_function, made_by_user, user_code
 
 __all__ = ["Checks", "load_checks"]
 
-BUNDLED: tuple[Callable[[GuardConfig], Check], ...] = (RowsCheck, AttentionCheck, ReplicaCheck, SamplesCheck)
+MAX_FINDINGS = 4
+"""That one check says in a run."""
+
+BUNDLED: tuple[Callable[[GuardConfig], Check], ...] = (
+    RowsCheck,
+    AttentionCheck,
+    ReplicaCheck,
+    SamplesCheck,
+    AuditsCheck,
+)
 
 
 class Checks:
@@ -33,6 +48,8 @@ class Checks:
     def __init__(self, config: GuardConfig, users: Sequence[Check] = ()) -> None:
         self._checks: dict[str, Check] = {}
         self._users = {id(check) for check in users}
+        self._said: dict[str, dict[tuple[int | None, str | None], int]] = {}
+        """By check, what was found, by rank and parameter, and in which step it was said."""
         for check in (*(make(config) for make in BUNDLED), *users):
             if check.name in self._checks or check.name in ("rank_statistics", "summary"):
                 raise ConfigError(f"two checks are called {check.name!r}", rule="each has a name of its own")
@@ -47,9 +64,24 @@ class Checks:
                     stack.enter_context(check.watch_forward())
             yield
 
+    def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
+        """Once, when the guard is made."""
+        for check in self._checks.values():
+            with self._code_of(check, "attach"):
+                check.attach(model, optimizers)
+
+    def watch_evaluation(self) -> AbstractContextManager[None]:
+        """Around an evaluation."""
+        audits = self._checks[AuditsCheck.name]
+        assert isinstance(audits, AuditsCheck)
+        return audits.watch_evaluation()
+
     def watches(self, step: int) -> bool:
         """Whether any check is due, so that a view of the step is worth making."""
-        return any(check.is_due(step) or check.is_measured(step) for check in self._checks.values())
+        return any(
+            check.every_step or check.is_due(step) or check.is_measured(step)
+            for check in self._checks.values()
+        )
 
     def measure(self, view: StepView) -> tuple[Packet, Packet]:
         """What is measured in the step: what all ranks send, and what is the same on all replicas."""
@@ -65,6 +97,20 @@ class Checks:
                     (same if check.same_on_replicas else sent)[name] = numbers
         return sent, same
 
+    def observe(self, view: StepView) -> None:
+        """In every step, before anything is measured."""
+        for check in self._checks.values():
+            if check.every_step:
+                with self._code_of(check, "observe"):
+                    check.observe(view)
+
+    def after_update(self, view: StepView) -> None:
+        """In every step, after the optimizer's."""
+        for check in self._checks.values():
+            if check.every_step:
+                with self._code_of(check, "after_update"):
+                    check.after_update(view)
+
     def before_update(self, view: StepView) -> None:
         """Just before the optimizer's step."""
         for check in self._checks.values():
@@ -78,13 +124,28 @@ class Checks:
         for name, check in self._checks.items():
             if name in packet:
                 with self._code_of(check, "read"):
-                    readings.append(check.read(packet[name], arrived))
+                    reading = check.read(packet[name], arrived)
+                readings.append(replace(reading, findings=self._unsaid(reading.findings, arrived.step)))
         return readings
 
     def forget(self) -> None:
         """The run goes on from another state."""
         for check in self._checks.values():
             check.forget()
+
+    def close(self) -> None:
+        """Takes out what checks have hung on the model."""
+        for check in self._checks.values():
+            check.close()
+
+    def _unsaid(self, findings: Sequence[Finding], step: int) -> list[Finding]:
+        """Those that were not said at an earlier step; a record may be made twice."""
+        new = []
+        for one in findings:
+            said = self._said.setdefault(one.check, {})
+            if said.setdefault((one.rank, one.parameter), step) == step and len(said) <= MAX_FINDINGS:
+                new.append(one)
+        return new
 
     def _code_of(self, check: Check, method: str) -> AbstractContextManager[None]:
         if id(check) not in self._users:

@@ -6,16 +6,17 @@ Legend: W ranks = R replicas x S shards, P parameters.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from harness.records import Finding
 from harness.stability.layout import Layout
-from harness.stability.optimizers import StateOf
+from harness.stability.optimizers import Optimizers, StateOf
 
 __all__ = ["Arrived", "Check", "Reading", "StepView"]
 
@@ -35,6 +36,10 @@ class StepView:
     precision: torch.dtype
     """Of the arithmetic of forward and backward."""
     num_replicas: int
+    applied_t: Tensor
+    """0-d bool: whether the step before was applied; False before the first."""
+    loss_scale_t: Tensor
+    """0-d fp32, with which the backward pass was made; 1 without loss scaling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class Reading:
     rank: int | None = None
     """Who is to blame for that, if somebody is; and in which parameter."""
     parameter: str | None = None
+    findings: Sequence[Finding] = ()
+    """What is wrong with the loop and not with this step: said once, and no incident."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the `StepRecord` that the check fills: the bundled ones have theirs there."""
 
@@ -82,6 +89,13 @@ class Check(abc.ABC):
     same_on_replicas: ClassVar[bool] = False
     """All replicas measure the same: one replica's shards are enough, and are all that `read` gets."""
 
+    every_step: ClassVar[bool] = False
+    """Whether `observe` and `after_update` are to be called in every step."""
+
+    def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
+        """Once, when the guard is made, before its first step."""
+        return
+
     def is_due(self, step: int) -> bool:
         """Whether `step` is one of its steps."""
         return self.every > 0 and step % self.every == 0
@@ -94,8 +108,16 @@ class Check(abc.ABC):
         """Around the forward passes of a step that is due, where the loop uses `StepGuard.watch_forward`."""
         return nullcontext()
 
+    def observe(self, view: StepView) -> None:
+        """In every step, with the gradients in the model and before the verdict, if `every_step`."""
+        return
+
     def before_update(self, view: StepView) -> None:
         """Just before the optimizer's step of a step that is due, which may yet be left out."""
+        return
+
+    def after_update(self, view: StepView) -> None:
+        """In every step, once the optimizer has been stepped, or not; if `every_step`."""
         return
 
     @abc.abstractmethod
@@ -114,4 +136,8 @@ class Check(abc.ABC):
 
     def forget(self) -> None:
         """Drops what is kept of steps under way: the run goes on from another state."""
+        return
+
+    def close(self) -> None:
+        """The guard is closed: takes out what was hung on the model."""
         return

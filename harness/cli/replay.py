@@ -1,0 +1,57 @@
+"""`harness replay RUN --step N`: runs a step again and tells what went wrong in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from harness.cli.arguments import parser, run_argument, run_directory
+from harness.cli.errors import reporting
+from harness.cli.output import say, say_paths
+from harness.errors import TrackingError
+
+__all__ = ["EXIT_NOT_REPRODUCED", "run"]
+
+EXIT_NOT_REPRODUCED = 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints the story; exit code 1 if the step is not what it was in the run, 2 if it cannot be replayed."""
+    options = _arguments().parse_args(argv)
+    with reporting() as outcome:
+        directory = run_directory(options.run, options.runs)
+        from harness.replay import replay
+        from harness.replay.story import as_data, story, write_story
+
+        found = replay(directory, options.step, steps_before=options.steps_before, device=options.device)
+        try:
+            paths = write_story(found)
+        except OSError as error:
+            raise TrackingError(f"{error.filename} cannot be written: {error.strerror}") from error
+        if options.json:
+            say(json.dumps(as_data(found), indent=2))
+        else:
+            say(story(found))
+            say_paths(paths)
+        outcome.exit_code = 0 if found.reproduced else EXIT_NOT_REPRODUCED
+    return outcome.exit_code
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = parser(
+        "replay",
+        "Runs a step of a run again from the checkpoint before it, all ranks in turn in one process, and "
+        "tells where its NaN or Inf began and which samples are to blame. The run may be finished, crashed "
+        "or running; nothing of it is changed, but for incidents/step-N/ where the story is left.",
+    )
+    run_argument(arguments)
+    arguments.add_argument("--step", type=int, help="default: that of the run's last incident")
+    arguments.add_argument(
+        "--steps-before", type=int, default=0, help="run at least so many steps before it again too"
+    )
+    arguments.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the run's"
+    )
+    arguments.add_argument("--json", action="store_true", help="print replay.json instead of the story")
+    return arguments

@@ -1,0 +1,142 @@
+"""Whose fault it is: the same micro-batch again with one thing changed at a time.
+
+What changes with what decides whether the data, the model, a kernel or the hardware is to blame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.utils.deterministic
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harness.errors import HarnessError
+from harness.replay.cause import Cause
+from harness.replay.probe import Outcome, Probe
+from harness.replay.ranks import MicroBatch
+from harness.replay.trace import Operation
+
+__all__ = ["Arm", "Judgement", "judge_cause", "run_arms"]
+
+REPEATS = 2
+_FAULTS = "harness/training/faults.py"
+
+Kind = Literal["data", "model", "precision", "kernel", "hardware", "state", "rehearsed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One variation, and what came of it."""
+
+    name: str
+    is_bad: bool | None
+    """Whether loss or gradient were not finite; None: it could not be run."""
+    same: bool
+    """Whether loss and gradient statistics are those of the first run, bit for bit."""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """To whom the evidence points."""
+
+    kind: Kind
+    sure: Literal["sure", "likely", "open"]
+    why: str
+
+
+def run_arms(probe: Probe, micro_batch: MicroBatch, *, has_attention: bool) -> list[Arm]:
+    """Runs a bad micro-batch again, with one thing changed at a time."""
+    first = probe.run(micro_batch)
+    arms = [_arm(probe, micro_batch, "the same again", first) for _ in range(REPEATS)]
+    arms.append(_arm(probe, micro_batch, "deterministic algorithms", first, _deterministic))
+    arms.append(_arm(probe, micro_batch, "uninitialised memory filled with NaN", first, _filled))
+    if has_attention:
+        arms.append(_arm(probe, micro_batch, "attention by plain matrix products", first, _plain_attention))
+    if probe.ranks.precision != "fp32":
+        arms.append(_arm(probe, micro_batch, "fp32", first, precision="fp32"))
+    if probe.ranks.config.loop.compile:
+        arms.append(_arm(probe, micro_batch, "not compiled", first, _eager))
+    return arms
+
+
+def judge_cause(cause: Cause, arms: Sequence[Arm]) -> Judgement:
+    """To whom what is known of a bad micro-batch points; the most telling evidence first."""
+    producer = cause.producer
+    if isinstance(producer, Operation) and (producer.place.file or "").endswith(_FAULTS):
+        return _judged("rehearsed", "sure", "the value was put there by a fault of the configuration")
+    by_name = {arm.name: arm for arm in arms}
+    again = [arm for arm in arms if arm.name == "the same again"]
+    if any(arm.is_bad is False for arm in again):
+        return _judged("hardware", "likely", "the same kernels on the same numbers give a finite result too")
+    if any(not arm.same for arm in again):
+        return _judged("kernel", "likely", "the same kernels on the same numbers do not give the same bits")
+    if isinstance(producer, Operation) and "empty" in producer.name:
+        return _judged("kernel", "sure", "what is bad was never written by any operation")
+    if isinstance(producer, str) and producer.startswith(("parameter", "buffer")):
+        return _judged("state", "sure", f"the {producer} is not finite before the step")
+    for name in ("deterministic algorithms", "attention by plain matrix products", "not compiled"):
+        if name in by_name and by_name[name].is_bad is False:
+            return _judged("kernel", "likely", f"with {name} it is finite")
+    blame = cause.blame
+    if blame is not None and blame.samples:
+        return _judged("data", "sure", f"it is bad with certain samples only: {blame.reason}")
+    if "fp32" in by_name and by_name["fp32"].is_bad is False:
+        return _judged("precision", "likely", "in fp32 it is finite")
+    if all(arm.is_bad for arm in arms if arm.is_bad is not None):
+        return _judged("model", "likely", "it is bad with all data and in every variation")
+    return _judged("unknown", "open", "the variations do not agree")
+
+
+def _judged(kind: Kind, sure: Literal["sure", "likely", "open"], why: str) -> Judgement:
+    return Judgement(kind=kind, sure=sure, why=why)
+
+
+def _arm(
+    probe: Probe,
+    micro_batch: MicroBatch,
+    name: str,
+    first: Outcome,
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    precision: str | None = None,
+) -> Arm:
+    try:
+        outcome = probe.run(micro_batch, within=within, precision=precision)
+    except (HarnessError, RuntimeError) as error:
+        return Arm(name=name, is_bad=None, same=False, problem=str(error).splitlines()[0])
+    same = outcome.same_as(first)
+    return Arm(name=name, is_bad=outcome.is_bad, same=same)
+
+
+@contextlib.contextmanager
+def _deterministic(*, fill: bool = False) -> Iterator[None]:
+    deterministic: Any = torch.utils.deterministic  # mypy does not see what it sets
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = fill
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = filled
+
+
+def _filled() -> contextlib.AbstractContextManager[None]:
+    return _deterministic(fill=True)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,223 @@
+"""Runs a step of a run again and finds out what went wrong in it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from harness.checkpoint.read_only import committed
+from harness.checkpoint.store import Saved
+from harness.data.seeding import own_generators
+from harness.errors import CheckpointError, ReplayError
+from harness.records import StepRecord
+from harness.replay.arms import Arm, Judgement, judge_cause, run_arms
+from harness.replay.cause import Cause, find_causes
+from harness.replay.compare import Difference, Parting, differences, parting
+from harness.replay.history import History, read_history
+from harness.replay.probe import Probe
+from harness.replay.ranks import MicroBatch, Played, RanksInTurn
+from harness.replay.spike import Carriers, find_carriers
+from harness.runlog.paths import checkpoints_dir
+from harness.training.build import resolved_precision, set_determinism
+
+__all__ = ["Replay", "replay"]
+
+logger = logging.getLogger(__name__)
+_faults_logger = logging.getLogger("harness.training.faults")
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """What came of a replay."""
+
+    directory: Path
+    history: History
+    started_from: int
+    """Completed steps of the checkpoint that it began with; 0: the beginning of the run."""
+    records: list[StepRecord]
+    """Of the steps before."""
+    played: Played
+    """The step itself."""
+    parting: Parting
+    differences: list[Difference]
+    """Where the step is not what it was in the run."""
+    causes: list[Cause] = field(default_factory=list)
+    """Of a step that is not finite: each bad micro-batch."""
+    arms: list[Arm] = field(default_factory=list)
+    """Variations of the first of them."""
+    judgement: Judgement | None = None
+    carriers: Carriers | None = None
+    """Of a spike."""
+    notes: list[str] = field(default_factory=list)
+    """What is not as it was in the run: device, versions."""
+
+    @property
+    def record(self) -> StepRecord:
+        """The step as it was replayed."""
+        return self.played.record
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the step is what it was in the run."""
+        return not self.differences
+
+
+def replay(
+    directory: str | Path,
+    step: int | None = None,
+    *,
+    steps_before: int = 0,
+    device: str = "auto",
+    inspect: Callable[[Replay, RanksInTurn], None] | None = None,
+) -> Replay:
+    """Runs a step of a run again, all its ranks in turn in this process. Changes nothing in the run.
+
+    Args:
+        directory: The run's.
+        step: None: that of the run's last incident.
+        steps_before: At least so many steps before it are run again too, where a checkpoint allows.
+        device: auto, cpu or cuda; auto: as the run.
+        inspect: Called at the end, while everything is there, with the weights from before the step.
+
+    Raises:
+        TrackingError, ReplayError: there is no such run or no such step.
+        CheckpointError: the checkpoint is damaged, or does not fit the model as its code is now.
+        HarnessError: the task, its data or its code cannot be had here.
+    """
+    directory = Path(directory)
+    history = read_history(directory, step)
+    with _as_in_run(history), own_generators():
+        ranks = _ranks(history, device)
+        saved = _restored(ranks, directory, history, steps_before)
+        records = _play_up_to(ranks, history, saved)
+        before = records[-1] if records else None
+        earlier = ranks.passes
+        played = ranks.play(apply=False)
+        result = Replay(
+            directory=directory,
+            history=history,
+            started_from=0 if saved is None else saved.step,
+            records=records,
+            played=played,
+            parting=parting(history, records),
+            differences=differences(history, played.record, ranks.samples_of),
+            notes=_notes(history, ranks),
+        )
+        _explain(result, Probe(ranks), earlier, before)
+        if inspect is not None:
+            inspect(result, ranks)
+    return result
+
+
+def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before: StepRecord | None) -> None:
+    """Finds out what is wrong with the step, if anything is."""
+    record, passes = result.record, result.played.micro_batches
+    bad_ranks = [
+        row.rank for row in record.per_rank if row.num_nan or row.num_inf or not math.isfinite(row.loss)
+    ]
+    if bad_ranks:
+        result.causes = find_causes(probe, passes, bad_ranks=bad_ranks, earlier=earlier)
+        first = next((one for one in result.causes if not one.only_together), None)
+        if first is not None:
+            culprit = next(p for p in passes if (p.rank, p.number) == (first.rank, first.micro_batch))
+            result.arms = run_arms(probe, culprit, has_attention=bool(first.attention_logits))
+            result.judgement = judge_cause(first, result.arms)
+    elif record.is_spike or record.is_outlier:
+        result.carriers = find_carriers(probe, passes, record, before)
+
+
+def _ranks(history: History, device: str) -> RanksInTurn:
+    config = history.config
+    config.check_world(history.world_size)
+    chosen = _device(history, device)
+    faults = [fault for fault in config.faults if not history.was_visited_before(fault.step)]
+    precision = history.about.get("precision")
+    world = RanksInTurn.world_of(0, history.world_size, chosen)
+    return RanksInTurn(
+        config,
+        world_size=history.world_size,
+        device=chosen,
+        precision=str(precision) if precision else resolved_precision(config, world),
+        schedule_steps=int(history.about.get("schedule_steps") or 0),
+        faults=faults,
+    )
+
+
+def _device(history: History, wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = str(history.about.get("device", "cpu")).partition(":")[0]
+        wanted = wanted if wanted != "cuda" or torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ReplayError("--device is 'cuda' and torch sees no CUDA device", remedy="leave --device out")
+    return torch.device(wanted)
+
+
+def _notes(history: History, ranks: RanksInTurn) -> list[str]:
+    notes = []
+    device = str(history.about.get("device", "")).partition(":")[0]
+    if device and device != ranks.device.type:
+        notes.append(f"the run computed on {device}, the replay on {ranks.device.type}")
+    versions = history.about.get("versions", {})
+    if isinstance(versions, dict) and versions.get("torch", torch.__version__) != torch.__version__:
+        notes.append(f"the run used torch {versions['torch']}, the replay {torch.__version__}")
+    if history.config.callbacks:
+        notes.append(f"callbacks are not called: {', '.join(history.config.callbacks)}")
+    return notes
+
+
+def _restored(ranks: RanksInTurn, directory: Path, history: History, steps_before: int) -> Saved | None:
+    """The checkpoint that was loaded; None: the run begins anew, which needs none."""
+    saved = committed(checkpoints_dir(directory))
+    wanted = max(0, history.step - steps_before)
+    reachable = [one for one in reversed(saved) if one.step <= history.step]
+    candidates = [one for one in reachable if one.step <= wanted] or reachable[-1:]
+    problems = []
+    for one in candidates:
+        try:
+            if one.manifest().created < history.until:
+                ranks.load(one)
+                return one
+        except CheckpointError as error:
+            problems.append(error)
+            logger.warning("%s: %s", one.path.name, error)
+    if problems and len(problems) == len(candidates):
+        raise problems[0]
+    return None
+
+
+def _play_up_to(ranks: RanksInTurn, history: History, saved: Saved | None) -> list[StepRecord]:
+    """The steps before the one that is asked for."""
+    saved_at = 0.0 if saved is None else saved.manifest().created
+    skips = history.skipped_samples(first=ranks.step, saved_at=saved_at)
+    records: list[StepRecord] = []
+    while True:
+        ranks.skip(skips.get(ranks.step, 0))
+        if ranks.step >= history.step:
+            return records
+        records.append(ranks.play().record)
+
+
+@contextmanager
+def _as_in_run(history: History) -> Iterator[None]:
+    """Threads and algorithms as the run had them, and afterwards as they were."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    of_run = history.about.get("threads") or history.config.parallel.threads
+    if of_run:
+        torch.set_num_threads(int(of_run))
+    set_determinism(history.config)
+    level = _faults_logger.level
+    _faults_logger.setLevel(logging.CRITICAL)  # they strike once more in each of many passes
+    try:
+        yield
+    finally:
+        _faults_logger.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,89 @@
+"""What a rank's forward passes are like, seen by a hook on the model: on the host, and without a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from harness.stability.inert import ForwardHook
+
+__all__ = ["ForwardWatch", "is_active_in_training", "tensors_in"]
+
+
+class ForwardWatch:
+    """Notes the forward passes since the last step. Of a model that is compiled as a whole, or that the loop
+    does not call itself (a part of it, say), it sees nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._has_modes = any(is_active_in_training(module) for module in model.modules())
+        self.clear()
+        self._handle: RemovableHandle | None = model.register_forward_pre_hook(
+            ForwardHook(self._see), with_kwargs=True
+        )
+
+    def clear(self) -> None:
+        """Begins the next step."""
+        self.num_training = 0
+        """With a graph, so for a backward pass."""
+        self.num_reading = 0
+        """Without a graph, in training mode, of a model for which that makes a difference."""
+        self.inputs: list[Tensor] = []
+        """All tensors that went into those with a graph; dropped with the step."""
+        self.lengths: tuple[int, int] | None = None
+        """First dimensions of inputs and labels that did not agree."""
+
+    def close(self) -> None:
+        """Sees nothing any more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self.clear()
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            self.num_reading += int(self._has_modes and module.training)
+            return
+        self.num_training += 1
+        # Detached: what the loop computed the inputs from is not kept.
+        self.inputs += [tensor.detach() for tensor in tensors_in((args, kwargs))]
+        self.lengths = self.lengths or _disagreeing({**kwargs, **_named(args)})
+
+
+def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+
+
+def is_active_in_training(module: nn.Module) -> bool:
+    """Whether it does in training what it does not in evaluation: dropout, or normalisation by batches."""
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    normalises = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    return dropout or normalises
+
+
+def _named(args: tuple[Any, ...]) -> Mapping[str, Any]:
+    """The entries of a batch that is handed over as one mapping."""
+    return args[0] if len(args) == 1 and isinstance(args[0], Mapping) else {}
+
+
+def _disagreeing(batch: Mapping[Any, Any]) -> tuple[int, int] | None:
+    """Of a batch with names: the numbers of samples of what goes in and of its labels, if they differ."""
+    inputs = next(
+        (batch[name] for name in ("input_ids", "inputs", "x", "pixel_values") if name in batch), None
+    )
+    labels = next((batch[name] for name in ("labels", "targets", "target", "y") if name in batch), None)
+    if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor) and inputs.dim() and labels.dim()):
+        return None
+    sizes = (len(inputs), len(labels))
+    return sizes if sizes[0] != sizes[1] else None

@@ -1,0 +1,128 @@
+"""The records of a source, one after the other, whatever it is kept in. Nothing is read as a whole.
+
+A record is a mapping of columns. A text file is one record, or several where it is long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.data.corpus import SourceFile, list_files, standard_library
+from harness.errors import DataError, needs
+from harness.tasks.hf.settings import SourceSettings
+
+__all__ = ["identity", "records"]
+
+Record = Mapping[str, Any]
+
+_TABLES = (".jsonl", ".ndjson", ".parquet")
+_LONGEST_TEXT = 2**20
+"""Characters; a longer file is cut at the ends of lines."""
+_SAVED_BY_DATASETS = "dataset_info.json"
+
+
+def records(source: SourceSettings | None) -> Iterator[Record]:
+    """All records, or the first `source.limit`; always the same ones in the same order.
+
+    Args:
+        source: None: the source of the Python standard library.
+
+    Raises:
+        DataError: something cannot be read, or is not what its name says.
+    """
+    if source is None:
+        return _of_files(standard_library())
+    found = _of_dataset(source) if source.dataset or _is_saved_dataset(source) else _of_files(_files(source))
+    return itertools.islice(found, source.limit) if source.limit else found
+
+
+def identity(source: SourceSettings | None) -> list[Any]:
+    """What tells the source from another, or from itself as it was: plain data, without reading it."""
+    if source is None or (source.path and not _is_saved_dataset(source)):
+        files = standard_library() if source is None else _files(source)
+        return [source and source.limit, [(file.path, file.num_bytes, file.modified_ns) for file in files]]
+    if source.path:
+        state = Path(source.path, _SAVED_BY_DATASETS).stat()
+        return [source.path, source.limit, state.st_mtime_ns]
+    dataset = _loaded(source)
+    return [source.dataset, source.subset, source.split, source.limit, dataset._fingerprint]
+
+
+def _files(source: SourceSettings) -> list[SourceFile]:
+    files = list_files([source.path])
+    if not files:
+        raise DataError(f"{source.path} is empty", remedy="check the path in task_args.sources")
+    return files
+
+
+def _of_files(files: Sequence[SourceFile]) -> Iterator[Record]:
+    for file in files:
+        path = Path(file.path)
+        if path.suffix in (".jsonl", ".ndjson"):
+            yield from _of_jsonl(path)
+        elif path.suffix == ".parquet":
+            yield from _of_parquet(path)
+        else:
+            yield from _of_text(path)
+
+
+def _of_text(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        while lines := file.readlines(_LONGEST_TEXT):
+            yield {"text": "".join(lines)}
+
+
+def _of_jsonl(path: Path) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{path}, line {number} is a {type(record).__name__}", rule="a line is one object"
+                )
+            yield record
+
+
+def _of_parquet(path: Path) -> Iterator[Record]:
+    with needs("pyarrow", extra="hf"):
+        import pyarrow
+        import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _is_saved_dataset(source: SourceSettings) -> bool:
+    return bool(source.path) and Path(source.path, _SAVED_BY_DATASETS).is_file()
+
+
+def _of_dataset(source: SourceSettings) -> Iterator[Record]:
+    yield from _loaded(source)
+
+
+def _loaded(source: SourceSettings) -> Any:
+    """A `datasets.Dataset`, which is mapped into memory."""
+    with needs("datasets", extra="hf"):
+        import datasets
+    try:
+        if source.path:
+            return datasets.load_from_disk(source.path)
+        return datasets.load_dataset(source.dataset, source.subset, split=source.split)
+    except Exception as error:  # datasets has errors of a dozen libraries
+        raise DataError(
+            f"the dataset {source.path or source.dataset!r} cannot be loaded: {error!r}",
+            rule="it is a name on the Hub or a folder, of which datasets.load_dataset finds the split",
+            remedy="check dataset, subset and split in task_args.sources",
+        ) from error

@@ -1,0 +1,293 @@
+"""Loops that are wrong in one place each and say nothing, and the same ones mended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import StepGuard
+
+__all__ = ["ALONE", "STEPS", "found_in"]
+
+STEPS = 14
+"""Within which each error has to be named: the first look after ten steps, and its lag."""
+
+Loop = Callable[[bool], list[str]]
+
+
+def found_in(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    guarded: nn.Module | None = None,
+    step: Callable[[int, StepGuard], Tensor] | None = None,
+    clear: Callable[[], None] | None = None,
+    after: Callable[[int, StepGuard], None] = lambda number, guard: None,
+    num_steps: int = STEPS,
+    rank: int = 0,
+    **settings: Any,
+) -> list[str]:
+    """Names of the checks that find something in a loop of `num_steps`.
+
+    Args:
+        step: Makes forward and backward pass of a step, and returns its loss; default: `square`.
+        clear: In place of `optimizer.zero_grad`.
+        after: What the loop does after a step.
+    """
+    guard = StepGuard(guarded or model, optimizer, **settings)
+    make = step or (lambda number, guard: square(model, points(number, rank)))
+    findings = []
+    with guard:
+        for number in range(num_steps):
+            guard.step(make(number, guard))
+            (clear or optimizer.zero_grad)()
+            after(number, guard)
+    for record in guard.drain(wait=True):
+        findings += [finding.check for finding in record.findings]
+        findings += ["incident"] if record.reason else []
+    return sorted(set(findings))
+
+
+def points(number: int, rank: int = 0, size: int = 6) -> Tensor:
+    """`[size, 4]`, a function of the arguments alone."""
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(1000 * rank + number))
+
+
+def square(model: nn.Module, x: Tensor) -> Tensor:
+    """The mean square of the model's output, after its backward pass."""
+    loss = model(x).float().square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def network(**changes: nn.Module) -> nn.Sequential:
+    """Three layers; `changes` takes the place of some of them."""
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {"first": nn.Linear(4, 8), "act": nn.Tanh(), "last": nn.Linear(8, 3)}
+    model = nn.Sequential()
+    for name, layer in {**layers, **changes}.items():
+        model.add_module(name, layer)
+    return model
+
+
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "fused": True, **settings})
+
+
+def gradients_not_cleared(broken: bool) -> list[str]:
+    model = network()
+    return found_in(model, adamw(model), clear=(lambda: None) if broken else None)
+
+
+def wrong_model_cleared(broken: bool) -> list[str]:
+    model, other = network(), network()
+    return found_in(model, adamw(model), clear=(other if broken else model).zero_grad)
+
+
+def not_cleared_between_clipped_accumulations(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        losses = [square(model, points(3 * number + i)) for i in range(3)]
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return losses[-1]
+
+    clear = (lambda: None) if broken else (lambda: optimizer.zero_grad(set_to_none=False))
+    return found_in(model, optimizer, step=step, clear=clear)
+
+
+def optimizer_stepped_by_the_loop_too(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+
+    def clear() -> None:
+        if broken:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return found_in(model, optimizer, clear=clear)
+
+
+def head_in_no_optimizer(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+    if broken:
+        model.add_module("head", nn.Linear(3, 2))
+    return found_in(model, optimizer)
+
+
+def layer_rebuilt_after_the_optimizer(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 2:
+            model.last = nn.Linear(8, 3).requires_grad_(False)
+
+    return found_in(model, optimizer, after=after)
+
+
+def frozen_with_a_gradient_in_it(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+
+    def after(number: int, guard: StepGuard) -> None:
+        if number == 0:
+            model.first.requires_grad_(False)
+
+    return found_in(
+        model, optimizer, clear=lambda: optimizer.zero_grad(set_to_none=not broken), after=after, num_steps=12
+    )
+
+
+def frozen_in_the_middle(broken: bool) -> list[str]:
+    model = network()
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 12:
+            model.first.requires_grad_(False)
+
+    return found_in(model, adamw(model), after=after, num_steps=36)
+
+
+def type_changed_in_the_middle(broken: bool) -> list[str]:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 2:
+            model.double()
+
+    return found_in(
+        model,
+        optimizer,
+        step=lambda number, guard: square(model, points(number).to(model.first.weight.dtype)),
+        after=after,
+    )
+
+
+def weight_tie_broken(broken: bool) -> list[str]:
+    model = network(first=nn.Linear(4, 4), last=nn.Linear(4, 4))
+    model.last.weight = model.first.weight
+    optimizer = adamw(model)
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 2:
+            model.last.weight = nn.Parameter(model.first.weight.detach().clone())
+
+    return [name for name in found_in(model, optimizer, after=after) if name != "coverage"]
+
+
+def compiled_model_not_called(broken: bool) -> list[str]:
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    called = model if broken else compiled
+    return found_in(
+        model, adamw(model), guarded=compiled, step=lambda number, guard: square(called, points(number))
+    )
+
+
+def _with_dropout() -> nn.Sequential:
+    return network(act=nn.Dropout(0.5))
+
+
+def eval_mode_after_an_evaluation(broken: bool) -> list[str]:
+    model = _with_dropout()
+
+    def after(number: int, guard: StepGuard) -> None:
+        if number == 4:
+            model.eval()
+            with torch.no_grad():
+                model(points(number))
+            model.train(not broken)
+
+    return found_in(model, adamw(model), after=after)
+
+
+def eval_mode_from_the_start(broken: bool) -> list[str]:
+    model = _with_dropout().train(not broken)
+    return found_in(model, adamw(model))
+
+
+def evaluated_in_training_mode(broken: bool) -> list[str]:
+    model = _with_dropout()
+
+    def after(number: int, guard: StepGuard) -> None:
+        if number == 6:
+            model.train(broken)
+            with torch.no_grad():
+                for batch in range(3):
+                    model(points(100 + batch))
+            model.train()
+
+    return found_in(model, adamw(model), after=after)
+
+
+def evaluation_draws(broken: bool) -> list[str]:
+    model = network()
+
+    def after(number: int, guard: StepGuard) -> None:
+        with guard.watch_evaluation(), torch.no_grad():
+            model(torch.randn(6, 4) if broken else points(number))
+
+    return found_in(model, adamw(model), after=after)
+
+
+def evaluation_leaves_a_trace(broken: bool) -> list[str]:
+    model = network(act=nn.BatchNorm1d(8))
+
+    def after(number: int, guard: StepGuard) -> None:
+        with guard.watch_evaluation(), torch.no_grad():
+            model.train(broken)
+            model(points(number))
+            model.train()
+
+    return found_in(model, adamw(model), after=after)
+
+
+class Labelled(nn.Module):
+    """Takes inputs and labels, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self.inner(inputs)[: len(labels)] - labels[: len(inputs)]
+
+
+def lengths_disagree(broken: bool) -> list[str]:
+    model = Labelled()
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        loss = model(inputs=points(number), labels=torch.zeros(5 if broken else 6, 3)).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return found_in(model, adamw(model), step=step)
+
+
+ALONE: dict[Loop, str] = {
+    gradients_not_cleared: "cleared",
+    wrong_model_cleared: "cleared",
+    not_cleared_between_clipped_accumulations: "cleared",
+    optimizer_stepped_by_the_loop_too: "outside",
+    head_in_no_optimizer: "coverage",
+    layer_rebuilt_after_the_optimizer: "membership",
+    frozen_with_a_gradient_in_it: "frozen",
+    frozen_in_the_middle: "attributes",
+    type_changed_in_the_middle: "attributes",
+    weight_tie_broken: "ties",
+    compiled_model_not_called: "wrapper",
+    eval_mode_after_an_evaluation: "training mode",
+    eval_mode_from_the_start: "training mode",
+    evaluated_in_training_mode: "evaluation mode",
+    evaluation_draws: "evaluation",
+    evaluation_leaves_a_trace: "evaluation",
+    lengths_disagree: "batch",
+}
+"""Loops of one process, and the check that names each."""
