@@ -19,6 +19,7 @@ from harness.runlog.digest import MAX_NAMES, Digest
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
+from harness.tracking.incidents import incidents_table
 from harness.tracking.text import age, damage, number, printable, table
 
 __all__ = [
@@ -209,7 +210,7 @@ def show_run(run_dir: str | Path) -> str:
     """The run in words and numbers. For `harness show`."""
     run = open_run(run_dir)
     summary = summarise(run)
-    parts = [_heading(run, summary), _metrics(run), _events(run), _hparams(run)]
+    parts = [_heading(run, summary), _metrics(run), _events(run), incidents_table(run.path), _hparams(run)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ class _Reporter:
     def _from_record(self, found: Found, samples: Sequence[Sequence[tuple[int, ...]]]) -> dict[str, Any]:
         record = found.record
         assert record is not None
-        incident = Incident.of(record, samples_of=_samples_of(samples))
+        named = functools.partial(source_of, self._data)
+        incident = Incident.of(record, samples_of=_samples_of(samples), source_of=named)
         return {
             "summary": incident.summary() if incident else found.reason,
             "culprits": incident.culprits if incident else (),
@@ -140,7 +141,7 @@ class _Reporter:
         before = [name for name in names if name is not None and name.step <= step]
         return str(max(before)) if before else None
 
-    @cached_property
+    @functools.cached_property
     def _git_revision(self) -> str | None:
         """Of the folder that the program was started in."""
         command = ["git", "rev-parse", "HEAD"]

@@ -224,9 +224,7 @@ class IncidentWriter:
             self._left_out[path.name] = "larger than this rank's share of incidents.max_bytes"
             return
         try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path
-            )
+            save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path)
         except Exception as error:  # noqa: BLE001  (sparse tensors, a full disk: the rest counts for more)
             self._left_out[path.name] = f"{type(error).__name__}: {error}"
 

@@ -36,7 +36,7 @@ class HeldRng(NamedTuple):
         name, key, *rest = self.of_numpy
         states: RngStates = {
             "python": [version, list(words), gauss],
-            "numpy": [str(name), key.tolist(), *rest],
+            "numpy": [str(name), list(map(int, key)), *rest],
             "torch": self.of_torch.numpy().tobytes(),
         }
         return states if self.of_cuda is None else {**states, "cuda": self.of_cuda.numpy().tobytes()}

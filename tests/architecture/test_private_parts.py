@@ -364,6 +364,10 @@ def test_python_tells_where_each_thread_is() -> None:
     assert frame.f_code.co_name == test_python_tells_where_each_thread_is.__name__
 
 
+def test_torch_writes_what_its_allocator_holds() -> None:
+    assert list(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)[:1] == ["filename"]
+
+
 def test_torch_traces_a_graph_for_tensorboard() -> None:
     from torch.utils.tensorboard import _pytorch_graph
 

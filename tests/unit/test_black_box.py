@@ -15,7 +15,7 @@ from torch import nn
 from harness import TrainConfig
 from harness.checkpoint import Rng
 from harness.data import Task
-from harness.errors import InstabilityError, TaskError
+from harness.errors import InstabilityError, TaskError, TrackingError
 from harness.runlog.incident_files import (
     INCIDENT,
     STACKS,
@@ -28,7 +28,10 @@ from harness.runlog.incident_files import (
     read_rng,
 )
 from harness.runlog.paths import incident_dir
+from harness.runlog.reader import open_run
+from harness.tracking.incidents import show_incident
 from harness.tracking.mirrors import MirrorHandle
+from harness.tracking.overview import show_run
 from harness.training import train
 from harness.training.rng_states import HeldRng, rng_from_plain
 from tests.support.own_tasks import Points, own_config, points_task
@@ -126,6 +129,15 @@ def test_a_bad_step_leaves_its_samples_by_name_and_what_is_needed_to_make_it_aga
     assert sorted(batch) == ["micro_batch_1/x", "micro_batch_1/y"]
     rows = [round(float(x) * 40) for x in batch["micro_batch_1/x"][:, 0]]
     assert rows == list(what.culprits[0].samples)
+    run_dir = tmp_path / "runs" / "own"
+    said = show_incident(run_dir, 3)
+    for words in ("micro-batch 1, weight", f"points.csv#{rows[0]}", "checkpoints/step-00000002", "rank 0:"):
+        assert words in said
+    assert "incidents/step-00000003" in show_run(run_dir)
+    (event,) = open_run(run_dir).events("incident")
+    assert event.details["sample_sources"] == [f"points.csv#{row}" for row in rows]
+    with pytest.raises(TrackingError, match="kept are those of the steps 3"):
+        show_incident(run_dir, 4)
     assert [step.step for step in mine.steps][:4] == [0, 1, 2, 3]
     assert mine.steps[0].loss is not None
     assert mine.steps[0].step_s is not None
