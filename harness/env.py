@@ -18,19 +18,25 @@ __all__ = [
     "child_environment",
     "compiler",
     "dashboard_token",
+    "exit_note",
     "has_launcher",
     "has_wandb_key",
     "is_direct_child",
+    "is_restartable",
+    "is_restartable_on_several",
     "is_terminal",
     "launched",
     "program_environment",
     "rendezvous_address",
+    "rendezvous_settings",
     "restarts_left",
     "set_default",
+    "set_exit_note",
     "shares_agent_store",
     "store_address",
     "threads_are_set",
     "threads_are_users",
+    "train_job_endpoint",
     "unheard_launcher",
     "wandb_address",
     "wants_native",
@@ -43,6 +49,7 @@ _SAID_BY_LAUNCHERS = {
     "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
 }  # fmt: skip
 _LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
+_EXIT_NOTE = "HARNESS_EXIT_NOTE"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -58,6 +65,23 @@ class Launched:
     """RANK and WORLD_SIZE were set, so a rendezvous is expected even for one process."""
     on_cpu: bool = False
     """accelerate was told `use_cpu`."""
+    main_address: str = ""
+    """Of the machine with rank 0: MASTER_ADDR."""
+
+    @property
+    def on_several_machines(self) -> bool:
+        """Whether some of the processes run elsewhere."""
+        return self.local_world_size < self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJobEndpoint:
+    """Where Kubeflow Trainer takes reports of a TrainJob's progress."""
+
+    url: str
+    token_file: str
+    authority_file: str | None
+    """Certificate of who signed the endpoint's; None: one of those that the system trusts."""
 
 
 def has_rank() -> bool:
@@ -81,10 +105,24 @@ def restarts_left() -> bool:
     return _int("TORCHELASTIC_RESTART_COUNT", 0) < _int("TORCHELASTIC_MAX_RESTARTS", 0)
 
 
+def is_restartable() -> bool:
+    """Whether torchrun's agent starts the program again."""
+    return _int("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
+def is_restartable_on_several() -> bool:
+    """Whether torchrun's agents of several machines start the program again."""
+    return is_restartable() and _int("GROUP_WORLD_SIZE", 1) > 1
+
+
 def shares_agent_store() -> bool:
-    """Whether torchrun's agents of several machines keep one store for all attempts."""
-    restartable = _int("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and _int("GROUP_WORLD_SIZE", 1) > 1
-    return restartable and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    """Whether these agents keep one store for all attempts."""
+    return os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+
+
+def rendezvous_settings() -> str:
+    """What torchrun's --rdzv-conf is where the environment says it."""
+    return os.environ.get("PET_RDZV_CONF", "")
 
 
 def launched() -> Launched:
@@ -101,6 +139,7 @@ def launched() -> Launched:
         local_world_size=_int("LOCAL_WORLD_SIZE", 1) if by_launcher else 1,
         by_launcher=by_launcher,
         on_cpu=_flag("ACCELERATE_USE_CPU"),
+        main_address=os.environ.get("MASTER_ADDR", ""),
     )
 
 
@@ -128,6 +167,15 @@ def unheard_launcher() -> tuple[str, int] | None:
         if _int(name, 1) > 1:
             return name, _int(name, 1)
     return None
+
+
+def train_job_endpoint() -> TrainJobEndpoint | None:
+    """What Kubeflow Trainer says to the pods of a TrainJob, where its feature gate TrainJobStatus is on."""
+    url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
+    token_file = os.environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN")
+    if not url or not token_file:
+        return None
+    return TrainJobEndpoint(url, token_file, os.environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT"))
 
 
 def rendezvous_address() -> str | None:
@@ -204,6 +252,17 @@ def has_wandb_key() -> bool:
 def wandb_address() -> str:
     """Where W&B is, as wandb itself would have it."""
     return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def exit_note() -> Path | None:
+    """Where `harness.agent` looks for the program's exit code; None under other launchers."""
+    path = os.environ.get(_EXIT_NOTE)
+    return Path(path) if path else None
+
+
+def set_exit_note(path: Path) -> None:
+    """Tells the processes that this one starts where to leave their exit code."""
+    os.environ[_EXIT_NOTE] = str(path)
 
 
 def set_default(name: str, value: str) -> None:

@@ -10,11 +10,27 @@ import sys
 from pathlib import Path
 
 from harness import env
+from harness.atomic import write_atomically
 
-__all__ = ["end_launcher", "stop_with_launcher"]
+__all__ = [
+    "RENDEZVOUS_SETTINGS",
+    "clear_exit_note",
+    "end_launcher",
+    "leave_exit_note",
+    "missing_settings",
+    "stop_with_launcher",
+]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-_LAUNCHERS = (b"torchrun", b"torch.distributed.run", b"torch/distributed/run.py", b"accelerate")
+RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+_LAUNCHERS = (
+    b"torchrun",
+    b"harness.agent",
+    b"harness/agent.py",
+    b"torch.distributed.run",
+    b"torch/distributed/run.py",
+    b"accelerate",
+)
 
 
 def stop_with_launcher() -> None:
@@ -52,9 +68,43 @@ def end_launcher(*, speaks: bool) -> None:
             os.kill(parent, signal.SIGTERM)
 
 
+def leave_exit_note(exit_code: int) -> None:
+    """Leaves the exit code where the launcher asks for it."""
+    note = env.exit_note()
+    if note is not None:
+        with contextlib.suppress(OSError):  # the launcher is gone, and its folder
+            write_atomically(note, str(exit_code))
+
+
+def clear_exit_note() -> None:
+    """Forgets the exit code of an earlier attempt; by every process, first thing."""
+    note = env.exit_note()
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.unlink()
+
+
+def missing_settings() -> list[str]:
+    """What torchrun's agents on several machines lack to lose a machine and take it in again; what an agent
+    was started with is seen where it is this process's parent."""
+    if not env.is_restartable_on_several():
+        return []
+    missing = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"] if env.shares_agent_store() else []
+    command = _command(os.getppid())
+    if (
+        _is_launcher(os.getppid())
+        and b"keep_alive_interval" not in command + env.rendezvous_settings().encode()
+    ):
+        missing.append(f"--rdzv-conf {RENDEZVOUS_SETTINGS}")
+    return missing
+
+
 def _is_launcher(pid: int) -> bool:
+    return any(name in _command(pid) for name in _LAUNCHERS)
+
+
+def _command(pid: int) -> bytes:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
-    return any(name in command for name in _LAUNCHERS)
+        return b""

@@ -1,11 +1,11 @@
 """Time of a training step with each integration's guard against the framework's own clipping and step.
 
-    python scripts/bench_adoption.py [--turns 8] [--steps 20] [--width 512] [--name adoption]
+    python scripts/bench_adoption.py [--turns 8] [--steps 20] [--widths 64 512 1024] [--name adoption]
 
 The two trainings of a framework live in one process and take turns, so that a noisy machine is noisy for
 both. A step is from one forward pass to the next; a turn's is the median of its steps, the ratio the median
-over turns of guarded / own. The model is a stack of linear layers in fp32 with fused AdamW, always clipped;
-no log, no checkpoints.
+over turns of guarded / own, and `guard_ms` that of the differences. The model is a stack of linear layers in
+fp32 with fused AdamW, always clipped; no log, no checkpoints. One thread: OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=8, help="of each of the two trainings")
     parser.add_argument("--steps", type=int, default=20, help="in a turn")
-    parser.add_argument("--width", type=int, default=512, help="of a layer")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 512, 1024], help="of a layer")
     parser.add_argument("--name", default="adoption", help="of the results in docs/benchmarks")
     options = parser.parse_args()
+    turns = {"accelerate": with_accelerate, "transformers": with_transformers, "lightning": with_lightning}
     rows = {}
-    for framework, turn in {
-        "accelerate": with_accelerate,
-        "transformers": with_transformers,
-        "lightning": with_lightning,
-    }.items():
-        rows[framework] = _compared(turn, options.turns, options.steps, options.width)
-    about = {"parameters": NUM_LAYERS * options.width * (options.width + 1), "turns": options.turns}
+    for width in options.widths:
+        millions = NUM_LAYERS * width * (width + 1) / 1e6
+        for framework, turn in turns.items():
+            name = f"{framework}, {millions:.2g} M parameters"
+            rows[name] = _compared(turn, options.turns, options.steps, width)
+            print(name, rows[name], flush=True)
+    about = {"threads": torch.get_num_threads(), "turns": options.turns, "steps": options.steps}
     write_results(options.name, rows, device=torch.device("cpu"), about=about)
 
 
@@ -150,6 +151,9 @@ def _compared(turn: Callable[..., None], num_turns: int, num_steps: int, width: 
     return {
         "own_ms": summarise(step_ms[False]),
         "guarded_ms": summarise(step_ms[True]),
+        "guard_ms": statistics.median(
+            ours - own for own, ours in zip(step_ms[False], step_ms[True], strict=True)
+        ),
         "guarded_over_own": statistics.median(ratios),
     }
 

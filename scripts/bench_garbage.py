@@ -68,6 +68,14 @@ def pauses(every: int, steps: int) -> dict[str, object]:
     }
 
 
+def full_collection() -> dict[str, object]:
+    """What Python takes each time when it looks through everything, which happens seldom."""
+    gc.collect()
+    began = time.thread_time()
+    gc.collect()
+    return {"collections": 1, "longest ms": 1000 * (time.thread_time() - began)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,6 +85,7 @@ def main() -> None:
     rows = {
         "Python's own moments (loop.gc_every 0)": pauses(0, options.steps),
         **{f"loop.gc_every {every}": pauses(every, options.steps) for every in (10, 50, 200)},
+        "one full collection, with nothing set aside": full_collection(),
     }
     write_results("garbage", rows, device=torch.device("cpu"), about={"steps": options.steps})
 

@@ -8,9 +8,10 @@ SIGKILL; one in five twice) at a random moment: while they start, in a step, an 
 rollback. Each has to end with every finished step in a committed checkpoint, the right exit code, status and
 reason, and no process left.
 
-*Kills*: two gloo processes under `torchrun --max-restarts 3`, of which one or both are killed by SIGKILL,
-three times a run: while they start, in a step, in a save. Each run has to come to its end under the same
-agent and to equal the undisturbed run bit for bit.
+*Kills*: two gloo processes under `torchrun --max-restarts`, of which one or both are killed by SIGKILL,
+several times a run: while they start, in a step, in a save. Each run has to come to its end under the same
+agent and to equal the undisturbed run bit for bit. `--forked-kills N` is the same with ranks
+that torchrun's agent forks from a process which has loaded everything: where a start takes minutes otherwise.
 
 *Hangs*: of two ranks one hangs, is stopped by SIGSTOP, takes too long, or is late and within
 its limit: while it starts, waits for a batch, in a forward or backward pass, a callback, an evaluation, a
@@ -48,14 +49,14 @@ from chaos import arguments, compare, run_whole  # noqa: E402  (the repository h
 from hang_trials import hang_run  # noqa: E402
 from results import summarise, write_results  # noqa: E402
 
-from tests.support.operations import LAUNCHERS, Launched, begin, judge_stop  # noqa: E402
+from tests.support.operations import FORKING, LAUNCHERS, Launched, begin, judge_stop  # noqa: E402
 
 __all__ = ["kill_run", "stop_run"]
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 MOMENTS = ("start", "training", "training", "rollback")
 VICTIMS = ("one rank in a step", "all ranks in a step", "one rank at the start", "one rank in a save")
-KILLS_PER_RUN = 3
+KILLS_PER_RUN = {"torchrun": 3, FORKING: 9}
 SPIKES = "--faults=[" + ", ".join(f"{{step: {step}, kind: nan}}" for step in (20, 21, 22)) + "]"
 STOPPED = (
     *("--loop.steps=100000", "--checkpoint.every=3", "--loop.eval_every=5", "--loop.eval_samples=64"),
@@ -103,20 +104,22 @@ def stop_run(launcher: str, folder: Path, draw: random.Random) -> tuple[str, int
     return what, 1, stop.seconds
 
 
-def kill_run(folder: Path, name: str, draw: random.Random) -> tuple[str, int, float]:
-    """Runs under an agent that restarts, killing again and again; the victims, and the seconds of the run.
+def kill_run(
+    folder: Path, name: str, draw: random.Random, *, launcher: str = "torchrun"
+) -> tuple[str, int, None]:
+    """Runs under an agent that restarts, killing again and again; the victims.
 
     Raises:
         AssertionError: the run does not come to its end, or differs from the undisturbed one.
     """
-    began = time.monotonic()
     kills: Counter[str] = Counter()
-    restarting = ("--max-restarts=3",)
-    with begin("torchrun", folder, *arguments(folder, name, "ddp"), name=name, options=restarting) as run:
+    most_kills = KILLS_PER_RUN[launcher]
+    restarting = (f"--max-restarts={most_kills}",)
+    with begin(launcher, folder, *arguments(folder, name, "ddp"), name=name, options=restarting) as run:
         step = 0
-        for _ in range(KILLS_PER_RUN):
+        for _ in range(most_kills):
             victim = draw.choice(VICTIMS)
-            step += draw.randint(3, 15)
+            step += draw.randint(3, 45 // most_kills)
             ranks = _wait_for_victims(run, victim, step, draw)
             for rank in ranks if victim.startswith("all") else ranks[:1]:
                 with contextlib.suppress(ProcessLookupError):
@@ -127,7 +130,7 @@ def kill_run(folder: Path, name: str, draw: random.Random) -> tuple[str, int, fl
     what = ", ".join(f"{count} {victim}" for victim, count in kills.items())
     assert run.process.returncode == 0, f"{name}, {what}:\n{output}"
     compare(folder, "ddp-whole", name)
-    return what, kills.total(), time.monotonic() - began
+    return what, kills.total(), None
 
 
 def _wait_for_victims(run: Launched, victim: str, step: int, draw: random.Random) -> list[int]:
@@ -155,6 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--forked-kills", type=int, default=0)
     parser.add_argument("--stops", type=int, default=50)
     parser.add_argument("--hangs", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
@@ -191,7 +195,9 @@ Attempt = Callable[[random.Random], tuple[str, int, float | None]]
 def _planned(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
     """All trials, those of each kind in turn, so that after any number of them each kind has had its part."""
     columns = [_stops(name, options.stops, folder) for name in options.launchers]
-    columns += [_kills(-(-options.kills // KILLS_PER_RUN), folder), _hangs(options.hangs, folder)]
+    for launcher, count in (("torchrun", options.kills), (FORKING, options.forked_kills)):
+        columns.append(_kills(launcher, -(-count // KILLS_PER_RUN[launcher]), folder))
+    columns.append(_hangs(options.hangs, folder))
     for row in zip_longest(*columns):
         yield from (trial for trial in row if trial is not None)
 
@@ -202,15 +208,15 @@ def _stops(launcher: str, count: int, folder: Path) -> Iterator[tuple[str, int, 
         yield f"stop under {launcher}", number, lambda draw, where=where: stop_run(launcher, where, draw)
 
 
-def _kills(num_runs: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
-    def attempt(number: int, draw: random.Random) -> tuple[str, int, float]:
+def _kills(launcher: str, num_runs: int, folder: Path) -> Iterator[tuple[str, int, Attempt]]:
+    def attempt(number: int, draw: random.Random) -> tuple[str, int, None]:
         if not (folder / "runs/ddp-whole").exists():
             run_whole(folder, "ddp")
-        return kill_run(folder, f"run-{number}", draw)
+        return kill_run(folder, f"{launcher}-{number}", draw, launcher=launcher)
 
     for number in range(num_runs):
         yield (
-            "kill under torchrun --max-restarts 3",
+            f"kill under {launcher} --max-restarts",
             number,
             lambda draw, number=number: attempt(number, draw),
         )

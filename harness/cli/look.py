@@ -68,16 +68,18 @@ def watch(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Prints how two runs differ."""
+    """Prints how runs differ."""
     arguments = parser(
-        "compare", "Settings and metrics that differ, and the first step at which two runs part."
+        "compare", "Settings and metrics that differ, and the first step at which runs part from the first."
     )
     run_argument(arguments, "a", "b")
+    arguments.add_argument("more", nargs="*", help="further runs, each compared with the first")
     options = arguments.parse_args(argv)
     with reporting() as outcome:
         from harness.tracking.compare import compare_text
 
-        say(compare_text(run_directory(options.a, options.runs), run_directory(options.b, options.runs)))
+        names = (options.a, options.b, *options.more)
+        say(compare_text(*(run_directory(name, options.runs) for name in names)))
     return outcome.exit_code
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "runs": Command("look", "runs", "a table of all runs"),
     "show": Command("look", "show", "one run in words and numbers"),
     "watch": Command("look", "watch", "follow a run in the terminal"),
-    "compare": Command("look", "compare", "how two runs differ, and the first step at which they part"),
+    "compare": Command("look", "compare", "how runs differ, and the first step at which they part"),
     "replay": Command("replay", "run", "run a step again and find what went wrong in it"),
     "report": Command("look", "report", "one self-contained HTML file about a run"),
     "export": Command(

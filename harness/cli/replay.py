@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import code
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from harness.cli.arguments import parser, run_argument, run_directory
 from harness.cli.errors import reporting
 from harness.cli.output import say, say_paths
 from harness.errors import TrackingError
+
+if TYPE_CHECKING:
+    from harness.replay.ranks import RanksInTurn
+    from harness.replay.replay import Replay
 
 __all__ = ["EXIT_NOT_REPRODUCED", "run"]
 
@@ -24,18 +30,50 @@ def run(argv: Sequence[str]) -> int:
         from harness.replay import replay
         from harness.replay.story import as_data, story, write_story
 
-        found = replay(directory, options.step, steps_before=options.steps_before, device=options.device)
-        try:
-            paths = write_story(found)
-        except OSError as error:
-            raise TrackingError(f"{error.filename} cannot be written: {error.strerror}") from error
-        if options.json:
-            say(json.dumps(as_data(found), indent=2))
-        else:
-            say(story(found))
-            say_paths(paths)
+        def tell(found: Replay, ranks: RanksInTurn) -> None:
+            try:
+                paths = write_story(found)
+            except OSError as error:
+                raise TrackingError(f"{error.filename} cannot be written: {error.strerror}") from error
+            if options.json:
+                say(json.dumps(as_data(found), indent=2))
+            else:
+                say(story(found))
+                say_paths(paths)
+            if options.shell:
+                _shell(found, ranks)
+
+        found = replay(
+            directory,
+            options.step,
+            steps_before=options.steps_before,
+            device=options.device,
+            inspect=tell,
+        )
         outcome.exit_code = 0 if found.reproduced else EXIT_NOT_REPRODUCED
     return outcome.exit_code
+
+
+def _shell(found: Replay, ranks: RanksInTurn) -> None:
+    """Python, with what the step was made of."""
+    import torch
+
+    passes = found.played.micro_batches
+    bad = found.causes[0] if found.causes else None
+    chosen = [one for one in passes if bad and (one.rank, one.number) == (bad.rank, bad.micro_batch)]
+    things = {
+        "replay": found,
+        "ranks": ranks,
+        "model": ranks.model,
+        "optimizer": ranks.optimizer,
+        "guard": ranks.judge,
+        "micro_batches": passes,
+        "batch": (chosen or passes)[0].batch,
+        "loss": ranks.task.loss,
+        "torch": torch,
+    }
+    banner = f"the state before step {found.history.step}: {', '.join(things)}; loss(model, batch) runs it"
+    code.interact(banner=banner, local=things, exitmsg="")
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -54,4 +92,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the run's"
     )
     arguments.add_argument("--json", action="store_true", help="print replay.json instead of the story")
+    arguments.add_argument(
+        "--shell", action="store_true", help="stay in Python with model, batch and guard as before the step"
+    )
     return arguments

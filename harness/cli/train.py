@@ -6,13 +6,15 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from harness.cli.errors import Outcome, reporting
 from harness.config import parse_arguments
-from harness.parent import end_launcher
+from harness.parent import clear_exit_note, end_launcher, leave_exit_note
+from harness.runlog.process import age_s
 from harness.stop import StopRequest
 
 __all__ = ["EXIT_CRASHED", "EXIT_STOPPED", "run", "train_and_exit"]
@@ -28,17 +30,23 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
     What another start would not cure is said to torchrun's agent too, which else would try it again.
     """
     outcome = Outcome()
+    clear_exit_note()
     try:
         with reporting(outcome):
             config = parse_arguments(argv, prog=prog)
             from harness.training import train  # after the arguments, so that --help does not wait for torch
 
             try:
-                result = train(config, tell=outcome.report, stop=stop)
+                begun = (
+                    None if stop is None else time.monotonic() - age_s()
+                )  # the program trains, and no more
+                result = train(config, tell=outcome.report, stop=stop, begun=begun)
             except SystemExit as leaving:  # a launcher would take its code for the run's
                 raise RuntimeError(f"the run was left by SystemExit({leaving.code!r})") from leaving
             outcome.exit_code = 0 if result.status == "finished" else EXIT_STOPPED
     finally:
+        if outcome.is_final or outcome.exit_code == EXIT_STOPPED:
+            leave_exit_note(outcome.exit_code)
         if outcome.is_final:
             end_launcher(speaks=outcome.speaks)
     return outcome.exit_code

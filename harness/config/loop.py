@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.config.checks import require_not_negative, require_positive
+from harness.config.checks import require, require_not_negative, require_positive
 
 __all__ = ["LoopConfig"]
+
+MAX_STEPS = 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class LoopConfig:
     global_batch: int = 16
     """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int | None = None
-    """Samples per forward pass and rank; default: all of a rank's share at once."""
+    """Samples per forward pass and rank, at most; default: all of a rank's share at once, but no more than in
+    the attempt before, which may have had more ranks."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward; parameters stay fp32. auto: what accelerate was told, else bf16 on
     CUDA and fp32 on CPU."""
@@ -38,6 +41,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "global_batch", "eval_samples")
+        require(self, "steps", self.steps <= MAX_STEPS, "there are at most 10^15")
         require_not_negative(self, "eval_every", "gc_every")
         if self.micro_batch is not None:
             require_positive(self, "micro_batch")

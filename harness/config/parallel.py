@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.config.checks import require_not_negative, require_positive
+from harness.config.checks import require, require_not_negative, require_positive
 
 __all__ = ["ParallelConfig"]
 
@@ -32,7 +32,11 @@ class ParallelConfig:
     timeout_s: float = 300.0
     """How long one rank may wait for another before the run is ended. Not in a save that goes on in the
     background: that is bounded by checkpoint.give_up_after_s."""
+    silent_s: float = 15.0
+    """How long another machine may be out of reach before the connections to it are ended, and the run with
+    them. Shorter breaks are waited out."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_cap_mb", "timeout_s")
+        require(self, "silent_s", self.silent_s >= 1, "it has to be 1 second or more")
         require_not_negative(self, "threads")

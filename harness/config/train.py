@@ -27,6 +27,9 @@ from harness.config.watchdog import WatchdogConfig
 
 __all__ = ["TrainConfig"]
 
+MAX_NAME_BYTES = 200
+"""Of a run's name: file systems allow 255, and there are files that are named after runs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -80,7 +83,13 @@ class TrainConfig:
     """Faults to inject; loud when there are any."""
 
     def __post_init__(self) -> None:
-        require(self, "name", bool(self.name), "a run needs a name")
+        require(self, "name", bool(self.name.strip()), "a run needs a name, of more than blanks")
+        require(
+            self,
+            "name",
+            len(self.name.encode(errors="surrogateescape")) <= MAX_NAME_BYTES,
+            f"it is a folder's name, of at most {MAX_NAME_BYTES} bytes",
+        )
         require(
             self,
             "name",
@@ -121,24 +130,20 @@ class TrainConfig:
             "task text needs a row for each of the 256 bytes",
         )
 
-    def check_world(self, world_size: int) -> None:
+    def check_world(self, world_size: int, *, may_be_uneven: bool = False) -> None:
         """Checks the rules that depend on how many processes there are, and what holds at the start only.
+
+        Args:
+            may_be_uneven: Whether ranks may have unequal shares of the global batch.
 
         Raises:
             ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
                 does not exist, or the debug mode is asked for in several processes.
         """
-        micro_batch = self.loop.micro_batch or 1
-        share = world_size * micro_batch
-        require(
-            self.loop,
-            "global_batch",
-            self.loop.global_batch % share == 0,
-            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
-            f"try --loop.global_batch {-(-self.loop.global_batch // share) * share}",
-        )
-        num_micro_batches = self.loop.global_batch // (
-            world_size * (self.loop.micro_batch or self.loop.global_batch // world_size)
+        self._check_batch(world_size, may_be_uneven=may_be_uneven)
+        num_micro_batches = max(
+            1,
+            self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),
         )
         for fault in self.faults:
             last_step = self.loop.steps - 1
@@ -156,6 +161,20 @@ class TrainConfig:
             not (self.debug and world_size > 1),
             f"it runs in one process, and there are {world_size}",
             "start it with `python -m harness.train`",
+        )
+
+    def _check_batch(self, world_size: int, *, may_be_uneven: bool) -> None:
+        micro_batch, global_batch = self.loop.micro_batch or 1, self.loop.global_batch
+        share = world_size * micro_batch
+        goes_round = global_batch % share == 0
+        if may_be_uneven and global_batch >= world_size:
+            goes_round = global_batch % micro_batch == 0
+        require(
+            self.loop,
+            "global_batch",
+            goes_round,
+            f"it has to be a multiple of world size x loop.micro_batch = {world_size} x {micro_batch}",
+            f"try --loop.global_batch {-(-global_batch // share) * share}",
         )
 
     @classmethod

@@ -8,13 +8,12 @@ from typing import Any
 from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
 from harness.runlog.names import Prefix
-from harness.tracking.compare import compare_runs, settings_of
+from harness.tracking.compare import compare_runs, different_settings, settings_of
 from harness.tracking.text import spelled
 
 __all__ = ["compare_view"]
 
 MAX_TEXT = 500
-NOT_SET = "not set"
 MAX_LOG_BYTES = 64 << 20
 """Comparing bit for bit reads both logs whole; longer ones are for the command line."""
 
@@ -34,9 +33,8 @@ def compare_view(run_index: RunIndex, runs: Sequence[str]) -> dict[str, Any]:
     return {
         "states": states,
         "settings": [
-            row
-            for row in _setting_rows(settings)
-            if any(value != row["values"][0] for value in row["values"])
+            {"name": name, "values": [_shown(value) for value in values]}
+            for name, values in different_settings(settings).items()
         ],
         "metrics": _rows(last),
         "partings": [_parting(run_index, runs[0], run) for run in runs[1:]],
@@ -56,22 +54,6 @@ def _column(run_index: RunIndex, run: str) -> tuple[str, dict[str, Any], dict[st
             return digest.state(), settings_of(digest), last
     except TrackingError:
         return "unreadable", {}, {}
-
-
-def _setting_rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A setting that a run does not know is another thing than one that is null there."""
-    names = sorted({name for column in columns for name in column})
-    return [
-        {
-            "name": name,
-            "values": [_setting(column[name]) if name in column else NOT_SET for column in columns],
-        }
-        for name in names
-    ]
-
-
-def _setting(value: Any) -> Any:
-    return "null" if value is None else _shown(value)
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

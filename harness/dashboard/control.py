@@ -39,6 +39,7 @@ RUN_LIST = "h-run-list"
 SMALL: dict[str, Any] = {"scale": 0, "min_width": 130, "size": "md"}
 """A button as wide as its label, beside fields."""
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
+MAX_PROCESSES = 1024
 OPEN_SECTIONS = ("", "loop", "optim")
 VALID = "This configuration is valid."
 SHOW_RUN = """
@@ -156,7 +157,7 @@ def _start_row(run_index: RunIndex, access: Access, fields: Form, *, shown: list
         demo = _control_button("Start the demo run", "demonstrate", access)
 
     def start_config(config: TrainConfig, count: float) -> tuple[Any, str]:
-        program = programs.start(config, runs_dir=run_index.root, processes=int(count or 1))
+        program = programs.start(config, runs_dir=run_index.root, processes=_processes(count))
         return _started(run_index, program, "")
 
     def start_form(count: float, *values: Any) -> tuple[Any, str]:
@@ -178,6 +179,15 @@ def _run_row(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: g
         stop = _control_button("Stop with a checkpoint", "stop", access)
         resume = _control_button("Resume", "resume", access)
         kill = _control_button("Kill", "kill", access, variant="stop")
+    with gr.Row(visible=False, elem_classes="h-buttons") as question:
+        asked = gr.Markdown(elem_id="kill-question")
+        sure = _control_button("Kill it", "kill-it", access, variant="stop")
+        spare = _control_button("Let it run", "spare-it", access)
+
+    def ask(run: str) -> tuple[Any, str]:
+        directory = _directory(run_index, run)
+        words = f"Kill {_code(directory.name)}? It saves nothing: steps since its last checkpoint are lost."
+        return gr.update(visible=True), words
 
     def stop_run(run: str) -> None:
         programs.stop(_directory(run_index, run), within=run_index.root)
@@ -193,13 +203,17 @@ def _run_row(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: g
         gr.Info(_text(f"{run} is resumed"))
         return run
 
-    def kill_run(run: str) -> None:
+    def kill_run(run: str) -> Any:
         programs.kill(_directory(run_index, run), within=run_index.root)
         gr.Info(_text(f"{run} is killed"))
+        return gr.update(visible=False)
 
     stop.click(_needing_control(access, stop_run), chosen, **QUIET)
     resume.click(_needing_control(access, resume_run), [chosen, steps], output, **QUIET)
-    kill.click(_needing_control(access, kill_run), chosen, **QUIET)
+    kill.click(_needing_control(access, ask), chosen, [question, asked], **QUIET)
+    sure.click(_needing_control(access, kill_run), chosen, question, **QUIET)
+    spare.click(lambda: gr.update(visible=False), None, question, **QUIET)
+    chosen.change(lambda: gr.update(visible=False), None, question, **QUIET)
 
 
 def _fork_row(run_index: RunIndex, access: Access, chosen: gr.Dropdown, output: gr.HTML) -> None:
@@ -240,7 +254,7 @@ def _command_row(fields: Form, processes: gr.Number) -> None:
 
     def command_text(how: Any, count: float, num_nodes: float, *values: Any) -> str:
         config = fields.read(values)
-        return commands.command(config, how, processes=int(count or 1), nodes=int(num_nodes or 1))
+        return commands.command(config, how, processes=_processes(count), nodes=_processes(num_nodes))
 
     inputs = [launcher, processes, nodes, *fields.components]
     show.click(_reporting_errors(command_text), inputs, command, **QUIET)
@@ -253,7 +267,8 @@ def tensorboard_tab(run_index: RunIndex, access: Access, tensorboard: TensorBoar
         chosen = run_list("Runs", "tensorboard-runs", multiselect=True)
         start = _control_button("Show in TensorBoard", "tensorboard-start", access)
         stop = _control_button("Stop TensorBoard", "tensorboard-stop", access)
-    link = gr.HTML(_tensorboard_link(tensorboard), elem_id="tensorboard-link")
+    # A function: what runs is asked when the page is opened.
+    link = gr.HTML(lambda: _tensorboard_link(tensorboard), elem_id="tensorboard-link")
 
     def show_runs(runs: list[str]) -> str:
         tensorboard.show({run: run_index.directory(run) for run in runs or []})
@@ -330,6 +345,14 @@ def _started(run_index: RunIndex, program: Program, origin: str) -> tuple[Any, s
     """Says so; values for the list of runs and the output."""
     gr.Info(_text(f"{program.name} is started{origin}"))
     return gr.update(choices=all_runs(run_index), value=program.name), program.name
+
+
+def _processes(count: float | None) -> int:
+    if count is None or not 1 <= count <= MAX_PROCESSES or count != int(count):
+        raise ConfigError(
+            f"the number of processes is {count}", rule=f"it is a whole number from 1 to {MAX_PROCESSES}"
+        )
+    return int(count)
 
 
 def _directory(run_index: RunIndex, run: str | None) -> Path:

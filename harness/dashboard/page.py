@@ -73,7 +73,7 @@ def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: T
 def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.Blocks:
     with gr.Blocks(title="Harness", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1 style='margin:0'>Harness</h1>", padding=False)
-        with gr.Tabs() as tabs:
+        with gr.Tabs():
             with gr.Tab("Runs", id="runs"):
                 runs = gr.HTML(
                     html_template="<harness-runs></harness-runs>",
@@ -92,7 +92,7 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
             with gr.Tab("TensorBoard", id="tensorboard"):
                 drawn = tensorboard_tab(run_index, access, tensorboard)
 
-        runs.open(_open_run(run_index), outputs=[chosen, monitor, tabs], show_progress="hidden")
+        runs.open(_choose_run(run_index), outputs=chosen, show_progress="hidden")
         chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
         sent = gr.State(None)
         choices = [sent, chosen, controlled, drawn]
@@ -112,10 +112,12 @@ def _update_run_lists(run_index: RunIndex) -> Any:
     return update
 
 
-def _open_run(run_index: RunIndex) -> Any:
-    def open_run(event: gr.EventData) -> tuple[Any, str, Any]:
+def _choose_run(run_index: RunIndex) -> Any:
+    """The page has turned to the run by itself; the list follows."""
+
+    def choose_run(event: gr.EventData) -> Any:
         run = str(event.run)
         run_index.directory(run)
-        return gr.update(choices=run_index.names(), value=run), run, gr.update(selected="monitoring")
+        return gr.update(choices=run_index.names(), value=run)
 
-    return open_run
+    return choose_run

@@ -16,6 +16,7 @@ import orjson
 from harness.dashboard.checkpoints import checkpoints
 from harness.runlog.digest import Bands, Digest
 from harness.runlog.events import Checkpoint, Event
+from harness.runlog.ledger import Ledger
 from harness.runlog.names import EventName, Metric, Prefix, main_first
 from harness.tracking.compare import settings_of
 from harness.tracking.text import printable, spelled
@@ -67,6 +68,7 @@ def run_view(digest: Digest) -> dict[str, Any]:
         "num_names": len(names),
         "statistics": sorted({name.split("/")[1] for name in names if name.startswith(Prefix.LAYERS)}),
         "ranks": spelled(digest.ranks()),
+        "ledger": _ledger(digest.ledger),
         "best_val_loss": _smallest(digest.bands(Metric.VAL_LOSS)),
         "nonfinite_steps": _nonfinite_steps(digest),
         "checkpoints": _checkpoints(digest),
@@ -205,6 +207,18 @@ class _Ruler:
         if self._tokens is not None and len(self._tokens.steps):
             return np.interp(steps, self._tokens.steps, self._tokens.high)
         return steps
+
+
+def _ledger(ledger: Ledger | None) -> dict[str, Any] | None:
+    """Seconds and share of each class of a run's wall time."""
+    if ledger is None:
+        return None
+    return {
+        "wall_s": ledger.wall_s,
+        "goodput_frac": ledger.goodput_frac,
+        "ettr_frac": ledger.ettr_frac,
+        "classes": [{"name": kind, "seconds": spent, "frac": share} for kind, spent, share in ledger.rows()],
+    }
 
 
 def _smallest(bands: Bands) -> float | None:

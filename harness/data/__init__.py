@@ -8,6 +8,7 @@ from harness.data.images import class_loss, load_images
 from harness.data.loader import Loader, evaluation_batches
 from harness.data.order import sample_order
 from harness.data.seeding import seed_everything
+from harness.data.shares import Shares
 from harness.data.sources import find_quarantined, source_of
 from harness.data.task import Batch, Dataset, LossSum, Task, TaskBuilder, cross_entropy, load_task, run_loss
 from harness.data.text import load_text, next_byte_loss, text_files
@@ -17,6 +18,7 @@ __all__ = [
     "Dataset",
     "Loader",
     "LossSum",
+    "Shares",
     "SourceFile",
     "Task",
     "TaskBuilder",

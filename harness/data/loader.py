@@ -1,8 +1,8 @@
 """The training loader. Its order is a function of (seed, epoch, position), its state is one number.
 
 A global batch is the next `global_batch` positions of the endless sequence epoch 0, epoch 1, ...; rank r
-takes the r-th contiguous slice of it and cuts the slice into micro-batches. So every world size and every
-micro-batch size trains on the same samples in the same steps, and a run resumes anywhere.
+takes the r-th contiguous slice of its micro-batches (`Shares`). So every world size and every micro-batch
+size trains on the same samples in the same steps, and a run resumes anywhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from harness.data.fetch import fetch, map_tensors, worker_failure
 from harness.data.order import mix, sample_order, substituted
+from harness.data.shares import Shares
 from harness.data.task import Batch, Dataset
-from harness.errors import ConfigError, DataError, HarnessError
+from harness.errors import DataError, HarnessError
 
 __all__ = ["Loader", "evaluation_batches"]
 
@@ -36,7 +37,7 @@ class Loader:
     Args:
         dataset: Map-style data; see `harness.data.task.Dataset`.
         global_batch: Samples per step over all ranks.
-        micro_batch: Samples per micro-batch; None: a rank's whole share.
+        micro_batch: Samples per micro-batch at most; None: a rank's whole share.
         rank: This rank.
         world_size: Number of ranks.
         seed: Seed of the order, and of `__getitem__`'s randomness.
@@ -49,7 +50,7 @@ class Loader:
             ones at every world size.
 
     Raises:
-        ConfigError: the global batch cannot be split evenly.
+        ConfigError: the global batch cannot be split.
         DataError: the dataset is empty.
     """
 
@@ -68,16 +69,13 @@ class Loader:
         allow_change: bool = False,
         quarantined: Sequence[int] = (),
     ) -> None:
-        share = global_batch // world_size
-        micro_batch = micro_batch or share
-        if micro_batch == 0 or global_batch % (world_size * micro_batch):
-            raise ConfigError(
-                f"a global batch of {global_batch} samples",
-                rule=f"it has to be a multiple of world size x micro-batch = {world_size} x {micro_batch}",
-            )
-        self._source = _Source(dataset, seed=seed, micro_batch=micro_batch, quarantined=quarantined)
-        self._global_batch, self._share, self._micro_batch = global_batch, share, micro_batch
-        self._offsets = range(rank * share, (rank + 1) * share, micro_batch)
+        self.shares = Shares.of(global_batch, world_size, at_most=micro_batch)
+        """How the ranks share a global batch."""
+        self._source = _Source(
+            dataset, seed=seed, micro_batch=self.shares.micro_batch, quarantined=quarantined
+        )
+        self._global_batch = global_batch
+        self._offsets = self.shares.offsets(rank)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._fingerprints = dict(fingerprints or {})
@@ -129,8 +127,7 @@ class Loader:
         """Which samples the step that began at `position` holds: all, or those of one rank's micro-batch."""
         if rank is None or micro_batch is None:
             return self.sample_indices(position, self._global_batch)
-        offset = rank * self._share + micro_batch * self._micro_batch
-        return self.sample_indices(position + offset, self._micro_batch)
+        return self.sample_indices(position + self.shares.offsets(rank)[micro_batch], self.shares.micro_batch)
 
     def skip(self, num_samples: int) -> None:
         """Steps over the next `num_samples` global samples without fetching them."""

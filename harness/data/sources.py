@@ -35,7 +35,7 @@ def source_of(dataset: Any, index: int) -> str | None:
         return None
 
 
-def find_quarantined(dataset: Any, entries: Sequence[str]) -> tuple[int, ...]:
+def find_quarantined(dataset: Any, entries: Sequence[int | str]) -> tuple[int, ...]:
     """The indices of the samples that are meant by `data.quarantine`, sorted, each once.
 
     An entry is an index, a name as `source_of` gives it, or a file with one of these a line, in which `#`
@@ -46,7 +46,7 @@ def find_quarantined(dataset: Any, entries: Sequence[str]) -> tuple[int, ...]:
     """
     numbers: set[int] = set()
     names: set[str] = set()
-    for entry in _entries(entries):
+    for entry in _entries(map(str, entries)):
         numbers.add(int(entry)) if entry.isdecimal() else names.add(entry)
     wrong = [str(number) for number in sorted(numbers) if number >= len(dataset)]
     if wrong:

@@ -10,6 +10,7 @@ from harness.dist.agreement import (
     on_all_ranks,
     report_once,
 )
+from harness.dist.connections import Connections
 from harness.dist.flight_recorder import keep_flight_records, write_flight_records
 from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
@@ -21,6 +22,7 @@ from harness.dist.unused import UnusedParameters
 from harness.dist.world import World, open_world
 
 __all__ = [
+    "Connections",
     "Heartbeats",
     "HostGroup",
     "UnusedParameters",

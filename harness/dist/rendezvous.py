@@ -16,6 +16,7 @@ answer of a dead process is not the one that its successor gave.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 import uuid
@@ -28,8 +29,12 @@ from harness.errors import LostRankError
 
 __all__ = ["await_store", "fresh_store"]
 
+logger = logging.getLogger(__name__)
+
 _TOKEN = "harness/attempt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
+_SAY_S = 15.0
+"""After so long it is said for whom a rank waits, and again after twice as long each time."""
 _CONNECT_S = 5.0
 _STOP_GRACE_S = 20.0
 """How long a rank that was asked to stop still waits for the others, who may be gone or still import: a stop
@@ -96,8 +101,9 @@ class _Waiting:
     """Waits in short pauses, in which signals are handled; not in the store, which prints every time-out."""
 
     def __init__(self, timeout_s: float, stopping: Callable[[], bool]) -> None:
-        self._ends, self._stopping = time.monotonic() + timeout_s, stopping
-        self._pause_s = _FIRST_PAUSE_S
+        self._began = time.monotonic()
+        self._ends, self._stopping = self._began + timeout_s, stopping
+        self._pause_s, self._say_s = _FIRST_PAUSE_S, _SAY_S
 
     def once_more(self, waiting_for: str) -> None:
         if self._stopping():
@@ -109,6 +115,10 @@ class _Waiting:
                 rule="all processes of an attempt meet before anything else",
                 remedy="look at what the others said; parallel.timeout_s is how long they are waited for",
             )
+        if time.monotonic() > self._began + self._say_s:
+            left_s = self._ends - time.monotonic()
+            logger.warning("waiting for %s for %.0f s, for %.0f s more", waiting_for, self._say_s, left_s)
+            self._say_s *= 2
         time.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
@@ -137,7 +147,7 @@ def _follow(store: Store, rank: int, world_size: int, waiting: _Waiting) -> str:
             if newest != token:
                 token, mine = newest, uuid.uuid4().hex
                 store.set(_answer_key(token, rank), mine)
-        waiting.once_more("rank 0, or another that it waits for,")
+        waiting.once_more("rank 0, or another that it waits for")
     return token
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from harness.data import LossSum
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation, Tracer
@@ -148,8 +147,8 @@ def _trace(
 ) -> None:
     tracer, attention = _tracer(probe, micro_batch), AttentionProbe()
 
-    def look(losses: list[LossSum]) -> None:
-        bad = [one.total for one in losses if not bool(one.total.isfinite())] or [
+    def look(losses: list[Tensor]) -> None:
+        bad = [one for one in losses if not bool(one.isfinite())] or [
             p.grad for p in probe.ranks.judge.layout.parameters if p.grad is not None and _is_bad(p.grad)
         ]
         cause.way = tracer.way_to(bad, usual=usual)

@@ -161,6 +161,8 @@ class RankShare:
         self.rank, self._layout = rank, layout
         self._table, self._loss_scale, self._extremes = table, loss_scale, extremes
         self._micro_batches = MicroBatches(loss_scale.value_t.device)
+        self.losses: list[Tensor] = []
+        """Of each micro-batch the sum over its tokens, faults included."""
         self.gradients: list[Tensor | None] = []
         """This rank's own, by row, once it has finished."""
         self.rows = table.empty()
@@ -176,6 +178,7 @@ class RankShare:
         is_last: bool = False,
     ) -> None:
         """Notes a micro-batch after its backward pass."""
+        self.losses.append(loss.detach())
         with torch.no_grad():
             self._micro_batches.add_sum(loss, 0.0 if num_tokens is None else num_tokens, num_correct)
             if not is_last:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.data import Batch, LossSum
+from harness.data import Batch
 from harness.replay.ranks import MicroBatch, RanksInTurn
 from harness.stability.layout import NUM_INF, NUM_NAN, SUM_SQUARES
 from harness.training.build import build_runner
@@ -56,8 +56,6 @@ class Probe:
     def __init__(self, ranks: RanksInTurn) -> None:
         self.ranks = ranks
         self.num_runs = 0
-        self._losses: list[LossSum] = []
-        self._task = dataclasses.replace(ranks.task, loss=self._noted_loss)
 
     def run(
         self,
@@ -65,7 +63,7 @@ class Probe:
         rows: Sequence[int] | None = None,
         *,
         batch: Batch | None = None,
-        look: Callable[[list[LossSum]], None] | None = None,
+        look: Callable[[list[Tensor]], None] | None = None,
         within: Callable[[], Any] = nullcontext,
         precision: str | None = None,
     ) -> Outcome:
@@ -93,26 +91,20 @@ class Probe:
         runner = build_runner(
             ranks.config,
             ranks.worlds[micro_batch.rank],
-            self._task,
+            ranks.task,
             ranks.model,
             share,
             ranks.injector(micro_batch.rank, faults),
             precision=precision or ranks.precision,
             progress=Progress(),
         )
-        self._losses.clear()
         with ranks.as_found_by(micro_batch):
             with within():
                 runner.run(micro_batch.step, [data])
             share.finish()
             if look is not None:
-                look(list(self._losses))
-            return Outcome(loss=sum(float(one.total.detach()) for one in self._losses), rows=share.rows)
-
-    def _noted_loss(self, model: Any, batch: Batch) -> LossSum:
-        loss = self.ranks.task.loss(model, batch)
-        self._losses.append(loss)
-        return loss
+                look(share.losses)
+            return Outcome(loss=sum(float(one) for one in share.losses), rows=share.rows)
 
 
 def rows_of(value: Any, rows: Sequence[int], num_samples: int) -> Any:

@@ -134,7 +134,7 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
 
 def _ranks(history: History, device: str) -> RanksInTurn:
     config = history.config
-    config.check_world(history.world_size)
+    config.check_world(history.world_size, may_be_uneven=True)
     chosen = _device(history, device)
     faults = [fault for fault in config.faults if not history.was_visited_before(fault.step)]
     precision = history.about.get("precision")

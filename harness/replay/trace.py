@@ -147,7 +147,8 @@ class Tracer(TorchDispatchMode):
         node: Any = torch._C._current_autograd_node()  # None outside of a backward pass
         place = here(self._names) if node is None else None
         if node is None and place is not None:
-            number = torch.autograd._get_sequence_nr() - 1
+            autograd: Any = torch.autograd  # mypy misses what it takes from C
+            number = autograd._get_sequence_nr() - 1
             self._forward.setdefault(number, _Forward(str(func), place))
         self._note(func, node, place, sources, args, kwargs, output)
         return output
@@ -215,7 +216,7 @@ class Tracer(TorchDispatchMode):
                 elif storage in self._known:
                     self._sound.add(storage)
                 continue
-            # What else is bad was made outside of torch, or before: a constant. Whoever reads it brings it in.
+            # What else is bad is a constant, made before or outside of torch: who reads it brings it in.
             self._sound.add(storage)
         return found
 

@@ -27,7 +27,7 @@ from harness.runlog.soundness import MAX_DEPTH, MAX_ELEMENTS, is_sound
 __all__ = ["KINDS", "Record", "decode", "encode", "to_plain", "with_nonfinite"]
 
 KINDS = frozenset(
-    {"run", "step", "eval", "epoch", "event", "hparams", "rewind", "end"}
+    {"run", "step", "eval", "epoch", "event", "hparams", "rewind", "ledger", "end"}
     | {"text", "image", "histogram", "graph", "layers", "ranks", "system"}
 )
 

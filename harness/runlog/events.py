@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointFailed",
     "Event",
     "Fault",
+    "Finding",
     "Incident",
     "LoggedEvent",
     "Outlier",
@@ -92,6 +93,20 @@ class Outlier(Incident):
     """A step that was flagged, and after which the run went on as before."""
 
     NAME = EventName.OUTLIER
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding(LoggedEvent):
+    """What a check for silent errors has found: wrong with the loop, and not with a step of it."""
+
+    NAME = EventName.FINDING
+    summary: str | None = None
+    """What is wrong and what to do, in one line."""
+    check: str | None = None
+    problem: str | None = None
+    remedy: str | None = None
+    rank: int | None = None
+    parameter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +184,18 @@ class Alert(LoggedEvent):
 
 _KINDS: dict[str, type[LoggedEvent]] = {
     kind.NAME: kind
-    for kind in (Incident, Outlier, Checkpoint, CheckpointFailed, Resume, Rollback, Stop, Fault, Alert)
+    for kind in (
+        Incident,
+        Outlier,
+        Finding,
+        Checkpoint,
+        CheckpointFailed,
+        Resume,
+        Rollback,
+        Stop,
+        Fault,
+        Alert,
+    )
 }
 
 

@@ -157,7 +157,7 @@ class IncidentFile:
     """The culprit's own gradient, before the reduction."""
     world_size: int = 1
     num_micro_batches: int = 1
-    """Of each rank in a step."""
+    """Of each rank in a step, at most: some may have one less."""
     micro_batch_samples: int = 1
     """Samples of a micro-batch."""
     position: int = 0

@@ -76,6 +76,7 @@ class EventName:
 
     INCIDENT: Final = "incident"
     OUTLIER: Final = "outlier"
+    FINDING: Final = "finding"
     CHECKPOINT: Final = "checkpoint"
     CHECKPOINT_FAILED: Final = "checkpoint_failed"
     RESUME: Final = "resume"

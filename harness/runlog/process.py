@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 
 from harness import __version__
 
-__all__ = ["identity", "is_alive", "lives", "machine", "started_at"]
+__all__ = ["age_s", "identity", "is_alive", "lives", "machine", "started_at"]
 
 CLOCK_SLACK_S = 5.0
 """The kernel's clock is read twice for a time since boot, and rounds the boot to a second."""
@@ -64,6 +65,13 @@ def started_at(pid: int) -> float:
     # The kernel knows the ticks since boot, psutil adds the boot by the wall clock as it is set now.
     process = psutil.Process(pid)
     return process.create_time() - psutil.boot_time()
+
+
+def age_s() -> float:
+    """How long ago this process was started."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - psutil.Process().create_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_at(os.getpid())
 
 
 def lives(pid: int, start_s: float) -> bool:

@@ -135,6 +135,13 @@ def _is_rewind(values: dict[str, Any]) -> bool:
     return _is_whole(values.get("step"), LAST_STEP)
 
 
+def _is_ledger(values: dict[str, Any]) -> bool:
+    seconds = values.get("seconds")
+    if not isinstance(seconds, dict) or not _is_whole(values.get("steps_made"), LAST_STEP):
+        return False
+    return all(_is_number(spent) and 0 <= spent <= LAST_TIME for spent in seconds.values())
+
+
 def _are_files(values: dict[str, Any]) -> bool:
     return all(isinstance(one, dict) and isinstance(one.get("file"), str) for one in values.values())
 
@@ -169,6 +176,7 @@ _CHECKS: Mapping[str, Callable[[dict[str, Any]], bool]] = {
     "layers": _are_layers,
     "ranks": _are_ranks,
     "rewind": _is_rewind,
+    "ledger": _is_ledger,
     "image": _are_images,
     "graph": _is_graph,
     "histogram": _are_histograms,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from harness.runlog.codec import Record, decode, encode
 from harness.runlog.events import Event
+from harness.runlog.ledger import Ledger
 from harness.runlog.names import EventName
 from harness.runlog.process import is_alive
 from harness.runlog.soundness import SCALAR_KINDS
@@ -54,6 +55,12 @@ class Timeline:
         self._events_bytes = 0
         self.num_events = self.num_incidents = 0
         self._end: dict[str, Any] | None = None
+        self._ledger: Record | None = None
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Where the run's wall time went; None in logs of loops and releases that keep no account of it."""
+        return None if self._ledger is None else Ledger.of(self._ledger)
 
     @property
     def attempts(self) -> list[int]:
@@ -117,8 +124,9 @@ class Timeline:
         """All of it as plain JSON data; `_take_account` takes it back."""
         said = [("run", self.info), ("hparams", self.hparams), *([("end", self._end)] if self._end else [])]
         records = [Record(kind, 0, None, 0.0, values) for kind, values in said]
+        ledger = [self._ledger] if self._ledger else []
         return {
-            "records": [line_of(record) for record in (*records, *self._events)],
+            "records": [line_of(record) for record in (*records, *ledger, *self._events)],
             "num_events": (self.num_events, self.num_incidents),
             "times": (self.started, self.updated),
             "attempt_starts": list(self.attempt_starts.items()),
@@ -150,6 +158,8 @@ class Timeline:
         elif record.kind == "run":
             self.info = {**self.info, **record.values}
             self._end = None if "pid" in record.values else self._end
+        elif record.kind == "ledger":
+            self._ledger = record
         elif record.kind == "hparams":
             self.hparams.update(record.values)
         elif record.kind == "end":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,10 @@ from harness.runlog.soundness import LAST_ATTEMPT, checked_step
 
 __all__ = ["RunLog"]
 
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.2
+
 
 class RunLog:
     """Appends records to the log under `run_dir`. A record is in the kernel's hands when `write` returns.
@@ -32,6 +37,7 @@ class RunLog:
         run_dir: The run's directory; made if need be.
         info: What to note about this attempt beside process, host and time.
         segment_bytes: Size at which a new file is begun.
+        wait_s: How long another process, which is about to end, may still write this log.
 
     Raises:
         TrackingError: another process writes this log, the directory cannot be written, or the log holds
@@ -44,6 +50,7 @@ class RunLog:
         *,
         info: Mapping[str, Any] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
+        wait_s: float = 0.0,
     ) -> None:
         self.run_dir = Path(run_dir).absolute()
         self._folder = log_dir(self.run_dir)
@@ -52,7 +59,7 @@ class RunLog:
         self._has_steps = False
         with _explained(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _writer_lock(self.run_dir)
+            self._lock = _writer_lock(self.run_dir, wait_s)
             try:
                 self.attempt = _next_attempt(self._folder)
                 self._segments = SegmentWriter(self._folder, segment_bytes=segment_bytes)
@@ -168,12 +175,19 @@ def _last_attempt(folder: Path) -> int:
     return -1
 
 
-def _writer_lock(run_dir: Path) -> ProcessLock:
-    try:
-        return ProcessLock(writer_lock(run_dir))
-    except LockHeldError as held:
-        raise TrackingError(
-            f"the log {log_dir(run_dir)} is being written by {held}",
-            rule="a run has one writer",
-            remedy="stop the other one, or give this run another name",
-        ) from None
+def _writer_lock(run_dir: Path, wait_s: float) -> ProcessLock:
+    ends, is_told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return ProcessLock(writer_lock(run_dir))
+        except LockHeldError as held:
+            if time.monotonic() > ends:
+                raise TrackingError(
+                    f"the log {log_dir(run_dir)} is being written by {held}",
+                    rule="a run has one writer",
+                    remedy="stop the other one, or give this run another name",
+                ) from None
+            if not is_told:
+                logger.warning("waiting for the end of %s, which writes this run's log", held)
+                is_told = True
+        time.sleep(_PAUSE_S)

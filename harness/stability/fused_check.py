@@ -52,6 +52,9 @@ class FusedCheck:
             return
         if self._checked_from is None:
             self._checked_from = step
+        if not self._may_show(decision):
+            yield
+            return
         gradients = [p.grad for p in chosen if p.grad is not None]
         values_before, gradients_before = _some(chosen), _some(gradients)
         yield
@@ -61,6 +64,15 @@ class FusedCheck:
         ignored_clip = ~decision.skip_t & (decision.grad_scale_t > NOTICEABLE) & undivided
         seen = ignored_skip * Fault.IGNORED_SKIP + ignored_clip * Fault.IGNORED_CLIP
         torch.maximum(self.faults_t, seen.double(), out=self.faults_t)
+
+    def _may_show(self, decision: Decision) -> bool:
+        """Whether the step has an instruction that was not followed yet. On the CPU the decision can be read
+        for nothing; on a device that would be to wait for it, and every step is looked at."""
+        if decision.skip_t.device.type != "cpu":
+            return True
+        if decision.skip_t.item():
+            return "skip" in self._unproven
+        return "clip" in self._unproven and decision.grad_scale_t.item() > NOTICEABLE
 
     def observe(self, step: int, *, skipped: bool, clip_coef: float) -> None:
         """Takes what became of the steps, in order; what was checked and followed is not checked again."""

@@ -21,7 +21,7 @@ from harness.stability.device_step import StepOutput
 from harness.stability.host_copy import HostCopy, is_capturing
 from harness.stability.layout import Layout
 from harness.stability.packing import Packet, Spec, pack, unpack
-from harness.stability.record_builder import RecordBuilder, clip_coef, is_notable, is_skip
+from harness.stability.record_builder import RecordBuilder, is_notable, is_skip, summary_of
 
 __all__ = ["Monitor", "Settled"]
 
@@ -143,26 +143,28 @@ class Monitor:
 
     def _settled(self, pending: _Pending) -> Settled:
         packet = pending.packet()
-        if is_skip(packet) and ROWS not in packet:
+        summary = summary_of(packet)
+        if is_skip(summary) and ROWS not in packet:
             rows = all_gather(pending.rows.flatten(), group=self._group)
             pending.rows_of_all = rows.view(-1, *pending.rows.shape).cpu()
         pending.is_settled = True
         return Settled(
             step=pending.step,
-            skipped=is_skip(packet),
-            clip_coef=clip_coef(packet),
-            record=self._record(pending) if is_notable(packet) else None,
+            skipped=is_skip(summary),
+            clip_coef=summary.clip_coef,
+            record=self._record(pending) if is_notable(summary, packet) else None,
         )
 
     def _record(self, pending: _Pending) -> StepRecord:
         if pending.record is not None:
             return pending.record
         packet = pending.packet()
-        if self._group is None and is_skip(packet):
+        was_skipped = is_skip(summary_of(packet))
+        if self._group is None and was_skipped:
             packet.setdefault(ROWS, pending.rows.cpu()[None])
         builder = RecordBuilder(pending.layout, num_replicas=self._num_replicas, checks=self._checks)
         record = builder.build(pending.step, packet, counts_tokens=pending.counts_tokens)
-        if ROWS in packet or not is_skip(packet):
+        if ROWS in packet or not was_skipped:
             pending.record = record  # all that there will be to know
         return record
 

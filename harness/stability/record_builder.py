@@ -32,7 +32,7 @@ from harness.stability.rank_statistics import (
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
-__all__ = ["RecordBuilder", "clip_coef", "is_notable", "is_skip"]
+__all__ = ["RecordBuilder", "is_notable", "is_skip", "summary_of"]
 
 SKIP = VERDICTS.index("skip")
 
@@ -92,22 +92,20 @@ class _StepNumbers:
         return sum(one[field] for one in self.per_rank)
 
 
-def is_skip(packet: Packet) -> bool:
-    """Whether a step, its packet in host memory, left everything untouched."""
-    return int(packet["summary"][0]) >= SKIP
+def summary_of(packet: Packet) -> Summary:
+    """The decision on a step whose packet is in host memory."""
+    return Summary(*packet["summary"].tolist())
 
 
-def is_notable(packet: Packet) -> bool:
-    """Whether the record of a step has a reason, or may have one: checks have measured something. The step's
-    packet is in host memory."""
-    summary = Summary(*packet["summary"].tolist())
+def is_skip(summary: Summary) -> bool:
+    """Whether a step left everything untouched."""
+    return int(summary.verdict) >= SKIP
+
+
+def is_notable(summary: Summary, packet: Packet) -> bool:
+    """Whether the record of a step has a reason, or may have one: checks have measured something."""
     measured = packet.keys() - {"summary", "rank_statistics"}
-    return bool(is_skip(packet) or summary.is_spike or summary.norms_differ or measured)
-
-
-def clip_coef(packet: Packet) -> float:
-    """What the gradient was multiplied by."""
-    return Summary(*packet["summary"].tolist()).clip_coef
+    return bool(is_skip(summary) or summary.is_spike or summary.norms_differ or measured)
 
 
 class RecordBuilder:
@@ -121,7 +119,7 @@ class RecordBuilder:
 
     def build(self, step: int, packet: Packet, *, counts_tokens: bool) -> StepRecord:
         """The record of a step."""
-        summary = Summary(*packet["summary"].tolist())
+        summary = summary_of(packet)
         arrived = Arrived(
             step=step, layout=self._layout, num_replicas=self._num_replicas, divisor=summary.divisor
         )

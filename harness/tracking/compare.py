@@ -1,10 +1,10 @@
-"""Two runs side by side: what was set differently, what came out differently, and where they parted."""
+"""Runs side by side: what was set differently, what came out differently, and where they parted."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from harness.runlog.reader import Run, open_run
 from harness.runlog.series import Series
 from harness.tracking.text import damage, number, printable, table
 
-__all__ = ["Comparison", "Parting", "compare_runs", "compare_text"]
+__all__ = ["Comparison", "Parting", "compare_runs", "compare_text", "different_settings", "settings_of"]
 
 logger = logging.getLogger(__name__)
 
+NOT_SET = "not set"
+"""In place of a setting that a run does not know, which is another thing than one that is null."""
 _OF_THE_MACHINE = (Prefix.TIME, Prefix.SPEED, Prefix.SYSTEM)
 """What these say of the same training is another number every time."""
 
@@ -43,8 +45,8 @@ class Comparison:
     """How run `b` differs from run `a`."""
 
     names: tuple[str, str]
-    settings: dict[str, tuple[Any, Any]]
-    """Settings and hyperparameters that differ, by dotted name; None where one has none."""
+    settings: dict[str, list[Any]]
+    """Settings and hyperparameters that differ, by dotted name, as `different_settings` gives them."""
     metrics: dict[str, tuple[float | None, float | None]]
     """Last values of every metric that either has."""
     num_damaged: tuple[int, int]
@@ -70,35 +72,61 @@ def compare_runs(a: str | Path, b: str | Path, *, within: Path | None = None) ->
         TrackingError: one of them is no run.
     """
     first, second = open_run(a, within=within), open_run(b, within=within)
-    ours, theirs = settings_of(first), settings_of(second)
     metrics = sorted(set(first.names()) | set(second.names()))
     return Comparison(
         names=(_name(first), _name(second)),
         num_damaged=(first.num_damaged, second.num_damaged),
-        settings={
-            name: (ours.get(name), theirs.get(name))
-            for name in sorted(set(ours) | set(theirs))
-            if ours.get(name) != theirs.get(name)
-        },
+        settings=different_settings([settings_of(first), settings_of(second)]),
         metrics={name: (first.last(name), second.last(name)) for name in metrics},
         partings=sorted(_partings(first, second), key=lambda p: np.inf if p.step is None else p.step),
     )
 
 
-def compare_text(a: str | Path, b: str | Path) -> str:
-    """The comparison in words and tables. For `harness compare`."""
-    comparison = compare_runs(a, b)
-    heads = list(comparison.names)
-    damaged = zip(comparison.names, comparison.num_damaged, strict=True)
-    settings = [[name, str(x), str(y)] for name, (x, y) in comparison.settings.items()]
-    metrics = [[name, number(x), number(y), _difference(x, y)] for name, (x, y) in comparison.metrics.items()]
+def compare_text(*paths: str | Path) -> str:
+    """The comparison of two runs or more with the first in words and tables. For `harness compare`.
+
+    Raises:
+        TrackingError: one of them is no run.
+    """
+    comparisons = [compare_runs(paths[0], path) for path in paths[1:]]
+    heads = [comparisons[0].names[0], *(comparison.names[1] for comparison in comparisons)]
+    damaged = [comparisons[0].num_damaged[0], *(comparison.num_damaged[1] for comparison in comparisons)]
+    settings = different_settings([settings_of(open_run(path)) for path in paths])
     parts = [
-        table(["setting", *heads], settings) if settings else "the settings are the same",
-        table(["last value", *heads, "difference"], metrics) if metrics else "no metrics",
-        _partings_text(comparison),
-        *(f"{printable(name)}: {damage(count)}" for name, count in damaged if count),
+        table(["setting", *heads], [[name, *map(str, values)] for name, values in settings.items()])
+        if settings
+        else "the settings are the same",
+        _metrics_text(heads, comparisons),
+        *(_partings_text(comparison, among=len(paths)) for comparison in comparisons),
+        *(f"{printable(name)}: {damage(count)}" for name, count in zip(heads, damaged, strict=True) if count),
     ]
     return "\n\n".join(parts)
+
+
+def different_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A value of each run for each setting that is not the same in all: None is said as `null`, and `not set`
+    where a run does not know it."""
+    names = sorted({name for settings in runs for name in settings})
+    rows = {name: [_setting(settings, name) for settings in runs] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    if name not in settings:
+        return NOT_SET
+    return "null" if settings[name] is None else settings[name]
+
+
+def _metrics_text(heads: list[str], comparisons: Sequence[Comparison]) -> str:
+    names = sorted({name for comparison in comparisons for name in comparison.metrics})
+    rows = []
+    for name in names:
+        pairs = [comparison.metrics.get(name, (None, None)) for comparison in comparisons]
+        first = next((x for x, _ in pairs if x is not None), None)
+        difference = [_difference(*pairs[0])] if len(pairs) == 1 else []
+        rows.append([name, number(first), *(number(y) for _, y in pairs), *difference])
+    more = ["difference"] if len(comparisons) == 1 else []
+    return table(["last value", *heads, *more], rows) if rows else "no metrics"
 
 
 def settings_of(run: Run | Digest) -> dict[str, Any]:
@@ -151,18 +179,20 @@ def _parting(metric: str, ours: Series, theirs: Series) -> Parting:
     return Parting(metric, int(steps[at]), len(steps), (float(x[at]), float(y[at])))
 
 
-def _partings_text(comparison: Comparison) -> str:
+def _partings_text(comparison: Comparison, *, among: int) -> str:
     partings = comparison.partings
+    who = "" if among == 2 else f"{' and '.join(map(printable, comparison.names))}: "
     if not partings:
-        return "they have no step in common"
+        return f"{who}they have no step in common"
     parted = [parting for parting in partings if parting.step is not None]
     if not parted:
-        return f"equal, bit for bit, on all {comparison.num_common} steps that both have"
+        return f"{who}equal, bit for bit, on all {comparison.num_common} steps that both have"
     rows = [
         [parting.metric, str(parting.step), *(repr(value) for value in parting.values or ())]
         for parting in parted
     ]
-    return f"they part at step {parted[0].step}\n" + table(["metric", "first step", "first", "second"], rows)
+    heads = ["metric", "first step", "first", "second"]
+    return f"{who}they part at step {parted[0].step}\n" + table(heads, rows)
 
 
 def _difference(x: float | None, y: float | None) -> str:

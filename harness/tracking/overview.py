@@ -16,6 +16,7 @@ import numpy as np
 from harness.errors import TrackingError
 from harness.files import list_folder
 from harness.runlog.digest import MAX_NAMES, Digest
+from harness.runlog.ledger import Ledger
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
@@ -111,7 +112,8 @@ def _section(config: Any, name: str) -> dict[str, Any]:
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """State, steps, last and best losses, speed, skips, and the number of events by kind."""
+    """State, steps, last and best losses, speed, skips, the number of events by kind, and where the time
+    went."""
     last_step = run.last_step
     summary: dict[str, Any] = {
         "name": run.path.resolve().name,
@@ -124,12 +126,17 @@ def summarise(run: Run) -> dict[str, Any]:
         "duration_s": 0.0 if run.updated is None or run.started is None else run.updated - run.started,
         "events": dict(Counter(event.name for event in run.events())),
         "num_nonfinite_steps": _num_nonfinite_steps(run),
+        "ledger": _seconds(run.ledger),
         "last": {name: run.last(name) for name in run.names()},
     }
     for name in LOSSES:
         lowest = run.bands(name, max_points=1).low
         summary[f"best_{name}"] = float(lowest[0]) if np.isfinite(lowest).any() else None
     return summary
+
+
+def _seconds(ledger: Ledger | None) -> dict[str, float]:
+    return {} if ledger is None else {str(kind): spent for kind, spent in ledger.seconds.items()}
 
 
 def no_summary(run_dir: Path) -> dict[str, Any]:
@@ -145,6 +152,7 @@ def no_summary(run_dir: Path) -> dict[str, Any]:
         "duration_s": 0.0,
         "events": {},
         "num_nonfinite_steps": 0,
+        "ledger": {},
         "last": {},
         **{f"best_{name}": None for name in LOSSES},
     }
@@ -210,7 +218,8 @@ def show_run(run_dir: str | Path) -> str:
     """The run in words and numbers. For `harness show`."""
     run = open_run(run_dir)
     summary = summarise(run)
-    parts = [_heading(run, summary), _metrics(run), _events(run), incidents_table(run.path), _hparams(run)]
+    parts = [_heading(run, summary), _ledger(run), _metrics(run), _events(run), incidents_table(run.path)]
+    parts.append(_hparams(run))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -243,6 +252,18 @@ def _heading(run: Run, summary: dict[str, Any]) -> str:
     if run.num_left_out:
         lines.append(f"left out   {run.num_left_out} values: the run has more than {MAX_NAMES} metrics")
     return "\n".join(lines)
+
+
+def _ledger(run: Run) -> str:
+    ledger = run.ledger
+    if ledger is None:
+        return ""
+    rows = [[kind, f"{spent:.1f}", f"{100 * share:.1f}"] for kind, spent, share in ledger.rows()]
+    rows.append(["wall time", f"{ledger.wall_s:.1f}", "100.0"])
+    shares = (
+        f"goodput {100 * ledger.goodput_frac:.1f} %, effective training time {100 * ledger.ettr_frac:.1f} %"
+    )
+    return f"{table(['where the time went', 'seconds', '%'], rows)}\n{shares}"
 
 
 def _metrics(run: Run) -> str:

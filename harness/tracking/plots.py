@@ -39,6 +39,7 @@ EVENT_COLOURS = {
     EventName.STOP: INK,
     EventName.ALERT: ORANGE,
     EventName.OUTLIER: FAINT,
+    EventName.FINDING: ORANGE,
 }
 """Events that are marked in the picture; checkpoints are too many to be."""
 MAX_POINTS = 2000

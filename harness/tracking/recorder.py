@@ -26,13 +26,14 @@ class Recorder:
     Args:
         run_dir: The run's directory; made if need be.
         info: What to note about this attempt.
+        wait_s: How long the process of an attempt before may still write; see `RunLog`.
 
     Raises:
         TrackingError: another process writes this run, or the directory cannot be written.
     """
 
-    def __init__(self, run_dir: Path, *, info: Mapping[str, Any]) -> None:
-        self._log = RunLog(run_dir, info=info)
+    def __init__(self, run_dir: Path, *, info: Mapping[str, Any], wait_s: float = 0.0) -> None:
+        self._log = RunLog(run_dir, info=info, wait_s=wait_s)
         self._mirrors = MirrorHandle(None)
 
     @property

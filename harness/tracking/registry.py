@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from harness import env
 from harness.errors import TrackingError
 from harness.tracking.mirror import Mirror
 from harness.tracking.settings import MirrorSettings
@@ -31,9 +32,13 @@ MIRRORS = {
 }
 
 
+_TRAIN_JOB = "harness.tracking.kubeflow:TrainJobMirror"
+
+
 def mirrors_of(settings: MirrorSettings) -> list[str]:
-    """The names of the mirrors that the settings ask for."""
-    return [name for name in MIRRORS if _is_on(settings, name)] + list(settings.mirrors)
+    """The names of the mirrors that the settings ask for, and of a TrainJob's status where there is one."""
+    asked = [name for name in MIRRORS if _is_on(settings, name)] + list(settings.mirrors)
+    return asked + ([_TRAIN_JOB] if env.train_job_endpoint() is not None else [])
 
 
 def only(settings: MirrorSettings, names: Iterable[str]) -> MirrorSettings:

@@ -101,10 +101,10 @@ class BlackBox(Callback):
         if self._writer is None:
             return
         self._remember(record, record.per_rank[self._rank])
-        if record.reason is not None:
+        reason = record.reason or "; ".join(finding.summary() for finding in record.findings)
+        if reason:
             kind = incident_kind(record) or "check"
-            found = Found(step=record.step, kind=kind, reason=record.reason, record=record, ranks=())
-            self.keep(found)
+            self.keep(Found(step=record.step, kind=kind, reason=reason, record=record))
         for held in self._ring:
             if held.step == record.step:
                 held.batches = ()

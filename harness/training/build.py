@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Task, fetch, find_quarantined, seed_everything
+from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
@@ -29,6 +30,7 @@ from harness.dist import (
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
+from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
@@ -45,6 +47,7 @@ from harness.training.end import Start, end_run, judge_restart, note_hang
 from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
+from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
@@ -60,6 +63,9 @@ __all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "s
 
 logger = logging.getLogger(__name__)
 
+_END_S = 15.0
+"""How long a process may take to end once the others are gone."""
+
 
 def train(
     config: TrainConfig,
@@ -67,6 +73,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     tell: Callable[[HarnessError], None] | None = None,
     stop: StopRequest | None = None,
+    begun: float | None = None,
 ) -> TrainResult:
     """Runs the training that `config` describes, in the processes that the launcher started.
 
@@ -75,12 +82,15 @@ def train(
             all ranks.
         tell: Where there are several, called on the rank that prints an error before any of them leaves.
         stop: Where the caller handles signals; default: they are handled here, in the main thread.
+        begun: When the program that trains was started, by `time.monotonic()`; default: now.
 
     Raises:
         HarnessError: whatever is wrong with configuration, launch or data, before anything is written; or
             `InstabilityError` when the guard's last rung is reached.
     """
-    config.check_world(env.launched().world_size)
+    begun = time.monotonic() if begun is None else begun
+    # Where machines may go and come, a number of ranks that fits badly is better than none.
+    config.check_world(env.launched().world_size, may_be_uneven=env.is_restartable())
     if config.debug:
         config = with_every_check(config)
     with (
@@ -91,13 +101,15 @@ def train(
         logs.setup(rank=world.rank, world_size=world.world_size)
         local_world_size = env.launched().local_world_size
         logger.info("%s", use_threads(config.parallel.threads, local_world_size=local_world_size))
-        if world.is_main and env.shares_agent_store():
+        missing = missing_settings() if world.is_main else []
+        if missing:
             logger.warning(
-                "a node that comes back will not be taken in: torchrun was started without"
-                " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the files of `harness launch` set"
+                "torchrun was started without %s, which the files of `harness launch` set: a machine that"
+                " comes back is not taken in, or one that is lost is waited for longer",
+                " and ".join(missing),
             )
         set_determinism(config)
-        with Watchdog(config) as watchdog:
+        with Watchdog(config, begun=begun) as watchdog:
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
@@ -112,20 +124,18 @@ def build_run(
     progress = progress or Progress()
     precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
-    task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
+    config = keep_micro_batch(config, world, directory)
     if config.loop.compile:
-        task.model.compile()
-    model = distribute(task.model, config.parallel, world)
+        inputs.task.model.compile()
+    model = distribute(inputs.task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    loader = build_loader(config, world, task, inputs.fingerprints, inputs.quarantined)
+    loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(
-        checkpoints_dir(directory), config.checkpoint, timeout_s=config.parallel.timeout_s
-    )
+    checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
         "optimizer": optimizer,
@@ -142,16 +152,16 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
-    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress)
-    black_box = open_black_box(config, world, progress, directory, loader, task.train_data)
+    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress)
+    black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
-    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt))
+    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
     called.own = [journal, black_box, *([Debugger()] if config.debug else [])]
     run = Run(
         config=config,
         world=world,
         directory=directory,
-        task=task,
+        task=inputs.task,
         model=model,
         optimizer=optimizer,
         loader=loader,
@@ -171,6 +181,11 @@ def build_run(
         black_box=black_box,
     )
     return run
+
+
+def _checkpointer(config: TrainConfig, directory: Path) -> Checkpointer:
+    folder = checkpoints_dir(directory)
+    return Checkpointer.from_config(folder, config.checkpoint, timeout_s=config.parallel.timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +283,12 @@ class _Attempt:
 
 
 def _open_journal(
-    config: TrainConfig, world: World, directory: Path, inputs: _Inputs, attempt: _Attempt
+    config: TrainConfig,
+    world: World,
+    directory: Path,
+    inputs: _Inputs,
+    attempt: _Attempt,
+    progress: Progress,
 ) -> Journal:
     """This rank's journal; the main one says how the attempt begins."""
     if not world.is_main:
@@ -276,6 +296,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
+    about[NOTED] = attempt.loader.shares.micro_batch
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -286,7 +307,11 @@ def _open_journal(
         about={**about, "versions": versions, "data": inputs.fingerprints},
         mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
         step_indices=attempt.loader.step_indices,
+        progress=progress,
+        # A rank 0 that was cut off from its launcher's others has to notice that first.
+        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
     )
+    say_shares(attempt.loader.shares)
     if attempt.resumed_from is not None:
         journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
         journal.say(f"going on at step {step} of {config.loop.steps}")
@@ -331,7 +356,12 @@ def build_runner(
         world_size=world.world_size,
         progress=progress,
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
+        num_passes=_shares(config, world).num_passes,
     )
+
+
+def _shares(config: TrainConfig, world: World) -> Shares:
+    return Shares.of(config.loop.global_batch, world.world_size, at_most=config.loop.micro_batch)
 
 
 def build_loader(
@@ -342,11 +372,10 @@ def build_loader(
     quarantined: Sequence[int],
 ) -> Loader:
     """The loader of this rank's share of the training data, without the samples of `find_quarantined`."""
-    share = config.loop.global_batch // world.world_size
     return Loader(
         task.train_data,
         global_batch=config.loop.global_batch,
-        micro_batch=config.loop.micro_batch or share,
+        micro_batch=config.loop.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,

@@ -76,7 +76,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
 def note_hang(run: Run, error: LostRankError, start: Start) -> None:
     """Writes down that the run hung; in the watchdog's thread. Nothing else is closed: it might hang too."""
     ending = Ending.of_error(error)
-    run.journal.close(ending)
+    run.journal.close(ending, hangs=True)
     if run.world.is_main:
         _leave_summary(_result(run, ending, start), run)
     run.black_box.end_hung(error)

@@ -63,13 +63,10 @@ class _Reporter:
     ) -> None:
         self._config, self._world_size, self._directory = config, world_size, directory
         self._loader, self._data, self._other_hosts = loader, data, other_hosts
-        share = config.loop.global_batch // world_size
-        self._micro_batch = config.loop.micro_batch or share
-        self._num_micro_batches = share // self._micro_batch
 
     def samples(self, position: int, rank: int) -> tuple[tuple[int, ...], ...]:
         """A rank's samples of the step that began at `position`, by micro-batch."""
-        numbers = range(self._num_micro_batches)
+        numbers = range(len(self._loader.shares.offsets(rank)))
         return tuple(tuple(self._loader.step_indices(position, rank, number)) for number in numbers)
 
     def describe(self, found: Found, position: int) -> IncidentFile:
@@ -85,8 +82,8 @@ class _Reporter:
             reason=found.reason,
             time=time.time(),
             world_size=self._world_size,
-            num_micro_batches=self._num_micro_batches,
-            micro_batch_samples=self._micro_batch,
+            num_micro_batches=self._loader.shares.num_passes,
+            micro_batch_samples=self._loader.shares.micro_batch,
             position=position,
             num_samples=len(self._data),
             seed=self._config.seed,
@@ -106,8 +103,8 @@ class _Reporter:
         assert record is not None
         named = functools.partial(source_of, self._data)
         incident = Incident.of(record, samples_of=_samples_of(samples), source_of=named)
-        return {
-            "summary": incident.summary() if incident else found.reason,
+        about = {
+            "summary": incident.summary() if incident else f"step {found.step}: {found.reason}",
             "culprits": incident.culprits if incident else (),
             **{
                 name: getattr(record, name)
@@ -117,6 +114,9 @@ class _Reporter:
                 )
             },
         }  # fmt: skip
+        if incident is None and record.findings:
+            about |= {"rank": record.findings[0].rank, "parameter": record.findings[0].parameter}
+        return about
 
     def _from_error(self, found: Found, samples: Sequence[Sequence[tuple[int, ...]]]) -> dict[str, Any]:
         of_all = _samples_of(samples)

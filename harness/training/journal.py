@@ -17,8 +17,9 @@ from torch import nn
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
 from harness.data import source_of
-from harness.records import StepRecord
+from harness.records import Finding, StepRecord
 from harness.runlog import events
+from harness.runlog.ledger import Ledger, newest_ledger
 from harness.runlog.names import Metric, Prefix
 from harness.stability import Incident
 from harness.tracking import MirrorSettings, start_sampler
@@ -29,6 +30,8 @@ from harness.tracking.saved_event import saved_event
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.console import Console
 from harness.training.counters import Counters, incident_kind
+from harness.training.ledger import LedgerKeeper
+from harness.training.progress import Progress
 from harness.training.summary import Ending
 
 __all__ = ["Journal", "MainJournal", "NodeJournal"]
@@ -60,8 +63,12 @@ class Journal(Callback):
     def leave_terminal(self) -> None:
         """Ends the line of progress: what comes next is somebody else's."""
 
-    def close(self, ending: Ending) -> None:
-        """The end of this attempt. The side process is told, and not waited for."""
+    def close(self, ending: Ending, *, hangs: bool = False) -> None:
+        """The end of this attempt. The side process is told, and not waited for.
+
+        Args:
+            hangs: The training thread is where it will be for ever; this is another one.
+        """
 
 
 class NodeJournal(Journal):
@@ -70,7 +77,7 @@ class NodeJournal(Journal):
     def __init__(self, directory: Path, config: TrainConfig) -> None:
         self._sampler = start_sampler(directory, MirrorSettings.from_config(config))
 
-    def close(self, ending: Ending) -> None:
+    def close(self, ending: Ending, *, hangs: bool = False) -> None:
         self._sampler.leave()
 
 
@@ -89,6 +96,8 @@ class MainJournal(Journal):
         about: Mapping[str, Any],
         mfu_per_speed: float | None,
         step_indices: Callable[[int, int | None, int | None], Sequence[int]],
+        progress: Progress,
+        wait_s: float = 0.0,
     ) -> None:
         """Opens the log and starts its mirrors.
 
@@ -96,13 +105,17 @@ class MainJournal(Journal):
             step_indices: The loader's: which samples a step holds, by its first position.
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
+            wait_s: How long the process of an attempt before may still write.
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
+            progress: What this rank is doing, of which the ledger is kept.
         """
+        before = newest_ledger(directory)
         tracking = config.tracking
         self._complaints = Complaints()
-        self._log = Recorder(directory, info={"config": to_dict(config), **about})
+        self._log = Recorder(directory, info={"config": to_dict(config), **about}, wait_s=wait_s)
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
+        self._ledger = LedgerKeeper(progress, before, self._write_ledger)
         self._log.start_mirrors(MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
@@ -115,6 +128,7 @@ class MainJournal(Journal):
 
     @harmless(_nothing)
     def on_step(self, run: Training, record: StepRecord) -> None:
+        self._ledger.count(record.step, is_skipped=record.skipped)
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
         values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
@@ -128,11 +142,17 @@ class MainJournal(Journal):
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
         named = functools.partial(source_of, run.task.train_data)
         incident = Incident.of(record, samples_of=samples_of, source_of=named, outliers=True)
+        for finding in record.findings:
+            self._log.write("event", finding_event(finding).to_values(), step=record.step)
         if incident is not None:
             if incident.is_outlier:
                 self.say(incident.summary())  # of incidents the ladder speaks
             self._log.write("event", incident_event(incident, record).to_values(), step=record.step)
         self._show(record, values, in_flight.step_s)
+
+    @harmless(_nothing)
+    def _write_ledger(self, ledger: Ledger) -> None:
+        self._log.write("ledger", ledger.to_values())
 
     @harmless(_no_samples)
     def _samples_of(self, first: int, rank: int | None, micro_batch: int | None) -> Sequence[int]:
@@ -180,6 +200,7 @@ class MainJournal(Journal):
 
     @harmless(_nothing)
     def on_rollback(self, run: Training, rollback: Rollback) -> None:
+        self._ledger.roll_back()
         self._log.rewind(rollback.step)
         record = rollback.record
         what = events.Rollback(
@@ -191,9 +212,14 @@ class MainJournal(Journal):
     def leave_terminal(self) -> None:
         self._console.close()
 
-    def close(self, ending: Ending) -> None:
+    def close(self, ending: Ending, *, hangs: bool = False) -> None:
         self.leave_terminal()
+        self._close_ledger(ending, hangs)
         self._close_log(ending)
+
+    @harmless(_nothing)
+    def _close_ledger(self, ending: Ending, hangs: bool) -> None:
+        self._ledger.close(is_finished=ending.status == "finished", hangs=hangs)
 
     @harmless(_nothing)
     def _close_log(self, ending: Ending) -> None:
@@ -251,6 +277,11 @@ def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
     return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+
+
+def finding_event(finding: Finding) -> events.Finding:
+    """What a check for silent errors has found, as the log keeps it."""
+    return events.Finding(summary=finding.summary(), **dataclasses.asdict(finding))
 
 
 def incident_event(incident: Incident, record: StepRecord) -> events.Incident:

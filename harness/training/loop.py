@@ -201,9 +201,10 @@ def _evaluate(run: Run) -> bool:
     """Evaluates; False if a rank was asked to stop before it was done, and then nothing has changed."""
     run.progress.enter(Phase.EVALUATION, run.counters.step - 1)
     interrupted = functools.partial(_any_asked_to_stop, run)
-    metrics = evaluate(
-        run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
-    )
+    with run.guard.watch_evaluation():
+        metrics = evaluate(
+            run.model, run.task, run.config, run.world, precision=run.precision, interrupted=interrupted
+        )
     if metrics is None:
         return False
     run.counters.count_evaluation(metrics[Metric.VAL_LOSS])

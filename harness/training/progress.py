@@ -45,10 +45,16 @@ def _nothing() -> int:
 
 
 class Progress:
-    """One rank's. `enter` takes some microseconds, and neither locks nor synchronises anything."""
+    """One rank's. `enter` takes some microseconds, and synchronises nothing.
 
-    def __init__(self) -> None:
-        self.at = At(Phase.START, 0, 0, time.monotonic())
+    Args:
+        begun: When the program was started, by `time.monotonic()`; default: now.
+    """
+
+    def __init__(self, *, begun: float | None = None) -> None:
+        self.at = At(Phase.START, 0, 0, time.monotonic() if begun is None else begun)
+        self.when_left: Callable[[At, float], None] | None = None
+        """Called by `enter` with the phase that is over, and the moment."""
         self.num_done: Counter[Phase] = Counter()
         """How often each phase has come to its end."""
         self.slowest_s: dict[Phase, float] = {}
@@ -62,6 +68,8 @@ class Progress:
         self.learn(before.phase, now - before.since)
         self.num_done[before.phase] += 1
         self.at = At(phase, step, before.order + 1, now)
+        if self.when_left is not None:
+            self.when_left(before, now)
 
     def learn(self, phase: Phase, took_s: float) -> None:
         """A phase took so long, or what it began: who enters it next may have to wait for the end of that."""

@@ -67,10 +67,16 @@ class StepRunner:
     progress: Progress
     nominal_tokens: int
     """Tokens of a global batch without padding."""
+    num_passes: int
+    """Forward passes of each rank in a step."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the host's seconds. No synchronisation with the device."""
         start = time.perf_counter()
+        for _ in range(self.num_passes - len(micro_batches)):
+            # Another rank has one micro-batch more, and sharded models need as many passes on each.
+            with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
+                self._forward_backward(step, micro_batches[0], weight=0.0)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             self.progress.enter(Phase.FORWARD, step)
@@ -83,7 +89,7 @@ class StepRunner:
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return time.perf_counter() - start
 
-    def _forward_backward(self, step: int, batch: Batch) -> LossSum:
+    def _forward_backward(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:
         batch = to_device(batch, self.device)
         with autocast(self.device, self.precision), self.guard.watch_forward():
             loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
@@ -93,7 +99,7 @@ class StepRunner:
                 rule="it is computed from the model's parameters, without detach(), item() or no_grad()",
             )
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
-        share = loss.total * (self.world_size / self.nominal_tokens)
+        share = loss.total * (weight * self.world_size / self.nominal_tokens)
         self.progress.enter(Phase.BACKWARD, step)
         self.guard.scale(share).backward()
         return loss

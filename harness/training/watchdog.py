@@ -65,8 +65,8 @@ _MOST_NAMED = 8
 class Watchdog:
     """Watches one rank, and with a few others all of them. A context manager, in the training thread."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.progress = Progress()
+    def __init__(self, config: TrainConfig, *, begun: float | None = None) -> None:
+        self.progress = Progress(begun=begun)
         """Where the training thread notes what it does."""
         self.note_end: Callable[[LostRankError], None] = _nothing
         """Called on every rank before it leaves, to write down how the run ended."""

@@ -24,6 +24,7 @@ FLOORS = {
     "stop": 0,
     "wrappers": 0,
     "env": 1,
+    "network": 1,
     "runlog": 1,
     "helper": 2,
     "helper_main": 2,
@@ -45,6 +46,7 @@ FLOORS = {
     "replay": 7,
     "cli": 8,
     "gradio_experiment_tracking": 9,
+    "agent": 9,
     "train": 9,
 }
 
@@ -90,6 +92,7 @@ MAY_COMMUNICATE = ("harness/dist/", "harness/stability/hooks.py", "harness/stabi
 MAY_SYNCHRONISE = {
     "harness/stability/monitor.py",  # the guard's one drain
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
+    "harness/stability/fused_check.py",  # a decision that lies on the CPU
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
     "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host

@@ -368,6 +368,37 @@ def test_torch_writes_what_its_allocator_holds() -> None:
     assert list(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)[:1] == ["filename"]
 
 
+def test_python_walks_its_own_frames() -> None:
+    frame = sys._getframe(0)
+    assert frame.f_code.co_name == test_python_walks_its_own_frames.__name__
+
+
+def test_operations_are_seen_in_both_directions() -> None:
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    forward: dict[int, str] = {}
+    backward: list[tuple[str, str | None]] = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert len(func._schema.arguments) >= len(args)
+            node: Any = torch._C._current_autograd_node()
+            if node is None:
+                forward.setdefault(torch.autograd._get_sequence_nr() - 1, str(func))
+            else:
+                backward.append((str(func), forward.get(node._sequence_nr())))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3, requires_grad=True)
+    assert pytree.tree_leaves([x])[0] is x
+    with Seeing():
+        x.log().exp().sum().backward()
+    assert ("aten.div.Tensor", "aten.log.default") in backward
+    assert ("aten.mul.Tensor", "aten.exp.default") in backward
+    assert x.untyped_storage()._cdata == x[1:].untyped_storage()._cdata
+
+
 def test_torch_traces_a_graph_for_tensorboard() -> None:
     from torch.utils.tensorboard import _pytorch_graph
 

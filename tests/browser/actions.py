@@ -28,7 +28,7 @@ def go_to(page: Page, tab: str) -> None:
 def choose(page: Page, box: str, option: str) -> None:
     """Picks an option of one of the lists."""
     page.locator(f"{box} input").first.click()
-    page.get_by_role("option", name=re.compile(f"{re.escape(option)}$")).click()
+    page.get_by_role("option", name=re.compile(rf"(^|\W){re.escape(option)}$")).click()
 
 
 def fill(page: Page, key: str, value: str) -> None:

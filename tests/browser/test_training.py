@@ -120,6 +120,18 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     expect(monitor.locator(".h-fact", has_text="attempts").locator("b")).to_have_text("2")
 
 
+def test_a_number_of_processes_that_is_none_is_refused_in_a_sentence(
+    page: Page, dashboard: Dashboard
+) -> None:
+    page.goto(dashboard.address)
+    go_to(page, "Training")
+    page.locator("#processes input").fill("-1")
+    page.locator("#start").click()
+    expect(toast(page)).to_contain_text(
+        re.compile("the number of processes is -1|less than minimum|Processes")
+    )
+
+
 @pytest.mark.slow
 def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
     page: Page, dashboard: Dashboard, place: Place, trained: tuple[str, str]
@@ -135,12 +147,18 @@ def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
     assert "lr: 0.02" in (place.runs / "child" / "config.yaml").read_text()
 
     page.locator("#kill").click()
+    expect(page.locator("#kill-question")).to_contain_text("Kill child?")
+    page.locator("#spare-it").click()
+    expect(page.locator("#kill-it")).not_to_be_visible()
+    page.locator("#kill").click()
+    page.locator("#kill-it").click()
     expect(toast(page)).to_contain_text("child is killed")
     expect(printed(page)).to_contain_text("[ended by Killed, signal 9]")
     go_to(page, "Runs")
     expect(page.locator('harness-runs tr[data-run="child"] .h-state')).to_have_text("crashed")
     go_to(page, "Training")
     page.locator("#kill").click()
+    page.locator("#kill-it").click()
     expect(toast(page)).to_contain_text("there is no program")
     choose(page, "#controlled-run", trained[0])
     page.locator("#fork").click()
@@ -172,6 +190,8 @@ def test_tensorboard_is_started_for_a_run_and_stopped(
         link.click()
     expect(opened.value.get_by_text(trained[0]).first).to_be_visible(timeout=START_MS)
     opened.value.close()
+    page.reload()
+    expect(link).to_be_visible()  # what runs is known when the page is opened again
     page.locator("#tensorboard-stop").click()
     expect(page.locator("#tensorboard-link")).to_contain_text("TensorBoard is not running")
     with pytest.raises(OSError):

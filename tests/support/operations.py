@@ -19,9 +19,10 @@ import psutil
 from harness.checkpoint import Checkpointer
 from harness.cli.train import EXIT_STOPPED
 from harness.runlog.reader import open_run
+from tests.support import forked_agent
 from tests.support.runs import PROGRAM, start, tiny, wait_for
 
-__all__ = ["LAUNCHERS", "Launched", "Stop", "begin", "judge_stop", "send"]
+__all__ = ["FORKING", "LAUNCHERS", "Launched", "Stop", "begin", "judge_stop", "send"]
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
@@ -32,7 +33,9 @@ LAUNCHERS = {
         *("--dynamo_backend=no", "--mixed_precision=no"),
     ],
 }
-NUM_RANKS = {"python": 1, "torchrun": 2, "accelerate": 1}
+FORKING = "forking-agent"
+_COMMANDS = {**LAUNCHERS, FORKING: [sys.executable, "-m", "tests.support.forked_agent"]}
+NUM_RANKS = {"python": 1, "torchrun": 2, "accelerate": 1, FORKING: forked_agent.NUM_RANKS}
 _NEVER_MET = "did not come to the start"
 _TIMEOUT_S = 900.0
 """A busy machine takes minutes to start two processes."""
@@ -64,7 +67,8 @@ class Launched:
         with contextlib.suppress(psutil.Error):
             main = psutil.Process(self.process.pid)
             family = [main] if self.launcher == "python" else main.children(recursive=True)
-            ranks = [process for process in family if _runs_program(process)]
+            is_rank = _is_forked if self.launcher == FORKING else _runs_program
+            ranks = [process for process in family if is_rank(process)]
             self.seen.extend(rank for rank in ranks if rank not in self.seen)
             return ranks
         return []
@@ -119,7 +123,7 @@ def begin(
     **environment: str,
 ) -> Launched:
     """Starts the tiny run, or one that differs by `more`, under a launcher with further options."""
-    command = [*LAUNCHERS[launcher], *options, PROGRAM, *tiny(folder, f"--name={name}", *more)]
+    command = [*_COMMANDS[launcher], *options, PROGRAM, *tiny(folder, f"--name={name}", *more)]
     process = start(command, **environment)
     return Launched(launcher, process, folder / "runs" / name)
 
@@ -193,6 +197,12 @@ def _runs_program(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         command = process.cmdline()
         return command[1:2] == [PROGRAM] or command[2:3] == [PROGRAM]
+    return False
+
+
+def _is_forked(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return forked_agent.is_forked_rank(process)
     return False
 
 

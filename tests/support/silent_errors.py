@@ -271,6 +271,113 @@ def lengths_disagree(broken: bool) -> list[str]:
     return found_in(model, adamw(model), step=step)
 
 
+class Cut(nn.Module):
+    """Passes its input on, and nothing back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def detached_in_the_forward_pass(broken: bool) -> list[str]:
+    model = network(act=Cut() if broken else nn.Tanh())
+    return found_in(model, adamw(model))
+
+
+def dead_units(broken: bool) -> list[str]:
+    model = network(act=nn.ReLU())
+    if broken:
+        nn.init.constant_(model.first.bias, -1e3)
+    return found_in(model, adamw(model, weight_decay=0.0))
+
+
+def learning_rate_of_a_group_is_zero(broken: bool) -> list[str]:
+    model = network()
+    groups = [{"params": model.first.parameters()}, {"params": model.last.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0, fused=True)
+    if broken:
+        optimizer.param_groups[0]["lr"] = 1e-30
+    return found_in(model, optimizer)
+
+
+def updates_below_the_precision(broken: bool) -> list[str]:
+    model = network().bfloat16()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5 if broken else 1e-1)
+    return found_in(
+        model, optimizer, step=lambda number, guard: square(model, points(number).bfloat16()), max_norm=1.0
+    )
+
+
+def the_same_batch_again_and_again(broken: bool) -> list[str]:
+    model = network()
+    loader = [points(number) for number in range(STEPS)]
+    return found_in(
+        model,
+        adamw(model),
+        step=lambda number, guard: square(model, loader[0] if broken else loader[number]),
+    )
+
+
+def autocast_forgotten(broken: bool) -> list[str]:
+    model = network()
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        with guard.watch_forward(), torch.autocast("cpu", torch.bfloat16, enabled=not broken):
+            loss = model(points(number)).float().square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return found_in(model, adamw(model), step=step, precision=torch.bfloat16)
+
+
+def loss_scale_at_its_floor(broken: bool) -> list[str]:
+    model = network()
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        loss = model(points(number)).square().mean()
+        guard.scale(loss).backward()
+        return loss.detach()
+
+    scale = 1.0 if broken else 1024.0
+    return found_in(model, adamw(model), step=step, precision=torch.float16, init_loss_scale=scale)
+
+
+def bit_flipped(broken: bool, *, moment: bool = False) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 7:
+            weight = model.first.weight
+            tensor = optimizer.state[weight]["exp_avg"] if moment else weight.detach()
+            tensor.view(torch.int32).numpy()[1, 2] ^= 1 << 20
+
+    return found_in(model, optimizer, after=after, state_every=1)
+
+
+def bit_flipped_in_a_moment(broken: bool) -> list[str]:
+    return bit_flipped(broken, moment=True)
+
+
+def written_behind_torchs_back(broken: bool) -> list[str]:
+    model = network()
+
+    def after(number: int, guard: StepGuard) -> None:
+        if broken and number == 7:
+            model.first.weight.data.mul_(0.7)
+
+    return found_in(model, adamw(model), after=after, state_every=1)
+
+
+def optimizer_leaves_nan(broken: bool) -> list[str]:
+    model = network(act=nn.ReLU())
+    nn.init.constant_(model.first.bias, -1e3)  # its gradients are zeros
+    optimizer = adamw(model, eps=0.0 if broken else 1e-8, weight_decay=0.0)
+    found = found_in(model, optimizer, state_every=1, ladder=False)
+    return [name for name in found if name not in ("gradient", "incident")]
+
+
 ALONE: dict[Loop, str] = {
     gradients_not_cleared: "cleared",
     wrong_model_cleared: "cleared",
@@ -289,5 +396,16 @@ ALONE: dict[Loop, str] = {
     evaluation_draws: "evaluation",
     evaluation_leaves_a_trace: "evaluation",
     lengths_disagree: "batch",
+    detached_in_the_forward_pass: "gradient",
+    dead_units: "gradient",
+    learning_rate_of_a_group_is_zero: "movement",
+    updates_below_the_precision: "movement",
+    the_same_batch_again_and_again: "constant batch",
+    autocast_forgotten: "precision",
+    loss_scale_at_its_floor: "loss scale",
+    bit_flipped: "incident",
+    bit_flipped_in_a_moment: "incident",
+    written_behind_torchs_back: "state",
+    optimizer_leaves_nan: "state",
 }
 """Loops of one process, and the check that names each."""

@@ -21,7 +21,8 @@ __all__ = ["NODES", "SCRIPT", "Slurm", "free_ports", "why_not"]
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that are addresses too, so that the job script's host name leads somewhere."""
 SCRIPT = ROOT / "harness" / "launch" / "slurm.sbatch"
-GRACE_S = 20
+GRACE_S = 60
+"""Of a pre-emption: long for a busy machine; a job that has saved leaves before."""
 _NODE_MARK = "HARNESS_TEST_NODE"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -182,3 +183,18 @@ def test_what_the_terminal_cannot_spell_is_replaced(encoding: str, monkeypatch: 
     say("─ ü \udcff\nnext")
     sys.stdout.flush()
     assert raw.getvalue().decode(encoding).endswith("\nnext\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "long") as log:
+        for step in range(3):
+            log.write("step", {f"metric/{number}": 1.0 for number in range(5000)}, step=step)
+    code = "from harness.cli.main import main; raise SystemExit(main(['show', 'long', '--runs', '.']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        assert shown.stdout.readline().startswith(b"long: ")
+        shown.stdout.close()
+        assert (shown.stderr.read(), shown.wait(timeout=60)) == (b"", 141)

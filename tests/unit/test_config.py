@@ -65,7 +65,9 @@ def test_every_preset_is_a_complete_run_of_its_own_name(preset: Path) -> None:
 
 def test_the_presets_that_users_are_promised_exist() -> None:
     promised = "quickstart basic full numerical_stability ddp_cpu fsdp_cpu gpt2_124m llama_1b digits"
-    assert {preset.stem for preset in PRESETS} == {*promised.split(), "inject_nan", "debug"}
+    assert {preset.stem for preset in PRESETS} == {
+        *promised.split(), "inject_nan", "debug", "hf_tiny", "hf_finetune"
+    }  # fmt: skip
 
 
 def test_the_quickstart_preset_is_the_default_run() -> None:
@@ -79,6 +81,9 @@ def test_the_quickstart_preset_is_the_default_run() -> None:
         (["--lr", "1"], ["lr", "optim.lr"]),
         (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
         (["--loop.steps", "-4"], ["loop.steps", "-4", "greater than 0"]),
+        (["--loop.steps", "100000000000000000000"], ["loop.steps", "10^15"]),
+        (["--name", "   "], ["name", "blanks"]),
+        (["--name", "x" * 300], ["name", "200 bytes"]),
         (["--loop.steps", "2.5"], ["loop.steps", "int", "2.5"]),
         (["--optim.lr", "nan"], ["optim.lr", "nan"]),
         (["--loop.precision", "fp8"], ["loop.precision", "bf16", "fp8"]),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.data import Loader, evaluation_batches
+from harness.data import Loader, Shares, evaluation_batches
 from harness.errors import ConfigError, DataError
 from tests.support.runs import wait_for
 
@@ -88,6 +88,22 @@ def test_the_samples_of_a_micro_batch_can_be_told_afterwards(num_workers: int) -
         loader.close()
 
 
+@pytest.mark.parametrize("world_size", range(1, 13))
+@pytest.mark.parametrize("at_most", [None, 1, 2, 3, 4, 12])
+def test_a_global_batch_is_shared_by_any_number_of_ranks(world_size: int, at_most: int | None) -> None:
+    shares = Shares.of(12, world_size, at_most=at_most)
+    size = shares.micro_batch
+    held = [range(at, at + size) for rank in range(world_size) for at in shares.offsets(rank)]
+    assert [position for part in held for position in part] == list(range(12))
+    assert size <= (at_most or 12)
+    counts = [len(shares.offsets(rank)) for rank in range(world_size)]
+    assert min(counts) >= 1
+    assert max(counts) == shares.num_passes <= min(counts) + 1
+    if 12 % world_size == 0:
+        assert shares.blank_frac == 0
+        assert size == min(at_most or 12, 12 // world_size) or (12 // world_size) % (at_most or 1)
+
+
 def test_micro_batches_have_the_size_asked_for() -> None:
     loader = Loader(Numbers(), global_batch=8, micro_batch=2, rank=1, world_size=2)
     assert [len(batch["id"]) for batch in loader.next()] == [2, 2]
@@ -108,11 +124,12 @@ def test_it_resumes_with_the_next_sample_that_was_not_consumed(num_workers: int,
     after.close()
 
 
-def test_it_resumes_in_the_same_global_order_at_another_world_size() -> None:
+@pytest.mark.parametrize("world_size", [1, 3, 4, 5, 7, 8])
+def test_it_resumes_in_the_same_global_order_at_another_world_size(world_size: int) -> None:
     state = {"position": 16, "num_samples": 23, "seed": 1}
     shares = []
-    for rank in range(4):
-        loader = Loader(Numbers(), global_batch=8, seed=1, rank=rank, world_size=4)
+    for rank in range(world_size):
+        loader = Loader(Numbers(), global_batch=8, seed=1, rank=rank, world_size=world_size)
         loader.load_state_dict(state)
         shares += ids(loader.next())
     assert shares == REFERENCE[2]
@@ -193,7 +210,7 @@ def test_an_error_in_the_dataset_surfaces(num_workers: int) -> None:
         run(1, dataset=Broken(), num_workers=num_workers)
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(3, None), (2, 3), (16, None)])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 3), (16, None)])
 def test_a_global_batch_that_cannot_be_split_is_refused(world_size: int, micro_batch: int | None) -> None:
     with pytest.raises(ConfigError, match="a global batch of 8 samples"):
         Loader(Numbers(), global_batch=8, world_size=world_size, micro_batch=micro_batch)

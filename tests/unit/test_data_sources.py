@@ -116,7 +116,7 @@ def test_a_quarantine_list_is_indices_names_and_files_of_them(tmp_path: Path) ->
         def source_of(self, index: int) -> str:
             return f"rows.parquet@{index}"
 
-    assert find_quarantined(At(20), ["3", "rows.parquet@19", str(listed), "12"]) == (3, 5, 12, 19)
+    assert find_quarantined(At(20), [3, "rows.parquet@19", str(listed), "12"]) == (3, 5, 12, 19)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from harness.tracking.mirrors import MirrorHandle
 from harness.training.callbacks import InFlight
 from harness.training.counters import Counters
 from harness.training.journal import MainJournal
+from harness.training.progress import Progress
 from harness.training.summary import Ending
 from tests.support.own_tasks import points_task
 
@@ -31,6 +32,7 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
         about={},
         mfu_per_speed=None,
         step_indices=lambda *_: [],
+        progress=Progress(),
     )
 
 
@@ -64,6 +66,7 @@ def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
         about={},
         mfu_per_speed=None,
         step_indices=lambda *_: [],
+        progress=Progress(),
     )
     again.on_eval(None, 0, {"val/loss": 2.0})
     again.close("finished")
@@ -78,7 +81,13 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
 
     monkeypatch.setattr(recorder, "start_mirrors", lambda *_, **__: MirrorHandle(None))
     journal = MainJournal(
-        tmp_path, TrainConfig(), first_step=0, about={}, mfu_per_speed=None, step_indices=step_indices
+        tmp_path,
+        TrainConfig(),
+        first_step=0,
+        about={},
+        mfu_per_speed=None,
+        step_indices=step_indices,
+        progress=Progress(),
     )
     record = StepRecord(step=3, verdict="skip", loss=1.0, grad_norm=1.0, reason="3 NaN", num_nan=3)
     run: Any = SimpleNamespace(

@@ -20,7 +20,7 @@ from harness.errors import TrackingError
 from harness.runlog.preview import open_whole
 from harness.runlog.reader import open_run
 from harness.tracking import RunLog, plot_run
-from harness.tracking.compare import compare_runs, compare_text
+from harness.tracking.compare import compare_runs, compare_text, different_settings
 from harness.tracking.export import export_run
 from harness.tracking.overview import run_rows, runs_table, show_run, summarise
 from harness.tracking.plots import draw_run
@@ -81,11 +81,25 @@ def test_show_tells_metrics_events_and_settings(tmp_path: Path) -> None:
 def test_a_comparison_finds_settings_and_the_first_step_that_differs(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.2)
     comparison = compare_runs(a, b)
-    assert comparison.settings == {"optim.lr": (0.1, 0.2)}
+    assert comparison.settings == {"optim.lr": [0.1, 0.2]}
     assert comparison.metrics["train/loss"] == (pytest.approx(2.1), pytest.approx(2.0))
     [loss] = [p for p in comparison.partings if p.metric == "train/loss"]
     assert (loss.step, loss.num_common) == (10, 30)
     assert "they part at step 0" in compare_text(a, b)  # the learning rate
+
+
+def test_any_number_of_runs_is_compared_with_the_first(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("a", 0.1), ("b", 0.1), ("c", 0.3))]
+    text = compare_text(*runs)
+    assert re.search(r"optim\.lr +0\.1 +0\.1 +0\.3", text)
+    assert "a and b: equal, bit for bit, on all 30 steps" in text
+    assert "a and c: they part at step 0" in text
+
+
+def test_a_setting_that_is_missing_is_another_thing_than_null() -> None:
+    assert different_settings([{"a": None, "b": 1}, {"b": 1}, {"a": 2, "b": 1}]) == {
+        "a": ["null", "not set", 2]
+    }
 
 
 def test_equality_is_told_of_the_metric_with_the_most_steps(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ const MARKS = {
   RESUME: "#3e63dd",
   CHECKPOINT_FAILED: "#e5484d",
   OUTLIER: "#b9bbc6",
+  FINDING: "#f76b15",
 };
 const NON_FINITE = "#d6009a";
 const HEIGHT = 200;
@@ -52,8 +53,13 @@ function factorOf(curves) {
   return size === 0 || (size < LARGE && size > SMALL) ? 1 : 10 ** Math.floor(Math.log10(size));
 }
 
+// Pictures share the pointer; a zoom is of the one in which it was dragged.
+function isMove(type) {
+  return type === "mousemove" || type === "mouseleave";
+}
+
 function labelWidth(labels) {
-  return 18 + 6.5 * Math.max(3, ...(labels ?? []).map((label) => label.length));
+  return 22 + 7 * Math.max(3, ...(labels ?? []).map((label) => label.length));
 }
 
 // To the next place that is not the same, on one side.
@@ -204,7 +210,7 @@ export class Chart {
         { stroke: ink, grid, ticks: grid, size: 28, values: axis === "clock" ? undefined : (u, ticks) => ticks.map((value) => this.xText(value, axis)) },
         { stroke: ink, grid, ticks: grid, size: (u, values) => labelWidth(values), values: (u, ticks) => ticks.map((value) => (value == null ? "" : tick(value * this.factor))) },
       ],
-      cursor: { sync: { key: this.sync }, drag: { x: true, y: false, setScale: false } },
+      cursor: { sync: { key: this.sync, filters: { pub: isMove } }, drag: { x: true, y: false, setScale: false } },
       legend: { live: true },
       hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.zoom(u)], setCursor: [(u) => this.showTip(u)] },
     };

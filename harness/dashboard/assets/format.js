@@ -95,7 +95,7 @@ export function badge(state) {
 export function table(heads, rows, attributes = {}) {
   return element(
     "div",
-    { class: "h-scroll" },
+    { class: "h-scroll", tabindex: 0 },
     element(
       "table",
       { class: "h-table", ...attributes },

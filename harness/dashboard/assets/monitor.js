@@ -7,6 +7,7 @@ import { ago, badge, bytes, clock, duration, element, number, table, update } fr
 import { HeatMap } from "./heatmap.js";
 import { Incidents } from "./incidents.js";
 import { axisList, smoothingRange } from "./inputs.js";
+import { ledgerBar } from "./ledger.js";
 import { repeat } from "./page.js";
 
 // The pictures of a run; `names` are those of metrics as the server gives them.
@@ -55,6 +56,7 @@ class Monitor extends HTMLElement {
     this.grid = element("div", { class: "h-grid" });
     this.system = element("div", { class: "h-grid" });
     this.more = element("div", { class: "h-grid" });
+    this.ledger = element("div", {});
     this.incidents = new Incidents({ onpick: (range) => this.zoom(range) });
     this.checkpoints = element("div", {});
     this.events = element("div", {});
@@ -71,6 +73,7 @@ class Monitor extends HTMLElement {
       this.head,
       this.note,
       this.controls(),
+      this.ledger,
       section("Incidents", true, this.incidents.node),
       this.grid,
       section("Layers", true, this.statistic, this.heat.node, this.layerChart),
@@ -102,12 +105,12 @@ class Monitor extends HTMLElement {
     this.wanted = id;
     if (!this.built || isShown) return;
     this.data = null;
-    if (id && id !== shown("run")) show({ run: id, zoom: null });
+    if (id && id !== shown("run")) show({ run: id, zoom: null }, { isPlace: true }); // chosen from the list
     this.readSettings();
     this.incidents.clear();
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
-    for (const node of [this.head, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
+    for (const node of [this.head, this.ledger, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
     delete this.configuration.dataset.attempts;
     this.dataset.run = id || "";
     this.requestRefresh();
@@ -228,7 +231,10 @@ class Monitor extends HTMLElement {
   async takeNewest() {
     const { runs } = await ask("runs");
     const newest = runs.reduce((best, one) => (best && (best.updated ?? 0) >= (one.updated ?? 0) ? best : one), null);
-    if (newest && !this.wanted) this.run = newest.id;
+    if (newest && !this.wanted) {
+      show({ run: newest.id });
+      this.run = newest.id;
+    }
     return Boolean(newest);
   }
 
@@ -298,6 +304,7 @@ class Monitor extends HTMLElement {
     update(this.head, head);
     this.hideEmpty();
     this.note.textContent = this.words();
+    if (data.ledger) refill(this.ledger, ledgerBar(data.ledger));
     this.incidents.draw(this.wanted, data.incidents);
     this.renderCheckpoints();
     refill(

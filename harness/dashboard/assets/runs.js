@@ -35,7 +35,7 @@ class Runs extends HTMLElement {
     );
     this.compareButton = element("button", { class: "h-button", type: "button", disabled: true, onclick: () => this.compare() }, "Compare");
     this.words = element("span", { class: "h-note", role: "status" });
-    this.table = element("div", { class: "h-scroll" });
+    this.table = element("div", { class: "h-scroll", tabindex: 0 });
     this.append(element("div", { class: "h-bar" }, this.search, this.grouping, this.compareButton, this.words), this.table);
     this.addEventListener("harness-trouble", (event) => (this.words.textContent = event.detail));
     this.stopFollowing = whenMoved(() => this.follow());

@@ -57,7 +57,7 @@ class AuditsCheck(Check):
 
     def __init__(self, config: GuardConfig) -> None:
         self.every = 1 if config.silent_errors == "on" else 0
-        self.every_step = self.every > 0  # type: ignore[misc]
+        self.every_step = self.every > 0
         self._audits: tuple[Audit, ...] = tuple(make() for make in AUDITS)
         self._sent: set[tuple[int, Found]] = set()
         self._has_said_unseen = False

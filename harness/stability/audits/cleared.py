@@ -51,10 +51,8 @@ class _Watched:
         self._is_stale = unwritten and (self._is_stale or not self._num_begun)
         self._num_begun += 1
 
-    def end(self, num_backwards: int) -> None:
+    def end(self) -> None:
         """The step is about to be made."""
-        if self._node is None and num_backwards == 1:  # a shard: it is added to outside of autograd
-            self._num_begun, self._is_stale = 1, self._is_as_left(num_writes=1)
         parameter = self._parameter()
         gradient = None if parameter is None else parameter.grad
         same = self._left is not None and gradient is not None and self._left[0]() is gradient
@@ -65,7 +63,7 @@ class _Watched:
         """The step was made."""
         parameter = self._parameter()
         gradient = None if parameter is None else parameter.grad
-        self._left = None if gradient is None else (weakref.ref(gradient), _version(gradient))
+        self._left = None if gradient is None else (weakref.ref(gradient), gradient._version)
         self._num_begun, self._is_stale = 0, False
 
     def close(self) -> None:
@@ -77,7 +75,7 @@ class _Watched:
         if self._left is None or parameter is None or parameter.grad is None:
             return False
         left, version = self._left
-        return left() is parameter.grad and _version(parameter.grad) == version + num_writes
+        return left() is parameter.grad and parameter.grad._version == version + num_writes
 
 
 class ClearedAudit(Audit):
@@ -93,7 +91,7 @@ class ClearedAudit(Audit):
 
     def before_update(self, scene: Scene) -> None:
         for one in self._watched.values():
-            one.end(scene.forward.num_training)
+            one.end()
 
     def after_update(self, scene: Scene) -> None:
         if self._layout is not scene.layout:
@@ -113,6 +111,10 @@ class ClearedAudit(Audit):
     def words(self, value: int, parameter: str | None) -> str:
         return f"the gradient of {parameter} was not cleared before {value} steps, and still holds older ones"
 
+    def unseen(self, scene: Scene) -> str | None:
+        sharded = any(isinstance(parameter, DTensor) for parameter in scene.layout.parameters)
+        return "FSDP2 adds to shards, and zeroes them, where no version is counted" if sharded else None
+
     def forget(self) -> None:
         for one in self._watched.values():
             one.num_stale = 0
@@ -128,7 +130,3 @@ def _begin(method: weakref.WeakMethod[Callable[[], None]], gradients: object) ->
     begin = method()
     if begin is not None:
         begin()
-
-
-def _version(tensor: Tensor) -> int:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor)._version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -72,7 +73,10 @@ def generators_hash(device: torch.device) -> int:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return hash(tuple(state.numpy().tobytes() for state in states))
+    digest = hashlib.blake2b(digest_size=7)  # not hash(): ranks compare it
+    for state in states:
+        digest.update(state.numpy().tobytes())
+    return int.from_bytes(digest.digest())
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -14,9 +14,15 @@ from harness.records import Finding
 from harness.stability.audits.all import AuditsCheck
 from harness.stability.checks.attention import AttentionCheck
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
+from harness.stability.checks.constants import ConstantsCheck
+from harness.stability.checks.inputs import InputsCheck
+from harness.stability.checks.movement import MovementCheck
+from harness.stability.checks.precision import PrecisionCheck
 from harness.stability.checks.replicas import ReplicaCheck
 from harness.stability.checks.rows import RowsCheck
 from harness.stability.checks.samples import SamplesCheck
+from harness.stability.checks.scale import ScaleCheck
+from harness.stability.checks.state import StateCheck
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet
 from harness.user_code import load_function, made_by_user, user_code
@@ -32,6 +38,12 @@ BUNDLED: tuple[Callable[[GuardConfig], Check], ...] = (
     ReplicaCheck,
     SamplesCheck,
     AuditsCheck,
+    MovementCheck,
+    InputsCheck,
+    StateCheck,
+    ConstantsCheck,
+    PrecisionCheck,
+    ScaleCheck,
 )
 
 

@@ -89,7 +89,7 @@ class Check(abc.ABC):
     same_on_replicas: ClassVar[bool] = False
     """All replicas measure the same: one replica's shards are enough, and are all that `read` gets."""
 
-    every_step: ClassVar[bool] = False
+    every_step: bool = False
     """Whether `observe` and `after_update` are to be called in every step."""
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:

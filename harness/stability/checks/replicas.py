@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import GuardConfig
-from harness.dist import local_part
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
+from harness.stability.checks.fingerprint import sum_of_bits
 from harness.stability.optimizers import StateOf
 
 __all__ = ["DifferingReplica", "ReplicaCheck", "checksums", "find_differing"]
-
-_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer type by bytes per element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +91,5 @@ def _of_parameter(parameter: nn.Parameter, state: Mapping[str, Any]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for position, tensor in enumerate(tensors):
         # Odd weights, so that opposite changes in two tensors do not cancel.
-        total += (2 * position + 1) * _sum_of_bits(tensor).to(parameter.device, non_blocking=True)
+        total += (2 * position + 1) * sum_of_bits(tensor).to(parameter.device, non_blocking=True)
     return total
-
-
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    local = local_part(tensor).detach()
-    return local.contiguous().view(_INTEGER_OF[local.element_size()]).sum(dtype=torch.int64)

@@ -1,0 +1,41 @@
+"""Integer checksums of tensors: exact sums of raw bits, whatever the order of summation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.dist import local_part
+
+__all__ = ["fingerprint", "sum_of_bits"]
+
+_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type by bytes per element."""
+
+MAX_WEIGHTED = 1 << 12
+"""Elements up to which places count too, and of larger tensors those that are looked at."""
+
+_weights: dict[torch.device, Tensor] = {}
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """0-d int64: the sum of the raw bits of this rank's part, read as integers. One flipped bit changes it by
+    a power of two. Reads everything once; does not synchronise."""
+    return _bits(local_part(tensor).detach().contiguous()).sum(dtype=torch.int64)
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """0-d int64 of up to 4,096 evenly spaced elements, in their order. Does not synchronise."""
+    flat = local_part(tensor).detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // MAX_WEIGHTED)][:MAX_WEIGHTED]
+    weights = _weights.get(flat.device)
+    if weights is None:
+        # Odd and of many bits, so that elements that change places do not cancel.
+        weights = torch.arange(1, MAX_WEIGHTED + 1, device=flat.device) * 0x9E3779B97F4A7C1 * 2 + 1
+        _weights[flat.device] = weights
+    return (_bits(flat.contiguous()).long() * weights[: flat.numel()]).sum()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return values.view(_INTEGER_OF[values.element_size()])

@@ -1,0 +1,82 @@
+"""What is shown is in the address: a reload, back and forward, and a link show the same."""
+
+from __future__ import annotations
+
+import re
+
+from playwright.sync_api import BrowserContext, Page, expect
+
+from tests.browser.actions import go_to, open_run, picture
+from tests.browser.conftest import Dashboard, watched_page
+
+
+def zoom(page: Page, title: str, left: float, right: float) -> None:
+    over = picture(page, title).locator(".u-over").bounding_box()
+    assert over is not None
+    page.mouse.move(over["x"] + left * over["width"], over["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(over["x"] + right * over["width"], over["y"] + 60, steps=5)
+    page.mouse.up()
+
+
+def test_a_reload_and_a_link_show_the_same_run_axis_smoothing_and_zoom(
+    page: Page, context: BrowserContext, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    monitor = open_run(page, dashboard, trained[0])
+    monitor.get_by_label("x axis").select_option("tokens")
+    monitor.get_by_label("smoothing").fill("0.5")
+    monitor.get_by_label("log axes").check()
+    expect(picture(page, "loss").locator(".u-legend .u-label").first).to_have_text("tokens")
+    zoom(page, "loss", 0.3, 0.7)
+    expect(page).to_have_url(re.compile("zoom="))
+
+    def is_the_same(there: Page) -> None:
+        monitor = there.locator("harness-monitor")
+        expect(monitor).to_have_attribute("data-run", trained[0])
+        expect(monitor.get_by_label("x axis")).to_have_value("tokens")
+        expect(monitor.get_by_label("smoothing")).to_have_value("0.5")
+        expect(monitor.get_by_label("log axes")).to_be_checked()
+        expect(monitor.get_by_role("button", name="Whole run")).to_be_enabled()
+        expect(picture(there, "loss")).not_to_have_attribute("data-first", "0")
+        expect(there.get_by_role("tab", name="Monitoring", exact=True)).to_have_attribute(
+            "aria-selected", "true"
+        )
+
+    page.reload()
+    is_the_same(page)
+    with watched_page(context) as colleague:
+        colleague.goto(page.url)
+        is_the_same(colleague)
+
+
+def test_back_and_forward_go_through_runs_zooms_and_tabs(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    monitor = open_run(page, dashboard, trained[0])
+    expect(picture(page, "loss")).to_have_attribute("data-first", "0")
+    zoom(page, "loss", 0.4, 0.8)
+    expect(picture(page, "loss")).not_to_have_attribute("data-first", "0")
+    go_to(page, "Runs")
+    page.get_by_role("button", name=trained[1], exact=True).click()
+    expect(monitor).to_have_attribute("data-run", trained[1])
+    page.go_back()  # to the table
+    expect(page.get_by_role("tab", name="Runs", exact=True)).to_have_attribute("aria-selected", "true")
+    page.go_back()
+    expect(monitor).to_have_attribute("data-run", trained[0])
+    expect(picture(page, "loss")).not_to_have_attribute("data-first", "0")
+    page.go_back()  # out of the zoom
+    expect(picture(page, "loss")).to_have_attribute("data-first", "0")
+    page.go_forward()
+    expect(picture(page, "loss")).not_to_have_attribute("data-first", "0")
+
+
+def test_monitoring_without_a_choice_shows_the_newest_run(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    page.goto(f"{dashboard.address}#tab=Monitoring")
+    expect(page.locator("harness-monitor")).to_have_attribute("data-run", re.compile("."))
+    newest = page.evaluate(
+        "fetch('/api/runs').then((it) => it.json())"
+        ".then(({ runs }) => runs.reduce((a, b) => ((a.updated ?? 0) >= (b.updated ?? 0) ? a : b)).id)"
+    )
+    expect(page.locator("harness-monitor")).to_have_attribute("data-run", newest)

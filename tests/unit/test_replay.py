@@ -1,0 +1,114 @@
+"""What a replay says of a step: where its NaN or Inf began, whose it is, and what is not as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness.cli.main import main
+from harness.config import TrainConfig
+from harness.data import Task
+from harness.errors import ReplayError
+from harness.replay import replay
+from harness.replay.story import story
+from harness.replay.trace import Tracer
+from tests.support import broken_tasks
+from tests.support.own_tasks import Points, own_config, points_task, run_loop
+from tests.support.replayed import check_task, train_task
+
+
+@pytest.mark.parametrize("name", [*broken_tasks.EXPECTED, "poisoned"])
+def test_the_operation_and_the_samples_are_named(name: str, tmp_path: Path) -> None:
+    train_task(0, 1, str(tmp_path), name, "fp32")
+    assert check_task(tmp_path / "runs" / "own", name).problems == []
+
+
+def test_memory_that_nothing_has_written_is_named() -> None:
+    model = nn.Linear(2, 2)
+    tracer = Tracer(model, [])
+    deterministic = torch.utils.deterministic
+    torch.use_deterministic_algorithms(True)
+    assert deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        with tracer:
+            out = torch.empty(2, 2)
+            out[0] = 1.0
+            loss = model(out).sum()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    producer = tracer.way_to([loss.detach()], usual=set())[0]
+    assert not isinstance(producer, str)
+    assert producer.name == "aten.empty.memory_format"
+
+
+def test_what_is_bad_and_reaches_nothing_is_not_blamed() -> None:
+    model = nn.Linear(2, 2)
+    tracer = Tracer(model, [])
+    with tracer:
+        x = torch.zeros(2, 2)
+        x.log()  # nobody uses it
+        loss = (model(torch.ones(2, 2)) / torch.zeros(1)).sum()
+    producer = tracer.way_to([loss.detach()], usual=set())[0]
+    assert not isinstance(producer, str)
+    assert producer.name == "aten.div.Tensor"
+    assert Path(str(producer.place.file)).name == Path(__file__).name
+
+
+class Outlying(Points):
+    """Sample 17 has a target far from all others."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        return {**sample, "y": sample["y"] + (1000.0 if index == 17 else 0.0)}
+
+
+def outlying(config: TrainConfig) -> Task:
+    return points_task(train_data=Outlying())
+
+
+def test_the_sample_that_carries_a_large_gradient_is_named(tmp_path: Path) -> None:
+    more = ["--loop.steps=40", "--guard.spike=skip", "--guard.spike_warmup=3", "--checkpoint.every=4"]
+    run = run_loop(own_config(tmp_path, outlying, *more))
+    positions = [run.loader.step_indices(8 * step) for step in range(40)]
+    step = next(step for step, samples in enumerate(positions) if 17 in samples and step > 3)
+    found = replay(tmp_path / "runs" / "own", step)
+    assert found.reproduced, found.differences
+    assert found.carriers is not None
+    assert [one.sample for one in found.carriers.outstanding] == [17]
+    assert "Samples that stand out: 17" in story(found)
+
+
+def test_a_step_in_order_is_compared_with_the_log(tmp_path: Path) -> None:
+    run_loop(own_config(tmp_path, broken_tasks.sound, "--loop.steps=5", "--checkpoint.every=2"))
+    directory = tmp_path / "runs" / "own"
+    found = replay(directory, 3)
+    assert (found.reproduced, found.started_from, found.causes) == (True, 2, [])
+    with pytest.raises(ReplayError, match="no step 9"):
+        replay(directory, 9)
+    with pytest.raises(ReplayError, match="no incident"):
+        replay(directory)
+
+
+def test_another_model_does_not_reproduce_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code has changed since: the replay says that, and where the two part."""
+    train_task(0, 1, str(tmp_path), "log_of_zero", "fp32")
+    monkeypatch.setattr(broken_tasks.Log, "forward", lambda self, h, x, mask: h + x)
+    found = replay(tmp_path / "runs" / "own", steps_before=10)
+    assert not found.reproduced
+    assert "does not reproduce" in story(found)
+
+
+def test_the_command_leaves_the_story_beside_the_incident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_task(0, 1, str(tmp_path), "empty_mean", "fp32")
+    directory = tmp_path / "runs" / "own"
+    assert main(["replay", str(directory), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (folder,) = (directory / "incidents").iterdir()
+    assert json.loads((folder / "replay.json").read_text()) == printed
+    assert "aten.div.Tensor" in (folder / "story.md").read_text()
