@@ -14,6 +14,7 @@ from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
+from harness.config.straggler import StragglerConfig
 from harness.config.task_args import checked_arguments
 from harness.config.tracking import TrackingConfig
 from harness.config.train import TrainConfig
@@ -31,6 +32,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "ScheduleConfig",
+    "StragglerConfig",
     "TrackingConfig",
     "TrainConfig",
     "WatchdogConfig",

@@ -26,6 +26,12 @@ class TrackingConfig:
     """Mirror the log to Weights & Biases; online falls back to offline, and says so, without an account."""
     trackio: bool = False
     """Mirror the log to trackio, in the folder that it uses itself (TRACKIO_DIR)."""
+    prometheus: bool = False
+    """Serve the newest numbers over HTTP for Prometheus, from the side process of rank 0: `/metrics`."""
+    prometheus_host: str = "127.0.0.1"
+    """Address on which that is served; 0.0.0.0: to everybody who can reach this machine."""
+    prometheus_port: int = 9464
+    """Its port; 0: any that is free, as `side.log` says."""
     mirrors: tuple[str, ...] = ()
     """Mirrors of your own, each `package.module:Class`."""
     project: str = "harness"
@@ -50,6 +56,8 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         require_positive(self, "log_every")
         require_not_negative(self, "system_every_s", "histograms_every")
+        in_range = 0 <= self.prometheus_port < 65536
+        require(self, "prometheus_port", in_range, "it has to lie between 0 and 65535")
         for name in self.mirrors:
             require(
                 self,

@@ -22,6 +22,7 @@ from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
+from harness.config.straggler import StragglerConfig
 from harness.config.tracking import TrackingConfig
 from harness.config.watchdog import WatchdogConfig
 
@@ -75,6 +76,8 @@ class TrainConfig:
     """Watchdog."""
     incidents: IncidentsConfig = field(default_factory=IncidentsConfig)
     """Incidents."""
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
+    """Stragglers."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -29,7 +29,16 @@ from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
 
-__all__ = ["SEPARATOR", "Corpus", "Part", "SourceFile", "list_files", "prepare", "standard_library"]
+__all__ = [
+    "SEPARATOR",
+    "Corpus",
+    "Part",
+    "SourceFile",
+    "list_files",
+    "looks_like_text",
+    "prepare",
+    "standard_library",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +205,7 @@ def _split(pieces: Sequence[_Piece], val_frac: float) -> tuple[list[_Piece], lis
 
 
 def _pieces(files: Sequence[SourceFile], val_frac: float) -> Iterator[_Piece]:
-    texts = [file for file in files if file.named or _looks_like_text(file)]
+    texts = [file for file in files if file.named or looks_like_text(file)]
     if not texts:
         raise DataError(
             f"there is no text in the {len(files)} non-empty files given",
@@ -218,7 +227,8 @@ def _piece_bytes(sizes: Sequence[int], val_frac: float) -> int:
     return longest
 
 
-def _looks_like_text(file: SourceFile) -> bool:
+def looks_like_text(file: SourceFile) -> bool:
+    """Whether there is no 0 byte at its beginning."""
     return SEPARATOR not in _read(file.path, 0, min(_SNIFFED_BYTES, file.num_bytes))
 
 

@@ -19,6 +19,7 @@ from harness.dist.shards import local_part
 from harness.dist.store import has_group, set_from_main, wait_for_main
 from harness.dist.threads import use_threads
 from harness.dist.unused import UnusedParameters
+from harness.dist.waiting import time_collectives
 from harness.dist.world import World, open_world
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "plain",
     "report_once",
     "set_from_main",
+    "time_collectives",
     "use_threads",
     "wait_for_main",
     "write_flight_records",

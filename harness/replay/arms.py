@@ -6,21 +6,18 @@ What changes with what decides whether the data, the model, a kernel or the hard
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-import torch.utils.deterministic
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing import Literal
 
 from harness.errors import HarnessError
 from harness.replay.cause import Cause
 from harness.replay.probe import Outcome, Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation
+from harness.replay.variations import deterministic_algorithms, eager, filled, plain_attention
 
-__all__ = ["Arm", "Judgement", "judge_cause", "run_arms"]
+__all__ = ["Arm", "Judgement", "judge_cause", "judge_sound", "run_arms"]
 
 REPEATS = 2
 _FAULTS = "harness/training/faults.py"
@@ -53,14 +50,14 @@ def run_arms(probe: Probe, micro_batch: MicroBatch, *, has_attention: bool) -> l
     """Runs a bad micro-batch again, with one thing changed at a time."""
     first = probe.run(micro_batch)
     arms = [_arm(probe, micro_batch, "the same again", first) for _ in range(REPEATS)]
-    arms.append(_arm(probe, micro_batch, "deterministic algorithms", first, _deterministic))
-    arms.append(_arm(probe, micro_batch, "uninitialised memory filled with NaN", first, _filled))
+    arms.append(_arm(probe, micro_batch, "deterministic algorithms", first, deterministic_algorithms))
+    arms.append(_arm(probe, micro_batch, "uninitialised memory filled with NaN", first, filled))
     if has_attention:
-        arms.append(_arm(probe, micro_batch, "attention by plain matrix products", first, _plain_attention))
+        arms.append(_arm(probe, micro_batch, "attention by plain matrix products", first, plain_attention))
     if probe.ranks.precision != "fp32":
         arms.append(_arm(probe, micro_batch, "fp32", first, precision="fp32"))
     if probe.ranks.config.loop.compile:
-        arms.append(_arm(probe, micro_batch, "not compiled", first, _eager))
+        arms.append(_arm(probe, micro_batch, "not compiled", first, eager))
     return arms
 
 
@@ -75,7 +72,7 @@ def judge_cause(cause: Cause, arms: Sequence[Arm]) -> Judgement:
         return _judged("hardware", "likely", "the same kernels on the same numbers give a finite result too")
     if any(not arm.same for arm in again):
         return _judged("kernel", "likely", "the same kernels on the same numbers do not give the same bits")
-    if isinstance(producer, Operation) and "empty" in producer.name:
+    if isinstance(producer, Operation) and producer.is_empty:
         return _judged("kernel", "sure", "what is bad was never written by any operation")
     if isinstance(producer, str) and producer.startswith(("parameter", "buffer")):
         return _judged("state", "sure", f"the {producer} is not finite before the step")
@@ -87,9 +84,30 @@ def judge_cause(cause: Cause, arms: Sequence[Arm]) -> Judgement:
         return _judged("data", "sure", f"it is bad with certain samples only: {blame.reason}")
     if "fp32" in by_name and by_name["fp32"].is_bad is False:
         return _judged("precision", "likely", "in fp32 it is finite")
-    if all(arm.is_bad for arm in arms if arm.is_bad is not None):
+    tried_data = blame is not None and blame.num_runs > 0
+    if tried_data and all(arm.is_bad for arm in arms if arm.is_bad is not None):
         return _judged("model", "likely", "it is bad with all data and in every variation")
-    return _judged("unknown", "open", "the variations do not agree")
+    return _judged("unknown", "open", "neither data nor variations tell")
+
+
+def judge_sound(causes: Sequence[Cause], *, is_way_same: bool) -> Judgement:
+    """To whom it points that a step which was not finite in the run is finite in the replay.
+
+    Args:
+        causes: What is bad where memory that nobody has written holds NaN.
+        is_way_same: The steps before are the run's bit for bit.
+    """
+    unwritten = [
+        cause.producer
+        for cause in causes
+        if isinstance(cause.producer, Operation) and cause.producer.is_empty
+    ]
+    if unwritten:
+        return _judged("kernel", "likely", "memory that nobody has written is used, and may hold anything")
+    if is_way_same:
+        why = "weights, data and generators are the run's bit for bit, and the step is finite"
+        return _judged("hardware", "likely", why)
+    return _judged("unknown", "open", "the replay comes to the step with other weights than the run")
 
 
 def _judged(kind: Kind, sure: Literal["sure", "likely", "open"], why: str) -> Judgement:
@@ -110,33 +128,3 @@ def _arm(
         return Arm(name=name, is_bad=None, same=False, problem=str(error).splitlines()[0])
     same = outcome.same_as(first)
     return Arm(name=name, is_bad=outcome.is_bad, same=same)
-
-
-@contextlib.contextmanager
-def _deterministic(*, fill: bool = False) -> Iterator[None]:
-    deterministic: Any = torch.utils.deterministic  # mypy does not see what it sets
-    before = torch.are_deterministic_algorithms_enabled()
-    filled = deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        deterministic.fill_uninitialized_memory = filled
-
-
-def _filled() -> contextlib.AbstractContextManager[None]:
-    return _deterministic(fill=True)
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield

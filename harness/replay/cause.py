@@ -4,19 +4,20 @@ finite."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from harness.errors import HarnessError
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation, Tracer
+from harness.replay.variations import eager, filled
 from harness.stability.checks.attention import AttentionProbe
 
-__all__ = ["Activation", "Blame", "Cause", "find_causes"]
+__all__ = ["Activation", "Blame", "Cause", "find_causes", "find_unwritten"]
 
 MOST_TRACED = 4
 """Bad micro-batches of which the operation is looked for."""
@@ -86,12 +87,28 @@ def find_causes(
         cause = Cause(rank=one.rank, micro_batch=one.number, loss=outcomes[id(one)].loss)
         if len(causes) < MOST_TRACED:
             _trace(probe, one, cause, usual)
-        cause.blame = find_samples(probe, one, control=sound)
+        try:
+            cause.blame = find_samples(probe, one, control=sound)
+        except (HarnessError, RuntimeError) as error:  # batch normalisation takes no single sample, say
+            first = str(error).splitlines()[0]
+            cause.blame = Blame(reason=f"its samples cannot be run by themselves: {first}")
         causes.append(cause)
     for rank in bad_ranks:
         if not any(cause.rank == rank for cause in causes):
             causes.append(Cause(rank=rank, micro_batch=-1, loss=0.0, only_together=True))
     return sorted(causes, key=lambda cause: (cause.micro_batch, cause.rank))
+
+
+def find_unwritten(probe: Probe, passes: Sequence[MicroBatch]) -> list[Cause]:
+    """Micro-batches that are finite, and are not where memory that nobody has written holds NaN."""
+    causes: list[Cause] = []
+    for one in passes:
+        outcome = probe.run(one, within=filled)
+        if outcome.is_bad and len(causes) < MOST_TRACED:
+            cause = Cause(rank=one.rank, micro_batch=one.number, loss=outcome.loss)
+            _trace(probe, one, cause, set(), within=filled)
+            causes.append(cause)
+    return causes
 
 
 def find_samples(probe: Probe, micro_batch: MicroBatch, *, control: Sequence[MicroBatch]) -> Blame:
@@ -143,7 +160,12 @@ def _usual(probe: Probe, sound: Sequence[MicroBatch]) -> set[tuple[str, str | No
 
 
 def _trace(
-    probe: Probe, micro_batch: MicroBatch, cause: Cause, usual: set[tuple[str, str | None, str]]
+    probe: Probe,
+    micro_batch: MicroBatch,
+    cause: Cause,
+    usual: set[tuple[str, str | None, str]],
+    *,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     tracer, attention = _tracer(probe, micro_batch), AttentionProbe()
 
@@ -153,7 +175,12 @@ def _trace(
         ]
         cause.way = tracer.way_to(bad, usual=usual)
 
-    probe.run(micro_batch, look=look, within=functools.partial(_traced, tracer, attention))
+    @contextmanager
+    def traced() -> Iterator[None]:
+        with within(), _traced(tracer, attention):
+            yield
+
+    probe.run(micro_batch, look=look, within=traced)
     ranked = sorted(tracer.largest.items(), key=lambda item: -item[1][0])
     cause.activations = [
         Activation(module=module, operation=forward.name, largest=largest)
@@ -172,7 +199,7 @@ def _tracer(probe: Probe, micro_batch: MicroBatch) -> Tracer:
 
 @contextmanager
 def _traced(tracer: Tracer, attention: AttentionProbe | None = None) -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
+    with eager():
         if attention is None:
             with tracer:
                 yield

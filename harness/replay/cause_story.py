@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def _origin(cause: Cause) -> str:
         return "Traced operation by operation, nothing that is not finite was seen to reach loss or gradient."
     if isinstance(producer, str):
         return f"**It was there before the step began: {producer} is not finite.**"
+    if producer.is_empty:
+        return _unwritten(producer)
     of = "finite numbers"
     if producer.has_constant:
         of = "a constant"
@@ -61,6 +64,16 @@ def _origin(cause: Cause) -> str:
         text += f"\n\n    {producer.place}\n        {producer.place.code}"
     notes = [f"- in: {note_text(note)}" for note in producer.inputs]
     return "\n".join([text, "", *notes, f"- out: {note_text(producer.output)}"])
+
+
+def _unwritten(producer: Operation) -> str:
+    text = (
+        f"**It uses memory that nobody has written, in {module_text(producer)}**: `{producer.name}` handed it"
+        " out as it was, and no operation wrote all of it. It may hold anything."
+    )
+    if producer.place.file is not None:
+        text += f"\n\n    {producer.place}\n        {producer.place.code}"
+    return text
 
 
 def _propagation(cause: Cause) -> str:
@@ -80,6 +93,8 @@ def _samples(cause: Cause) -> str:
     if blame.samples:
         shown = ", ".join(map(str, blame.samples))
         return f"**Samples to blame: {shown}.** {_sentence(blame.reason)}{runs}."
+    if not blame.num_runs:
+        return f"Whether the data is to blame is open: {blame.reason}."
     return f"**No subset of the data is to blame**: {blame.reason}{runs}."
 
 
@@ -100,6 +115,8 @@ def _sizes(cause: Cause) -> str:
 def judgement_text(judgement: Judgement, arms: Sequence[Arm]) -> str:
     """Whose fault it is, and what was tried."""
     head = f"## Whose fault\n\n**{_sentence(_KINDS[judgement.kind])}** ({judgement.sure}): {judgement.why}."
+    if not arms:
+        return head
     lines = ["| again, with | result |", "|---|---|"]
     for arm in arms:
         result = f"could not be run: {arm.problem}" if arm.is_bad is None else _result(arm)
@@ -190,7 +207,9 @@ def module_text(operation: Operation) -> str:
 
 def note_text(note: TensorNote) -> str:
     """A tensor in numbers, in words."""
-    text = f"{note.dtype} {list(note.shape)}, finite values from {note.smallest:.4g} to {note.largest:.4g}"
+    text = f"{note.dtype} {list(note.shape)}"
+    if math.isfinite(note.smallest):  # else nothing in it is
+        text += f", finite values from {note.smallest:.4g} to {note.largest:.4g}"
     for count, what in ((note.num_zero, "zeros"), (note.num_nan, "NaN"), (note.num_inf, "Inf")):
         text += f", {count} {what}" if count else ""
     return text

@@ -37,7 +37,10 @@ class Place:
         return linecache.getline(self.file, self.line).strip()
 
     def __str__(self) -> str:
-        return "" if self.file is None else f"{self.file}:{self.line}"
+        if self.file is None:
+            return ""
+        path, folder = Path(self.file), Path.cwd()
+        return f"{path.relative_to(folder) if path.is_relative_to(folder) else path}:{self.line}"
 
 
 def module_names(model: nn.Module) -> dict[int, str]:

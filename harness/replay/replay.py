@@ -14,10 +14,10 @@ import torch
 from harness.checkpoint.read_only import committed
 from harness.checkpoint.store import Saved
 from harness.data.seeding import own_generators
-from harness.errors import CheckpointError, ReplayError
+from harness.errors import CheckpointError, HarnessError, ReplayError
 from harness.records import StepRecord
-from harness.replay.arms import Arm, Judgement, judge_cause, run_arms
-from harness.replay.cause import Cause, find_causes
+from harness.replay.arms import Arm, Judgement, judge_cause, judge_sound, run_arms
+from harness.replay.cause import Cause, find_causes, find_unwritten
 from harness.replay.compare import Difference, Parting, differences, parting
 from harness.replay.history import History, read_history
 from harness.replay.probe import Probe
@@ -61,6 +61,14 @@ class Replay:
     def record(self) -> StepRecord:
         """The step as it was replayed."""
         return self.played.record
+
+    @property
+    def was_bad_in_run(self) -> bool:
+        """Whether the log says that loss or gradient were not finite."""
+        incident = self.history.incident
+        if incident is None:
+            return False
+        return bool(incident.num_nan or incident.num_inf) or not math.isfinite(incident.loss or 0.0)
 
     @property
     def reproduced(self) -> bool:
@@ -128,8 +136,17 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
             culprit = next(p for p in passes if (p.rank, p.number) == (first.rank, first.micro_batch))
             result.arms = run_arms(probe, culprit, has_attention=bool(first.attention_logits))
             result.judgement = judge_cause(first, result.arms)
+    elif result.was_bad_in_run:
+        rank = None if result.history.incident is None else result.history.incident.rank
+        result.causes = find_unwritten(probe, [one for one in passes if rank in (None, one.rank)])
+        way = result.parting
+        result.judgement = judge_sound(result.causes, is_way_same=way.num_same_bits == way.num_steps)
     elif record.is_spike or record.is_outlier:
-        result.carriers = find_carriers(probe, passes, record, before)
+        try:
+            result.carriers = find_carriers(probe, passes, record, before)
+        except (HarnessError, RuntimeError) as error:  # batch normalisation takes no single sample, say
+            problem = str(error).splitlines()[0]
+            result.notes.append(f"the samples cannot be run by themselves: {problem}")
 
 
 def _ranks(history: History, device: str) -> RanksInTurn:

@@ -98,7 +98,8 @@ def _way(replay: Replay) -> str:
     start, way = replay.started_from, replay.parting
     begin = f"the checkpoint of step {start}" if start else "the beginning of the run"
     ranks = replay.history.world_size
-    text = f"From {begin}, {_count(len(replay.records), 'step')} and then step {replay.history.step}, "
+    before = f"{_count(len(replay.records), 'step')} and then " if replay.records else ""
+    text = f"From {begin}, {before}step {replay.history.step}, "
     text += f"{_count(ranks, 'rank')} in turn in one process. "
     if way.step is not None:
         text += (
@@ -112,7 +113,7 @@ def _way(replay: Replay) -> str:
             f"Loss and gradient norm of the steps before are the log's to within {way.largest:.1g}, the first"
             f" {way.num_same_bits} of {way.num_steps} bit for bit."
         )
-    return text + "".join(f" Note: {note}." for note in replay.notes)
+    return text.rstrip() + "".join(f" Note: {note}." for note in replay.notes)
 
 
 def _comparison(replay: Replay) -> str:

@@ -60,7 +60,7 @@ class TensorNote:
         )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Operation:
     """An operation that left something non-finite."""
 
@@ -89,6 +89,11 @@ class Operation:
     def key(self) -> tuple[str, str | None, str]:
         """The same for the same operation of another pass."""
         return self.name, self.place.module, str(self.place)
+
+    @property
+    def is_empty(self) -> bool:
+        """It hands out memory and writes nothing: what is bad there was never written by anybody."""
+        return self.name.split(".")[1] in _EMPTY
 
     @property
     def makes(self) -> str:
@@ -130,6 +135,7 @@ class Tracer(TorchDispatchMode):
         """What last left something bad in a storage that holds something bad."""
         self._unwritten: dict[int, Operation] = {}
         """Memory that was handed out as it was."""
+        self._used_unwritten: list[Operation] = []
         self._sound: set[int] = set()
         """Storages from before that hold nothing bad."""
         self._forward: dict[int, _Forward] = {}
@@ -181,7 +187,7 @@ class Tracer(TorchDispatchMode):
     def _steps_back(self, usual: Usual) -> dict[int, _StepBack]:
         """Of each operation that is not as usual, by `id`: where one goes back to from it."""
         steps: dict[int, _StepBack] = {}
-        for operation in (*self._unwritten.values(), *self.operations):  # they read what earlier ones left
+        for operation in (*self._used_unwritten, *self.operations):  # they read what earlier ones left
             is_usual = operation.key in usual
             worth: list[tuple[int, Source, Source]] = []
             for sources in (operation.nan_from, operation.inf_from):
@@ -212,13 +218,20 @@ class Tracer(TorchDispatchMode):
             if storage in self._writers or storage in self._unwritten or storage in self._known:
                 if not _is_finite(tensor):
                     source = self._writers.get(storage) or self._known.get(storage)
-                    found.append((tensor, source or self._unwritten[storage]))
+                    found.append((tensor, source or self._handed_out(storage)))
                 elif storage in self._known:
                     self._sound.add(storage)
                 continue
             # What else is bad is a constant, made before or outside of torch: who reads it brings it in.
             self._sound.add(storage)
         return found
+
+    def _handed_out(self, storage: int) -> Operation:
+        """The operation that handed out memory in which something bad was found."""
+        operation = self._unwritten[storage]
+        if operation not in self._used_unwritten:
+            self._used_unwritten.append(operation)
+        return operation
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
         """The tensors that an operation reads."""

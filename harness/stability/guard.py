@@ -21,7 +21,7 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.checks.base import Check
 from harness.stability.device_step import DeviceStep
 from harness.stability.grad_scaler import refuse_forgotten_scaler
-from harness.stability.hooks import CommHook
+from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.incidents import Incident
 from harness.stability.layout import Layout
 from harness.stability.monitor import Monitor, Settled
@@ -67,7 +67,7 @@ class StepGuard:
         rollback: Brings the run back to where it was sound, on all ranks: loads model, optimizer and guard,
             and steps over the data that broke them. It gets the record of the last step; False: it cannot.
         on_incident: Called with each incident as it becomes known, on all ranks.
-        checks: Whether the checks for silent errors (docs/checks.md) look on: they warn and change nothing.
+        checks: "off": without the checks for silent errors (docs/checks.md), which warn and change nothing.
             Or, besides them, measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
@@ -90,7 +90,7 @@ class StepGuard:
         ladder: bool = True,
         rollback: Callable[[StepRecord], bool] | None = None,
         on_incident: Callable[[Incident], None] | None = None,
-        checks: Literal["on", "off"] | Sequence[Check | str] = "on",
+        checks: Literal["on", "off"] | Sequence[Check | str] = (),
         **settings: Any,
     ) -> None:
         if isinstance(checks, str):
@@ -262,6 +262,12 @@ class StepGuard:
         self._device.number += 1
         self._start_step()
         self._respond(self._monitor.settle())
+
+    def when_local_done(self, call: Callable[[], None]) -> None:
+        """Has `call` called in each backward pass that reduces, once this rank's own gradients are complete
+        and before the last of them are reduced: what follows is waiting for others. DDP alone tells that."""
+        if isinstance(self._device.source, DdpSource):
+            self._device.source.when_local_done = call
 
     def flush(self) -> None:
         """Waits for the steps that are still in flight, on all ranks: incidents among them are said, and the

@@ -50,6 +50,7 @@ class DdpSource:
         self._statistics = GradientStatistics()
         self._in_buckets: set[int] = set()
         self._is_reduced = False
+        self.when_local_done: Callable[[], None] | None = None
         self._hook = _hook_on(ddp, comm_hook)
         self._hook.observers.add(self)
         self.watch(layout)
@@ -111,6 +112,8 @@ class DdpSource:
         self._statistics.note(parameters, statistics)
         self._in_buckets.update(map(id, parameters))
         self._is_reduced = bucket.is_last()
+        if self._is_reduced and self.when_local_done is not None:
+            self.when_local_done()
 
 
 def _refuse_other_reductions(ddp: DistributedDataParallel) -> None:

@@ -1,4 +1,5 @@
-// Gradient statistics of CPU tensors in one read of memory; `reference.py` is the specification.
+// Gradient statistics and checksums of CPU tensors, each in one read of memory. Of the statistics `reference.py` is
+// the specification.
 //
 // Squares are summed in LANES lanes of fp32 over a chunk, lanes and chunks in float64 in a fixed order: the same
 // gradients give the same bits on every number of threads and on every instruction set. A chunk with a NaN or
@@ -98,7 +99,31 @@ Row measure(const Element* elements, int64_t count) {
   return row;
 }
 
+template <typename Integer>
+uint64_t sum_integers(const Integer* values, int64_t count, int num_threads) {
+  uint64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total) num_threads(num_threads) \
+    if (num_threads > 1 && count > TASK)
+  for (int64_t start = 0; start < count; start += TASK) {
+    const int64_t end = count - start < TASK ? count : start + TASK;
+    int64_t sum = 0;  // of at most 2^16 values: only 64-bit ones wrap around, and those have to
+    for (int64_t i = start; i < end; ++i) sum = int64_t(uint64_t(sum) + uint64_t(int64_t(values[i])));
+    total += uint64_t(sum);
+  }
+  return total;
+}
+
 }  // namespace
+
+// The sum of elements of 1 (unsigned), 2, 4 or 8 bytes as integers, modulo 2^64.
+extern "C" int64_t harness_sum_of_bits(const void* values, int64_t count, int64_t bytes, int num_threads) {
+  switch (bytes) {
+    case 1: return int64_t(sum_integers(static_cast<const uint8_t*>(values), count, num_threads));
+    case 2: return int64_t(sum_integers(static_cast<const int16_t*>(values), count, num_threads));
+    case 4: return int64_t(sum_integers(static_cast<const int32_t*>(values), count, num_threads));
+    default: return int64_t(sum_integers(static_cast<const int64_t*>(values), count, num_threads));
+  }
+}
 
 // tensors: their first elements; is_bfloat16: else float32; rows: [num_tensors, 5], columns as in layout.py.
 extern "C" void harness_statistics(const void* const* tensors, const int64_t* sizes,

@@ -1,4 +1,4 @@
-"""The loop of `native.cpp`, which takes a third of torch's time; built where a C++ compiler is found.
+"""The loops of `native.cpp`, which take a third of torch's time; built where a C++ compiler is found.
 
 It is compiled once, in about a second, into the user's cache. Without a compiler, or with `HARNESS_NATIVE=0`,
 the statistics on the CPU are `reference`'s: the same to some 1e-6, but not the same bits.
@@ -24,7 +24,7 @@ from harness.env import cache_dir, compiler, wants_native
 from harness.stability import reference
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO
 
-__all__ = ["MEASURED", "is_available", "tensor_statistics"]
+__all__ = ["MEASURED", "is_available", "sum_of_integers", "tensor_statistics"]
 
 MEASURED = frozenset({torch.float32, torch.bfloat16})
 """Element types that the loop knows."""
@@ -68,6 +68,20 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Te
     return rows
 
 
+def sum_of_integers(values: Tensor) -> Tensor:
+    """0-d int64: the sum of a contiguous integer tensor on the CPU, exact modulo 2^64. For where
+    `is_available`."""
+    library = _library()
+    assert library is not None
+    total = library.harness_sum_of_bits(
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_int64(values.numel()),
+        ctypes.c_int64(values.element_size()),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return torch.tensor(total, dtype=torch.int64)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     cxx = compiler()
@@ -77,6 +91,7 @@ def _library() -> ctypes.CDLL | None:
         path = _built(cxx)
         library = ctypes.CDLL(str(path))
         library.harness_statistics.restype = None
+        library.harness_sum_of_bits.restype = ctypes.c_int64
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         logger.info("gradient statistics by torch, %s did not build the faster loop: %s", cxx, error)
         return None

@@ -23,21 +23,29 @@ class _Kind(NamedTuple):
     on: bool | str = True
     """Value of the setting with which `harness sync --mirror NAME` switches it on."""
     off: bool | str = False
+    is_live: bool = False
+    """It shows a run while that goes on; there is nothing to complete later."""
 
 
 MIRRORS = {
     "tensorboard": _Kind("harness.tracking.tensorboard:TensorBoardMirror"),
     "wandb": _Kind("harness.tracking.wandb:WandbMirror", on="offline", off="off"),
     "trackio": _Kind("harness.tracking.trackio:TrackioMirror"),
+    "prometheus": _Kind("harness.tracking.prometheus:PrometheusMirror", is_live=True),
 }
 
 
 _TRAIN_JOB = "harness.tracking.kubeflow:TrainJobMirror"
 
 
-def mirrors_of(settings: MirrorSettings) -> list[str]:
-    """The names of the mirrors that the settings ask for, and of a TrainJob's status where there is one."""
-    asked = [name for name in MIRRORS if _is_on(settings, name)] + list(settings.mirrors)
+def mirrors_of(settings: MirrorSettings, *, live: bool = True) -> list[str]:
+    """The names of the mirrors that the settings ask for, and of a TrainJob's status where there is one.
+
+    Args:
+        live: With those that show a run only while it goes on.
+    """
+    asked = [name for name, kind in MIRRORS.items() if _is_on(settings, name) and (live or not kind.is_live)]
+    asked += settings.mirrors
     return asked + ([_TRAIN_JOB] if env.train_job_endpoint() is not None else [])
 
 
@@ -50,10 +58,11 @@ def only(settings: MirrorSettings, names: Iterable[str]) -> MirrorSettings:
     """
     names = list(names)
     for name in names:
-        if name not in MIRRORS and ":" not in name:
+        kept = [one for one, kind in MIRRORS.items() if not kind.is_live]
+        if name not in kept and ":" not in name:
             raise TrackingError(
                 f"there is no mirror {name!r}",
-                rule=f"it is one of {', '.join(MIRRORS)}, or package.module:Class",
+                rule=f"it is one of {', '.join(kept)}, or package.module:Class",
             )
     wanted: dict[str, Any] = {name: kind.off for name, kind in MIRRORS.items()}
     for name in MIRRORS.keys() & names:

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import psutil
 from harness.runlog.names import Prefix
 from harness.runlog.nodes import NodeLog
 
-__all__ = ["Sampler", "sample_forever"]
+__all__ = ["Sampler", "describe_gpu", "sample_forever"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,38 @@ def sample_gpu(handle: Any) -> dict[str, float]:
         with contextlib.suppress(_nvml().NVMLError):
             values |= read(handle)
     return values
+
+
+def describe_gpu(uuid: str) -> str:
+    """Clocks, temperature, power and what holds a GPU back, in words; as far as the driver tells.
+
+    Args:
+        uuid: As torch has it, with or without the `GPU-` in front.
+    """
+    try:
+        nvml = _nvml()
+        nvml.nvmlInit()
+        values = sample_gpu(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}"))
+    except ImportError:
+        return "its clocks are not known: `pip install nvidia-ml-py`"
+    except _nvml().NVMLError as error:
+        return f"its clocks are not known: {error}"
+    return _gpu_words(values)
+
+
+def _gpu_words(values: Mapping[str, float]) -> str:
+    shown = {
+        "sm_clock_mhz": "SM clock {:.0f} MHz",
+        "memory_clock_mhz": "memory clock {:.0f} MHz",
+        "temperature_c": "{:.0f} °C",
+        "power_w": "{:.0f} W",
+    }
+    words = [text.format(values[name]) for name, text in shown.items() if name in values]
+    known = [name for name in THROTTLE_BITS if f"throttled_{name}" in values]
+    held_back = [name for name in known if values[f"throttled_{name}"]]
+    if known:
+        words.append(f"throttled: {', '.join(held_back) or 'no'}")
+    return ", ".join(words)
 
 
 def _gpu_readings() -> list[Callable[[Any], dict[str, float]]]:

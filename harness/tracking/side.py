@@ -125,8 +125,12 @@ def _complete(path: Path, settings: MirrorSettings, rebuild: bool, timeout_s: fl
     """
     ended = threading.Event()
     ended.set()
-    troubles = {name: _import_trouble(name) for name in mirrors_of(settings)}
-    followers = [f for f in _followers_for(path, settings, ended=ended) if troubles[f.name] is None]
+    troubles = {name: _import_trouble(name) for name in mirrors_of(settings, live=False)}
+    followers = [
+        f
+        for f in _followers_for(path, settings, ended=ended)
+        if f.name in troubles and troubles[f.name] is None
+    ]
     for follower in followers:
         if rebuild:
             follower.forget()

@@ -27,6 +27,7 @@ from harness.dist import (
     open_world,
     plain,
     report_once,
+    time_collectives,
     use_threads,
 )
 from harness.errors import ConfigError, HarnessError
@@ -52,9 +53,12 @@ from harness.training.optim import build_optimizer
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
+from harness.training.silent import RunChecks
 from harness.training.step import MicroBatchGuard, StepRunner
+from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
+from harness.training.timer import StepTimer
 from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
@@ -126,11 +130,12 @@ def build_run(
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config = keep_micro_batch(config, world, directory)
-    if config.loop.compile:
-        inputs.task.model.compile()
-    model = distribute(inputs.task.model, config.parallel, world)
+    model = _distributed(config, world, inputs.task.model)
     optimizer = build_optimizer(model, config.optim)
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
@@ -152,11 +157,11 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
-    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress)
+    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [journal, black_box, *([Debugger()] if config.debug else [])]
+    called.own = [journal, black_box, *_own_callbacks(config, world, journal)]
     run = Run(
         config=config,
         world=world,
@@ -181,6 +186,20 @@ def build_run(
         black_box=black_box,
     )
     return run
+
+
+def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
+    if config.loop.compile:
+        model.compile()
+    return distribute(model, config.parallel, world)
+
+
+def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
+    return [
+        Stragglers(config.straggler, world, journal),
+        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
+        *([Debugger()] if config.debug else []),
+    ]
 
 
 def _checkpointer(config: TrainConfig, directory: Path) -> Checkpointer:
@@ -343,6 +362,7 @@ def build_runner(
     faults: FaultInjector,
     precision: str,
     progress: Progress,
+    timer: StepTimer | None = None,
 ) -> StepRunner:
     """What runs forward and backward passes of this rank."""
     return StepRunner(
@@ -355,6 +375,7 @@ def build_runner(
         precision=precision,
         world_size=world.world_size,
         progress=progress,
+        timer=timer or StepTimer(world.device),
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
         num_passes=_shares(config, world).num_passes,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.training.faults import FaultInjector
 from harness.training.progress import Phase, Progress
+from harness.training.timer import StepTimer
 
 __all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
 
@@ -65,14 +65,16 @@ class StepRunner:
     precision: str
     world_size: int
     progress: Progress
+    timer: StepTimer
     nominal_tokens: int
     """Tokens of a global batch without padding."""
     num_passes: int
     """Forward passes of each rank in a step."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
-        """Runs forward and backward; returns the host's seconds. No synchronisation with the device."""
-        start = time.perf_counter()
+        """Runs forward and backward; returns the seconds of this rank's own computing (`StepTimer`). No
+        synchronisation with the device."""
+        self.timer.begin()
         for _ in range(self.num_passes - len(micro_batches)):
             # Another rank has one micro-batch more, and sharded models need as many passes on each.
             with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
@@ -87,7 +89,7 @@ class StepRunner:
             ):
                 loss = self._forward_backward(step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
-        return time.perf_counter() - start
+        return self.timer.end()
 
     def _forward_backward(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:
         batch = to_device(batch, self.device)

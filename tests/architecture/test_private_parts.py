@@ -181,6 +181,11 @@ def test_the_default_group_has_a_store() -> None:
     assert (store.check(["key"]), store.get("key")) == (True, b"word")
 
 
+def test_nccl_tells_what_it_was_asked_to_do() -> None:
+    has(torch._C, "_distributed_c10d")
+    assert hasattr(torch._C._distributed_c10d, "_dump_nccl_trace") == dist.is_nccl_available()
+
+
 def test_an_iterator_ends_its_workers() -> None:
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -520,3 +525,14 @@ def test_jsonargparse_says_which_key_is_wrong() -> None:
     with pytest.raises(argparse.ArgumentError) as caught:
         parser.parse_args(["--number", "word"])
     assert str(caught.value.message).startswith('Parser key "number"'), users_of("Parser key")
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_fsdp_says_what_gathers_and_reduces() -> None:
+    model: Any = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    group = model._get_fsdp_state()._fsdp_param_group
+    has(group, "_all_gather_comm", "_reduce_scatter_comm")
+    has(group._all_gather_comm, "allocate")
+    own = type(group._all_gather_comm)()
+    model.set_custom_all_gather(own)
+    assert group._all_gather_comm is own

@@ -15,6 +15,7 @@ from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 from harness.training.progress import Progress
 from harness.training.step import StepRunner
+from harness.training.timer import StepTimer
 from tests.support.distributed import run_ranks
 
 NO_FAULTS: list[FaultConfig] = []
@@ -82,6 +83,7 @@ def _run(
         world_size=world_size,
         nominal_tokens=6,
         progress=Progress(),
+        timer=StepTimer(torch.device("cpu")),
     )
     gradients = []
     for number, step in enumerate(steps):

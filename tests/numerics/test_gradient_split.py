@@ -11,6 +11,7 @@ from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
 from harness.training.progress import Progress
 from harness.training.step import StepRunner
+from harness.training.timer import StepTimer
 from tests.support.distributed import run_ranks
 
 GLOBAL_BATCH, LENGTH, CLASSES = 8, 6, 5
@@ -55,6 +56,7 @@ def one_step(
         world_size=world_size,
         nominal_tokens=GLOBAL_BATCH * LENGTH,
         progress=Progress(),
+        timer=StepTimer(torch.device("cpu")),
     )
     share = GLOBAL_BATCH // world_size
     mine = {name: values[rank * share : (rank + 1) * share] for name, values in global_batch().items()}

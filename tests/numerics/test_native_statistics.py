@@ -85,6 +85,17 @@ def test_without_extremes_they_are_not_measured() -> None:
     assert row[[MAX_ABS, NUM_ZERO]].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 65536, 150_001])
+def test_a_sum_of_integers_is_torchs(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    limits = torch.iinfo(dtype)
+    values = torch.randint(limits.min, limits.max, (size,), generator=generator, dtype=dtype)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert native.sum_of_integers(values).equal(values.sum(dtype=torch.int64))
+
+
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/c++", ""])
 def test_without_a_compiler_that_works_torch_measures(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

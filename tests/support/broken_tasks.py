@@ -90,6 +90,21 @@ class Softmax(nn.Module):
         return h.masked_fill(~mask, -torch.inf).softmax(dim=1)
 
 
+class Unwritten(nn.Module):
+    """Copies the rows that have a mask and forgets the others, as kernels over ragged rows do."""
+
+    before: float | None = None
+    """What is in the memory that it is handed out; None: anything."""
+
+    def forward(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        out = torch.empty_like(h)
+        if self.before is not None:
+            out.detach().numpy().fill(self.before)
+        kept = mask.any(dim=1)
+        out[kept] = h[kept]
+        return out
+
+
 class Nothing(nn.Module):
     def forward(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         return h
@@ -155,6 +170,10 @@ def overflowing_exp(config: TrainConfig) -> Task:
 
 def softmax_of_nothing(config: TrainConfig) -> Task:
     return _task(Softmax(), mask=torch.zeros(4, dtype=torch.bool))
+
+
+def unwritten(config: TrainConfig) -> Task:
+    return _task(Unwritten(), mask=torch.zeros(4, dtype=torch.bool))
 
 
 def poisoned(config: TrainConfig) -> Task:

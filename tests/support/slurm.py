@@ -52,6 +52,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=2
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
+MessageTimeout=60
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -113,7 +114,7 @@ class Slurm:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60.0,
+            timeout=120.0,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout

@@ -213,6 +213,18 @@ def test_parquet_and_saved_datasets_give_the_records_of_jsonl(tmp_path: Path) ->
     assert list(records(SourceSettings(path=str(tmp_path / "saved"), limit=2))) == lines[:2]
 
 
+def test_a_folder_gives_its_texts_and_tables_and_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    chats(folder / "b.jsonl", count=2)
+    (folder / "c.png").write_bytes(b"\x89PNG\0\0")
+    read = list(records(SourceSettings(path=str(folder))))
+    assert [sorted(record) for record in read] == [["text"], ["messages"], ["messages"]]
+    with pytest.raises(DataError, match=r"nothing to read in .*c\.png"):
+        list(records(SourceSettings(path=str(folder / "c.png"))))
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [

@@ -21,10 +21,29 @@ from tests.support.own_tasks import Points, own_config, points_task, run_loop
 from tests.support.replayed import check_task, train_task
 
 
-@pytest.mark.parametrize("name", [*broken_tasks.EXPECTED, "poisoned"])
+# The others are in scripts/trial_replay.py.
+@pytest.mark.parametrize("name", ["hidden_log_of_zero", "softmax_of_nothing", "poisoned"])
 def test_the_operation_and_the_samples_are_named(name: str, tmp_path: Path) -> None:
     train_task(0, 1, str(tmp_path), name, "fp32")
     assert check_task(tmp_path / "runs" / "own", name).problems == []
+
+
+class PairOnly(broken_tasks.MaskedMean):
+    def forward(self, h: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert len(h) > 1
+        return super().forward(h, x, mask)
+
+
+def test_samples_that_cannot_be_run_alone_leave_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broken_tasks, "MaskedMean", PairOnly)
+    train_task(0, 1, str(tmp_path), "empty_mean", "fp32")
+    found = replay(tmp_path / "runs" / "own")
+    assert found.reproduced
+    assert "cannot be run by themselves" in story(found)
+    assert found.judgement is not None
+    assert found.judgement.kind == "unknown"
 
 
 def test_memory_that_nothing_has_written_is_named() -> None:
@@ -56,6 +75,22 @@ def test_what_is_bad_and_reaches_nothing_is_not_blamed() -> None:
     assert not isinstance(producer, str)
     assert producer.name == "aten.div.Tensor"
     assert Path(str(producer.place.file)).name == Path(__file__).name
+
+
+def test_memory_that_held_nan_in_the_run_only_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as within:
+        within.setattr(broken_tasks.Unwritten, "before", torch.nan)
+        train_task(0, 1, str(tmp_path), "unwritten", "fp32")
+    found = replay(tmp_path / "runs" / "own")
+    assert not found.reproduced
+    assert found.judgement is not None
+    assert found.judgement.kind == "kernel"
+    producer = found.causes[0].producer
+    assert not isinstance(producer, str | None)
+    assert (producer.name, producer.place.module) == ("aten.empty_like.default", "middle")
+    assert "memory that nobody has written" in story(found)
 
 
 class Outlying(Points):

@@ -9,6 +9,7 @@ Legend: W ranks, P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from harness.dist import local_part
 from harness.records import Finding
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.fingerprint import sum_of_bits
-from harness.stability.layout import Layout
+from harness.stability.layout import NUM_INF, NUM_NAN, Layout
+from harness.stability.statistics import tensor_statistics
 
 __all__ = ["StateCheck"]
 
@@ -51,7 +53,7 @@ class StateCheck(Check):
         if not self.is_due(view.step):
             return
         tensors = [_tensors(p, view) for p in view.layout.parameters]
-        finite = torch.stack([_is_finite(p) for p in view.layout.parameters])
+        finite = _are_finite(view.layout.parameters)
         self._left = (view.layout, _sums(tensors), [_signature(one) for one in tensors], finite)
 
     def measure(self, view: StepView) -> Tensor | None:
@@ -73,14 +75,13 @@ class StateCheck(Check):
         self._num_looks += 1
         where = changed.nonzero().tolist()
         if 0 < len(where) <= MAX_FLIPPED and all(_is_one_bit(int(numbers[tuple(at)])) for at in where):
-            rank, row, column = where[0]
-            name = arrived.layout.names[row]
-            what = PLACES[column][1].format(name)
-            more = f" (and in {len(where) - 1} more places)" if len(where) > 1 else ""
+            names = arrived.layout.names
+            places = [f"{PLACES[column][1].format(names[row])} on rank {r}" for r, row, column in where]
+            rank, row, _ = where[0]
             return Reading(
-                reason=f"a bit of {what} was flipped on rank {rank} between two steps{more}: faulty memory",
+                reason=f"a bit was flipped between two steps in {', '.join(places)}: faulty memory",
                 rank=rank,
-                parameter=name,
+                parameter=names[row],
             )
         if bool(numbers[:, :, NOT_FINITE].any()):
             return self._not_finite(numbers, arrived)
@@ -129,13 +130,10 @@ def _sums(tensors: list[list[Tensor]]) -> Tensor:
     rows = []
     for parameter, *state in tensors:
         device = parameter.device
-        sums = [sum_of_bits(one).to(device, non_blocking=True) for one in state]
-        # Odd weights, so that opposite changes in two tensors do not cancel.
-        total = (
-            sum(((2 * place + 1) * one for place, one in enumerate(sums)), torch.zeros_like(sums[0]))
-            if (sums)
-            else torch.zeros((), dtype=torch.int64, device=device)
-        )
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for place, one in enumerate(state):
+            # Odd weights, so that opposite changes in two tensors do not cancel.
+            total += (2 * place + 1) * sum_of_bits(one).to(device, non_blocking=True)
         rows.append(torch.stack([sum_of_bits(parameter), total]))
     return torch.stack(rows)
 
@@ -144,11 +142,10 @@ def _signature(tensors: list[Tensor]) -> _Signature:
     return tuple((id(one), local_part(one)._version) for one in tensors)
 
 
-def _is_finite(parameter: nn.Parameter) -> Tensor:
-    local = local_part(parameter).detach()
-    if not local.numel():
-        return torch.ones((), dtype=torch.bool, device=local.device)
-    return torch.linalg.vector_norm(local, torch.inf).isfinite()
+def _are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """`[P]` bool."""
+    rows = tensor_statistics([local_part(parameter).detach() for parameter in parameters], extremes=False)
+    return rows[:, NUM_NAN] + rows[:, NUM_INF] == 0
 
 
 def _is_one_bit(change: int) -> bool:

@@ -56,6 +56,8 @@ def build(
     from harness.tasks.hf.model import TokenLoss, add_adapters, check_documents_apart, load_model
     from harness.tasks.hf.tokenizer import load_tokenizer
 
+    # Unset, tokenizers warn in each loader worker, none of which tokenises.
+    env.set_default("TOKENIZERS_PARALLELISM", "true")
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
     made_of: tuple[SourceSettings | None, ...] = sources or (None,)
     used = load_tokenizer(tokenizer, model, made_of, cache_dir=cache_dir)

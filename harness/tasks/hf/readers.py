@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.data.corpus import SourceFile, list_files, standard_library
+from harness.data.corpus import SourceFile, list_files, looks_like_text, standard_library
 from harness.errors import DataError, needs
 from harness.tasks.hf.settings import SourceSettings
 
@@ -54,9 +54,14 @@ def identity(source: SourceSettings | None) -> list[Any]:
 
 def _files(source: SourceSettings) -> list[SourceFile]:
     files = list_files([source.path])
-    if not files:
-        raise DataError(f"{source.path} is empty", remedy="check the path in task_args.sources")
-    return files
+    readable = [file for file in files if Path(file.path).suffix in _TABLES or looks_like_text(file)]
+    if not readable:
+        raise DataError(
+            f"there is nothing to read in {source.path}",
+            rule="a source is text, .jsonl, .parquet, a folder of them, or one that datasets has saved",
+            remedy="check the path in task_args.sources",
+        )
+    return readable
 
 
 def _of_files(files: Sequence[SourceFile]) -> Iterator[Record]:
