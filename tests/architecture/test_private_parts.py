@@ -369,6 +369,10 @@ def test_python_tells_where_each_thread_is() -> None:
     assert frame.f_code.co_name == test_python_tells_where_each_thread_is.__name__
 
 
+def test_torch_writes_what_its_allocator_holds() -> None:
+    assert list(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)[:1] == ["filename"]
+
+
 def test_python_walks_its_own_frames() -> None:
     frame = sys._getframe(0)
     assert frame.f_code.co_name == test_python_walks_its_own_frames.__name__
