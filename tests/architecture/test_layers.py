@@ -96,8 +96,14 @@ MAY_SYNCHRONISE = {
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
     "harness/stability/record_builder.py",  # what the drain has brought to the host
     "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host
+    "harness/stability/checks/constants.py",
+    "harness/stability/checks/inputs.py",
+    "harness/stability/checks/movement.py",
+    "harness/stability/checks/precision.py",
     "harness/stability/checks/replicas.py",
     "harness/stability/checks/rows.py",
+    "harness/stability/checks/state.py",
+    "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only
     "harness/training/evaluate.py",  # the one read of an evaluation
 }

@@ -536,3 +536,10 @@ def test_fsdp_says_what_gathers_and_reduces() -> None:
     own = type(group._all_gather_comm)()
     model.set_custom_all_gather(own)
     assert group._all_gather_comm is own
+
+
+def test_a_dataset_of_datasets_has_a_fingerprint_of_what_was_done_to_it() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    assert isinstance(rows._fingerprint, str), users_of("_fingerprint")
+    assert rows.select([0, 1])._fingerprint != rows._fingerprint
