@@ -133,10 +133,7 @@ def build_run(
         task.model.compile()
     model = distribute(task.model, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
-    timer = StepTimer(world.device)
-    time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    guard.when_local_done(timer.local_done)
+    guard, timer = _timed_guard(config, world, model, optimizer, precision)
     loader = build_loader(config, world, task, inputs.fingerprints)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
@@ -163,11 +160,8 @@ def build_run(
     runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress, timer)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [
-        journal,
-        Stragglers(config.straggler, world, journal),
-        *([Debugger()] if config.debug else []),
-    ]
+    called.own = [journal, Stragglers(config.straggler, world, journal)]
+    called.own += [Debugger()] if config.debug else []
     run = Run(
         config=config,
         world=world,
@@ -191,6 +185,17 @@ def build_run(
         progress=progress,
     )
     return run
+
+
+def _timed_guard(
+    config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str
+) -> tuple[StepGuard, StepTimer]:
+    """The guard, and what times this rank's own computing, in an order that suits both."""
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)  # before the guard wraps what it finds
+    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    guard.when_local_done(timer.local_done)
+    return guard, timer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
