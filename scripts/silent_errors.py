@@ -28,9 +28,14 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import itertools
+
 from harness.stability import StepGuard
 
 SEED = 20260801
+
+PER_GAP = 4
+"""Bits flipped between two steps, each in another place."""
 
 
 # --- flips ---------------------------------------------------------------------------------------
@@ -45,9 +50,10 @@ def flips(num: int) -> list[str]:
     for place, (flipped, detected, right) in counts.items():
         lines.append(f"| {place} | {flipped} | {detected} | {right} |")
     return [
-        f"## {num} flipped bits, FSDP2 on two gloo ranks, one in each gap between two steps",
+        f"## {num} flipped bits, FSDP2 on two gloo ranks, four in each gap between two steps",
         "",
-        "Seeded: rank, parameter or moment, element and bit are drawn evenly. After the next step all is put back.",
+        "Seeded: four different places (rank, parameter or moment), element and bit are drawn evenly. After "
+        "the next step all is put back.",
         "",
         *lines,
         "",
@@ -61,13 +67,13 @@ def _flip_rank(rank: int, world_size: int, num: int, folder: str) -> None:
     torch.manual_seed(0)
     model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    # A flip may make anything of a step: what is tried here is whether it is seen, so nothing may end the run.
+    # A flip may make anything of a step; nothing may end the run.
     guard = StepGuard(model, optimizer, state_every=1, replicas_every=0, per_parameter_every=0, ladder=False)
     draw = random.Random(SEED)
-    planned: dict[int, tuple[str, int, str]] = {}
-    named: dict[int, tuple[int | None, str | None]] = {}
+    planned: dict[int, list[tuple[str, int, str]]] = {}
+    said: dict[int, str] = {}
     saved: list[tuple[Tensor, Tensor]] = []
-    for step in range(2 * num + 4):
+    for step in range(2 * (num // PER_GAP) + 6):
         generator = torch.Generator().manual_seed(2 * step + rank)
         loss = model(torch.randn(8, 16, generator=generator)).square().mean()
         loss.backward()
@@ -77,23 +83,25 @@ def _flip_rank(rank: int, world_size: int, num: int, folder: str) -> None:
             for tensor, before in saved:  # torch counts this
                 tensor.copy_(before)
         for record in guard.drain():
-            if record.reason and "flipped" in record.reason:
-                named[record.step] = (record.rank, record.parameter)
-        if saved or step < 2 or len(planned) == num:
+            said[record.step] = record.reason or ""
+        if saved or step < 2 or PER_GAP * len(planned) == num:
             saved = []
             continue
         saved = [(tensor, tensor.clone()) for tensor in _locals(model, optimizer)]
         planned[step + 1] = _flip(model, optimizer, draw, rank)
+        if rank == 0 and step % 50 == 3:
+            print(f"step {step}", flush=True)
     for record in guard.drain(wait=True):
-        if record.reason and "flipped" in record.reason:
-            named[record.step] = (record.rank, record.parameter)
+        said[record.step] = record.reason or ""
     if rank == 0:
         counts: dict[str, list[int]] = {}
-        for step, (place, culprit, name) in planned.items():
-            count = counts.setdefault(place, [0, 0, 0])
-            count[0] += 1
-            count[1] += step in named
-            count[2] += named.get(step) == (culprit, name)
+        for step, flipped in planned.items():
+            for place, culprit, name in flipped:
+                what = name if place == "parameter" else f"the optimizer state of {name}"
+                count = counts.setdefault(place, [0, 0, 0])
+                count[0] += 1
+                count[1] += "a bit was flipped" in said[step]
+                count[2] += f" {what} on rank {culprit}" in said[step]
         Path(folder, "counts.json").write_text(json.dumps(counts))
     dist.barrier()
     dist.destroy_process_group()
@@ -107,23 +115,21 @@ def _locals(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _flip(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    draw: random.Random,
-    rank: int,
-) -> tuple[str, int, str]:
-    """Flips a bit on the rank that is drawn, behind torch's back; every rank draws the same."""
+    model: nn.Module, optimizer: torch.optim.Optimizer, draw: random.Random, rank: int
+) -> list[tuple[str, int, str]]:
+    """Flips bits behind torch's back, on the ranks that are drawn; every rank draws the same."""
     named = dict(model.named_parameters())
-    place = draw.choice(("parameter", "exp_avg", "exp_avg_sq"))
-    culprit, name = draw.randrange(2), draw.choice(sorted(named))
-    where, bit = draw.random(), draw.randrange(32)
-    tensor = named[name] if place == "parameter" else optimizer.state[named[name]][place]
-    local = tensor._local_tensor.detach()
-    if rank == culprit:
-        flat = local.view(torch.int32).numpy().reshape(-1)
-        element = int(where * flat.size)
-        flat.view("uint32")[element] ^= 1 << bit
-    return place, culprit, name
+    # A checksum is of all moments of a parameter: one of them at a time.
+    kinds = [("parameter", name) for name in sorted(named)]
+    kinds += [(draw.choice(("exp_avg", "exp_avg_sq")), name) for name in sorted(named)]
+    places = draw.sample([(place, culprit, name) for place, name in kinds for culprit in (0, 1)], PER_GAP)
+    for place, culprit, name in places:
+        where, bit = draw.random(), draw.randrange(32)
+        tensor = named[name] if place == "parameter" else optimizer.state[named[name]][place]
+        if rank == culprit:
+            flat = tensor._local_tensor.detach().view(torch.int32).numpy().reshape(-1).view("uint32")
+            flat[int(where * flat.size)] ^= 1 << bit
+    return places
 
 
 # --- alarms --------------------------------------------------------------------------------------
@@ -136,7 +142,7 @@ def _adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
 
 def _mlp(*shape: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(shape, shape[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(shape):
         layers += [nn.Linear(inputs, outputs), act()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,4 +1,5 @@
-"""`harness doctor`: are these machines fit for a training? Alone, or on all ranks under a launcher."""
+"""`harness doctor [CONFIG]`: are these machines fit for a training, and is the training what it is meant to
+be? Alone, or on all ranks under a launcher."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from harness.cli.output import say
 from harness.config import ParallelConfig
 
 if TYPE_CHECKING:
+    from harness.dist import World
     from harness.doctor import Finding
 
 __all__ = ["EXIT_UNFIT", "run"]
@@ -30,8 +32,10 @@ def run(argv: Sequence[str]) -> int:
         "doctor",
         "Examine the machines that a training would use: versions, GPUs, network, disk, clocks, ports, "
         "login. On all ranks: torchrun --nproc-per-node=8 --no-python harness doctor. Exits with 1 if "
-        "something fails.",
+        "something fails. With a configuration a few of its steps are trained too, under all checks for "
+        "silent errors (docs/checks.md), and nothing of them is kept.",
     )
+    arguments.add_argument("config", nargs="?", help="a preset or a YAML file: train a few steps of it too")
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     arguments.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="as parallel.device"
@@ -44,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
 
         with open_world(ParallelConfig(device=options.device, timeout_s=_MEET_S)) as world:
             findings = examine(Site(world, options.runs))
+            if options.config is not None:
+                findings += _of_training(options.config, world)
         if world.is_main and options.json:
             content = {"verdict": worst(findings), "ranks": world.world_size}
             json.dump({**content, "findings": [dataclasses.asdict(each) for each in findings]}, sys.stdout)
@@ -52,6 +58,18 @@ def run(argv: Sequence[str]) -> int:
             _print(findings)
         outcome.exit_code = EXIT_UNFIT if worst(findings) == "fail" else 0
     return outcome.exit_code
+
+
+def _of_training(path: str, world: World) -> list[Finding]:
+    """What a few steps of the run show."""
+    from harness.config import TrainConfig
+    from harness.doctor import Finding
+    from harness.training.trial import training_checks
+
+    found = training_checks(TrainConfig.from_file(path), world)
+    if not found:
+        return [Finding("training", "a few steps, no silent error found")]
+    return [Finding(f"training: {one.check}", one.problem, "warn", one.remedy) for one in found]
 
 
 def _print(findings: Sequence[Finding]) -> None:

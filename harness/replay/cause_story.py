@@ -93,6 +93,8 @@ def _samples(cause: Cause) -> str:
     if blame.samples:
         shown = ", ".join(map(str, blame.samples))
         return f"**Samples to blame: {shown}.** {_sentence(blame.reason)}{runs}."
+    if not blame.num_runs:
+        return f"Whether the data is to blame is open: {blame.reason}."
     return f"**No subset of the data is to blame**: {blame.reason}{runs}."
 
 

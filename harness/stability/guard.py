@@ -67,7 +67,7 @@ class StepGuard:
         rollback: Brings the run back to where it was sound, on all ranks: loads model, optimizer and guard,
             and steps over the data that broke them. It gets the record of the last step; False: it cannot.
         on_incident: Called with each incident as it becomes known, on all ranks.
-        checks: Whether the checks for silent errors (docs/checks.md) look on: they warn and change nothing.
+        checks: "off": without the checks for silent errors (docs/checks.md), which warn and change nothing.
             Or, besides them, measurements of your own, each a `Check` or its name `package.module:function`.
         settings: Any other field of `GuardConfig`.
 
@@ -90,7 +90,7 @@ class StepGuard:
         ladder: bool = True,
         rollback: Callable[[StepRecord], bool] | None = None,
         on_incident: Callable[[Incident], None] | None = None,
-        checks: Literal["on", "off"] | Sequence[Check | str] = "on",
+        checks: Literal["on", "off"] | Sequence[Check | str] = (),
         **settings: Any,
     ) -> None:
         if isinstance(checks, str):

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from harness.stability.checks.fingerprint import fingerprint
 from harness.stability.inert import ForwardHook
 
-__all__ = ["ForwardWatch", "is_active_in_training", "tensors_in"]
+__all__ = ["ForwardWatch", "is_active_in_training", "is_dropout", "tensors_in"]
+
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ForwardWatch:
     """Notes the forward passes since the last step. Of a model that is compiled as a whole, or that the loop
-    does not call itself (a part of it, say), it sees nothing."""
+    does not call itself (a part of it, say), it sees nothing.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        fingerprints: Whether to take some of the inputs, a few small kernels each.
+    """
+
+    def __init__(self, model: nn.Module, *, fingerprints: bool = False) -> None:
+        self._takes_fingerprints = fingerprints
         self._has_modes = any(is_active_in_training(module) for module in model.modules())
         self.clear()
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(
@@ -31,8 +42,8 @@ class ForwardWatch:
         """With a graph, so for a backward pass."""
         self.num_reading = 0
         """Without a graph, in training mode, of a model for which that makes a difference."""
-        self.inputs: list[Tensor] = []
-        """All tensors that went into those with a graph; dropped with the step."""
+        self.fingerprints: list[Tensor] = []
+        """0-d int64, of all tensors that went into those with a graph."""
         self.lengths: tuple[int, int] | None = None
         """First dimensions of inputs and labels that did not agree."""
 
@@ -48,8 +59,11 @@ class ForwardWatch:
             self.num_reading += int(self._has_modes and module.training)
             return
         self.num_training += 1
-        # Detached: what the loop computed the inputs from is not kept.
-        self.inputs += [tensor.detach() for tensor in tensors_in((args, kwargs))]
+        if self._takes_fingerprints:
+            # Within vmap there are no bits to look at.
+            with torch.no_grad(), suppress(RuntimeError):
+                tensors = filter(_is_plain, tensors_in((args, kwargs)))
+                self.fingerprints += [fingerprint(tensor) for tensor in tensors]
         self.lengths = self.lengths or _disagreeing({**kwargs, **_named(args)})
 
 
@@ -65,11 +79,24 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
             yield from tensors_in(item, depth - 1)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether there are bits to look at: not on the meta device, nor in another layout."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return (
+        tensor.layout == torch.strided and tensor.numel() > 0 and not (tensor.is_meta or tensor.is_quantized)
+    )
+
+
 def is_active_in_training(module: nn.Module) -> bool:
     """Whether it does in training what it does not in evaluation: dropout, or normalisation by batches."""
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    normalises = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    return dropout or normalises
+    normalises = isinstance(module, BATCH_NORMS) and bool(module.track_running_stats)
+    return is_dropout(module) or normalises
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether it drops anything."""
+    return isinstance(module, DROPOUTS) and module.p > 0
 
 
 def _named(args: tuple[Any, ...]) -> Mapping[str, Any]:

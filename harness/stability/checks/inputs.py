@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from harness.config import GuardConfig
 from harness.records import Finding
 from harness.stability.audits.evaluation import generators_hash
-from harness.stability.audits.forward import ForwardWatch
+from harness.stability.audits.forward import ForwardWatch, is_dropout
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.cadence import LOOK_EVERY, is_look
-from harness.stability.checks.fingerprint import fingerprint
 from harness.stability.host_copy import is_capturing
 from harness.stability.optimizers import Optimizers
 from harness.stability.rank_words import on_ranks
@@ -40,10 +39,8 @@ class InputsCheck(Check):
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         if not self.every:
             return
-        self._forward = ForwardWatch(model)
-        self._has_dropout = any(
-            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()
-        )
+        self._forward = ForwardWatch(model, fingerprints=True)
+        self._has_dropout = any(map(is_dropout, model.modules()))
         self._device = next(model.parameters()).device
         self._generators = generators_hash(self._device)
 
@@ -51,10 +48,10 @@ class InputsCheck(Check):
         return self.every > 0 and step > 0 and is_look(step)
 
     def observe(self, view: StepView) -> None:
-        inputs = [one for one in self._forward.inputs if one.layout == torch.strided and one.numel()]
+        device = view.rows.device
+        prints = [one.to(device, non_blocking=True) for one in self._forward.fingerprints]
         self._forward.clear()
-        prints = [fingerprint(one).to(view.rows.device, non_blocking=True) for one in inputs]
-        nothing = torch.zeros((), dtype=torch.int64, device=view.rows.device)
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
         self._recent.append(torch.stack(prints).sum() if prints else nothing)
         del self._recent[:-LOOK_EVERY]
 

@@ -39,13 +39,15 @@ class MovementCheck(Check):
     def __init__(self, config: GuardConfig) -> None:
         self.every = 1 if config.silent_errors == "on" else 0
         self.every_step = self.every > 0
-        self.forget()
+        self._layout: Layout | None = None
+        self._has_rate: Tensor
+        self._cached: tuple[tuple[bool, ...], Tensor] | None = None
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
 
     def forget(self) -> None:
-        self._layout: Layout | None = None
+        self._layout = None
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and is_window_end(step)
@@ -90,7 +92,7 @@ class MovementCheck(Check):
         trainable = have(TRAINABLE).any(0) & have(COULD_MOVE).any(0)
         own, moved = have(OWN), have(MOVED).any(0)
         dead = trainable & ~own.any(0) & ~have(REDUCED).any(0)
-        if rows := _rows(dead):
+        if rows := _without_lone_biases(_rows(dead), layout):
             yield _finding(
                 "gradient",
                 f"{_listed(rows, layout)} got no gradient but zeros in {num_steps} steps",
@@ -139,12 +141,23 @@ class MovementCheck(Check):
     def _flags(self, values: list[bool]) -> Tensor:
         """On the device; copied there once for each combination that lasts."""
         key = tuple(values)
-        cached: tuple[tuple[bool, ...], Tensor] | None = getattr(self, "_cached", None)
+        cached = self._cached
         if cached is None or cached[0] != key or cached[1].device != self._sums.device:
             device = self._sums.device
             host = torch.tensor(values, pin_memory=device.type == "cuda")
             cached = self._cached = (key, host.to(device, non_blocking=True))
         return cached[1]
+
+
+def _without_lone_biases(rows: list[int], layout: Layout) -> list[int]:
+    """A bias alone may be without effect by design: that of a critic whose scores are compared."""
+    silent = {layout.names[row] for row in rows}
+    alive = {name.rpartition(".")[0] for name in layout.names if name not in silent}
+    return [
+        row
+        for row in rows
+        if layout.parameters[row].dim() > 1 or layout.names[row].rpartition(".")[0] not in alive
+    ]
 
 
 def _finding(check: str, problem: str, remedy: str, parameter: str, rank: int | None = None) -> Finding:

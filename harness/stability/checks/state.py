@@ -75,14 +75,13 @@ class StateCheck(Check):
         self._num_looks += 1
         where = changed.nonzero().tolist()
         if 0 < len(where) <= MAX_FLIPPED and all(_is_one_bit(int(numbers[tuple(at)])) for at in where):
-            rank, row, column = where[0]
-            name = arrived.layout.names[row]
-            what = PLACES[column][1].format(name)
-            more = f" (and in {len(where) - 1} more places)" if len(where) > 1 else ""
+            names = arrived.layout.names
+            places = [f"{PLACES[column][1].format(names[row])} on rank {r}" for r, row, column in where]
+            rank, row, _ = where[0]
             return Reading(
-                reason=f"a bit of {what} was flipped on rank {rank} between two steps{more}: faulty memory",
+                reason=f"a bit was flipped between two steps in {', '.join(places)}: faulty memory",
                 rank=rank,
-                parameter=name,
+                parameter=names[row],
             )
         if bool(numbers[:, :, NOT_FINITE].any()):
             return self._not_finite(numbers, arrived)
@@ -131,13 +130,10 @@ def _sums(tensors: list[list[Tensor]]) -> Tensor:
     rows = []
     for parameter, *state in tensors:
         device = parameter.device
-        sums = [sum_of_bits(one).to(device, non_blocking=True) for one in state]
-        # Odd weights, so that opposite changes in two tensors do not cancel.
-        total = (
-            sum(((2 * place + 1) * one for place, one in enumerate(sums)), torch.zeros_like(sums[0]))
-            if (sums)
-            else torch.zeros((), dtype=torch.int64, device=device)
-        )
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for place, one in enumerate(state):
+            # Odd weights, so that opposite changes in two tensors do not cancel.
+            total += (2 * place + 1) * sum_of_bits(one).to(device, non_blocking=True)
         rows.append(torch.stack([sum_of_bits(parameter), total]))
     return torch.stack(rows)
 

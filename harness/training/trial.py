@@ -1,0 +1,84 @@
+"""A few steps of a run, with every check for silent errors, before the long run: nothing of it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+
+from harness.config import TrainConfig
+from harness.dist import World, from_main
+from harness.records import Finding, StepRecord
+from harness.stop import StopRequest
+from harness.training.build import build_run
+from harness.training.callbacks import Callback, Training
+from harness.training.loop import train_loop
+from harness.training.silent import RunChecks
+from harness.training.summary import Ending
+
+__all__ = ["training_checks"]
+
+STEPS = 24
+"""Two looks and what is still in flight."""
+
+
+def training_checks(config: TrainConfig, world: World) -> list[Finding]:
+    """Trains for a few steps in a folder that is thrown away; what the checks found, equal on all ranks.
+
+    Raises:
+        HarnessError: whatever would end the run.
+    """
+    config.check_world(world.world_size)
+    with tempfile.TemporaryDirectory(prefix="harness-doctor-") as own, StopRequest() as stop:
+        folder = from_main(lambda: own)
+        noted = _Noted()
+        run = build_run(_short(config, folder), world, stop, [noted])
+        try:
+            train_loop(run)
+        finally:
+            run.guard.close()
+            run.loader.close()
+            run.checkpointer.close()
+            run.journal.close(Ending(status="finished"))
+        return noted.findings + [
+            finding for one in run.callbacks.own if isinstance(one, RunChecks) for finding in one.found
+        ]
+
+
+class _Noted(Callback):
+    """Keeps what was found, an incident too."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def on_step(self, run: Training, record: StepRecord) -> None:
+        self.findings += record.findings
+        if record.reason is not None:
+            remedy = "look at the incident before the long run"
+            self.findings.append(Finding(check="incident", problem=record.reason, remedy=remedy))
+
+
+def _short(config: TrainConfig, folder: str) -> TrainConfig:
+    """The same run, but for its length and for what it leaves behind."""
+    replace = dataclasses.replace
+    steps = min(config.loop.steps, STEPS)
+    return replace(
+        config,
+        name="doctor",
+        runs_dir=folder,
+        resume="never",
+        faults=(),
+        loop=replace(config.loop, steps=steps, eval_every=max(1, steps // 2)),
+        schedule=replace(config.schedule, steps=config.schedule.steps or config.loop.steps),
+        checkpoint=replace(config.checkpoint, every=0),
+        guard=replace(config.guard, silent_errors="on", state_every=1, replicas_every=1),
+        tracking=replace(
+            config.tracking,
+            tensorboard=False,
+            wandb="off",
+            trackio=False,
+            mirrors=(),
+            progress="off",
+            histograms_every=0,
+            system_every_s=0.0,
+        ),
+    )
