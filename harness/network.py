@@ -11,8 +11,6 @@ import ipaddress
 import socket
 import sys
 
-import psutil
-
 __all__ = ["address_towards", "interface_towards", "is_here"]
 
 _ANY_PORT = 9  # nothing is sent
@@ -46,6 +44,8 @@ def interface_towards(host: str) -> str | None:
     address = address_towards(host)
     if address is None or ipaddress.ip_address(address).is_loopback:
         return None
+    import psutil  # which the guard alone does without
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == address for found in addresses):
             return name

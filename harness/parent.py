@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+RENDEZVOUS_SETTINGS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10"
 _LAUNCHERS = (
     b"torchrun",
     b"harness.agent",

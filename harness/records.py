@@ -141,6 +141,9 @@ class StepRecord:
     per_rank: tuple[RankRow, ...] = ()
     per_parameter: Mapping[str, ParameterRow] = field(default_factory=dict)
     """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""
+    culprit_parameters: Mapping[str, ParameterRow] = field(default_factory=dict)
+    """The culprit's own gradient before the reduction, by parameter name; where there is one and
+    `per_parameter` was measured."""
     sampled: Mapping[str, ParameterSample] = field(default_factory=dict)
     """What the step before did to the weights, by parameter name; every so many steps."""
     measured: Mapping[str, float] = field(default_factory=dict)

@@ -13,9 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Does what it is given in order. On a shared disk even an empty file can take seconds."""
+    """Does what it is given in order. On a shared disk even an empty file can take seconds.
 
-    def __init__(self) -> None:
+    Args:
+        what: What it does, in words, for what is said if it fails.
+        thread: Name of the thread.
+    """
+
+    def __init__(
+        self, what: str = "looking after old checkpoints", *, thread: str = "checkpoint-tasks"
+    ) -> None:
+        self._what, self._thread = what, thread
         self._waiting: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._num_added = self._num_done = 0
@@ -45,10 +53,10 @@ class Tasks:
             return
         try:
             # A daemon: a disk that hangs must not keep the process from ending. `join` is called at exit.
-            threading.Thread(target=self._work, name="checkpoint-tasks", daemon=True).start()
+            threading.Thread(target=self._work, name=self._thread, daemon=True).start()
             self._is_working = True
         except RuntimeError as error:
-            logger.warning("old checkpoints are looked after later: %s", error)
+            logger.warning("%s has to wait: %s", self._what, error)
 
     def _work(self) -> None:
         while True:
@@ -61,7 +69,7 @@ class Tasks:
             try:
                 task()
             except Exception as error:  # noqa: BLE001  (said; the tasks behind it are worth no less for that)
-                logger.warning("looking after old checkpoints failed: %s: %s", type(error).__name__, error)
+                logger.warning("%s failed: %s: %s", self._what, type(error).__name__, error)
             with self._changed:
                 self._num_done += 1
                 self._changed.notify_all()

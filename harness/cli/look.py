@@ -31,11 +31,22 @@ def show(argv: Sequence[str]) -> int:
     """Prints one run."""
     arguments = parser("show", "One run in words and numbers: state, metrics, events, settings.")
     run_argument(arguments)
+    arguments.add_argument(
+        "--incident",
+        type=int,
+        metavar="STEP",
+        help="what is kept of the incident of a step, and nothing else",
+    )
     options = arguments.parse_args(argv)
     with reporting() as outcome:
+        from harness.tracking.incidents import show_incident
         from harness.tracking.overview import show_run
 
-        say(show_run(run_directory(options.run, options.runs)))
+        directory = run_directory(options.run, options.runs)
+        if options.incident is not None:
+            say(show_incident(directory, options.incident))
+        else:
+            say(show_run(directory))
     return outcome.exit_code
 
 

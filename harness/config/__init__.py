@@ -6,6 +6,7 @@ from harness.config.data import DataConfig
 from harness.config.faults import FaultConfig
 from harness.config.guard import GuardConfig
 from harness.config.identity import check_same_run
+from harness.config.incidents import IncidentsConfig
 from harness.config.keys import flatten
 from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
 from harness.config.loop import LoopConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "FaultConfig",
     "GuardConfig",
+    "IncidentsConfig",
     "LoopConfig",
     "ModelConfig",
     "OptimConfig",

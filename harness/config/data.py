@@ -24,6 +24,9 @@ class DataConfig:
     """Share of the files (text) or samples (images) held out, chosen by a hash of their content."""
     cache_dir: str | None = None
     """Where prepared data is kept. Default: $HARNESS_CACHE or the user's cache directory."""
+    quarantine: tuple[int | str, ...] = ()
+    """Samples that are never trained on, in whose places stand others: indices, names as incidents show them,
+    or text files with one of these a line. May change from attempt to attempt."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process."""
     allow_change: bool = False

@@ -16,6 +16,7 @@ from harness.config.checks import require
 from harness.config.data import DataConfig
 from harness.config.faults import FaultConfig
 from harness.config.guard import GuardConfig
+from harness.config.incidents import IncidentsConfig
 from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
 from harness.config.optim import OptimConfig
@@ -73,6 +74,8 @@ class TrainConfig:
     """Stability guard."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """Watchdog."""
+    incidents: IncidentsConfig = field(default_factory=IncidentsConfig)
+    """Incidents."""
     straggler: StragglerConfig = field(default_factory=StragglerConfig)
     """Stragglers."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -9,6 +9,7 @@ from harness.data.loader import Loader, evaluation_batches
 from harness.data.order import sample_order
 from harness.data.seeding import seed_everything
 from harness.data.shares import Shares
+from harness.data.sources import find_quarantined, source_of
 from harness.data.task import Batch, Dataset, LossSum, Task, TaskBuilder, cross_entropy, load_task, run_loss
 from harness.data.text import load_text, next_byte_loss, text_files
 
@@ -26,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "evaluation_batches",
     "fetch",
+    "find_quarantined",
     "fingerprint",
     "load_images",
     "load_task",
@@ -34,6 +36,7 @@ __all__ = [
     "run_loss",
     "sample_order",
     "seed_everything",
+    "source_of",
     "text_files",
     "to_device",
 ]

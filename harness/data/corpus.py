@@ -24,6 +24,7 @@ from pathlib import Path
 
 import xxhash
 
+from harness.data.origin import Origin
 from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank, val_limit
 from harness.errors import DataError
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATOR = b"\0"
 
-_VERSION = 2
+_VERSION = 3
 """Raised whenever the same files would give other bytes or another split."""
 _LONGEST_PIECE_BYTES = 2**20
 _SHORTEST_PIECE_BYTES = 2**12
@@ -70,6 +71,7 @@ class Part:
     path: Path
     digest: str
     """xxh3_128 of its bytes, which tells its text from any other."""
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def prepare(files: Sequence[SourceFile], *, val_frac: float, cache_dir: Path) ->
 def _parts(folder: Path) -> list[Part]:
     try:
         digests = json.loads((folder / _DIGESTS).read_bytes())
-        return [Part(folder / f"{name}.bin", str(digests[name])) for name in _PARTS]
+        return [Part(folder / f"{name}.bin", str(digests[name]), Origin(folder / name)) for name in _PARTS]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"the prepared text in {folder} is damaged: {_DIGESTS} cannot be read",
@@ -167,18 +169,17 @@ def _key(files: Sequence[SourceFile], val_frac: float) -> str:
 def _build(files: Sequence[SourceFile], val_frac: float, folder: Path) -> None:
     logger.info("preparing %d files of text in %s", len(files), folder.parent)
     parts = _split(list(_pieces(files, val_frac)), val_frac)
-    digests = {
-        name: _write_part(folder / f"{name}.bin", pieces) for name, pieces in zip(_PARTS, parts, strict=True)
-    }
+    digests = {name: _write_part(folder / name, pieces) for name, pieces in zip(_PARTS, parts, strict=True)}
     with open(folder / _DIGESTS, "wb") as out:
         out.write(json.dumps(digests).encode())
         sync_file(out)
 
 
 def _write_part(path: Path, pieces: Sequence[_Piece]) -> str:
-    """Writes `pieces`; the digest of all that was written."""
+    """Writes `pieces`, and where they come from; the digest of all that was written."""
     digest = xxhash.xxh3_128()
-    with open(path, "wb") as out:
+    Origin(path).write([(piece.path, piece.start, piece.num_bytes + len(SEPARATOR)) for piece in pieces])
+    with open(path.with_suffix(".bin"), "wb") as out:
         for piece in pieces:
             content = _read(piece.path, piece.start, piece.num_bytes)
             if content_rank(content) != piece.rank:

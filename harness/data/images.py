@@ -36,12 +36,14 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     mean = images[~held_out].mean(dtype=np.float64)
     deviation = images[~held_out].std(dtype=np.float64) or 1.0
     num_classes = int(labels.max()) + 1
+    name = config.paths[0] if config.paths else "digits"
 
     def part(chosen: NDArray[np.bool_]) -> Images:
         scaled = ((images[chosen] - mean) / deviation).astype(np.float32)
         # Of what was read: processors may differ in the last bit of what was scaled.
         digest = _digest(images[chosen], labels[chosen])
-        return Images(scaled, labels[chosen], num_classes=num_classes, digest=digest)
+        rows = np.flatnonzero(chosen)
+        return Images(scaled, labels[chosen], num_classes=num_classes, digest=digest, name=name, rows=rows)
 
     return part(~held_out), part(held_out)
 
@@ -52,11 +54,24 @@ def class_loss(model: nn.Module, batch: Batch) -> LossSum:
 
 
 class Images:
-    """Images float32 `[N, C, H, W]` with labels `[N]` in `[0, num_classes)`."""
+    """Images float32 `[N, C, H, W]` with labels `[N]` in `[0, num_classes)`.
+
+    Args:
+        name: What they come from.
+        rows: Which rows of it they are; None: all.
+    """
 
     def __init__(
-        self, images: NDArray[np.float32], labels: Array, *, num_classes: int, digest: str | None = None
+        self,
+        images: NDArray[np.float32],
+        labels: Array,
+        *,
+        num_classes: int,
+        digest: str | None = None,
+        name: str = "images",
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
+        self._name, self._rows = name, np.arange(len(labels)) if rows is None else rows
         self.num_classes = num_classes
         self._digest = digest or _digest(images, labels)
         self.image_shape: tuple[int, int, int] = images.shape[1:]
@@ -69,6 +84,10 @@ class Images:
     def fingerprint(self) -> str:
         """Tells images and labels from any others."""
         return self._digest
+
+    def source_of(self, index: int) -> str:
+        """Where an image stands: `FILE[ROW]`."""
+        return f"{self._name}[{self._rows[index]}]"
 
     def __getitem__(self, index: int) -> Batch:
         return {"images": self._images[index], "labels": self._labels[index]}

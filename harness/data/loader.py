@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from harness.data.fetch import fetch, map_tensors, worker_failure
-from harness.data.order import mix, sample_order
+from harness.data.order import mix, sample_order, substituted
 from harness.data.shares import Shares
 from harness.data.task import Batch, Dataset
 from harness.errors import DataError, HarnessError
@@ -46,6 +46,8 @@ class Loader:
         fingerprints: What tells the run's data from any other, by name; kept in the state and compared when
             one is loaded.
         allow_change: Go on with other data than a loaded state's, with a warning.
+        quarantined: Samples that are never handed out, by index; in their places stand others, the same
+            ones at every world size.
 
     Raises:
         ConfigError: the global batch cannot be split.
@@ -65,10 +67,13 @@ class Loader:
         pin_memory: bool = False,
         fingerprints: Mapping[str, str] | None = None,
         allow_change: bool = False,
+        quarantined: Sequence[int] = (),
     ) -> None:
         self.shares = Shares.of(global_batch, world_size, at_most=micro_batch)
         """How the ranks share a global batch."""
-        self._source = _Source(dataset, seed=seed, micro_batch=self.shares.micro_batch)
+        self._source = _Source(
+            dataset, seed=seed, micro_batch=self.shares.micro_batch, quarantined=quarantined
+        )
         self._global_batch = global_batch
         self._offsets = self.shares.offsets(rank)
         self._num_workers = num_workers
@@ -88,6 +93,11 @@ class Loader:
     def epoch(self) -> int:
         """Epoch of the next sample."""
         return self._position // self._source.num_samples
+
+    @property
+    def quarantined(self) -> tuple[int, ...]:
+        """Samples that are never handed out, by index, sorted."""
+        return tuple(self._source.quarantined.tolist())
 
     def next(self) -> list[Batch]:
         """This rank's micro-batches of the next step.
@@ -226,9 +236,10 @@ class _Source(torch.utils.data.Dataset[Batch | HarnessError]):
     What workers run: everything that a batch depends on is in the position.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int, micro_batch: int) -> None:
+    def __init__(self, dataset: Dataset, *, seed: int, micro_batch: int, quarantined: Sequence[int]) -> None:
         self.num_samples = len(dataset)
         self.seed = seed
+        self.quarantined = np.unique(np.array(quarantined, dtype=np.int64))
         self._dataset = dataset
         self._micro_batch = micro_batch
         if self.num_samples == 0:
@@ -248,7 +259,10 @@ class _Source(torch.utils.data.Dataset[Batch | HarnessError]):
 
     def indices(self, positions: NDArray[np.int64]) -> list[int]:
         epochs, within = np.divmod(positions, self.num_samples)
-        indices: list[int] = sample_order(self.num_samples, self.seed, epochs, within).tolist()
+        order = sample_order(self.num_samples, self.seed, epochs, within)
+        indices: list[int] = substituted(
+            order, self.quarantined, num_samples=self.num_samples, seed=self.seed, positions=positions
+        ).tolist()
         return indices
 
 

@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mix", "sample_order"]
+__all__ = ["mix", "sample_order", "substituted"]
 
 _ROUNDS = 8  # 6 leave small permutations measurably uneven
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -48,6 +48,35 @@ def sample_order(
         order[walking] = _permute(order[walking], key[walking], rows, columns)
         walking = order >= num_samples
     return order.astype(np.int64)
+
+
+def substituted(
+    indices: NDArray[np.int64],
+    quarantined: NDArray[np.int64],
+    *,
+    num_samples: int,
+    seed: int,
+    positions: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The same samples, each quarantined one replaced by another that is drawn by its position.
+
+    The other positions keep their samples, so that the list may change in the middle of an epoch.
+
+    Args:
+        indices: What `sample_order` gave.
+        quarantined: Sample indices, sorted, each once; fewer than `num_samples`.
+        positions: Global positions, over all epochs.
+    """
+    places = np.minimum(np.searchsorted(quarantined, indices), max(len(quarantined) - 1, 0))
+    bad = quarantined[places] == indices if len(quarantined) else np.zeros(indices.shape, dtype=bool)
+    if not bad.any():
+        return indices
+    draws = _finalize(mix(seed, np.asarray(positions)[bad])) % np.uint64(num_samples - len(quarantined))
+    # The k-th sample that is not quarantined: k, and one for each quarantined sample before it.
+    k = draws.astype(np.int64)
+    replaced = indices.copy()
+    replaced[bad] = k + np.searchsorted(quarantined - np.arange(len(quarantined)), k, side="right")
+    return replaced
 
 
 def mix(seed: int, number: int | NDArray[np.int64]) -> UInts:

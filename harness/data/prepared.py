@@ -51,8 +51,12 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(stale)
     unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     unfinished.mkdir()
-    build(unfinished)
-    unfinished.rename(folder)
+    try:
+        build(unfinished)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     logger.info("prepared %s", folder)
 
 

@@ -85,8 +85,11 @@ class Dataset(Protocol):
     """Map-style data. A sample is a dict of tensors, arrays, numbers or strings.
 
     A dataset may also have `__getitems__(indices: list[int])`, which fetches a micro-batch at once and
-    returns a list of samples or a ready `Batch`; and `fingerprint() -> str`, which tells its content from any
-    other's and is used instead of looking at a few samples.
+    returns a list of samples or a ready `Batch`; `fingerprint() -> str`, which tells its content from any
+    other's and is used instead of looking at a few samples; and `source_of(index: int) -> str`, which says
+    where a sample comes from (a file and an offset, a row's id, a URL) without reading it, with
+    `index_of(source: str) -> int | None` for the way back: by that name incidents and `data.quarantine` speak
+    of samples.
     """
 
     def __len__(self) -> int:

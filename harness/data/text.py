@@ -14,6 +14,7 @@ from torch import nn
 
 from harness.config import DataConfig
 from harness.data.corpus import SourceFile, list_files, prepare, standard_library
+from harness.data.origin import Origin
 from harness.data.task import IGNORED, Batch, LossSum, cross_entropy
 from harness.errors import DataError
 
@@ -49,8 +50,8 @@ def load_text(
     corpus = prepare(files, val_frac=config.val_frac, cache_dir=cache_dir)
     _require_length(corpus.train.path.stat().st_size, length, "the training part of the text")
     return (
-        Windows(corpus.train.path, length, digest=corpus.train.digest),
-        Windows(corpus.val.path, length, digest=corpus.val.digest, keep_rest=True),
+        Windows(corpus.train.path, length, digest=corpus.train.digest, origin=corpus.train.origin),
+        Windows(corpus.val.path, length, digest=corpus.val.digest, origin=corpus.val.origin, keep_rest=True),
     )
 
 
@@ -66,12 +67,22 @@ class Windows:
         path: Raw bytes; mapped into memory when first used, in each process anew.
         length: Bytes per window.
         digest: A hash of them.
+        origin: Which files they come from.
         keep_rest: Keep the bytes that do not fill a last window, with its missing targets set to -100. For
             validation, where each byte counts; in training full windows keep the token count constant.
     """
 
-    def __init__(self, path: Path, length: int, *, digest: str = "", keep_rest: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        length: int,
+        *,
+        digest: str = "",
+        origin: Origin | None = None,
+        keep_rest: bool = False,
+    ) -> None:
         self._path = path
+        self._origin = origin
         self._digest = digest
         self._length = length
         self._num_bytes = path.stat().st_size
@@ -84,6 +95,19 @@ class Windows:
     def fingerprint(self) -> str:
         """Tells the text and its division from any other."""
         return f"{self._length}-{self._digest}"
+
+    def source_of(self, index: int) -> str:
+        """`FILE:OFFSET` of a window's first byte, and of the beginnings of further files in it."""
+        start = index * self._length
+        if self._origin is None:
+            return f"{self._path}:{start}"
+        return self._origin.describe(start, min(start + self._length, self._num_bytes))
+
+    def index_of(self, source: str) -> int | None:
+        """The window with a byte of a file, which may be any of its bytes; None if there is none."""
+        place = None if self._origin is None else self._origin.find(source)
+        index = None if place is None else place // self._length
+        return index if index is not None and index < len(self) else None
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}

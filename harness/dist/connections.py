@@ -30,7 +30,8 @@ _MOST_PROBES = 10
 _LOOKS = 10
 """Looks in the time that a machine may be silent."""
 _SHARE = 100
-"""Looking takes one part in so many of a processor's time at most: with thousands of ranks it takes long."""
+"""There may be thousands of connections: looking takes one part in so many of a processor's time, or is done
+once in `silent_s`."""
 _TCP_INFO = struct.Struct("=BxBB40xI8xI")
 """Of linux/tcp.h: state, retransmits, probes, milliseconds since data was last sent and since anything was
 acknowledged."""
@@ -88,8 +89,8 @@ class Connections:
 
     def _run(self) -> None:
         took_s = 0.0
-        while not self._closed.wait(max(self._every_s, _SHARE * took_s)):
-            started = time.monotonic()
+        while not self._closed.wait(min(self._silent_s, max(self._every_s, _SHARE * took_s))):
+            started = time.thread_time()  # not what a busy machine makes of it
             for address in self.look():
                 logger.error(
                     "%s has not answered for %g s (parallel.silent_s): its machine or the network is gone;"
@@ -97,7 +98,7 @@ class Connections:
                     address,
                     self._silent_s,
                 )
-            took_s = time.monotonic() - started
+            took_s = time.thread_time() - started
 
     def _keep_alive(self, descriptor: int) -> bool:
         """Has Linux ask the other end now and then; False if it is no connection over TCP."""
@@ -129,7 +130,7 @@ class Connections:
         """Ends a connection for whoever uses it; its other end's address, empty if it has ended meanwhile."""
         try:
             with socket.socket(fileno=os.dup(descriptor)) as connection:
-                address = str(connection.getpeername()[0])
+                address = str(connection.getpeername()[0]).removeprefix("::ffff:")
                 self.lost.add(address)  # first, for whoever uses it fails at once
                 connection.shutdown(socket.SHUT_RDWR)
                 return address

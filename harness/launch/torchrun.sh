@@ -14,9 +14,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # How long a stop may take before torchrun kills: the step under way, lag_steps more, and the save. Its own: 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_S:-110}
 
-# A machine that has been silent for 3 s is not waited for at a restart, nor are further ones for more than 3 s once MIN
-# are there. torchrun's own: 15 and 30 s.
-RDZV_CONF=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3
+# At a restart an agent that has been silent for 10 s is not waited for, nor are further ones for more than 3 s once MIN
+# are there. torchrun's own: 15 and 30 s. At 3 s the agents of busy machines lose sight of each other.
+RDZV_CONF=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10
 LOCAL_ADDR=()
 if [[ $NNODES != 1 ]]; then
   # torchrun goes by the machine's name, which may be 127.0.1.1 here and nothing elsewhere.

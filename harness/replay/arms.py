@@ -84,9 +84,10 @@ def judge_cause(cause: Cause, arms: Sequence[Arm]) -> Judgement:
         return _judged("data", "sure", f"it is bad with certain samples only: {blame.reason}")
     if "fp32" in by_name and by_name["fp32"].is_bad is False:
         return _judged("precision", "likely", "in fp32 it is finite")
-    if all(arm.is_bad for arm in arms if arm.is_bad is not None):
+    tried_data = blame is not None and blame.num_runs > 0
+    if tried_data and all(arm.is_bad for arm in arms if arm.is_bad is not None):
         return _judged("model", "likely", "it is bad with all data and in every variation")
-    return _judged("unknown", "open", "the variations do not agree")
+    return _judged("unknown", "open", "neither data nor variations tell")
 
 
 def judge_sound(causes: Sequence[Cause], *, is_way_same: bool) -> Judgement:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from harness.errors import HarnessError
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation, Tracer
@@ -86,7 +87,11 @@ def find_causes(
         cause = Cause(rank=one.rank, micro_batch=one.number, loss=outcomes[id(one)].loss)
         if len(causes) < MOST_TRACED:
             _trace(probe, one, cause, usual)
-        cause.blame = find_samples(probe, one, control=sound)
+        try:
+            cause.blame = find_samples(probe, one, control=sound)
+        except (HarnessError, RuntimeError) as error:  # batch normalisation takes no single sample, say
+            first = str(error).splitlines()[0]
+            cause.blame = Blame(reason=f"its samples cannot be run by themselves: {first}")
         causes.append(cause)
     for rank in bad_ranks:
         if not any(cause.rank == rank for cause in causes):

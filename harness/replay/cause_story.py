@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,8 @@ def _samples(cause: Cause) -> str:
     if blame.samples:
         shown = ", ".join(map(str, blame.samples))
         return f"**Samples to blame: {shown}.** {_sentence(blame.reason)}{runs}."
+    if not blame.num_runs:
+        return f"Whether the data is to blame is open: {blame.reason}."
     return f"**No subset of the data is to blame**: {blame.reason}{runs}."
 
 
@@ -204,7 +207,9 @@ def module_text(operation: Operation) -> str:
 
 def note_text(note: TensorNote) -> str:
     """A tensor in numbers, in words."""
-    text = f"{note.dtype} {list(note.shape)}, finite values from {note.smallest:.4g} to {note.largest:.4g}"
+    text = f"{note.dtype} {list(note.shape)}"
+    if math.isfinite(note.smallest):  # else nothing in it is
+        text += f", finite values from {note.smallest:.4g} to {note.largest:.4g}"
     for count, what in ((note.num_zero, "zeros"), (note.num_nan, "NaN"), (note.num_inf, "Inf")):
         text += f", {count} {what}" if count else ""
     return text

@@ -22,7 +22,7 @@ from harness.checkpoint import Rng
 from harness.checkpoint.read_only import read_into, verified
 from harness.checkpoint.store import Saved
 from harness.config import FaultConfig, TrainConfig
-from harness.data import Batch, LossSum, fetch, seed_everything
+from harness.data import Batch, LossSum, fetch, find_quarantined, seed_everything
 from harness.dist import World
 from harness.records import StepRecord
 from harness.replay.buffers import Buffers, restore_buffers, saved_buffers
@@ -108,7 +108,10 @@ class RanksInTurn:
         self._schedule_steps = schedule_steps or config.schedule.steps or config.loop.steps
         self.worlds = [self.world_of(rank, world_size, device) for rank in range(world_size)]
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
-        self.loaders = [build_loader(config, world, self.task, fingerprints) for world in self.worlds]
+        quarantined = find_quarantined(self.task.train_data, config.data.quarantine)
+        self.loaders = [
+            build_loader(config, world, self.task, fingerprints, quarantined) for world in self.worlds
+        ]
         self._injectors = [self.injector(world.rank, self.faults) for world in self.worlds]
         self._rng = [self._first_rng(rank) for rank in range(world_size)]
         self._buffers = [saved_buffers(self.model)] * world_size

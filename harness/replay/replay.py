@@ -14,7 +14,7 @@ import torch
 from harness.checkpoint.read_only import committed
 from harness.checkpoint.store import Saved
 from harness.data.seeding import own_generators
-from harness.errors import CheckpointError, ReplayError
+from harness.errors import CheckpointError, HarnessError, ReplayError
 from harness.records import StepRecord
 from harness.replay.arms import Arm, Judgement, judge_cause, judge_sound, run_arms
 from harness.replay.cause import Cause, find_causes, find_unwritten
@@ -142,7 +142,11 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
         way = result.parting
         result.judgement = judge_sound(result.causes, is_way_same=way.num_same_bits == way.num_steps)
     elif record.is_spike or record.is_outlier:
-        result.carriers = find_carriers(probe, passes, record, before)
+        try:
+            result.carriers = find_carriers(probe, passes, record, before)
+        except (HarnessError, RuntimeError) as error:  # batch normalisation takes no single sample, say
+            problem = str(error).splitlines()[0]
+            result.notes.append(f"the samples cannot be run by themselves: {problem}")
 
 
 def _ranks(history: History, device: str) -> RanksInTurn:

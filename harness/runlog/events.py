@@ -83,6 +83,8 @@ class Incident(LoggedEvent):
     """All ranks that went wrong: `rank`, `micro_batch` and `samples` of each."""
     sample_indices: tuple[int, ...] = ()
     """Samples to look at, by their index in the data set."""
+    sample_sources: tuple[str, ...] = ()
+    """Where the first of them come from, if the data set says."""
     is_outlier: bool = False
 
 

@@ -9,6 +9,7 @@ batch-rank-R.safetensors       the micro-batches of a culprit, with `incidents.s
 memory-rank-R.pickle           out of memory: torch's allocator snapshot, for https://pytorch.org/memory_viz
 memory-rank-R.json             out of memory: bytes of parameters, gradients, optimizer state, the process
 trace-rank-R.json.gz           a torch profiler trace
+replay.json  story.md          what `harness replay` has found
 ```
 
 Whatever stands here can be anybody's: what is damaged, or of other types, is a `TrackingError`. NaN and
@@ -40,8 +41,10 @@ __all__ = [
     "BATCH",
     "INCIDENT",
     "MEMORY",
+    "REPLAY",
     "SNAPSHOT",
     "STACKS",
+    "STORY",
     "TRACE",
     "IncidentFile",
     "RankFile",
@@ -58,7 +61,7 @@ __all__ = [
     "write_rng",
 ]
 
-INCIDENT = "incident.json"
+INCIDENT, REPLAY, STORY = "incident.json", "replay.json", "story.md"
 RANK, RNG = "rank-{}.json", "rng-rank-{}.json"
 STACKS, BATCH = "stacks-rank-{}.txt", "batch-rank-{}.safetensors"
 MEMORY, SNAPSHOT, TRACE = "memory-rank-{}.json", "memory-rank-{}.pickle", "trace-rank-{}.json.gz"
@@ -154,7 +157,7 @@ class IncidentFile:
     """The culprit's own gradient, before the reduction."""
     world_size: int = 1
     num_micro_batches: int = 1
-    """Of each rank in a step."""
+    """Of each rank in a step, at most: some may have one less."""
     micro_batch_samples: int = 1
     """Samples of a micro-batch."""
     position: int = 0
@@ -217,8 +220,8 @@ def read_rank(folder: Path, rank: int) -> RankFile:
 
 
 def read_rng(folder: Path, rank: int, step: int) -> RngStates:
-    """The states of a rank's generators at the beginning of a step; `harness.checkpoint.Rng` takes them, made
-    into its own by `from_plain`. Empty if the rank does not remember the step.
+    """The states of a rank's generators at the beginning of a step; `harness.training.rng_states` makes of
+    them what `harness.checkpoint.Rng` loads. Empty if the rank does not remember the step.
 
     Raises:
         TrackingError: a file is not there, or is damaged.

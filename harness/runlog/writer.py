@@ -182,11 +182,15 @@ def _writer_lock(run_dir: Path, wait_s: float) -> ProcessLock:
             return ProcessLock(writer_lock(run_dir))
         except LockHeldError as held:
             if time.monotonic() > ends:
-                raise TrackingError(
+                error = TrackingError(
                     f"the log {log_dir(run_dir)} is being written by {held}",
                     rule="a run has one writer",
                     remedy="stop the other one, or give this run another name",
-                ) from None
+                )
+                error.restart_may_help = (
+                    wait_s > 0
+                )  # two parts of a job that lost sight of each other may meet
+                raise error from None
             if not is_told:
                 logger.warning("waiting for the end of %s, which writes this run's log", held)
                 is_told = True

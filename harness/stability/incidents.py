@@ -17,6 +17,8 @@ global batch."""
 
 SHOWN = 8
 """Samples, and ranks, that a summary lists."""
+NAMED = 2
+"""Samples of which it says where they come from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +43,26 @@ class Incident:
     sample_indices: tuple[int, ...] = ()
     """Samples to look at, by their index in the data set: those of the culprits, or of the whole global batch
     if no rank is to blame for a step that was skipped or a spike."""
+    sample_sources: tuple[str, ...] = ()
+    """Where the first of these samples come from, if the data set says."""
     is_outlier: bool = False
     """The step is an outlier batch and no incident."""
 
     @classmethod
     def of(
-        cls, record: StepRecord, *, samples_of: SamplesOf | None = None, outliers: bool = False
+        cls,
+        record: StepRecord,
+        *,
+        samples_of: SamplesOf | None = None,
+        source_of: Callable[[int], str | None] | None = None,
+        outliers: bool = False,
     ) -> Incident | None:
         """The incident that `record` tells of, or with `outliers` the outlier batch; None: there is none."""
         reason = record.reason or (record.note if outliers else None)
         if reason is None:
             return None
         culprits, samples = _located(record, samples_of)
+        named = [] if source_of is None else [source_of(sample) for sample in samples[:SHOWN]]
         bad = [name for name, row in record.per_parameter.items() if row.num_nan or row.num_inf]
         return cls(
             step=record.step,
@@ -68,6 +78,7 @@ class Incident:
             bad_parameters=tuple(bad),
             culprits=culprits,
             sample_indices=samples,
+            sample_sources=tuple(name for name in named if name is not None) if None not in named else (),
         )
 
     @property
@@ -81,13 +92,19 @@ class Incident:
         place = [] if self.micro_batch is None else [f"micro-batch {self.micro_batch}"]
         place += [] if self.parameter is None else [self.parameter]
         place += [f"{len(self.bad_parameters)} parameters in all"] if len(self.bad_parameters) > 1 else []
-        place += _listed("samples", list(map(str, self.sample_indices)))
+        place += _listed("samples", self._samples())
         others = [_who(one) for one in self.culprits[1:]]
         place += _listed("also rank", others)
         where = f" ({', '.join(place)})" if place else ""
         if self.verdict in ("skip", "stop"):
             return f"step {self.step} {self.done}: {self.reason}{where}"
         return f"step {self.step}: {self.reason}; {self.done}{where}"
+
+    def _samples(self) -> list[str]:
+        """Each by its index, the first ones with their names."""
+        names = [f" ({source})" for source in self.sample_sources[:NAMED]]
+        names += [""] * (len(self.sample_indices) - len(names))
+        return [f"{index}{name}" for index, name in zip(self.sample_indices, names, strict=True)]
 
 
 def _who(culprit: Culprit) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from harness.records import Culprit, RankRow, StepRecord
 from harness.stability.checks.all import Checks
 from harness.stability.checks.base import Arrived, Reading
+from harness.stability.checks.rows import ROWS, rows_of_rank
 from harness.stability.layout import MAX_ABS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
 from harness.stability.rank_statistics import (
@@ -127,6 +128,8 @@ class RecordBuilder:
         rank, parameter, micro_batch = self._blamed(numbers)
         found = {name: value for reading in readings for name, value in reading.fields.items()}
         found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
+        if rank is not None and ROWS in packet:
+            found["culprit_parameters"] = rows_of_rank(packet[ROWS], rank, arrived)
         return StepRecord(
             step=step,
             verdict=VERDICTS[int(summary.verdict)],

@@ -20,6 +20,7 @@ from harness.runlog.ledger import Ledger
 from harness.runlog.names import EventName, Metric
 from harness.runlog.preview import open_digest
 from harness.runlog.reader import Run, State, is_run, open_run
+from harness.tracking.incidents import incidents_table
 from harness.tracking.text import age, damage, number, printable, table
 
 __all__ = [
@@ -217,7 +218,8 @@ def show_run(run_dir: str | Path) -> str:
     """The run in words and numbers. For `harness show`."""
     run = open_run(run_dir)
     summary = summarise(run)
-    parts = [_heading(run, summary), _ledger(run), _metrics(run), _events(run), _hparams(run)]
+    parts = [_heading(run, summary), _ledger(run), _metrics(run), _events(run), incidents_table(run.path)]
+    parts.append(_hparams(run))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Shares, Task, fetch, seed_everything
+from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
 from harness.dist import (
     UnusedParameters,
     World,
@@ -39,6 +39,7 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.black_box import open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
@@ -127,24 +128,19 @@ def build_run(
     progress = progress or Progress()
     precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
-    task = inputs.task
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config = keep_micro_batch(config, world, directory)
-    if config.loop.compile:
-        task.model.compile()
-    model = distribute(task.model, config.parallel, world)
+    model = _distributed(config, world, inputs.task.model)
     optimizer = build_optimizer(model, config.optim)
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
     guard.when_local_done(timer.local_done)
-    loader = build_loader(config, world, task, inputs.fingerprints)
+    loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
     called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = Checkpointer.from_config(
-        checkpoints_dir(directory), config.checkpoint, timeout_s=config.parallel.timeout_s
-    )
+    checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
         "optimizer": optimizer,
@@ -161,20 +157,16 @@ def build_run(
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
-    runner = build_runner(config, world, task, model, guard, inputs.faults, precision, progress, timer)
+    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [
-        journal,
-        Stragglers(config.straggler, world, journal),
-        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
-        *([Debugger()] if config.debug else []),
-    ]
+    called.own = [journal, black_box, *_own_callbacks(config, world, journal)]
     run = Run(
         config=config,
         world=world,
         directory=directory,
-        task=task,
+        task=inputs.task,
         model=model,
         optimizer=optimizer,
         loader=loader,
@@ -191,8 +183,28 @@ def build_run(
         schedule_steps=counters.schedule_steps,
         callbacks=called,
         progress=progress,
+        black_box=black_box,
     )
     return run
+
+
+def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
+    if config.loop.compile:
+        model.compile()
+    return distribute(model, config.parallel, world)
+
+
+def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
+    return [
+        Stragglers(config.straggler, world, journal),
+        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
+        *([Debugger()] if config.debug else []),
+    ]
+
+
+def _checkpointer(config: TrainConfig, directory: Path) -> Checkpointer:
+    folder = checkpoints_dir(directory)
+    return Checkpointer.from_config(folder, config.checkpoint, timeout_s=config.parallel.timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +216,8 @@ class _Inputs:
     """Those that the configuration names."""
     fingerprints: dict[str, str]
     """Of the data sets."""
+    quarantined: tuple[int, ...]
+    """Samples that are never trained on, by index."""
     faults: FaultInjector
 
 
@@ -224,7 +238,10 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
             sample=lambda: fetch(task.train_data, [0]),
         )
     )
-    return _Inputs(task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults)
+    quarantined = from_main(lambda: find_quarantined(task.train_data, config.data.quarantine))
+    return _Inputs(
+        task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
+    )
 
 
 def _train(
@@ -368,8 +385,14 @@ def _shares(config: TrainConfig, world: World) -> Shares:
     return Shares.of(config.loop.global_batch, world.world_size, at_most=config.loop.micro_batch)
 
 
-def build_loader(config: TrainConfig, world: World, task: Task, fingerprints: Mapping[str, str]) -> Loader:
-    """The loader of this rank's share of the training data."""
+def build_loader(
+    config: TrainConfig,
+    world: World,
+    task: Task,
+    fingerprints: Mapping[str, str],
+    quarantined: Sequence[int],
+) -> Loader:
+    """The loader of this rank's share of the training data, without the samples of `find_quarantined`."""
     return Loader(
         task.train_data,
         global_batch=config.loop.global_batch,
@@ -381,6 +404,7 @@ def build_loader(config: TrainConfig, world: World, task: Task, fingerprints: Ma
         pin_memory=world.device.type == "cuda",
         fingerprints=fingerprints,
         allow_change=config.data.allow_change,
+        quarantined=quarantined,
     )
 
 

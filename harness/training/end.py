@@ -54,6 +54,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         error: What ended the loop; its ending is made of it.
     """
     run.stop.is_over = True  # the first rank to leave may have its launcher end the others
+    run.black_box.end_with(error, run.model)
     error = _close_parts(run, error)
     if error is not None:
         ending = Ending.of_error(error)
@@ -63,6 +64,7 @@ def end_run(run: Run, ending: Ending, error: BaseException | None, start: Start)
         run.journal.on_saved(run, outcome)  # the callbacks cannot be told: other ranks may not know of it
     run.callbacks.end_after_error(run, ending.status)
     run.journal.close(ending)
+    run.black_box.close()
     result = _result(run, ending, start)
     if run.world.is_main:
         _leave_summary(result, run)
@@ -77,6 +79,7 @@ def note_hang(run: Run, error: LostRankError, start: Start) -> None:
     run.journal.close(ending, hangs=True)
     if run.world.is_main:
         _leave_summary(_result(run, ending, start), run)
+    run.black_box.end_hung(error)
 
 
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:

@@ -32,7 +32,7 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`; of
-    a task with parts `val/loss/PART` of each.
+    a task with parts `val/loss/PART` of each that has a sample among those.
 
     The metrics are those of the model that a checkpoint of this moment holds: buffers that differ between
     ranks are rank 0's, unless they are too large to be copied. What the forward pass draws depends on the
@@ -69,7 +69,11 @@ def evaluate(
     total, count, correct, *by_part = all_reduce_sum(sums).tolist()
     metrics = _metrics(_ratio(total, count), _ratio(correct, count), task.bytes_per_token)
     of_parts = zip(task.parts, by_part[::2], by_part[1::2], strict=True)
-    return metrics | {f"{Metric.VAL_LOSS}/{name}": _ratio(*of_part) for name, *of_part in of_parts}
+    return metrics | {
+        f"{Metric.VAL_LOSS}/{name}": part_total / part_count
+        for name, part_total, part_count in of_parts
+        if part_count
+    }
 
 
 def rehearse(model: nn.Module, task: Task, config: TrainConfig, world: World, *, precision: str) -> None:

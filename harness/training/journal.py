@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.checkpoint import SaveOutcome
 from harness.config import TrainConfig, to_dict
+from harness.data import source_of
 from harness.records import Finding, StepRecord
 from harness.runlog import events
 from harness.runlog.ledger import Ledger, newest_ledger
@@ -139,7 +140,8 @@ class MainJournal(Journal):
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
         samples_of = functools.partial(self._samples_of, in_flight.samples[0])
-        incident = Incident.of(record, samples_of=samples_of, outliers=True)
+        named = functools.partial(source_of, run.task.train_data)
+        incident = Incident.of(record, samples_of=samples_of, source_of=named, outliers=True)
         for finding in record.findings:
             self._log.write("event", finding_event(finding).to_values(), step=record.step)
         if incident is not None:

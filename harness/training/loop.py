@@ -21,6 +21,7 @@ from harness.records import StepRecord
 from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
 from harness.stop import StopRequest
+from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callbacks, InFlight
 from harness.training.counters import Counters
 from harness.training.evaluate import evaluate, rehearse
@@ -62,6 +63,8 @@ class Run:
     """What is called at set points of the loop: the journal, and those of the user."""
     progress: Progress
     """What this rank is doing, for its watchdog."""
+    black_box: BlackBox
+    """What this rank remembers of its last steps."""
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     """The steps whose records have not been handled, by number."""
     saved_step: int = -1
@@ -129,7 +132,9 @@ def train_step(run: Run) -> bool:
     set_learning_rate(run.optimizer, run.learning_rate(step))
     first_sample = run.loader.position
     run.progress.enter(Phase.DATA, step)
+    run.black_box.begin(step, first_sample)
     micro_batches = run.loader.next()
+    run.black_box.fetched(micro_batches)
     data_wait_s = time.perf_counter() - started
     compute_s = run.runner.run(step, micro_batches)
     run.progress.enter(Phase.UPDATE, step)
@@ -145,6 +150,7 @@ def train_step(run: Run) -> bool:
         run.journal.histograms(step, plain(run.model))
     run.optimizer.zero_grad(set_to_none=True)
     run.in_flight[step] = InFlight(time.perf_counter() - started, (first_sample, run.loader.position))
+    run.black_box.end(run.in_flight[step].step_s)
     run.counters.step = step + 1
     evaluating = _is_due(run, run.config.loop.eval_every)
     saving = _is_due(run, run.config.checkpoint.every)

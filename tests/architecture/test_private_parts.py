@@ -181,6 +181,11 @@ def test_the_default_group_has_a_store() -> None:
     assert (store.check(["key"]), store.get("key")) == (True, b"word")
 
 
+def test_nccl_tells_what_it_was_asked_to_do() -> None:
+    has(torch._C, "_distributed_c10d")
+    assert hasattr(torch._C._distributed_c10d, "_dump_nccl_trace") == dist.is_nccl_available()
+
+
 def test_an_iterator_ends_its_workers() -> None:
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -362,6 +367,10 @@ def test_trees_are_flattened_and_put_together_again() -> None:
 def test_python_tells_where_each_thread_is() -> None:
     frame = sys._current_frames()[threading.get_ident()]
     assert frame.f_code.co_name == test_python_tells_where_each_thread_is.__name__
+
+
+def test_torch_writes_what_its_allocator_holds() -> None:
+    assert list(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)[:1] == ["filename"]
 
 
 def test_python_walks_its_own_frames() -> None:

@@ -44,6 +44,7 @@ def test_a_reload_and_a_link_show_the_same_run_axis_smoothing_and_zoom(
 
     page.reload()
     is_the_same(page)
+    expect(page.locator("#chosen-run input")).to_have_value(trained[0])
     with watched_page(context) as colleague:
         colleague.goto(page.url)
         is_the_same(colleague)

@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from harness.errors import LostRankError
-from harness.runlog.paths import incidents_dir, summary_file
+from harness.runlog.incident_files import STACKS, rank_path, read_incident, read_rank
+from harness.runlog.paths import incident_dir, incidents_dir, summary_file
 from harness.runlog.reader import open_run
 from tests.support.hanging_anywhere import plan
 from tests.support.launch import launch
@@ -40,13 +41,17 @@ def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(tmp_path: Path) -> No
     assert f"the run hangs: rank 1 ({platform.node()}, pid " in said
     assert "in the backward pass of step 5" in said
     assert "hanging.py" in said
-    (folder,) = incidents_dir(run_dir).iterdir()
+    (folder,) = incidents_dir(run_dir).glob("hang-*")
     stacks = [(folder / f"rank-{rank}.txt").read_text() for rank in range(2)]
     assert "_engine_run_backward" in stacks[0]
     assert "hanging.py" in stacks[1]
     assert "rank 0 (" in (folder / "report.txt").read_text()
     summary = orjson.loads(summary_file(run_dir).read_bytes())
     assert (summary["status"], summary["rank"]) == ("crashed", 1)
+    kept = incident_dir(run_dir, 5)
+    assert (read_incident(kept).kind, read_incident(kept).rank) == ("hang", 1)
+    assert [read_rank(kept, rank).phase for rank in range(2)] == ["in the backward pass"] * 2
+    assert "hanging.py" in rank_path(kept, STACKS, 1).read_text()
     end = open_run(run_dir).end
     assert end is not None
     assert (end["state"], end["rank"]) == ("crashed", 1)
@@ -57,7 +62,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
     (said,) = [text for text in output.splitlines() if "the run hangs" in text]
     assert "the run hangs: rank 1 (" in said
     assert "no sign of life" in said
-    (folder,) = incidents_dir(run_dir).iterdir()
+    (folder,) = incidents_dir(run_dir).glob("hang-*")
     assert sorted(path.name for path in folder.iterdir()) == ["rank-0.txt", "report.txt"]
 
 

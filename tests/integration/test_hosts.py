@@ -1,17 +1,15 @@
-"""Two machines: what is killed starts again, one that is lost is done without and taken in when it comes."""
+"""Two machines: connections to one that is cut off are ended, and a machine knows its own address."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from harness.network import address_towards, interface_towards, is_here
-from tests.support.elastic import Job
 from tests.support.hosts import Hosts, why_no_hosts
-
-STEPS = 100
-MORE = (f"--loop.steps={STEPS}", "--checkpoint.every=10", "--loop.eval_every=0", "--parallel.silent_s=4")
+from tests.support.runs import ROOT, wait_for
 
 
 @pytest.fixture
@@ -21,33 +19,52 @@ def hosts() -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # eight processes start, and a busy machine takes a minute for each
+# Without the package, whose import of torch would take longer than the test.
+LISTENS = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 4711))
+print("listening", flush=True)
+kept = [server.accept() for _ in range(2)]
+while True:
+    for connection, _ in kept:
+        connection.recv(1)
+"""
+WAITS = """
+import importlib.util, pathlib, socket, sys, time
+spec = importlib.util.spec_from_file_location("connections", sys.argv[2])
+connections = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(connections)
+idle, busy = (socket.create_connection((sys.argv[1], 4711)) for _ in range(2))
+with connections.Connections(2.0) as watched:
+    idle.send(b".")
+    busy.send(b".")
+    time.sleep(2.5)
+    assert not watched.lost
+    print("cut", flush=True)
+    while not pathlib.Path(sys.argv[3]).exists():
+        time.sleep(0.01)
+    busy.send(b".")
+    began = time.monotonic()
+    assert busy.recv(1) == idle.recv(1) == b""
+    print(f"ended {time.monotonic() - began:.1f} {watched.lost}", flush=True)
+"""
+
+
 @pytest.mark.usefixtures("hosts")
-def test_a_killed_worker_starts_again_and_a_lost_machine_is_done_without_and_taken_in_again(
+def test_connections_to_a_machine_that_is_cut_off_are_ended_whether_or_not_data_is_under_way(
     tmp_path: Path,
 ) -> None:
+    here, there, is_cut = tmp_path / "here", tmp_path / "there", tmp_path / "is-cut"
+    module = ROOT / "harness" / "dist" / "connections.py"
     with Hosts(2) as hosts:
-        job = Job(hosts, tmp_path, name="struck", nnodes="1:2", more=MORE)
-        job.start()
-        job.wait_for_steps(12, world_size=2, attempt=0)
-        # Where one agent is late the other begins without it, which is an attempt more.
-        begun = len(job.attempts())
-        job.kill_rank(hosts[1])
-        job.wait_for_steps(2, world_size=2, attempt=begun)
-        begun = len(job.attempts())
-        hosts[1].lose()
-        job.wait_for_steps(2, world_size=1, attempt=begun)
-        job.pace(0.5)
-        begun = len(job.attempts())
-        hosts[1].mend()
-        job.start_agent(hosts[1])
-        job.wait_for_steps(2, world_size=2, attempt=begun)
-        job.pace(0.0)
-        job.wait_for_end()
-        assert "10.77.0.2 has not answered for 4 s" in job.said()
-        # All samples once: each step is there once, at the position that its number says.
-        assert job.tokens() == [8 * 32 * (step + 1) for step in range(STEPS)]
+        hosts[1].start([sys.executable, "-c", LISTENS, hosts[1].address], there)
+        wait_for(lambda: "listening" in there.read_text(), what="the other machine")
+        hosts[0].start([sys.executable, "-c", WAITS, hosts[1].address, str(module), str(is_cut)], here)
+        wait_for(lambda: "cut" in here.read_text(), what="the connections")
+        hosts[1].cut()
+        is_cut.touch()
+        wait_for(lambda: "ended" in here.read_text(), what="their end")
+        assert here.read_text().endswith("{'10.77.0.2'}\n")
 
 
 def test_a_machine_finds_the_address_that_others_reach_it_by() -> None:

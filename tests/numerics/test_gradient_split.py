@@ -55,6 +55,7 @@ def one_step(
         precision="fp32",
         world_size=world_size,
         nominal_tokens=GLOBAL_BATCH * LENGTH,
+        num_passes=GLOBAL_BATCH // world_size // micro_batch,
         progress=Progress(),
         timer=StepTimer(torch.device("cpu")),
     )

@@ -82,6 +82,7 @@ class Host:
     def __init__(self, namespace: str, number: int, switch: str) -> None:
         self.namespace, self.name, self.address = namespace, f"host{number}", f"10.77.0.{number + 1}"
         self._switch, self._port = switch, f"port{number}"
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def make(self) -> None:
         """The namespace, and a cable from it to the switch."""
@@ -97,7 +98,7 @@ class Host:
         """Starts a command on this host, in a session of its own; what it says is appended to `output`."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", _NAMED, self.name]
         with output.open("ab") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*inside, *command],
                 cwd=ROOT,
                 env={**os.environ, **environment},
@@ -106,6 +107,8 @@ class Host:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def cut(self) -> None:
         """Takes the cable out: nothing comes through, and neither side is told."""
@@ -127,6 +130,9 @@ class Host:
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self.pids(), timeout_s=10.0)
+        for process in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10.0)
 
     def pids(self) -> list[int]:
         """The processes on it that live."""

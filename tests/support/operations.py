@@ -143,8 +143,8 @@ class Stop:
 
     def troubles(self, launcher: str, number: int) -> list[str]:
         """What is not as it should be."""
-        if number == signal.SIGKILL and not self.summary and self.steps < 0 and _NEVER_MET in self.output:
-            return []  # the launcher died before its ranks had met: there is no run, and they are gone
+        if self.exit_code == -number and not self.summary and self.steps < 0 and _NEVER_MET in self.output:
+            return []  # the launcher died of it before its ranks had met: there is no run, and they are gone
         wanted = {"python": EXIT_STOPPED, "torchrun": 1}.get(launcher)
         if number in (signal.SIGKILL, signal.SIGUSR1) and launcher == "torchrun":
             wanted = None  # the launcher's own way of ending

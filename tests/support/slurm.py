@@ -186,14 +186,23 @@ class Slurm:
 
     def _is_ours(self, process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.Error):
+            if process.name() == "slurmstepd":  # which writes over its environment
+                return bool(self._logs_of(process))
             return process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
         return False
 
+    def _logs_of(self, process: psutil.Process) -> list[str]:
+        """The files right in the folder that a process has open."""
+        paths = [Path(file.path) for file in process.open_files()]
+        return [path.name for path in paths if path.parent == self.folder]
+
     def _is_on(self, process: psutil.Process, node: str) -> bool:
-        if not self._is_ours(process):
-            return False
-        variables = process.environ()
-        return node in (variables.get(_NODE_MARK), variables.get("SLURMD_NODENAME"))
+        with contextlib.suppress(psutil.Error):
+            if self._is_ours(process):
+                variables = process.environ()
+                named = node in (variables.get(_NODE_MARK), variables.get("SLURMD_NODENAME"))
+                return named or f"slurmd-{node}.log" in self._logs_of(process)
+        return False
 
 
 def _which(program: str) -> str | None:

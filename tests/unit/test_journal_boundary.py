@@ -19,6 +19,7 @@ from harness.training.counters import Counters
 from harness.training.journal import MainJournal
 from harness.training.progress import Progress
 from harness.training.summary import Ending
+from tests.support.own_tasks import points_task
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
         counters=Counters(),
         in_flight={3: InFlight(step_s=1.0, samples=(0, 4))},
         learning_rate=lambda step: 0.1,
+        task=points_task(),
     )
     journal.on_step(run, record)
     journal.close(Ending(status="finished"))

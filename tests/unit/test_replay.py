@@ -21,10 +21,29 @@ from tests.support.own_tasks import Points, own_config, points_task, run_loop
 from tests.support.replayed import check_task, train_task
 
 
-@pytest.mark.parametrize("name", [*broken_tasks.EXPECTED, "poisoned"])
+# The others are in scripts/trial_replay.py.
+@pytest.mark.parametrize("name", ["hidden_log_of_zero", "softmax_of_nothing", "poisoned"])
 def test_the_operation_and_the_samples_are_named(name: str, tmp_path: Path) -> None:
     train_task(0, 1, str(tmp_path), name, "fp32")
     assert check_task(tmp_path / "runs" / "own", name).problems == []
+
+
+class PairOnly(broken_tasks.MaskedMean):
+    def forward(self, h: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert len(h) > 1
+        return super().forward(h, x, mask)
+
+
+def test_samples_that_cannot_be_run_alone_leave_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broken_tasks, "MaskedMean", PairOnly)
+    train_task(0, 1, str(tmp_path), "empty_mean", "fp32")
+    found = replay(tmp_path / "runs" / "own")
+    assert found.reproduced
+    assert "cannot be run by themselves" in story(found)
+    assert found.judgement is not None
+    assert found.judgement.kind == "unknown"
 
 
 def test_memory_that_nothing_has_written_is_named() -> None:

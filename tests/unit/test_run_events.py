@@ -16,6 +16,8 @@ WRITTEN = [
     events.Incident(summary="step 3 skipped", kind="non-finite gradient", rank=1, num_nan=2, num_inf=0,
                     culprits=({"rank": 1, "micro_batch": 0, "samples": [4, 5]},), sample_indices=(4, 5)),
     events.Outlier(kind="outlier batch", is_outlier=True, grad_norm=float("inf")),
+    events.Finding(summary="w is stale", check="cleared", problem="w is stale", remedy="clear it", rank=1,
+                   parameter="w"),
     events.Checkpoint(num_steps=100, size_bytes=5, blocked_s=0.5, seconds=1.0),
     events.CheckpointFailed(epoch=2, nonfinite=("a", "b"), error="the disk is full"),
     events.Resume(checkpoint=100),

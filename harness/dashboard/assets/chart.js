@@ -132,7 +132,7 @@ export class Chart {
     const present = this.plot.lines.filter((line) => view.xs[(view.curves[line.name] || {}).x]?.x.length);
     this.node.classList.toggle("h-empty", present.length === 0);
     const numGaps = this.log ? present.reduce((sum, line) => sum + view.curves[line.name].mean.filter((value) => value != null && value <= 0).length, 0) : 0;
-    this.gaps.textContent = numGaps ? `${numGaps} values without a logarithm are left out` : "";
+    this.gaps.textContent = numGaps ? `left out without a logarithm: ${numGaps}` : "";
     this.toggle.classList.toggle("h-on", this.log);
     this.toggle.setAttribute("aria-pressed", this.log);
     if (!present.length) {

@@ -13,7 +13,9 @@ function samplesOf(incident) {
   const indices = incident.sample_indices;
   if (Array.isArray(indices) && indices.length) {
     const more = indices.length > SAMPLES_SHOWN ? ` and ${indices.length - SAMPLES_SHOWN} more` : "";
-    return indices.slice(0, SAMPLES_SHOWN).join(", ") + more;
+    const sources = Array.isArray(incident.sample_sources) ? incident.sample_sources : [];
+    const named = indices.slice(0, SAMPLES_SHOWN).map((index, at) => (sources[at] ? `${index} (${sources[at]})` : index));
+    return named.join(", ") + more;
   }
   return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
 }

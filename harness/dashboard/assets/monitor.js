@@ -8,7 +8,7 @@ import { HeatMap } from "./heatmap.js";
 import { Incidents } from "./incidents.js";
 import { axisList, smoothingRange } from "./inputs.js";
 import { ledgerBar } from "./ledger.js";
-import { repeat } from "./page.js";
+import { repeat, tellRun } from "./page.js";
 
 // The pictures of a run; `names` are those of metrics as the server gives them.
 const PLOTS = ({ metric, prefix }, maxNorm) => [
@@ -198,6 +198,7 @@ class Monitor extends HTMLElement {
     const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
     this.freshAt = Date.now();
+    tellRun(run);
     delete this.dataset.old;
     this.note.textContent = this.data ? this.words() : "";
     this.age();

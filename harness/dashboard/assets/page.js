@@ -61,6 +61,15 @@ export function open(run) {
   turnTo("Monitoring");
 }
 
+// Gradio's list of runs shows the run that is open, however it was opened.
+let told = null;
+export function tellRun(run) {
+  const table = document.querySelector("harness-runs");
+  if (!table || told === run) return;
+  told = run;
+  table.dispatchEvent(new CustomEvent("harness-open", { detail: run, bubbles: true }));
+}
+
 // The tab in front is a part of the address.
 export function followTabs() {
   let isMoving = false;

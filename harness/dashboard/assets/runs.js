@@ -157,7 +157,6 @@ class Runs extends HTMLElement {
 
   open(id) {
     open(id);
-    this.dispatchEvent(new CustomEvent("harness-open", { detail: id, bubbles: true }));
   }
 
   compare() {

@@ -9,9 +9,9 @@ from torch import Tensor
 from harness.config import GuardConfig
 from harness.records import ParameterRow
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
-from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO
+from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES
 
-__all__ = ["ROWS", "RowsCheck"]
+__all__ = ["ROWS", "RowsCheck", "rows_of_rank"]
 
 ROWS = "rows"
 
@@ -47,6 +47,22 @@ class RowsCheck(Check):
             for row, name in enumerate(arrived.layout.names)
         }
         return Reading(fields={"per_parameter": rows})
+
+
+def rows_of_rank(numbers: Tensor, rank: int, arrived: Arrived) -> dict[str, ParameterRow]:
+    """What one rank's own gradient was before the reduction, by parameter, of `[W, P, 6]` on the host."""
+    rows = numbers[rank].tolist()
+    return {
+        name: ParameterRow(
+            grad_norm=math.sqrt(row[SUM_SQUARES]) / arrived.divisor,
+            max_abs=row[MAX_ABS] / arrived.divisor,
+            num_nan=_count(row[NUM_NAN]),
+            num_inf=_count(row[NUM_INF]),
+            num_zero=_count(row[NUM_ZERO]),
+            num_elements=size,
+        )
+        for name, size, row in zip(arrived.layout.names, arrived.layout.sizes, rows, strict=True)
+    }
 
 
 def _count(value: float) -> int:
