@@ -85,7 +85,8 @@ class Checkpointer:
         )
         retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         retainer = None if keep_all else Retainer(self._store, retention)
-        writes = HostGroup(error=CheckpointError, timeout_s=give_up_after_s)
+        # Later than the ranks give up, which they do together and with a reason.
+        writes = HostGroup(error=CheckpointError, timeout_s=give_up_after_s + timeout_s)
         committed = functools.partial(_after_commit, self._tasks, self._health, retainer)
         # The others wait for its tasks in `writes`: they have to hear of them before they give up.
         tasks_s = min(timeout_s, give_up_after_s) / 2

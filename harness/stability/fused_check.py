@@ -66,9 +66,9 @@ class FusedCheck:
         torch.maximum(self.faults_t, seen.double(), out=self.faults_t)
 
     def _may_show(self, decision: Decision) -> bool:
-        """Whether the step has an instruction that was not followed yet. On the CPU the decision can be read
-        for nothing; on a device that would be to wait for it, and every step is looked at."""
-        if decision.skip_t.device.type != "cpu":
+        """Whether the step has an instruction that was not followed yet; where that cannot be read, every
+        step may."""
+        if not decision.is_on_host:
             return True
         if decision.skip_t.item():
             return "skip" in self._unproven

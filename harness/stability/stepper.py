@@ -133,11 +133,11 @@ def _tell_scheduler(optimizer: Any) -> None:
 def _with_verdict(optimizer: Any, decision: Decision) -> Iterator[None]:
     """Within it the optimizer has the two attributes that fused implementations look for.
 
-    Where a scale is set they write the gradients back, which takes a seventh of their time on the CPU. There
-    the host can read it for nothing, and a 1 need not be set.
+    Where a scale is set they write the gradients back, which takes a seventh of their time on the CPU. Where
+    the host can read it, a 1 need not be set.
     """
     scale_t: Tensor | None = decision.grad_scale_t
-    if decision.grad_scale_t.device.type == "cpu" and decision.grad_scale_t.item() == 1.0:
+    if decision.is_on_host and decision.grad_scale_t.item() == 1.0:
         scale_t = None
     optimizer.found_inf, optimizer.grad_scale = decision.found_inf_t, scale_t
     try:

@@ -69,6 +69,11 @@ class Decision:
     summary: Tensor
     """`[n]` float64, a `Summary`."""
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether it can be read for nothing: on the CPU. From a device it would have to be waited for."""
+        return self.skip_t.device.type == "cpu"
+
 
 class Decider:
     """Decides on steps, one after the other; has no state but that of `size`.

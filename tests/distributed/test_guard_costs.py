@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.stability import Check, Reading, StepGuard, rank_statistics, sources
-from harness.stability.checks import samples
+from harness.stability.checks import samples, state
 from harness.stability.checks.base import Arrived, StepView
+from harness.stability.verdict import Decision
 from tests.support.distributed import run_ranks
 from tests.support.guarded import OPTIMIZERS, batch, make_model
 
@@ -75,10 +76,18 @@ def _as_on_cuda(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:
 def test_no_value_is_read_between_backward_and_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "tensor_statistics", _as_on_cuda)
     monkeypatch.setattr(samples, "tensor_statistics", _as_on_cuda)
+    monkeypatch.setattr(state, "tensor_statistics", _as_on_cuda)
+    monkeypatch.setattr(Decision, "is_on_host", False)
     model = make_model()
     optimizer = OPTIMIZERS[name](model.parameters())
     # Everything that has a cadence is due in every step; none is so old that it is read.
-    settings = {"spike": "skip", "per_parameter_every": 1, "sample_every": 1, "lag_steps": 9}
+    settings = {
+        "spike": "skip",
+        "per_parameter_every": 1,
+        "sample_every": 1,
+        "state_every": 1,
+        "lag_steps": 9,
+    }
     guard = StepGuard(model, optimizer, precision=torch.float16, **settings)
     reads = []
     for step in range(3):

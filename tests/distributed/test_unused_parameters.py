@@ -82,6 +82,7 @@ def _run(
         precision="fp32",
         world_size=world_size,
         nominal_tokens=6,
+        num_passes=len(steps[0][rank]),
         progress=Progress(),
         timer=StepTimer(torch.device("cpu")),
     )
