@@ -162,8 +162,8 @@ def test_the_indexed_job_is_what_kubernetes_takes(
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
     texts = [
         launched(capsys, "--print", "kubernetes"),
-        printed(capsys, "kubernetes", *processes, program=["debug", "--parallel.device=cpu"]),
-        printed(capsys, "kubernetes", *processes, program=["debug", "--runs_dir=/mnt/it's, mine"]),
+        printed(capsys, "kubernetes", *processes, program=[*RUN, "--parallel.device=cpu"]),
+        printed(capsys, "kubernetes", *processes, program=[*RUN, "--runs_dir=/mnt/it's, mine"]),
     ]
     for document in (document for text in texts for document in yaml.safe_load_all(text)):
         for version in ("1.31", kubernetes_validate.latest_version()):
