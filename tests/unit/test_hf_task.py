@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -92,8 +93,10 @@ def test_a_model_that_sees_earlier_documents_is_refused() -> None:
 
 
 QWEN_LIKE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|end|>\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -116,6 +119,47 @@ def test_of_a_chat_the_answers_alone_count(folder: Path, tokenizer: Any, templat
         assert said == f"answer {number}{end}{thoughts}yes{end}"
         assert every[number].tokens == document.tokens
         assert every[number].counted is None
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "what is the time"},
+        CALL,
+        {"role": "tool", "content": "<tool_call>clock</tool_call><|end|>\n"},  # a quotation
+        CALL,
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "noon"},
+    ],
+    "tools": json.dumps([{"type": "function", "function": {"name": "clock"}}]),
+}
+MARKED = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|end|>\n"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", ["qwen-like", "marked"])
+def test_of_a_chat_with_tools_the_calls_and_answers_count(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN_LIKE if template == "qwen-like" else MARKED)
+    (document,) = Encoder(tokenizer, SourceSettings(path="x"), answers_only=True)([WITH_TOOLS], first=0)
+    said = tokenizer.decode(np.array(document.tokens)[document.counted])
+    call = "<tool_call>clock</tool_call><|end|>\n"
+    thoughts = "<think></think>" if template == "qwen-like" else ""
+    assert said == f"{call}{call}{thoughts}noon<|end|>\n"
+
+
+def test_an_answer_that_stands_otherwise_in_the_midst_of_a_chat_is_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = QWEN_LIKE.replace("<|end|>", "{{ '<|last|>' if loop.last else '<|next|>' }}")
+    monkeypatch.setattr(tokenizer, "chat_template", changed)
+    with pytest.raises(DataError, match="an answer of the source x cannot be found"):
+        list(Encoder(tokenizer, SourceSettings(path="x"), answers_only=True)([WITH_TOOLS], first=0))
 
 
 def test_of_a_pair_the_completion_alone_counts(tokenizer: Any) -> None:
