@@ -15,12 +15,13 @@ import torch
 from harness.config import TrainConfig
 from harness.data import Loader, Task
 from harness.errors import ConfigError, DataError
-from harness.tasks.hf.encode import Encoder
+from harness.tasks.hf.encode import Encoded, Encoder
 from harness.tasks.hf.mixture import _counts
 from harness.tasks.hf.model import check_documents_apart, load_model
-from harness.tasks.hf.packing import pack
+from harness.tasks.hf.packing import pack, prepare_rows
 from harness.tasks.hf.readers import records
 from harness.tasks.hf.settings import ModelSettings, SourceSettings, TokenizerSettings
+from harness.tasks.hf.store import prepare_tokens
 from harness.tasks.hf.tokenizer import load_tokenizer
 from harness.training.tasks import build_task
 from tests.support.hf import MODELS, chats, hf_config
@@ -66,6 +67,18 @@ def test_every_token_of_every_segment_is_packed_once(packing: Any) -> None:
     if packing != "cut":
         assert sorted(segment for row in rows for segment in row) == SEGMENTS
     assert len(rows) == {"whole": 3, "cut": 3, "off": 6}[packing]
+
+
+def test_packing_cut_cuts_where_a_row_ends_and_nowhere_else(tmp_path: Path) -> None:
+    counted = np.ones(70, dtype=np.bool_)
+    counted[36:] = False  # all but the first targets of the last document
+    documents = [Encoded([1] * 8, None, 8), Encoded([2] * 26, None, 26), Encoded([3] * 36, counted[34:], 36)]
+    store = prepare_tokens(
+        [], [{}], lambda batch, first: iter(documents), vocab_size=9, cache_dir=tmp_path, label="x"
+    )  # fmt: skip
+    train, _ = prepare_rows(store, length=10, packing="cut", use="train", val_frac=0.0)
+    rows = [train[row].tolist() for row in range(len(train))]
+    assert rows == [[[0, 7], [8, 3]], [[11, 10]], [[21, 10]], [[31, 2], [34, 8]]]
 
 
 @pytest.mark.parametrize("model", MODELS)
