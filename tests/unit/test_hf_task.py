@@ -17,10 +17,10 @@ from harness.data import Loader, Task
 from harness.errors import ConfigError, DataError
 from harness.tasks.hf.encode import Encoded, Encoder
 from harness.tasks.hf.mixture import _counts
-from harness.tasks.hf.model import check_documents_apart, load_model
+from harness.tasks.hf.model import add_adapters, check_documents_apart, load_model
 from harness.tasks.hf.packing import pack, prepare_rows
 from harness.tasks.hf.readers import records
-from harness.tasks.hf.settings import ModelSettings, SourceSettings, TokenizerSettings
+from harness.tasks.hf.settings import LoraSettings, ModelSettings, SourceSettings, TokenizerSettings
 from harness.tasks.hf.store import prepare_tokens
 from harness.tasks.hf.tokenizer import load_tokenizer
 from harness.training.tasks import build_task
@@ -103,6 +103,28 @@ def test_a_model_that_sees_earlier_documents_is_refused() -> None:
     blind.forward = lambda position_ids, **inputs: network(**inputs)
     with pytest.raises(ConfigError, match=r"sees earlier documents.*packing off"):
         check_documents_apart(blind, length=32)
+
+
+# Of transformers' own, where peft asks a model about it.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_saved_model_is_trained_with_its_dropout_and_gradient_checkpointing(
+    tmp_path: Path, rank: int
+) -> None:
+    fields = {**MODELS["llama"], "vocab_size": 280, "attention_dropout": 0.5}
+    load_model(ModelSettings(config=fields)).save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path), gradient_checkpointing=True, attention="eager")
+    network = add_adapters(load_model(settings), LoraSettings(r=rank))
+    assert all(module.training for module in network.modules())
+    runs: list[int] = []
+    layer = next(module for name, module in network.named_modules() if name.endswith("layers.0.mlp"))
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    tokens = torch.arange(8)[None]
+    one, other = (network(input_ids=tokens, use_cache=False).logits for _ in range(2))
+    assert not torch.equal(one, other)
+    one.sum().backward()
+    assert len(runs) == 3  # once more in the backward pass
 
 
 QWEN_LIKE = (

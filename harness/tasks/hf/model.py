@@ -17,7 +17,7 @@ __all__ = ["TokenLoss", "add_adapters", "check_documents_apart", "load_model"]
 
 
 def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any:
-    """A causal language model on the CPU.
+    """A causal language model on the CPU, in train mode.
 
     Args:
         vocab_size: Tokens of the tokenizer; None: it is not known.
@@ -58,6 +58,7 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
             remedy="use the model's own tokenizer, or a config without vocab_size",
         )
     model.config.use_cache = False
+    model.train()  # which `from_pretrained` does not return, and what peft wraps around it would hide
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
