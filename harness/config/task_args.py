@@ -75,9 +75,8 @@ def _schema(function: Callable[..., Any], parameters: Mapping[str, inspect.Param
 def _hint(function: Callable[..., Any], name: str) -> Any:
     """The type of one parameter; one whose name is imported for type checkers only takes anything."""
     function = inspect.unwrap(function)
-    annotation = getattr(function, "__annotations__", {}).get(name, Any)
-    alone = types.SimpleNamespace(__annotations__={name: annotation})
     try:
+        alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
         return typing.get_type_hints(alone, getattr(function, "__globals__", {}))[name]
-    except (NameError, TypeError):
+    except (LookupError, AttributeError, NameError, TypeError):
         return Any
