@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from harness.tasks.hf.encode import Encoded, Encoder
 from harness.tasks.hf.mixture import _counts
 from harness.tasks.hf.model import add_adapters, check_documents_apart, load_model
 from harness.tasks.hf.packing import pack, prepare_rows
-from harness.tasks.hf.readers import records
+from harness.tasks.hf.readers import identity, records
 from harness.tasks.hf.settings import LoraSettings, ModelSettings, SourceSettings, TokenizerSettings
-from harness.tasks.hf.store import prepare_tokens
+from harness.tasks.hf.store import _batches, prepare_tokens
 from harness.tasks.hf.tokenizer import load_tokenizer
 from harness.training.tasks import build_task
 from tests.support.hf import MODELS, chats, hf_config
@@ -79,6 +80,14 @@ def test_packing_cut_cuts_where_a_row_ends_and_nowhere_else(tmp_path: Path) -> N
     train, _ = prepare_rows(store, length=10, packing="cut", use="train", val_frac=0.0)
     rows = [train[row].tolist() for row in range(len(train))]
     assert rows == [[[0, 7], [8, 3]], [[11, 10]], [[21, 10]], [[31, 2], [34, 8]]]
+
+
+def test_few_long_records_are_tokenised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.tasks.hf.store._BATCH_CHARS", 10)
+    records = [{"text": "a" * count} for count in (4, 4, 4, 30, *[0] * 300, 1)]
+    batches = list(_batches(records))
+    assert [record for batch in batches for record in batch] == records
+    assert [len(batch) for batch in batches] == [3, 1, 256, 45]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -292,16 +301,35 @@ def test_parquet_and_saved_datasets_give_the_records_of_jsonl(tmp_path: Path) ->
     assert list(records(SourceSettings(path=str(tmp_path / "saved"), limit=2))) == lines[:2]
 
 
-def test_a_folder_gives_its_texts_and_tables_and_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_of_saved_datasets_the_split_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="of the extra hf")
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    sources = {name: SourceSettings(path=str(tmp_path / "saved"), split=name) for name in (*parts, "dev")}
+    for name in parts:
+        assert list(records(sources[name])) == [{"text": name}]
+    assert identity(sources["train"]) != identity(sources["test"])
+    for asked in (identity, lambda source: list(records(source))):
+        with pytest.raises(DataError, match=r"no split 'dev'.*test, train"):
+            asked(sources["dev"])
+
+
+def test_a_folder_gives_its_texts_and_tables_and_a_file_that_is_neither_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "a.txt").write_text("one")
     chats(folder / "b.jsonl", count=2)
     (folder / "c.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd without a zero")
     read = list(records(SourceSettings(path=str(folder))))
     assert [sorted(record) for record in read] == [["text"], ["messages"], ["messages"]]
-    with pytest.raises(DataError, match=r"nothing to read in .*c\.png"):
-        list(records(SourceSettings(path=str(folder / "c.png"))))
+    (warning,) = caplog.messages
+    assert re.search(r"2 files.*c\.png, .*d\.jsonl\.zst", warning)
+    for name in ("c.png", "d.jsonl.zst"):
+        with pytest.raises(DataError, match=f"nothing to read in .*{name}"):
+            list(records(SourceSettings(path=str(folder / name))))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +356,17 @@ def test_a_record_that_is_no_document_is_named(tokenizer: Any, record: dict[str,
         (
             {"model_settings": {"name": "/nowhere/at/all"}, "tokenizer": {}},
             "tokenizer '/nowhere/at/all' cannot be loaded",
+        ),
+        (
+            {"model_settings": {"config": MODELS["llama"], "attention": "flash_attention_2"}},
+            r"packing is whole.*flash_attention_2.*packing off",
+        ),
+        (
+            {
+                "model_settings": {"config": MODELS["llama"], "attention": "flash_attention_2"},
+                "packing": "off",
+            },
+            r"flash_attention_2 cannot be made.*[Ii]nstall flash-attn",
         ),
         ({"packing": "tight"}, r"task_args\.packing.*tight"),
         ({"lora": {"rank": 8}}, r"unknown key 'lora\.rank' in task_args"),

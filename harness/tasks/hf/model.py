@@ -23,7 +23,8 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
         vocab_size: Tokens of the tokenizer; None: it is not known.
 
     Raises:
-        ConfigError: there is no such model, or it has fewer tokens than the tokenizer.
+        ConfigError: there is no such model, it needs a package that is not installed, or it has fewer tokens
+            than the tokenizer.
     """
     with needs("transformers", extra="hf"):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,6 +50,14 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
             f"the model {settings.name or settings.config!r} cannot be made: {_first_line(error)}",
             rule="it is a folder or a name on the Hub, or fields of a configuration of transformers",
             remedy="check task_args.model; without a network, name a folder",
+        ) from error
+    except ImportError as error:
+        package = "flash-attn" if settings.attention == "flash_attention_2" else "the package"
+        raise ConfigError(
+            f"the model {settings.name or settings.config!r} with attention {settings.attention} cannot be "
+            f"made: {_first_line(error)}",
+            rule="what a model and its attention are computed with has to be installed",
+            remedy=f"install {package}, or set task_args.model.attention sdpa",
         ) from error
     rows = model.get_input_embeddings().num_embeddings
     if vocab_size is not None and rows < vocab_size:
