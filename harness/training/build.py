@@ -129,7 +129,7 @@ def build_run(
     precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
-    config = keep_micro_batch(config, world, directory)
+    config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
     optimizer = build_optimizer(model, config.optim)
     timer = StepTimer(world.device)
@@ -156,7 +156,8 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    fitted = max(micro_batch_before, loader.shares.micro_batch)
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision, fitted)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
@@ -299,6 +300,8 @@ class _Attempt:
     """What the learning-rate schedule means for it, in words."""
     loader: Loader
     precision: str
+    micro_batch: int
+    """Samples of the largest one that has fitted into memory."""
 
 
 def _open_journal(
@@ -315,7 +318,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
-    about[NOTED] = attempt.loader.shares.micro_batch
+    about[NOTED] = attempt.micro_batch
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}

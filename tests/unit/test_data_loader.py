@@ -104,6 +104,18 @@ def test_a_global_batch_is_shared_by_any_number_of_ranks(world_size: int, at_mos
         assert size == min(at_most or 12, 12 // world_size) or (12 // world_size) % (at_most or 1)
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "at_most", "world_size", "size"),
+    [(1024, 16, 7, 16), (1024, None, 7, 32), (1024, 16, 8, 16), (12, 12, 5, 1), (512, 32, 3, 16)],
+)
+def test_passes_are_few_where_the_ranks_are_about_as_busy(
+    global_batch: int, at_most: int | None, world_size: int, size: int
+) -> None:
+    shares = Shares.of(global_batch, world_size, at_most=at_most)
+    assert shares.micro_batch == size
+    assert shares.samples_per_rank <= 1.12 * -(-global_batch // world_size) or size == 1
+
+
 def test_micro_batches_have_the_size_asked_for() -> None:
     loader = Loader(Numbers(), global_batch=8, micro_batch=2, rank=1, world_size=2)
     assert [len(batch["id"]) for batch in loader.next()] == [2, 2]
