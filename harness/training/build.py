@@ -154,6 +154,7 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
+    progress.resume(counters.step)
     inputs.faults.begin_at(counters.step, directory / "faults")
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     fitted = max(micro_batch_before, loader.shares.micro_batch)

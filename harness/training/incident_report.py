@@ -69,9 +69,10 @@ class _Reporter:
         numbers = range(len(self._loader.shares.offsets(rank)))
         return tuple(tuple(self._loader.step_indices(position, rank, number)) for number in numbers)
 
-    def describe(self, found: Found, position: int) -> IncidentFile:
-        """What happened in a step whose first sample stands at the global `position`."""
-        samples = tuple(self.samples(position, rank) for rank in range(self._world_size))
+    def describe(self, found: Found, position: int | None) -> IncidentFile:
+        """What happened, to a step whose first sample stands at the global `position`, or to none."""
+        ranks = range(self._world_size if position is not None else 0)
+        samples = tuple(self.samples(position or 0, rank) for rank in ranks)
         about = self._from_record(found, samples) if found.record else self._from_error(found, samples)
         culprits: tuple[Culprit, ...] = about["culprits"]
         named = [index for one in culprits for index in one.samples]
@@ -84,7 +85,7 @@ class _Reporter:
             world_size=self._world_size,
             num_micro_batches=self._loader.shares.num_passes,
             micro_batch_samples=self._loader.shares.micro_batch,
-            position=position,
+            position=position or 0,
             num_samples=len(self._data),
             seed=self._config.seed,
             quarantined=self._loader.quarantined,
@@ -160,6 +161,7 @@ def _samples_of(
         return [
             index
             for one in ranks
+            if one < len(samples)
             for number, indices in enumerate(samples[one])
             if micro_batch in (None, number)
             for index in indices

@@ -87,6 +87,8 @@ class Found:
     """Culprits, where no record says it."""
     error: str | None = None
     phase: str | None = None
+    is_in_step: bool = True
+    """It happened to the step and its samples; False: between steps, as in an evaluation."""
     stacks: str | None = None
     """A traceback; None in a hang: the stacks of all threads."""
 
@@ -97,7 +99,7 @@ class IncidentWriter:
     Args:
         directory: The run's.
         describe: Makes `incident.json` of what was found, and of the global position of the step's first
-            sample.
+            sample; None: it has nothing to do with samples.
         samples: This rank's samples of the step that began at a global position, by micro-batch.
         sweeps: This rank removes folders that are too many.
     """
@@ -108,7 +110,7 @@ class IncidentWriter:
         world: World,
         directory: Path,
         *,
-        describe: Callable[[Found, int], IncidentFile],
+        describe: Callable[[Found, int | None], IncidentFile],
         samples: Callable[[int], tuple[tuple[int, ...], ...]],
         sweeps: bool,
     ) -> None:
@@ -134,8 +136,9 @@ class IncidentWriter:
             rank_path(folder, STACKS, self._rank).write_text(found.stacks)
         self._save_batch(folder, found, steps)
         write_rank(folder, self._rank_file(found, tuple(step for step, _ in states)))
-        held = next((held for held in reversed(steps) if held.step == found.step), None)
-        self._write_incident(folder, self._describe(found, held.position if held else 0), overwrite=overwrite)
+        held = _held(found, steps)
+        what = self._describe(found, held.position if held else None)
+        self._write_incident(folder, what, overwrite=overwrite)
         if self._sweeps:
             self._sweep(folder)
 
@@ -209,7 +212,7 @@ class IncidentWriter:
             return
         blamed = found.record.culprits if found.record else ()
         ranks = {one.rank: one.micro_batch for one in blamed} or dict.fromkeys(found.ranks)
-        held = next((held for held in reversed(steps) if held.step == found.step), None)
+        held = _held(found, steps)
         if held is None or (ranks and self._rank not in ranks):
             return
         only = ranks.get(self._rank)
@@ -254,6 +257,13 @@ class IncidentWriter:
             oldest = others.pop(0)
             del sizes[oldest]
             shutil.rmtree(oldest, ignore_errors=True)
+
+
+def _held(found: Found, steps: Sequence[HeldStep]) -> HeldStep | None:
+    """The step that an incident happened to, if it is remembered."""
+    if not found.is_in_step:
+        return None
+    return next((held for held in reversed(steps) if held.step == found.step), None)
 
 
 def _goes_first(folder: Path) -> tuple[bool, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -114,6 +115,21 @@ def test_passes_are_few_where_the_ranks_are_about_as_busy(
     shares = Shares.of(global_batch, world_size, at_most=at_most)
     assert shares.micro_batch == size
     assert shares.samples_per_rank <= 1.12 * -(-global_batch // world_size) or size == 1
+
+
+class Collected(Numbers):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"id": torch.tensor(gc.isenabled())}
+
+
+def test_workers_collect_their_garbage_whatever_the_trainer_does() -> None:
+    loader = Loader(Collected(), global_batch=8, num_workers=1)
+    gc.disable()
+    try:
+        assert loader.next()[0]["id"].all()
+    finally:
+        gc.enable()
+        loader.close()
 
 
 def test_micro_batches_have_the_size_asked_for() -> None:
