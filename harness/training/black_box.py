@@ -165,6 +165,7 @@ class BlackBox(Callback):
             ranks=error.ranks or (),
             phase=str(at.phase),
             is_in_step=at.phase in _OF_STEPS,
+            hang_folder=error.stacks,
         )
         writer.write(found, self._snapshot(), overwrite=self._rank == 0)
 
@@ -185,7 +186,7 @@ class BlackBox(Callback):
 def open_black_box(
     config: TrainConfig, world: World, progress: Progress, directory: Path, loader: Loader, data: Dataset
 ) -> BlackBox:
-    """This rank's. On all ranks; one collective on the host."""
+    """This rank's. On all ranks; two collectives on the host."""
     return BlackBox(config, world, progress, open_writer(config, world, directory, loader, data))
 
 

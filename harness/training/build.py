@@ -258,7 +258,7 @@ def _train(
     with report_once(tell), watchdog.naming_who_hangs():
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
-    watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.note_end = (run.black_box.end_hung, lambda hang: note_hang(run, hang, start))
     watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
     if world.device.type == "cuda":
         keep_flight_records(incidents_dir(run.directory))

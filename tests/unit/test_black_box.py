@@ -17,7 +17,7 @@ from harness import Callback, TrainConfig
 from harness.checkpoint import Rng
 from harness.data import Loader, Task
 from harness.dist import World
-from harness.errors import InstabilityError, TaskError, TrackingError
+from harness.errors import InstabilityError, LostRankError, TaskError, TrackingError
 from harness.runlog.incident_files import (
     INCIDENT,
     STACKS,
@@ -38,7 +38,7 @@ from harness.training import train
 from harness.training.black_box import BlackBox, open_black_box
 from harness.training.progress import Phase, Progress
 from harness.training.rng_states import HeldRng, rng_from_plain
-from tests.support.own_tasks import Points, own_config, points_task
+from tests.support.own_tasks import ALONE, Points, own_config, points_task
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +243,29 @@ def test_a_crash_while_a_run_is_resumed_is_kept_at_the_step_that_it_resumes_at(
         train(own_config(tmp_path, named, "--loop.steps=6"))
     assert incident_steps(tmp_path / "runs" / "own") == [4]
     assert kept(tmp_path, 4)[0].samples == ()
+
+
+def test_folders_of_hangs_count_and_the_newest_is_named_and_stays(tmp_path: Path) -> None:
+    run_dir, progress = tmp_path / "runs" / "own", Progress()
+    hangs = [run_dir / "incidents" / f"hang-20250101-00000{number}" for number in range(5)]
+    for hang in hangs:
+        hang.mkdir(parents=True)
+        (hang / "rank-0.txt").write_text("stacks")
+    config = own_config(tmp_path, named, "--incidents.keep=3")
+    loader = Loader(Named(), global_batch=8)
+    box = open_black_box(config, ALONE, progress, run_dir, loader, Named())
+    box.begin(2, 16)
+    progress.enter(Phase.FORWARD, 2)
+    error = LostRankError("the run hangs")
+    error.ranks, error.stacks = (0,), str(hangs[1])
+    box.end_hung(error)
+    left = {path.name for path in (run_dir / "incidents").iterdir()}
+    assert len(left) == 3
+    assert {"step-00000002", hangs[1].name} < left
+    what = read_incident(incident_dir(run_dir, 2))
+    assert (what.kind, what.stacks, what.rank) == ("hang", hangs[1].name, 0)
+    assert not rank_path(incident_dir(run_dir, 2), STACKS, 0).exists()
+    assert f"incidents/{hangs[1].name}" in show_incident(run_dir, 2)
 
 
 def raised_in(name: str) -> RuntimeError:

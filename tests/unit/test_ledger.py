@@ -170,7 +170,8 @@ def test_the_account_is_written_every_15_s_and_before_what_may_be_the_end(clock:
 def test_the_newest_account_is_found_from_the_end_whatever_follows_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.mkdir()
-    line = '{{"kind":"ledger","attempt":0,"step":null,"time":{},"values":{{"seconds":{{}},"steps_made":{}}}}}\n'
+    head = '{{"kind":"ledger","attempt":0,"step":null,"time":{},'
+    line = head + '"values":{{"seconds":{{}},"steps_made":{}}}}}\n'
     other = orjson.dumps({"kind": "text", "attempt": 0, "step": 1, "time": 1.0, "values": {"a": "x" * 999}})
     early, late = (line.format(float(number), number).encode() for number in (1, 2))
     begun = b"".join([early, (other + b"\n") * 600, late, (other + b"\n") * 600, late[:40]])
