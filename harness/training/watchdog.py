@@ -69,7 +69,7 @@ class Watchdog:
         self.progress = Progress(begun=begun)
         """Where the training thread notes what it does."""
         self.note_end: Sequence[Callable[[LostRankError], None]] = ()
-        """Called on every rank before it leaves, to write down how the run ended; each has its own seconds."""
+        """Called on every rank before it leaves, to write down how the run ended; each in seconds."""
         self._config = config.watchdog
         self._compiles = config.loop.compile
         self._enabled = config.watchdog.enabled and not config.debug
