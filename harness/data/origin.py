@@ -66,8 +66,8 @@ class Origin:
         return ", ".join([*shown, *more])
 
     def find(self, sources: Collection[str]) -> dict[str, int]:
-        """Where the bytes `FILE:OFFSET` stand in the text, of those that are in it; of several such places, as
-        `describe` gives them, the first. Goes through the pieces once."""
+        """Where the bytes `FILE:OFFSET`, as `describe` gives them, stand in the text, of those in it;
+        of several such places the first. Goes through the pieces once."""
         wanted: dict[bytes, list[tuple[str, int]]] = {}
         for source in sources:
             if (match := _SOURCE.fullmatch(source)) is not None:

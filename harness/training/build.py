@@ -38,7 +38,7 @@ from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
-from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
 from harness.training.black_box import open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
@@ -227,7 +227,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
     files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files))
+    task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
@@ -240,7 +240,10 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
             sample=lambda: fetch(task.train_data, [0]),
         )
     )
-    quarantined = from_main(lambda: find_quarantined(task.train_data, config.data.quarantine))
+    listed = config.data.quarantine
+    quarantined = from_main(
+        lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
+    )
     return _Inputs(
         task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
     )
