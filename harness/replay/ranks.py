@@ -186,7 +186,7 @@ class RanksInTurn:
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self._passes, found = [], self._buffers
         shares = [self._share(world.rank) for world in self.worlds]
-        self.judge.combine(shares)
+        self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
         if judged.record.skipped:
             self._buffers = found
@@ -241,6 +241,7 @@ class RanksInTurn:
         )
         runner.run(step, self.loaders[rank].next())
         share.finish()
+        self.judge.add()
         self._rng[rank] = Rng().state_dict()
         self._buffers = [
             saved_buffers(self.model) if other == rank else one for other, one in enumerate(self._buffers)
