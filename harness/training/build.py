@@ -131,7 +131,7 @@ def build_run(
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)

@@ -118,6 +118,20 @@ def test_numbers_and_names_stand_where_they_belong(capsys: pytest.CaptureFixture
     assert (train["spec"]["trainer"]["numNodes"], train["spec"]["trainer"]["numProcPerNode"]) == (4, 6)
 
 
+@pytest.mark.parametrize("on", ["kubernetes", "kubeflow"])
+@pytest.mark.parametrize(("run_name", "expected"), [("7b", "run-7b"), ("123", "run-123"), ("On", "on")])
+def test_any_name_of_a_run_makes_a_name_of_an_object(
+    run_name: str, expected: str, on: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, on, program=["llama_1b", f"--name={run_name}"])
+    for document in yaml.safe_load_all(text):
+        assert document["metadata"]["name"] == expected
+    if on == "kubernetes":
+        service, job = yaml.safe_load_all(text)
+        names = {job["spec"]["template"]["spec"]["subdomain"], *service["spec"]["selector"].values()}
+        assert names == {expected}
+
+
 @pytest.mark.parametrize("on", CLUSTERS)
 def test_a_run_on_cpus_asks_for_no_gpu(on: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, on, program=["debug", "--parallel.device=cpu"])
