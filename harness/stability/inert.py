@@ -54,7 +54,7 @@ class ForwardHook(Hook):
         )
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         method = self._method()  # not super().__call__: torch.compile cannot trace it
         if method is not None:

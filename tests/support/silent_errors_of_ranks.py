@@ -77,7 +77,7 @@ def constant_buffers_differ(broken: bool, rank: int) -> list[str]:
 
 
 def bit_flipped_in_a_shard(broken: bool, rank: int) -> list[str]:
-    model = fully_shard(network())
+    model = fully_shard(network(first=nn.Linear(4, 16), last=nn.Linear(16, 3)))
     optimizer = adamw(model)
 
     def after(number: int, guard: StepGuard) -> None:
