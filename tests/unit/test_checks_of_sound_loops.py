@@ -115,3 +115,14 @@ def test_one_place_that_changes_again_and_again_is_a_programs() -> None:
     changed[0, 0, 0] = 3 << 20  # what the weights of optimizer state explain, and a parameter's do not
     check = StateCheck(GuardConfig())
     assert read(changed) == (False, 0)
+
+
+def test_gradients_that_are_zeroed_through_data_are_cleared() -> None:
+    model = network()
+
+    def clear() -> None:
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.data.zero_()
+
+    assert "cleared" not in found_in(model, adamw(model), clear=clear)
