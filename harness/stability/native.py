@@ -1,7 +1,8 @@
 """The loops of `native.cpp`, which take a third of torch's time; built where a C++ compiler is found.
 
 It is compiled once, in about a second, into the user's cache. Without a compiler, or with `HARNESS_NATIVE=0`,
-the statistics on the CPU are `reference`'s: they differ by up to some 1e-5. So all ranks of a group use the loop, or none.
+the statistics on the CPU are `reference`'s: they differ by up to some 1e-5. So all ranks of a
+group use the loop, or none.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def use_alike(group: dist.ProcessGroup | None) -> None:
     _is_off = True
     if group is not None and group.rank() == 0:
         logger.warning(
-            "the compiled loop for gradient statistics is not there%s (no C++ compiler, or HARNESS_NATIVE=0): no rank "
-            "uses it, and they take three times as long on the CPU",
+            "the compiled loop for gradient statistics is not there%s (no C++ compiler, or "
+            "HARNESS_NATIVE=0): no rank uses it, and they take three times as long on the CPU",
             on_ranks(without, len(have)),
         )
 

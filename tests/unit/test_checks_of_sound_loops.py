@@ -17,6 +17,7 @@ from harness import StepGuard
 from harness.config import GuardConfig
 from harness.errors import ConfigError
 from harness.stability.checks.base import Arrived
+from harness.stability.checks.fingerprint import fingerprint
 from harness.stability.checks.state import StateCheck
 from harness.stability.layout import Layout
 from tests.support.silent_errors import adamw, found_in, network, points, square
@@ -126,3 +127,12 @@ def test_gradients_that_are_zeroed_through_data_are_cleared() -> None:
             parameter.grad.data.zero_()
 
     assert "cleared" not in found_in(model, adamw(model), clear=clear)
+
+
+def test_fingerprints_see_more_than_one_column() -> None:
+    images = torch.zeros(1024, 1, 28, 28)
+    one, other = images.clone(), images.clone()
+    one[..., 5:20, 5:20], other[..., 5:20, 8:22] = 0.5, 0.5
+    assert fingerprint(one) != fingerprint(other)
+    classes = nn.functional.one_hot(torch.arange(16 * 4096) % 16)
+    assert fingerprint(classes) != fingerprint(classes.roll(1, dims=1))

@@ -92,7 +92,8 @@ class _Watched:
 
     def _fingerprint(self) -> Tensor:
         parameter = self._parameter()
-        assert parameter is not None and parameter.grad is not None
+        assert parameter is not None
+        assert parameter.grad is not None
         with torch.no_grad():
             return fingerprint(parameter.grad)
 
