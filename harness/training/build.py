@@ -154,8 +154,7 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    progress.resume(counters.step)
-    inputs.faults.begin_at(counters.step, directory / "faults")
+    _begin_at(counters.step, directory, inputs.faults, progress)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     fitted = max(micro_batch_before, loader.shares.micro_batch)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, fitted)
@@ -188,6 +187,11 @@ def build_run(
         black_box=black_box,
     )
     return run
+
+
+def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
+    progress.resume(step)
+    faults.begin_at(step, directory / "faults")
 
 
 def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
