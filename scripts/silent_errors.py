@@ -30,7 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import itertools
 
-from harness.stability import StepGuard
+from harness.config import GuardConfig
+from harness.stability import Reading, StepGuard
+from harness.stability.checks.base import Arrived
+from harness.stability.checks.state import StateCheck
 
 SEED = 20260801
 
@@ -60,15 +63,28 @@ def flips(num: int) -> list[str]:
     ]
 
 
+class _EachLook(StateCheck):
+    """Does not remember where it has found something: places are hit again and again here."""
+
+    name = "each look"
+
+    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
+        self._seen.clear()
+        return super().read(numbers, arrived)
+
+
 def _flip_rank(rank: int, world_size: int, num: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8)))
+    model = fully_shard(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     # A flip may make anything of a step; nothing may end the run.
-    guard = StepGuard(model, optimizer, state_every=1, replicas_every=0, per_parameter_every=0, ladder=False)
+    check = _EachLook(GuardConfig(state_every=1))
+    guard = StepGuard(
+        model, optimizer, checks=[check], state_every=0, replicas_every=0, per_parameter_every=0, ladder=False
+    )
     draw = random.Random(SEED)
     planned: dict[int, list[tuple[str, int, str]]] = {}
     said: dict[int, str] = {}

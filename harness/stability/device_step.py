@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from harness.config import GuardConfig
 from harness.errors import ConfigError
+from harness.stability import native
 from harness.stability.attach import source_of
 from harness.stability.buffers import Buffers
 from harness.stability.checks.all import Checks
@@ -67,6 +68,8 @@ class DeviceStep:
         self._watch = Watch(model, optimizers, on_close=self._release)
         self.source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
         device = self.layout.parameters[0].device
+        if device.type == "cpu":
+            native.use_alike(self.source.group)
         self.stepper = OptimizerStepper(optimizers, device=device)
         self.loss_scale = LossScale(
             config.init_loss_scale,

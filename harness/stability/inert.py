@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from harness.errors import ConfigError
+
 __all__ = ["ForwardHook", "Hook"]
 
 
@@ -35,10 +37,24 @@ class Hook:
 
 
 class ForwardHook(Hook):
-    """One for forward passes: of a model that is compiled with it, it does nothing, and is compiled away."""
+    """One for forward passes: of a model that is compiled with it, it does nothing, and is compiled away.
+
+    Nor does it say anything of a model that is traced.
+    """
+
+    __name__ = "harness_forward_hook"
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        # What torch.jit.script asks of every hook, before it fails in words that name no model.
+        raise ConfigError(
+            "torch.jit.script was given a model that is guarded",
+            rule="it compiles a model's hooks too, and cannot compile the guard's",
+            remedy='script the model before it is guarded, after guard.close(), or guard with checks="off"',
+        )
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         method = self._method()  # not super().__call__: torch.compile cannot trace it
         if method is not None:

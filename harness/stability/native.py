@@ -1,7 +1,8 @@
 """The loops of `native.cpp`, which take a third of torch's time; built where a C++ compiler is found.
 
 It is compiled once, in about a second, into the user's cache. Without a compiler, or with `HARNESS_NATIVE=0`,
-the statistics on the CPU are `reference`'s: the same to some 1e-6, but not the same bits.
+the statistics on the CPU are `reference`'s: they differ by up to some 1e-5. So all ranks of a
+group use the loop, or none.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from harness.atomic import replacing
+from harness.dist.collectives import all_gather
 from harness.env import cache_dir, compiler, wants_native
 from harness.stability import reference
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO
+from harness.stability.rank_words import on_ranks
 
-__all__ = ["MEASURED", "is_available", "sum_of_integers", "tensor_statistics"]
+__all__ = ["MEASURED", "is_available", "sum_of_integers", "tensor_statistics", "use_alike"]
 
 MEASURED = frozenset({torch.float32, torch.bfloat16})
 """Element types that the loop knows."""
@@ -37,10 +41,31 @@ COMPILE_S = 60
 
 logger = logging.getLogger(__name__)
 
+_is_off = False
+"""Another rank has it not."""
+
 
 def is_available() -> bool:
-    """Whether the loop can be used on this machine. The first call may compile."""
-    return _library() is not None
+    """Whether the loop is to be used on this machine. The first call may compile."""
+    return not _is_off and _library() is not None
+
+
+def use_alike(group: dist.ProcessGroup | None) -> None:
+    """Has all ranks of `group` use the loop, or none: their statistics are compared. One collective on the
+    host, on all of them; none without a group."""
+    global _is_off
+    has_it = torch.tensor([int(is_available())])
+    have = all_gather(has_it, group=group).flatten().tolist()
+    without = [rank for rank, has in enumerate(have) if not has]
+    if not without or len(without) == len(have):
+        return
+    _is_off = True
+    if group is not None and group.rank() == 0:
+        logger.warning(
+            "the compiled loop for gradient statistics is not there%s (no C++ compiler, or "
+            "HARNESS_NATIVE=0): no rank uses it, and they take three times as long on the CPU",
+            on_ranks(without, len(have)),
+        )
 
 
 def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:

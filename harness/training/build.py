@@ -131,7 +131,7 @@ def build_run(
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
@@ -154,8 +154,7 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    progress.resume(counters.step)
-    inputs.faults.begin_at(counters.step, directory / "faults")
+    _begin_at(counters.step, directory, inputs.faults, progress)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
@@ -187,6 +186,11 @@ def build_run(
         black_box=black_box,
     )
     return run
+
+
+def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
+    progress.resume(step)
+    faults.begin_at(step, directory / "faults")
 
 
 def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:

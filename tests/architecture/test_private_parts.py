@@ -186,6 +186,15 @@ def test_nccl_tells_what_it_was_asked_to_do() -> None:
     assert hasattr(torch._C._distributed_c10d, "_dump_nccl_trace") == dist.is_nccl_available()
 
 
+def test_functions_say_that_they_are_transformed() -> None:
+    def level(x: torch.Tensor) -> torch.Tensor:
+        assert torch._C._functorch.peek_interpreter_stack() is not None
+        return x.sum()
+
+    torch.func.vmap(level)(torch.ones(2, 3))
+    assert torch._C._functorch.peek_interpreter_stack() is None
+
+
 def test_an_iterator_ends_its_workers() -> None:
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 

@@ -344,7 +344,7 @@ def loss_scale_at_its_floor(broken: bool) -> list[str]:
 
 
 def bit_flipped(broken: bool, *, moment: bool = False) -> list[str]:
-    model = network()
+    model = network(first=nn.Linear(4, 16), last=nn.Linear(16, 3))
     optimizer = adamw(model)
 
     def after(number: int, guard: StepGuard) -> None:

@@ -42,6 +42,10 @@ def same_data_on_all_ranks(broken: bool, rank: int) -> list[str]:
     return found_in(model, adamw(model), rank=0 if broken else rank)
 
 
+TWO_WINDOWS = 10 + 2 * 99 + 4
+"""Steps, after which what a rank never saw is no accident."""
+
+
 def same_dropout_on_all_ranks(broken: bool, rank: int) -> list[str]:
     model = DistributedDataParallel(network(act=nn.Dropout(0.5)))
     torch.manual_seed(7 if broken else 7 + rank)
@@ -55,7 +59,7 @@ def zeros_in_place_of_data(broken: bool, rank: int) -> list[str]:
         x = points(number, rank)
         return square(model, x * 0 if broken and rank == 1 else x)
 
-    return found_in(model, adamw(model), step=step, rank=rank)
+    return found_in(model, adamw(model), step=step, rank=rank, num_steps=TWO_WINDOWS)
 
 
 class Masked(nn.Module):
@@ -77,7 +81,7 @@ def constant_buffers_differ(broken: bool, rank: int) -> list[str]:
 
 
 def bit_flipped_in_a_shard(broken: bool, rank: int) -> list[str]:
-    model = fully_shard(network())
+    model = fully_shard(network(first=nn.Linear(4, 16), last=nn.Linear(16, 3)))
     optimizer = adamw(model)
 
     def after(number: int, guard: StepGuard) -> None:

@@ -107,7 +107,12 @@ class AuditsCheck(Check):
         table = [[number + 1, *found] for number, found in new] + [[0, 0, 0]] * (MAX_FOUND - len(new))
         device = view.rows.device
         host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
+        sent = host.to(device, non_blocking=True)
+        for place, (number, found) in enumerate(new):
+            confirmed = self._audits[number].confirmed(found)
+            if confirmed is not None:
+                sent[place] *= confirmed.to(device)
+        return sent
 
     def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
         """Of `[W, MAX_FOUND, 3]`."""

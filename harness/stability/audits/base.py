@@ -1,4 +1,5 @@
-"""What every audit is: a look at what this rank's host holds, without the device and without other ranks.
+"""What every audit is: a look at what this rank's host holds, without other ranks, and with the device only
+to confirm it.
 
 Legend: P parameters.
 """
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from harness.stability.audits.forward import ForwardWatch
 from harness.stability.layout import Layout
@@ -63,6 +64,10 @@ class Audit(abc.ABC):
     @abc.abstractmethod
     def look(self, scene: Scene) -> Iterable[Found]:
         """What is wrong; before the optimizer's step."""
+
+    def confirmed(self, found: Found) -> Tensor | None:
+        """0-d bool on the device, whether what `look` has found is so; None: it is. It is not read here."""
+        return None
 
     @abc.abstractmethod
     def words(self, value: int, parameter: str | None) -> str:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from harness.dist import local_part
 from harness.stability.audits.base import Audit, Found, Scene
 
 __all__ = ["EvaluationAudit", "generators_hash"]
@@ -38,13 +38,13 @@ class EvaluationAudit(Audit):
         """Around an evaluation. Host work only."""
         self._is_watched = True
         modes = {module: module.training for module in model.modules()}
-        before, versions, gradients = generators_hash(_device(model)), _versions(model), _gradients(model)
+        before, left = generators_hash(_device(model)), _Left(model)
         yield
         traces = {
             1: generators_hash(_device(model)) != before,
             2: any(module.training != training for module, training in modes.items()),
-            3: _versions(model) != versions,
-            4: _gradients(model) != gradients,
+            3: left.is_written(),
+            4: left.has_other_gradients(),
         }
         self._found |= {trace for trace, is_there in traces.items() if is_there}
 
@@ -83,11 +83,24 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return [(id(tensor), local_part(tensor)._version) for tensor in tensors]
+class _Left:
+    """Tensors as an evaluation finds them. The very ones: FSDP2 puts whole parameters in the place of shards
+    in the forward pass, writes to them, and may leave them there: of its models buffers alone tell."""
 
+    def __init__(self, model: nn.Module) -> None:
+        is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        parameters = [] if is_sharded else list(model.parameters())
+        tensors: list[Tensor] = [*parameters, *model.buffers()]
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+        self._gradients = [(p, p.grad, None if p.grad is None else p.grad._version) for p in parameters]
 
-def _gradients(model: nn.Module) -> list[tuple[int, int]]:
-    gradients = [p.grad for p in model.parameters()]
-    return [(id(one), -1 if one is None else local_part(one)._version) for one in gradients]
+    def is_written(self) -> bool:
+        """Whether any was written to."""
+        return any(tensor._version != version for tensor, version in self._versions)
+
+    def has_other_gradients(self) -> bool:
+        """Whether a gradient has come, gone or been written to."""
+        return any(
+            p.grad is not gradient or (gradient is not None and gradient._version != version)
+            for p, gradient, version in self._gradients
+        )

@@ -19,6 +19,9 @@ __all__ = ["ForwardWatch", "is_active_in_training", "is_dropout", "tensors_in"]
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
+MAX_CALLS = 8
+"""Of a step, whose inputs are looked at."""
+
 
 class ForwardWatch:
     """Notes the forward passes since the last step. Of a model that is compiled as a whole, or that the loop
@@ -43,7 +46,7 @@ class ForwardWatch:
         self.num_reading = 0
         """Without a graph, in training mode, of a model for which that makes a difference."""
         self.fingerprints: list[Tensor] = []
-        """0-d int64, of all tensors that went into those with a graph."""
+        """0-d int64, of all tensors that went into the first `MAX_CALLS` of those with a graph."""
         self.lengths: tuple[int, int] | None = None
         """First dimensions of inputs and labels that did not agree."""
 
@@ -55,13 +58,20 @@ class ForwardWatch:
         self.clear()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # Whatever it cannot look at, the forward pass is the user's and goes on.
+        with suppress(Exception):
+            self._note(module, args, kwargs)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not torch.is_grad_enabled():
             self.num_reading += int(self._has_modes and module.training)
             return
         self.num_training += 1
-        if self._takes_fingerprints:
-            # Within vmap there are no bits to look at.
-            with torch.no_grad(), suppress(RuntimeError):
+        # Within vmap and grad inputs are wrappers that end with the call.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        if self._takes_fingerprints and self.num_training <= MAX_CALLS:
+            with torch.no_grad():
                 tensors = filter(_is_plain, tensors_in((args, kwargs)))
                 self.fingerprints += [fingerprint(tensor) for tensor in tensors]
         self.lengths = self.lengths or _disagreeing({**kwargs, **_named(args)})

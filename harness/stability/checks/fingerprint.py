@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,15 +34,29 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """0-d int64 of up to 4,096 evenly spaced elements, in their order. Does not synchronise."""
+    """0-d int64 of up to 4,096 elements, in their order; of a larger tensor one in each of as many equal
+    stretches, at a place drawn once for all. Does not synchronise."""
     flat = local_part(tensor).detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // MAX_WEIGHTED)][:MAX_WEIGHTED]
+    if flat.numel() > MAX_WEIGHTED:
+        flat = flat[_places(flat.numel(), flat.device)]
     weights = _weights.get(flat.device)
     if weights is None:
         # Odd and of many bits, so that elements that change places do not cancel.
         weights = torch.arange(1, MAX_WEIGHTED + 1, device=flat.device) * 0x9E3779B97F4A7C1 * 2 + 1
         _weights[flat.device] = weights
     return (_bits(flat.contiguous()).long() * weights[: flat.numel()]).sum()
+
+
+@functools.lru_cache(maxsize=256)
+def _places(num: int, device: torch.device) -> Tensor:
+    """`[MAX_WEIGHTED]` int64, the same on all ranks. Not evenly spaced: a stride may be that of the rows, and
+    see one column, which is empty in images."""
+    generator = torch.Generator().manual_seed(num)
+    begin = torch.arange(MAX_WEIGHTED) * num // MAX_WEIGHTED
+    width = (torch.arange(1, MAX_WEIGHTED + 1) * num // MAX_WEIGHTED) - begin
+    draws = torch.rand(MAX_WEIGHTED, generator=generator, dtype=torch.float64)
+    places = begin + (draws * width).long()
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -88,8 +88,10 @@ class InputsCheck(Check):
                 _finding(
                     "constant batch",
                     f"the last {len(batches[constant[0]])} batches were the same one"
-                    + on_ranks(constant, len(rows)),
-                    "look at the loader: is its iterator made anew in every step, or its index ignored",
+                    + on_ranks(constant, len(rows))
+                    + ": is the batch the whole data set?",
+                    "nothing is wrong if it is; else look at the loader: is its iterator made anew in every "
+                    "step, or its index ignored",
                     constant[0] if len(constant) == 1 else None,
                 )
             )

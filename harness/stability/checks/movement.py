@@ -14,7 +14,7 @@ from harness.config import GuardConfig
 from harness.dist import local_part
 from harness.records import Finding
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
-from harness.stability.checks.cadence import is_window_end
+from harness.stability.checks.cadence import FIRST_STEPS, is_window_end
 from harness.stability.checks.fingerprint import sum_of_bits
 from harness.stability.layout import NUM_COLUMNS, SUM_SQUARES, Layout
 from harness.stability.optimizers import Optimizers
@@ -41,13 +41,15 @@ class MovementCheck(Check):
         self.every_step = self.every > 0
         self._layout: Layout | None = None
         self._has_rate: Tensor
+        self._partly: Tensor | None = None
+        """`[P]` bool: whose gradient was missing on some ranks in the window before."""
         self._cached: tuple[tuple[bool, ...], Tensor] | None = None
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
 
     def forget(self) -> None:
-        self._layout = None
+        self._layout = self._partly = None
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and is_window_end(step)
@@ -107,7 +109,11 @@ class MovementCheck(Check):
                 layout.names[rows[0]],
             )
         partly = trainable & own.any(0) & ~own.all(0)
-        if rows := _rows(partly):
+        # A rank may have no sample of a rare kind for a hundred steps, and hardly for two hundred.
+        before, self._partly = self._partly, partly if num_steps > FIRST_STEPS else None
+        if before is None or before.shape != partly.shape:
+            return
+        if rows := _rows(partly & before):
             ranks = _rows(~own[:, rows[0]])
             yield _finding(
                 "rank's gradient",

@@ -80,9 +80,14 @@ class _Census(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.__name__.split(".")[0] in MATMULS and isinstance(result, Tensor):
-            tensors = [one for one in args if isinstance(one, Tensor) and one.dim() > 1]
-            if tensors:
-                dtype, size = tensors[-1].dtype, math.prod(tensors[-1].shape[:-1])
+            operands = [one for one in args if isinstance(one, Tensor) and one.dim() > 1]
+            if operands:
+                name = function.__name__.split(".")[0]
+                # addmm and baddbmm have what is added first, _scaled_mm scales last, convolution a bias.
+                second = operands[1] if name in ("convolution", "_scaled_mm") else operands[-1]
+                size = math.prod(second.shape[1:]) if name == "convolution" else second.shape[-2]
+                # What goes into _scaled_mm is fp8; what it is asked for is the type that comes out.
+                dtype = result.dtype if name == "_scaled_mm" else second.dtype
                 counted = self.num_operations.get(dtype, 0.0)
                 self.num_operations[dtype] = counted + float(result.numel()) * size
         return result

@@ -30,9 +30,18 @@ PARAMETER, STATE, UNWRITTEN, NOT_FINITE = range(4)
 MAX_FLIPPED = 4
 """Places at once that are still a fault of memory; one that writes everywhere is a program."""
 
+MIN_ELEMENTS = 64
+"""Of a tensor whose change may be said to be memory's. A scalar that is clamped through .data, as a logit
+scale is, may well change by a power of two; and few flips hit so little memory."""
+
 PLACES = ((PARAMETER, "{}"), (STATE, "the optimizer state of {}"))
 
+ODD_WEIGHTS = (1, 3, 5, 7, 9)
+"""Of the tensors of an optimizer's state in its sum."""
+
 _Signature = tuple[tuple[int, int], ...]
+_Place = tuple[int, int, int]
+"""Rank, row and column of what changed."""
 
 
 class StateCheck(Check):
@@ -46,7 +55,11 @@ class StateCheck(Check):
         self.every = config.state_every if config.silent_errors == "on" else 0
         self.every_step = self.every > 0
         self._left: tuple[Layout, Tensor, list[_Signature], Tensor] | None = None
-        self._num_looks, self._is_by_design = 0, False
+        self._num_looks = 0
+        self._seen: set[_Place] = set()
+        """Where writes were seen that torch has not counted."""
+        self._by_design: set[_Place] = set()
+        """Of these, at the first looks: a loop that always writes there through .data."""
 
     def after_update(self, view: StepView) -> None:
         """Keeps checksums of what a step that is due has left."""
@@ -73,8 +86,10 @@ class StateCheck(Check):
         """Of `[W, P, 4]`."""
         changed = (numbers[:, :, :UNWRITTEN] != 0) & (numbers[:, :, UNWRITTEN, None] != 0)
         self._num_looks += 1
-        where = changed.nonzero().tolist()
-        if 0 < len(where) <= MAX_FLIPPED and all(_is_one_bit(int(numbers[tuple(at)])) for at in where):
+        where: list[list[int]] = changed.nonzero().tolist()
+        is_new = not any(tuple(at) in self._seen for at in where)
+        self._seen |= {(rank, row, column) for rank, row, column in where}
+        if 0 < len(where) <= MAX_FLIPPED and is_new and all(_is_flip(at, numbers, arrived) for at in where):
             names = arrived.layout.names
             places = [f"{PLACES[column][1].format(names[row])} on rank {r}" for r, row, column in where]
             rank, row, _ = where[0]
@@ -85,9 +100,10 @@ class StateCheck(Check):
             )
         if bool(numbers[:, :, NOT_FINITE].any()):
             return self._not_finite(numbers, arrived)
-        if where and self._num_looks <= 2:
-            self._is_by_design = True  # a loop that always writes through .data
-        return Reading() if self._is_by_design or not where else self._written(where, arrived)
+        if self._num_looks <= 2:
+            self._by_design |= self._seen
+        where = [at for at in where if tuple(at) not in self._by_design]
+        return self._written(where, arrived) if where else Reading()
 
     def forget(self) -> None:
         self._left = None
@@ -148,9 +164,10 @@ def _are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
     return rows[:, NUM_NAN] + rows[:, NUM_INF] == 0
 
 
-def _is_one_bit(change: int) -> bool:
-    """Whether the change of a sum can be one bit's: a power of two, times the odd weight of a tensor."""
-    size = abs(change)
-    while size and size % 2 == 0:
-        size //= 2
-    return size in (1, 3, 5, 7, 9) if abs(change) != 2**63 else True
+def _is_flip(at: list[int], numbers: Tensor, arrived: Arrived) -> bool:
+    """Whether the change of a sum can be one bit's: a power of two, in optimizer state times the odd weight
+    of a tensor; and of a tensor that is large enough to be hit."""
+    _, row, column = at
+    size = abs(int(numbers[tuple(at)]))
+    odd = size // (size & -size)
+    return arrived.layout.sizes[row] >= MIN_ELEMENTS and odd in (ODD_WEIGHTS if column == STATE else (1,))

@@ -1,0 +1,138 @@
+"""What checks for silent errors, on by default, do not disturb and do not call an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call, grad, vmap
+
+from harness import StepGuard
+from harness.config import GuardConfig
+from harness.errors import ConfigError
+from harness.stability.checks.base import Arrived
+from harness.stability.checks.fingerprint import fingerprint
+from harness.stability.checks.state import StateCheck
+from harness.stability.layout import Layout
+from tests.support.silent_errors import adamw, found_in, network, points, square
+
+
+def gradients_of_samples(model: nn.Module) -> None:
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    vmap(grad(loss), in_dims=(None, 0))({n: p.detach() for n, p in model.named_parameters()}, points(0))
+
+
+def traced(model: nn.Module) -> None:
+    torch.jit.trace(model, points(0))
+
+
+@pytest.mark.parametrize("use", [gradients_of_samples, traced])
+def test_a_guarded_model_can_be_transformed_and_traced(use: Callable[[nn.Module], None]) -> None:
+    model = network()
+    with StepGuard(model, adamw(model)) as guard:
+        use(model)
+        guard.step(square(model, points(1)))
+
+
+def test_a_guarded_model_is_not_scripted_until_the_guard_is_closed() -> None:
+    model = network()
+    with StepGuard(model, adamw(model)) as guard:
+        with pytest.raises(ConfigError, match="is guarded"):
+            torch.jit.script(model)
+        guard.step(square(model, points(0)))
+    torch.jit.script(model)
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    hook = sys.excepthook
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    sys.excepthook = hook
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_evaluation_under_fsdp2_leaves_the_root_whole_and_nothing_else() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    model = network()
+    fully_shard(model.last, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # the first layer is the root's own
+
+    def after(number: int, guard: StepGuard) -> None:
+        with guard.watch_evaluation(), torch.no_grad():
+            model.eval()(points(number))
+            model.train()
+
+    assert found_in(model, adamw(model), after=after) == []
+
+
+class Scaled(nn.Module):
+    """With a scale of its own, as CLIP has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.logit_scale
+
+
+def test_a_scalar_that_is_clamped_is_no_fault_of_memory() -> None:
+    model = Scaled()
+
+    def after(number: int, guard: StepGuard) -> None:
+        if number == 7:
+            model.logit_scale.data.mul_(2)  # one bit: the exponent of what lies in [0.5, 1)
+
+    found = found_in(model, adamw(model), after=after, state_every=1)
+    assert found == ["state"]
+
+
+def test_one_place_that_changes_again_and_again_is_a_programs() -> None:
+    model = network(first=nn.Linear(4, 16))
+    layout = Layout.of(model.named_parameters(), of=list(model.parameters()))
+    check, unchanged = StateCheck(GuardConfig()), torch.zeros(1, len(layout), 4, dtype=torch.int64)
+    unchanged[:, :, 2] = 1
+    changed = unchanged.clone()
+    changed[0, 0, 0] = 1 << 20
+
+    def read(numbers: Tensor) -> tuple[bool, int]:
+        reading = check.read(numbers, Arrived(step=0, layout=layout, num_replicas=1, divisor=1.0))
+        return reading.reason is not None, len(reading.findings)
+
+    assert [read(one) for one in [unchanged] * 3] == [(False, 0)] * 3
+    assert read(changed) == (True, 0)
+    assert read(changed) == (False, 1)
+    changed[0, 0, 0] = 3 << 20  # what the weights of optimizer state explain, and a parameter's do not
+    check = StateCheck(GuardConfig())
+    assert read(changed) == (False, 0)
+
+
+def test_gradients_that_are_zeroed_through_data_are_cleared() -> None:
+    model = network()
+
+    def clear() -> None:
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.data.zero_()
+
+    assert "cleared" not in found_in(model, adamw(model), clear=clear)
+
+
+def test_fingerprints_see_more_than_one_column() -> None:
+    images = torch.zeros(1024, 1, 28, 28)
+    one, other = images.clone(), images.clone()
+    one[..., 5:20, 5:20], other[..., 5:20, 8:22] = 0.5, 0.5
+    assert fingerprint(one) != fingerprint(other)
+    classes = nn.functional.one_hot(torch.arange(16 * 4096) % 16)
+    assert fingerprint(classes) != fingerprint(classes.roll(1, dims=1))
