@@ -156,8 +156,7 @@ def build_run(
     resumed_from = checkpointer.load(saved)
     _begin_at(counters.step, directory, inputs.faults, progress)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    fitted = max(micro_batch_before, loader.shares.micro_batch)
-    attempt = _Attempt(counters, resumed_from, schedule, loader, precision, fitted)
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
@@ -308,8 +307,8 @@ class _Attempt:
     """What the learning-rate schedule means for it, in words."""
     loader: Loader
     precision: str
-    micro_batch: int
-    """Samples of the largest one that has fitted into memory."""
+    micro_batch_before: int
+    """Samples of the largest one that has fitted into memory in earlier attempts."""
 
 
 def _open_journal(
@@ -326,7 +325,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
-    about[NOTED] = attempt.micro_batch
+    about[NOTED] = max(attempt.micro_batch_before, attempt.loader.shares.micro_batch)
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
