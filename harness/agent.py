@@ -38,6 +38,6 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    with Connections(ParallelConfig.silent_s):
+    with Connections(ParallelConfig.silent_s):  # the default: the agent does not know its program's
         exit_code = _main()
     sys.exit(exit_code)

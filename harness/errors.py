@@ -115,6 +115,9 @@ class LostRankError(LaunchError):
 
     restart_may_help = True
 
+    stacks: str | None = None
+    """The folder in which the ranks of a run that hangs have left theirs."""
+
 
 class TrackingError(HarnessError):
     """A run's log cannot be written or read. A mirror that fails never raises this in the trainer."""

@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Listing", "file_status", "list_folder", "open_file", "read_file"]
+__all__ = ["Listing", "file_status", "list_folder", "nearest_folder", "open_file", "read_file"]
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # not to wait for a pipe's other end
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -28,6 +28,12 @@ class Listing(NamedTuple):
 
     files: list[str]
     folders: list[str]
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.absolute()
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def open_file(path: Path, *, within: Path | None = None) -> BufferedReader:

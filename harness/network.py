@@ -2,7 +2,8 @@
 
 Names are not enough: many a machine's own name is 127.0.1.1, or none, for itself.
 
-    python -m harness.network HOST      prints the address, and 1 if HOST is this machine, else 0
+    python -m harness.network HOST      prints 1 if HOST is this machine, else 0, and the address, if others
+                                        can use it
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def address_towards(host: str) -> str | None:
 def is_here(host: str) -> bool:
     """Whether `host` is this machine."""
     own = address_towards(host)
+    if host in (socket.gethostname(), socket.getfqdn()) or (own is not None and _is_loopback(own)):
+        return True
     try:
         return own is not None and own in {found[4][0] for found in socket.getaddrinfo(host, _ANY_PORT)}
     except OSError:
@@ -42,7 +45,7 @@ def interface_towards(host: str) -> str | None:
     """Name of the network interface by which this machine reaches `host`; None where nothing but this machine
     is reached by it, or no way leads there."""
     address = address_towards(host)
-    if address is None or ipaddress.ip_address(address).is_loopback:
+    if address is None or _is_loopback(address):
         return None
     import psutil  # which the guard alone does without
 
@@ -52,5 +55,15 @@ def interface_towards(host: str) -> str | None:
     return None
 
 
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _main(host: str) -> None:
+    address = address_towards(host)
+    usable = "" if address is None or _is_loopback(address) else address
+    print(int(is_here(host)), usable)
+
+
 if __name__ == "__main__":
-    print(address_towards(sys.argv[1]) or sys.argv[1], int(is_here(sys.argv[1])))
+    _main(sys.argv[1])

@@ -12,7 +12,7 @@ from harness.cli.arguments import checkpoint_directory, parser, run_argument, ru
 from harness.cli.errors import reporting
 from harness.cli.output import say_paths
 from harness.config import TrainConfig
-from harness.errors import TrackingError
+from harness.errors import ConfigError, TrackingError
 from harness.runlog.paths import config_file
 
 __all__ = ["run"]
@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> int:
     options = _arguments().parse_args(argv)
     with reporting() as outcome:
         directory = run_directory(options.run, options.runs)
+        _check(options)
         try:
             is_metrics = options.format in _METRICS
             paths = _metrics(directory, options) if is_metrics else _weights(directory, options)
@@ -66,6 +67,22 @@ def _arguments() -> argparse.ArgumentParser:
     return arguments
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that the format would not heed."""
+    if options.adapters and options.format != _HF:
+        raise ConfigError(
+            f"--adapters is set with --format {options.format}",
+            rule="adapters alone are written as peft reads them, beside transformers' files",
+            remedy="add --format hf",
+        )
+    if options.names != "own" and options.format not in _WEIGHTS:
+        raise ConfigError(
+            f"--names {options.names} is set with --format {options.format}",
+            rule="it names the weights in files of safetensors or torch; hf has transformers' names anyway",
+            remedy="leave --names away, or add --format safetensors",
+        )
+
+
 def _metrics(directory: Path, options: argparse.Namespace) -> list[Path]:
     from harness.runlog.reader import is_run
     from harness.tracking.export import export_run
@@ -90,6 +107,12 @@ def _for_transformers(directory: Path, checkpoints: Path, options: argparse.Name
     config = TrainConfig.from_file(config_file(directory))
     output = options.output or _default(directory, _HF)
     if config.task != _HF:
+        if options.adapters:
+            raise ConfigError(
+                f"the run has no adapters: its task is {config.task}",
+                rule="adapters are those of task hf with task_args.lora",
+                remedy="leave --adapters away",
+            )
         return _exported(checkpoints, output / _WEIGHTS["safetensors"], options, "safetensors", config)
     from harness.tasks.hf.export import export_model
 

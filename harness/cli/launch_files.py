@@ -51,6 +51,11 @@ class Job:
         return allowed or "harness"
 
     @property
+    def object_name(self) -> str:
+        """The run's name, as Kubernetes allows it for a service: it begins with a letter."""
+        return self.name if self.name[0].isalpha() else f"run-{self.name}"
+
+    @property
     def on_cpu(self) -> bool:
         return self.config.parallel.device == "cpu"
 
@@ -139,13 +144,14 @@ def _slurm(job: Job) -> dict[str, str]:
 
 
 def _kubernetes(job: Job) -> dict[str, str]:
+    name, quoted = job.object_name, json.dumps(job.object_name)  # `on` is no text in YAML
     return {
         "# harness launch --print kubernetes | kubectl apply -f -\n#\n": "",
-        "name: harness\n": f"name: {job.name}\n",
-        "job-name: harness": f"job-name: {job.name}",
-        "subdomain: harness": f"subdomain: {job.name}",
-        "harness-0.harness": f"{job.name}-0.{job.name}",
-        "--rdzv-id=harness": f"--rdzv-id={job.name}",
+        "name: harness\n": f"name: {quoted}\n",
+        "job-name: harness": f"job-name: {quoted}",
+        "subdomain: harness": f"subdomain: {quoted}",
+        "harness-0.harness": f"{name}-0.{name}",
+        "--rdzv-id=harness": f"--rdzv-id={name}",
         "completions: 2": f"completions: {job.nodes}",
         "parallelism: 2": f"parallelism: {job.nodes}",
         "--nnodes=2": f"--nnodes={job.nodes}",
@@ -158,12 +164,13 @@ def _kubernetes(job: Job) -> dict[str, str]:
 
 
 def _kubeflow(job: Job) -> dict[str, str]:
+    name, quoted = job.object_name, json.dumps(job.object_name)  # `on` is no text in YAML
     return {
         "# harness launch --print kubeflow | kubectl apply -f -\n#\n": "",
-        "trainjob harness ": f"trainjob {job.name} ",
-        "name: harness\n": f"name: {job.name}\n",
-        "name: harness}": f"name: {job.name}}}",
-        "--rdzv-id=harness": f"--rdzv-id={job.name}",
+        "trainjob harness ": f"trainjob {name} ",
+        "name: harness\n": f"name: {quoted}\n",
+        "name: harness}": f"name: {quoted}}}",
+        "--rdzv-id=harness": f"--rdzv-id={name}",
         "numNodes: 2": f"numNodes: {job.nodes}",
         "numProcPerNode: 8": f"numProcPerNode: {job.processes or NUM_GPUS}",
         "    resourcesPerNode:\n      limits: {nvidia.com/gpu: 8}\n": _limits(

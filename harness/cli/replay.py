@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import code
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 from harness.cli.arguments import parser, run_argument, run_directory
 from harness.cli.errors import reporting
 from harness.cli.output import say, say_paths
-from harness.errors import TrackingError
 
 if TYPE_CHECKING:
     from harness.replay.ranks import RanksInTurn
@@ -31,15 +31,16 @@ def run(argv: Sequence[str]) -> int:
         from harness.replay.story import as_data, story, write_story
 
         def tell(found: Replay, ranks: RanksInTurn) -> None:
+            say(json.dumps(as_data(found), indent=2) if options.json else story(found))
             try:
                 paths = write_story(found)
-            except OSError as error:
-                raise TrackingError(f"{error.filename} cannot be written: {error.strerror}") from error
-            if options.json:
-                say(json.dumps(as_data(found), indent=2))
+            except OSError as error:  # another user's run, say; what was found has been printed
+                say(
+                    f"the story is not kept: {error.filename} cannot be written: {error.strerror}", error=True
+                )
             else:
-                say(story(found))
-                say_paths(paths)
+                if not options.json:
+                    say_paths(paths)
             if options.shell:
                 _shell(found, ranks)
 
@@ -48,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
             options.step,
             steps_before=options.steps_before,
             device=options.device,
+            from_start=options.from_start,
+            say=functools.partial(say, error=True),
             inspect=tell,
         )
         outcome.exit_code = 0 if found.reproduced else EXIT_NOT_REPRODUCED
@@ -87,6 +90,11 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("--step", type=int, help="default: that of the run's last incident")
     arguments.add_argument(
         "--steps-before", type=int, default=0, help="run at least so many steps before it again too"
+    )
+    arguments.add_argument(
+        "--from-start",
+        action="store_true",
+        help="where no checkpoint from before the step is left, run all steps from the first one again",
     )
     arguments.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the run's"

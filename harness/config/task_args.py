@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,15 +66,17 @@ def _refuse(name: str, schema: type, key: str) -> None:
 
 def _schema(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> type:
     """A dataclass with a field for each of the parameters."""
-    hints = _hints(function)
+    source = function.__init__ if inspect.isclass(function) else function
     return dataclasses.make_dataclass(
-        "Arguments", [(name, hints.get(name, Any)) for name in parameters], kw_only=True
+        "Arguments", [(name, _hint(source, name)) for name in parameters], kw_only=True
     )
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    source = function.__init__ if inspect.isclass(function) else function
+def _hint(function: Callable[..., Any], name: str) -> Any:
+    """The type of one parameter; one whose name is imported for type checkers only takes anything."""
+    function = inspect.unwrap(function)
     try:
-        return typing.get_type_hints(source)
-    except (NameError, TypeError):  # a name that is imported for type checkers only, or no function
-        return {}
+        alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
+        return typing.get_type_hints(alone, getattr(function, "__globals__", {}))[name]
+    except (LookupError, AttributeError, NameError, TypeError):
+        return Any

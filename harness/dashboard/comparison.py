@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.dashboard.run_index import RunIndex
 from harness.errors import TrackingError
+from harness.runlog.log_follower import log_signature
 from harness.runlog.names import Prefix
 from harness.tracking.compare import compare_runs, different_settings, settings_of
 from harness.tracking.text import spelled
@@ -21,14 +24,10 @@ MAX_LOG_BYTES = 64 << 20
 def compare_view(run_index: RunIndex, runs: Sequence[str]) -> dict[str, Any]:
     """Settings that differ, last values, and for every run but the first the step at which they part.
 
-    Of a run that cannot be read there is nothing but the reason, in place of where it parts.
-
-    Raises:
-        TrackingError: there is no such run.
+    Of a run that is gone, or cannot be read, there is nothing but the reason, in place of where it parts.
     """
-    for run in runs:
-        run_index.directory(run)
-    columns = [_column(run_index, run) for run in runs]
+    there = set(run_index.names())
+    columns = [_column(run_index, run) if run in there else ("gone", {}, {}) for run in runs]
     states, settings, last = zip(*columns, strict=True)
     return {
         "states": states,
@@ -70,18 +69,26 @@ def _parting(run_index: RunIndex, first: str, second: str) -> dict[str, Any]:
         return _parting_of(run_index, [first, second])
     except TrackingError as error:
         return {"runs": [first, second], "error": error.problem}
+    except OSError as error:  # the log is being deleted
+        return {"runs": [first, second], "error": error.strerror or str(error)}
 
 
 def _parting_of(run_index: RunIndex, runs: list[str]) -> dict[str, Any]:
     paths = [run_index.directory(run) for run in runs]
     if sum(_log_bytes(run_index, run) for run in runs) > MAX_LOG_BYTES:
         return {"runs": runs, "error": "too long to compare here; `harness compare` takes its time"}
-    comparison = compare_runs(paths[0], paths[1], within=run_index.root)
+    signatures = tuple(log_signature(path, within=run_index.root) for path in paths)
+    return {"runs": runs, **_compared(paths[0], paths[1], run_index.root, signatures)}
+
+
+@functools.lru_cache(maxsize=256)
+def _compared(first: Path, second: Path, within: Path, signatures: Any) -> dict[str, Any]:
+    """Where two runs part; logs that are as they were (`signatures`) are not read again."""
+    comparison = compare_runs(first, second, within=within)
     if not comparison.partings:
-        return {"runs": runs, "num_common": 0}
+        return {"num_common": 0}
     earliest = comparison.partings[0]
     return {
-        "runs": runs,
         "metric": earliest.metric,
         "step": earliest.step,
         "num_common": comparison.num_common,

@@ -44,6 +44,10 @@ document.addEventListener('focusin', (event) => isRunList(event.target) && trigg
 setInterval(() => !document.hidden && isRunList(document.activeElement) && trigger('choose'), 1500);
 """.replace("RUN_LIST", RUN_LIST)
 
+# Said to the element itself: a property that is set to what it was before is no change, and nobody is told,
+# though another run has been opened since.
+SHOW_CHOSEN = "(run) => { document.querySelector('harness-monitor').run = run; return []; }"
+
 
 def mount_page(app: FastAPI, run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> FastAPI:
     """Puts the page at the root of `app`."""
@@ -82,7 +86,7 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
                 )
             with gr.Tab("Monitoring", id="monitoring"):
                 chosen = run_list("Run", "chosen-run", value=None)
-                monitor = custom_element("harness-monitor")
+                custom_element("harness-monitor")
             with gr.Tab("Compare", id="compare"):
                 custom_element("harness-compare")
             with gr.Tab("Configuration", id="configuration"):
@@ -93,7 +97,7 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
                 drawn = tensorboard_tab(run_index, access, tensorboard)
 
         runs.open(_choose_run(run_index), outputs=chosen, show_progress="hidden")
-        chosen.input(lambda run: run, chosen, monitor, show_progress="hidden")
+        chosen.input(None, chosen, None, js=SHOW_CHOSEN)
         sent = gr.State(None)
         choices = [sent, chosen, controlled, drawn]
         runs.choose(_update_run_lists(run_index), sent, choices, show_progress="hidden", trigger_mode="once")

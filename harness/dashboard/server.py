@@ -143,14 +143,14 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
 
     @app.get("/api/names")
     def names() -> Response:
-        """What metrics and events are called, for the page's scripts."""
-        return _json(page_names())
+        """What metrics and events are called, and what is allowed, for the page's scripts."""
+        return _json({**page_names(), "limit": {"COMPARED": MAX_COMPARED}})
 
     @app.get("/api/run")
     def run(run: str, query: CurveQuery, statistic: str | None = None, seen: str = "") -> Response:
         """All that the page shows of a run; next to nothing if the page has `seen` this version of it."""
         with run_index.reading(run) as digest:
-            version = f"{digest.version()}/{digest.read_frac:.4f}/{digest.state()}"
+            version = _version(digest)
             if version == seen:
                 return _json({"version": version, "unchanged": True})
             layers = layers_view(digest, statistic, within=query.within) if statistic else None
@@ -169,10 +169,13 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
         return _json({"story": read_story(directory, step, within=run_index.root)})
 
     @app.get("/api/curves")
-    def curves(run: str, query: CurveQuery) -> Response:
-        """Curves alone, where runs are compared."""
+    def curves(run: str, query: CurveQuery, seen: str = "") -> Response:
+        """Curves alone, where runs are compared; next to nothing if the page has `seen` this version."""
         with run_index.reading(run) as digest:
-            return _json(query.curves(digest))
+            version = _version(digest)
+            if version == seen:
+                return _json({"version": version, "unchanged": True})
+            return _json({"version": version, **query.curves(digest)})
 
     @app.get("/api/compare")
     def compare(run: Annotated[list[str], Query(min_length=2, max_length=MAX_COMPARED)]) -> Response:
@@ -182,6 +185,11 @@ def _add_data(app: FastAPI, run_index: RunIndex) -> None:
     def output(run: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
         text, end = programs.output(run_index.root, run, offset)
         return _json({"text": text, "offset": end})
+
+
+def _version(digest: Digest) -> str:
+    """Another one whenever a page that shows the run is out of date."""
+    return f"{digest.version()}/{digest.read_frac:.4f}/{digest.state()}"
 
 
 def _json(answer: Any) -> Response:

@@ -7,6 +7,7 @@ size trains on the same samples in the same steps, and a run resumes anywhere.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -217,7 +218,7 @@ class Loader:
                 sampler=starts,
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_outlive_signals,
+                worker_init_fn=_begin_worker,
                 # Without its own, making the iterator draws from the generator that dropout uses.
                 generator=torch.Generator(),
             )
@@ -298,7 +299,12 @@ def _pinned(batch: Batch) -> Batch:
     return pinned
 
 
-def _outlive_signals(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    gc.enable()  # the trainer collects its own garbage, after set steps, and a worker inherits that
+    _outlive_signals()
+
+
+def _outlive_signals() -> None:
     """Ctrl-C and pre-emption reach every process of a job, and the trainer still needs its next batch then.
 
     So a worker ends on SIGTERM from the trainer only, which is how the trainer's exit ends it. If the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,19 +65,21 @@ class Origin:
         more = [f"and {last - first + 1 - _SHOWN} more"] if last - first >= _SHOWN else []
         return ", ".join([*shown, *more])
 
-    def find(self, source: str) -> int | None:
-        """Where the byte `FILE:OFFSET` stands in the text; of several such places, as `describe` gives them,
-        the first. None: it is not in it."""
-        match = _SOURCE.fullmatch(source)
-        if match is None:
-            return None
-        path, offset = os.fsencode(match[1]) + b"\0", int(match[2])
-        paths, table = self.stem.with_suffix(".paths").read_bytes(), self._table()
-        for number, (end, first, place) in enumerate(table.tolist()):
-            start = self._start(table, number)
-            if first <= offset < first + end - 1 - start and paths.startswith(path, place):
-                return int(start + offset - first)
-        return None
+    def find(self, sources: Collection[str]) -> dict[str, int]:
+        """Where the bytes `FILE:OFFSET`, as `describe` gives them, stand in the text, of those in it;
+        of several such places the first. Goes through the pieces once."""
+        wanted: dict[bytes, list[tuple[str, int]]] = {}
+        for source in sources:
+            if (match := _SOURCE.fullmatch(source)) is not None:
+                wanted.setdefault(os.fsencode(match[1]), []).append((source, int(match[2])))
+        found: dict[str, int] = {}
+        paths, start = self.stem.with_suffix(".paths").read_bytes(), 0
+        for end, first, place in self._table().tolist():
+            for source, offset in wanted.get(paths[place : paths.index(b"\0", place)], ()):
+                if first <= offset < first + end - 1 - start:
+                    found.setdefault(source, start + offset - first)
+            start = end
+        return found
 
     def _table(self) -> NDArray[np.int64]:
         return np.memmap(self.stem.with_suffix(".pieces"), dtype=np.int64, mode="r").reshape(-1, 3)

@@ -8,6 +8,10 @@ from harness.errors import ConfigError
 
 __all__ = ["Shares"]
 
+_SPARE = 1.12
+"""So much longer than the best may a step be, in samples of a rank, for the sake of larger micro-batches:
+many small passes cost more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -23,7 +27,7 @@ class Shares:
 
     @classmethod
     def of(cls, global_batch: int, world_size: int, *, at_most: int | None = None) -> Shares:
-        """In the largest micro-batches that keep all ranks equally busy, or as busy as can be.
+        """In the largest micro-batches that keep all ranks about as busy as can be.
 
         Args:
             at_most: Samples that a micro-batch may have; a divisor of `global_batch`. None: a rank's share.
@@ -42,7 +46,14 @@ class Shares:
             for size in range(1, min(most, global_batch // world_size) + 1)
             if global_batch % size == 0
         ]
-        return min(fitting, key=lambda shares: (shares.num_passes * shares.micro_batch, -shares.micro_batch))
+        least = min(shares.samples_per_rank for shares in fitting)
+        good = [shares for shares in fitting if shares.samples_per_rank <= _SPARE * least]
+        return max(good, key=lambda shares: shares.micro_batch)
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Of the busiest rank in a step."""
+        return self.num_passes * self.micro_batch
 
     @property
     def num_passes(self) -> int:

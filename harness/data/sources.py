@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,31 @@ def find_quarantined(dataset: Any, entries: Sequence[int | str]) -> tuple[int, .
     """The indices of the samples that are meant by `data.quarantine`, sorted, each once.
 
     An entry is an index, a name as `source_of` gives it, or a file with one of these a line, in which `#`
-    begins a comment. A name is looked up by the data set's `index_of`, else among the names of all samples.
+    begins a comment. Where names are numbers themselves, a number is a name if a sample has it. A name means
+    all samples that have it, looked up by the data set's `indices_of` or `index_of`, else among all names.
 
     Raises:
         DataError: there is no such sample, a file cannot be read, or no sample would be left.
     """
-    numbers: set[int] = set()
-    names: set[str] = set()
-    for entry in _entries(map(str, entries)):
-        numbers.add(int(entry)) if entry.isdecimal() else names.add(entry)
-    wrong = [str(number) for number in sorted(numbers) if number >= len(dataset)]
+    given = set(_entries(map(str, entries)))
+    numbers = {entry for entry in given if entry.isdecimal()}
+    if numbers and (source_of(dataset, 0) or "").isdecimal():
+        logger.info("numbers in data.quarantine are names where a sample has them, as in this data set")
+        numbers = set()
+    found = _found(dataset, given - numbers)
+    unknown = sorted(given - numbers - found.keys())
+    numbers.update(name for name in unknown if name.isdecimal())
+    if not numbers.issuperset(unknown):
+        wrong = [name for name in unknown if name not in numbers]
+        raise _unknown(wrong, "it holds indices, names as incidents show them, or files of these")
+    indices = {int(number) for number in numbers}
+    wrong = [str(index) for index in sorted(indices) if index >= len(dataset)]
     if wrong:
         raise _unknown(wrong, f"the training data has {len(dataset)} samples, counted from 0")
-    numbers |= _found(dataset, names)
-    if len(numbers) == len(dataset):
+    indices.update(int(index) for of_name in found.values() for index in of_name)
+    if len(indices) == len(dataset):
         raise DataError("data.quarantine names every sample", rule="there has to be one to train on")
-    return tuple(sorted(numbers))
+    return tuple(sorted(indices))
 
 
 def _entries(given: Iterable[str]) -> Iterable[str]:
@@ -78,28 +87,27 @@ def _is_file(entry: str) -> bool:
         return False
 
 
-def _found(dataset: Any, names: set[str]) -> set[int]:
-    """The indices of the samples with these names."""
+def _found(dataset: Any, names: Collection[str]) -> dict[str, Collection[int]]:
+    """The indices of the samples with these names, by name, of those that there are."""
     if not names:
-        return set()
+        return {}
+    kind = type(dataset).__name__
+    if callable(getattr(dataset, "indices_of", None)):
+        with user_code(f"{kind}.indices_of", rule="it takes names and returns lists of indices by name"):
+            return {name: list(indices) for name, indices in dataset.indices_of(names).items() if indices}
     if callable(getattr(dataset, "index_of", None)):
-        with user_code(
-            f"{type(dataset).__name__}.index_of", rule="it takes a name and returns an index or None"
-        ):
+        with user_code(f"{kind}.index_of", rule="it takes a name and returns an index or None"):
             by_name = {name: dataset.index_of(name) for name in names}
-    else:
-        logger.info("looking for %d quarantined names among %d samples", len(names), len(dataset))
-        by_name = dict.fromkeys(names)
-        for index in range(len(dataset)):
-            source = source_of(dataset, index)
-            if source is None:
-                break  # it names none
-            if source in by_name:
-                by_name[source] = index
-    unknown = sorted(name for name, index in by_name.items() if index is None)
-    if unknown:
-        raise _unknown(unknown, "it holds indices, names as incidents show them, or files of these")
-    return {int(index) for index in by_name.values()}
+            return {name: [int(index)] for name, index in by_name.items() if index is not None}
+    logger.info("looking for %d quarantined names among %d samples", len(names), len(dataset))
+    found: dict[str, Collection[int]] = {}
+    for index in range(len(dataset)):
+        source = source_of(dataset, index)
+        if source is None:
+            break  # it names none
+        if source in names:
+            found[source] = [*found.get(source, ()), index]
+    return found
 
 
 def _unknown(entries: Sequence[str], rule: str) -> DataError:

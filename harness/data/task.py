@@ -88,8 +88,8 @@ class Dataset(Protocol):
     returns a list of samples or a ready `Batch`; `fingerprint() -> str`, which tells its content from any
     other's and is used instead of looking at a few samples; and `source_of(index: int) -> str`, which says
     where a sample comes from (a file and an offset, a row's id, a URL) without reading it, with
-    `index_of(source: str) -> int | None` for the way back: by that name incidents and `data.quarantine` speak
-    of samples.
+    `index_of(source: str) -> int | None` for the way back, or `indices_of(sources) -> {source: [index, ...]}`
+    for many at once: by that name incidents and `data.quarantine` speak of samples.
     """
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -105,9 +105,13 @@ class Windows:
 
     def index_of(self, source: str) -> int | None:
         """The window with a byte of a file, which may be any of its bytes; None if there is none."""
-        place = None if self._origin is None else self._origin.find(source)
-        index = None if place is None else place // self._length
-        return index if index is not None and index < len(self) else None
+        return next(iter(self.indices_of([source]).get(source, ())), None)
+
+    def indices_of(self, sources: Collection[str]) -> dict[str, list[int]]:
+        """The same of many at once, of those that there are."""
+        places = {} if self._origin is None else self._origin.find(sources)
+        indices = {source: place // self._length for source, place in places.items()}
+        return {source: [index] for source, index in indices.items() if index < len(self)}
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}

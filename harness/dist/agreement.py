@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,19 +35,23 @@ _LAST_READS_S = 0.2
 """How much longer rank 0 stays: the store may live in its process, and others still read it."""
 
 
-def on_all_ranks(action: Callable[[], T]) -> T:
+def on_all_ranks(action: Callable[[], T], *, timeout_s: float | None = None) -> T:
     """Runs `action` on every rank; if it fails on one, every rank raises the error of the lowest such rank.
 
     Only `HarnessError`s are agreed on. Anything else is a defect and ends its process, which the launcher
     notices. One collective on the host; identity without a process group.
+
+    Args:
+        timeout_s: How much longer `action` may take on one rank than on another; None: `parallel.timeout_s`.
     """
+    group = _patient_group(timeout_s)
     result: T | None = None
     mine: HarnessError | None = None
     try:
         result = action()
     except HarnessError as error:
         mine = error
-    _raise_first(_exchange(mine))
+    _raise_first(_exchange(mine, group))
     return result  # type: ignore[return-value]  # no rank failed, so there is one
 
 
@@ -65,8 +70,13 @@ def gather(action: Callable[[], T]) -> list[T]:
     return outcomes
 
 
-def from_main(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and gives its result, or raises its `HarnessError`, on every rank."""
+def from_main(action: Callable[[], T], *, timeout_s: float | None = None) -> T:
+    """Runs `action` on rank 0 and gives its result, or raises its `HarnessError`, on every rank.
+
+    Args:
+        timeout_s: How long the others wait for it; None: `parallel.timeout_s`.
+    """
+    group = _patient_group(timeout_s)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     outcome: Any = None
     if is_main:
@@ -76,7 +86,7 @@ def from_main(action: Callable[[], T]) -> T:
             outcome = error
     if dist.is_initialized():
         holder = [outcome]
-        dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(holder, src=0, group=group, device=torch.device("cpu"))
         outcome = holder[0]
     if isinstance(outcome, HarnessError):
         raise outcome
@@ -257,9 +267,19 @@ def _raise_first(outcomes: Iterable[HarnessError | None]) -> None:
         raise first
 
 
-def _exchange(outcome: Any) -> list[Any]:
+def _patient_group(timeout_s: float | None) -> dist.ProcessGroup | None:
+    """All ranks on the host, who wait so long for each other; None: the group of everything else."""
+    if timeout_s is None or not dist.is_initialized():
+        return None
+    group: dist.ProcessGroup = dist.new_group(
+        backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)
+    )
+    return group
+
+
+def _exchange(outcome: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     if not dist.is_initialized():
         return [outcome]
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group=group)
     return outcomes

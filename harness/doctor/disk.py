@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from harness.dist import barrier, from_main
 from harness.doctor.finding import Finding, Probe, Site
+from harness.files import nearest_folder
 
 __all__ = ["DISK", "SHARED_DISK", "SHARED_MEMORY"]
 
@@ -36,7 +38,7 @@ def _measure_disk(site: Site) -> _Disk | None:
     """On the first process of each machine; None on the others."""
     if site.world.local_rank:
         return None
-    folder = _existing(site.runs_dir)
+    folder = nearest_folder(site.runs_dir)  # an examination leaves nothing behind
     portion = os.urandom(1 << 20)  # which no file system compresses
     began = time.perf_counter()
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -47,12 +49,6 @@ def _measure_disk(site: Site) -> _Disk | None:
         seconds = time.perf_counter() - began
     free = shutil.disk_usage(folder).free
     return _Disk(str(folder), socket.gethostname(), free, _WRITTEN_BYTES / 1e6 / seconds)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists: an examination leaves nothing behind."""
-    folder = folder.absolute()
-    return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def _judge_disks(measured: Sequence[_Disk | None]) -> list[Finding]:
@@ -87,10 +83,15 @@ class _Sight(NamedTuple):
     sees: bool
 
 
-def _measure_sight(site: Site) -> _Sight:
-    folder = _existing(site.runs_dir)
+def _find_folder(site: Site) -> Path:
+    return nearest_folder(site.runs_dir)
+
+
+def _measure_sight(site: Site, folder: Path) -> _Sight:
     mark = from_main(lambda: _leave_mark(folder))
-    sees = mark is not None and Path(mark).exists()
+    sees = False
+    with contextlib.suppress(OSError):  # a rank that left here would leave the others waiting
+        sees = mark is not None and Path(mark).exists()
     barrier()
     if mark is not None and site.world.is_main:
         os.unlink(mark)
@@ -134,5 +135,5 @@ def _judge_shm(measured: Sequence[int | None]) -> list[Finding]:
 
 
 DISK = Probe("disk", _measure_disk, _judge_disks)
-SHARED_DISK = Probe("shared disk", _measure_sight, _judge_sights)
+SHARED_DISK = Probe("shared disk", _find_folder, _judge_sights, _measure_sight)
 SHARED_MEMORY = Probe("shared memory", _measure_shm, _judge_shm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness.dist import gather
@@ -30,16 +30,29 @@ def examine(site: Site, probes: Sequence[Probe] = PROBES) -> list[Finding]:
 
 
 def _apply(probe: Probe, site: Site) -> list[Finding]:
-    measured = gather(lambda: _attempt(probe, site))
+    own = _attempt(lambda: probe.measure(site))
+    if probe.together is not None:
+        # A rank that has failed would leave the others waiting in a collective.
+        failed = _failed(probe, gather(lambda: own if isinstance(own, _Unmeasured) else None))
+        if failed:
+            return failed
+        together, alone = probe.together, own
+        own = _attempt(lambda: together(site, alone))
+    measured = gather(lambda: own)
+    return _failed(probe, measured) or probe.judge(measured)
+
+
+def _failed(probe: Probe, measured: Sequence[Any]) -> list[Finding]:
+    """A finding with the ranks that could not measure; none where all could."""
     failed = {rank: each.reason for rank, each in enumerate(measured) if isinstance(each, _Unmeasured)}
-    if failed:
-        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
-        return [Finding(probe.what, reasons, "fail", "this is what a training would meet there")]
-    return probe.judge(measured)
+    if not failed:
+        return []
+    reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
+    return [Finding(probe.what, reasons, "fail", "this is what a training would meet there")]
 
 
-def _attempt(probe: Probe, site: Site) -> Any:
+def _attempt(measure: Callable[[], Any]) -> Any:
     try:
-        return probe.measure(site)
+        return measure()
     except (OSError, RuntimeError) as error:
         return _Unmeasured((str(error) or type(error).__name__).splitlines()[0])

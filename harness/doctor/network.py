@@ -37,10 +37,15 @@ class _AllReduce(NamedTuple):
     on: str
 
 
-def _measure_all_reduce(site: Site) -> _AllReduce:
-    world = site.world
-    num_bytes = _BYTES[world.device.type]
-    values = torch.ones(num_bytes // 4, device=world.device)
+def _make_values(site: Site) -> torch.Tensor:
+    device = site.world.device
+    values = torch.ones(_BYTES[device.type] // 4, device=device)
+    bool((values == 1).all())  # memory for the comparison may be missing too
+    return values
+
+
+def _measure_all_reduce(site: Site, values: torch.Tensor) -> _AllReduce:
+    world, num_bytes = site.world, values.nbytes
     if world.world_size == 1:
         return _AllReduce(0.0, num_bytes, True, world.device.type)
     all_reduce_sum(values)  # connections are made
@@ -74,7 +79,7 @@ def _judge_all_reduce(measured: Sequence[_AllReduce]) -> list[Finding]:
     return [Finding("all-reduce", value, by_rank=rates)]
 
 
-def _measure_clock(site: Site) -> float:
+def _measure_clock(site: Site, alone: None) -> float:
     barrier()
     return time.time()
 
@@ -140,7 +145,7 @@ def _judge_ports(measured: Sequence[_Port]) -> list[Finding]:
     return [Finding("ports", f"{RENDEZVOUS_PORT}, at which the launch files meet, is in use", "warn", remedy)]
 
 
-ALL_REDUCE = Probe("all-reduce", _measure_all_reduce, _judge_all_reduce)
-CLOCKS = Probe("clock skew", _measure_clock, _judge_clocks)
+ALL_REDUCE = Probe("all-reduce", _make_values, _judge_all_reduce, _measure_all_reduce)
+CLOCKS = Probe("clock skew", lambda site: None, _judge_clocks, _measure_clock)
 HOSTS = Probe("hosts", _measure_host, _judge_hosts)
 PORTS = Probe("ports", _measure_port, _judge_ports)

@@ -20,8 +20,9 @@ RDZV_CONF=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10
 LOCAL_ADDR=()
 if [[ $NNODES != 1 ]]; then
   # torchrun goes by the machine's name, which may be 127.0.1.1 here and nothing elsewhere.
-  read -r ADDRESS IS_HOST < <(python -m harness.network "${RDZV%:*}")
-  LOCAL_ADDR=(--local-addr "$ADDRESS")
+  read -r IS_HOST ADDRESS < <(python -m harness.network "${RDZV%:*}")
+  # On the machine of RDZV its name may lead to no address but that one; the others know the name.
+  [[ -z $ADDRESS ]] || LOCAL_ADDR=(--local-addr "$ADDRESS")
   RDZV_CONF+=,is_host=$IS_HOST
 fi
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from harness.errors import HarnessError
 from harness.replay.cause import Cause
+from harness.replay.compare import Parting
 from harness.replay.probe import Outcome, Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation
@@ -90,12 +91,13 @@ def judge_cause(cause: Cause, arms: Sequence[Arm]) -> Judgement:
     return _judged("unknown", "open", "neither data nor variations tell")
 
 
-def judge_sound(causes: Sequence[Cause], *, is_way_same: bool) -> Judgement:
+def judge_sound(causes: Sequence[Cause], *, way: Parting, notes: Sequence[str]) -> Judgement:
     """To whom it points that a step which was not finite in the run is finite in the replay.
 
     Args:
         causes: What is bad where memory that nobody has written holds NaN.
-        is_way_same: The steps before are the run's bit for bit.
+        way: How closely the steps before followed the log.
+        notes: What is not as it was in the run.
     """
     unwritten = [
         cause.producer
@@ -104,10 +106,18 @@ def judge_sound(causes: Sequence[Cause], *, is_way_same: bool) -> Judgement:
     ]
     if unwritten:
         return _judged("kernel", "likely", "memory that nobody has written is used, and may hold anything")
-    if is_way_same:
-        why = "weights, data and generators are the run's bit for bit, and the step is finite"
-        return _judged("hardware", "likely", why)
-    return _judged("unknown", "open", "the replay comes to the step with other weights than the run")
+    if not way.num_steps:
+        why = "no step before it was compared with the log; --steps-before compares some"
+        return _judged("unknown", "open", why)
+    if not way.is_same:
+        return _judged("unknown", "open", "the replay comes to the step with other weights than the run")
+    if notes:
+        return _judged("unknown", "open", f"not all is as it was in the run: {'; '.join(notes)}")
+    why = (
+        "losses and norms of the steps before are the same, and the step is finite; callbacks that were given"
+        " to train() in Python are not in the log, and may have changed it"
+    )
+    return _judged("hardware", "likely", why)
 
 
 def _judged(kind: Kind, sure: Literal["sure", "likely", "open"], why: str) -> Judgement:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.records import StepRecord
 from harness.replay.history import History
 from harness.runlog.names import Metric
 from harness.stability.incidents import Incident, SamplesOf
 
-__all__ = ["Difference", "Parting", "differences", "parting"]
+__all__ = ["Difference", "Parting", "Passed", "differences", "parting"]
 
 ROUNDING = 1e-5
 """Relative difference that the order of summation over ranks, and another kernel, can explain."""
 SIZE = 1e-3
 """Relative difference of loss and norm up to which a finite step counts as the same one."""
+
+
+class Passed(NamedTuple):
+    """What is kept of a step on the way: a whole record holds numbers of every parameter."""
+
+    step: int
+    loss: float
+    grad_norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +53,25 @@ class Parting:
     in_run: float = math.nan
     in_replay: float = math.nan
 
+    @property
+    def is_same(self) -> bool:
+        """Whether there were such steps, and all of them were the same."""
+        return 0 < self.num_steps == self.num_same_bits
 
-def parting(history: History, records: Sequence[StepRecord]) -> Parting:
+
+def parting(history: History, way: Sequence[Passed]) -> Parting:
     """Compares loss and gradient norm of the steps before the one that is replayed with the log."""
     first: tuple[int, str, float, float] | None = None
     num_steps, num_same, largest, same = 0, 0, 0.0, True
-    for record in records:
-        pairs = list(_pairs(history.values, record))
+    for passed in way:
+        pairs = list(_pairs(history.values, passed))
         num_steps += bool(pairs)
         for metric, logged, now in pairs:
             difference = _relative(logged, now)
             same = same and difference == 0.0
             largest = max(largest, difference)
             if difference > ROUNDING and first is None:
-                first = record.step, metric, logged, now
+                first = passed.step, metric, logged, now
         num_same += same and bool(pairs)
     numbers: dict[str, Any] = {"num_steps": num_steps, "num_same_bits": num_same, "largest": largest}
     if first is None:
@@ -101,7 +114,7 @@ def _incident_differences(history: History, record: StepRecord, samples_of: Samp
             yield Difference(what=f"NaN and Inf in {name}", in_run=before, in_replay=after)
 
 
-def _pairs(values: Mapping[str, Mapping[int, float]], record: StepRecord) -> Any:
+def _pairs(values: Mapping[str, Mapping[int, float]], record: StepRecord | Passed) -> Any:
     for metric, now in ((Metric.TRAIN_LOSS, record.loss), (Metric.GRAD_NORM, record.grad_norm)):
         logged = values.get(metric, {}).get(record.step)
         if logged is not None:

@@ -37,6 +37,8 @@ class History:
     """What the attempt noted of itself: world size, device, threads, precision, versions."""
     incident: Incident | None
     """What the log says was wrong with the step."""
+    unplayable: tuple[str, ...]
+    """Kinds of the step's incidents, where none is of its numbers: a straggler, say."""
     values: Mapping[str, Values]
     """Metrics by name and step, of this branch of the run."""
     bad_elements: Mapping[str, int]
@@ -87,12 +89,13 @@ def read_history(directory: Path, step: int | None) -> History:
         ReplayError: the log has no such step, or no incident where none was named.
     """
     run = open_run(directory)
-    event = _event(run, step)
+    event, others = _event(run, step)
     if event is not None and event.step is not None:
         step, attempt = event.step, event.attempt
     elif step is None:
+        only = f" but {', '.join(others)}, which is no step's numbers" if others else ""
         raise ReplayError(
-            f"no incident in {directory}",
+            f"no incident in {directory}{only}",
             rule="without a step the last incident is replayed",
             remedy="name a step with --step",
         )
@@ -111,6 +114,7 @@ def read_history(directory: Path, step: int | None) -> History:
         config=_config(about, directory),
         about=about,
         incident=what if isinstance(what, Incident) else None,
+        unplayable=others,
         values=values,
         bad_elements=_bad_elements(run, step, attempt),
         rollbacks=_rollbacks(run, attempt, event),
@@ -120,11 +124,15 @@ def read_history(directory: Path, step: int | None) -> History:
     )
 
 
-def _event(run: Run, step: int | None) -> Event | None:
-    """The incident that is asked for; of a named step an outlier batch too."""
+def _event(run: Run, step: int | None) -> tuple[Event | None, tuple[str, ...]]:
+    """The incident that is asked for, of a named step an outlier batch too; and where none has a verdict on a
+    step, the kinds of the others: slow ranks, and waits for data, are of the machines."""
     names = (EventName.INCIDENT,) if step is None else (EventName.INCIDENT, EventName.OUTLIER)
     found = [e for e in run.events() if e.name in names and e.step is not None and step in (None, e.step)]
-    return found[-1] if found else None
+    judged = [e for e in found if isinstance(e.what, Incident) and e.what.verdict is not None]
+    if judged:
+        return judged[-1], ()
+    return None, tuple(sorted({(isinstance(e.what, Incident) and e.what.kind) or e.name for e in found}))
 
 
 def _by_step(run: Run, name: str, attempt: int) -> dict[int, float]:

@@ -69,6 +69,7 @@ class Judge:
         self._checks = Checks(guard)
         self._extremes_every = guard.extremes_every
         self.table = RowTable(self.layout)
+        self._totals: list[Tensor | None] = [None] * len(self.layout.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """As `StepGuard.state_dict`."""
@@ -86,25 +87,29 @@ class Judge:
         )
 
     @torch.no_grad()
-    def combine(self, shares: Sequence[RankShare]) -> None:
-        """Leaves the ranks' mean gradient in the parameters, summed up as DDP or FSDP2 do.
+    def add(self) -> None:
+        """Takes the gradients of one rank out of the parameters; ranks come in their order.
 
-        DDP divides first and adds then, FSDP2 the other way round. A parameter that a rank has no gradient of
-        counts as zeros there, unless no rank has one.
+        They are summed up as DDP or FSDP2 do: DDP divides first and adds then, FSDP2 the other way round. A
+        parameter that a rank has no gradient of counts as zeros there, unless no rank has one.
         """
         before = 1.0 if self._is_sharded else 1.0 / self._world_size
         for row, parameter in enumerate(self.layout.parameters):
-            own = [share.gradients[row] for share in shares if share.gradients[row] is not None]
-            total: Tensor | None = None
-            for gradient in own:
-                assert gradient is not None
-                scaled = gradient.mul(before) if before != 1.0 else gradient
-                total = scaled.clone() if total is None else total.add_(scaled)
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                continue
+            total = self._totals[row]
+            scaled = gradient.mul(before) if before != 1.0 else gradient
+            self._totals[row] = scaled.clone() if total is None else total.add_(scaled)
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Leaves the mean gradient of the ranks that were added in the parameters."""
+        for parameter, total in zip(self.layout.parameters, self._totals, strict=True):
             if total is not None and self._is_sharded:
                 total.div_(self._world_size)
             parameter.grad = total
-        for share in shares:
-            share.gradients = []
+        self._totals = [None] * len(self._totals)
 
     def decide(self, step: int, shares: Sequence[RankShare], *, nominal_tokens: float) -> Judged:
         """The verdict on the step whose combined gradients lie in the parameters."""
@@ -163,8 +168,6 @@ class RankShare:
         self._micro_batches = MicroBatches(loss_scale.value_t.device)
         self.losses: list[Tensor] = []
         """Of each micro-batch the sum over its tokens, faults included."""
-        self.gradients: list[Tensor | None] = []
-        """This rank's own, by row, once it has finished."""
         self.rows = table.empty()
         """`[P, 5]` statistics of them."""
         self._has_gradient = False
@@ -195,10 +198,9 @@ class RankShare:
         yield
 
     def finish(self) -> None:
-        """Measures the gradients that lie in the parameters, and takes them over."""
+        """Measures the gradients that lie in the parameters."""
         self.rows = self._table.measure(extremes=self._extremes)
-        self.gradients = [p.grad for p in self._layout.parameters]
-        self._has_gradient = any(gradient is not None for gradient in self.gradients)
+        self._has_gradient = any(p.grad is not None for p in self._layout.parameters)
 
     @torch.no_grad()
     def statistics(self, reduced: Tensor) -> Tensor:

@@ -100,17 +100,19 @@ class RanksInTurn:
         self.model: nn.Module = self.task.model.to(device)
         if config.loop.compile:
             self.model.compile()
-        self.optimizer = build_optimizer(self.model, config.optim)
+        is_sharded = config.parallel.strategy == "fsdp"
+        self.optimizer = build_optimizer(self.model, config.optim, is_sharded=is_sharded)
         self.judge = Judge(self.model, self.optimizer, config, world_size=world_size, precision=precision)
         self.counters = Counters()
-        fingerprints = agree_on_data(self.task, config)
+        self.fingerprints = agree_on_data(self.task, config)
+        """Of the data sets, as they are here."""
         self._task = dataclasses.replace(self.task, loss=self._loss)
         self._schedule_steps = schedule_steps or config.schedule.steps or config.loop.steps
         self.worlds = [self.world_of(rank, world_size, device) for rank in range(world_size)]
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
         quarantined = find_quarantined(self.task.train_data, config.data.quarantine)
         self.loaders = [
-            build_loader(config, world, self.task, fingerprints, quarantined) for world in self.worlds
+            build_loader(config, world, self.task, self.fingerprints, quarantined) for world in self.worlds
         ]
         self._injectors = [self.injector(world.rank, self.faults) for world in self.worlds]
         self._rng = [self._first_rng(rank) for rank in range(world_size)]
@@ -184,7 +186,7 @@ class RanksInTurn:
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self._passes, found = [], self._buffers
         shares = [self._share(world.rank) for world in self.worlds]
-        self.judge.combine(shares)
+        self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
         if judged.record.skipped:
             self._buffers = found
@@ -239,6 +241,7 @@ class RanksInTurn:
         )
         runner.run(step, self.loaders[rank].next())
         share.finish()
+        self.judge.add()
         self._rng[rank] = Rng().state_dict()
         self._buffers = [
             saved_buffers(self.model) if other == rank else one for other, one in enumerate(self._buffers)

@@ -18,7 +18,7 @@ from harness.errors import CheckpointError, HarnessError, ReplayError
 from harness.records import StepRecord
 from harness.replay.arms import Arm, Judgement, judge_cause, judge_sound, run_arms
 from harness.replay.cause import Cause, find_causes, find_unwritten
-from harness.replay.compare import Difference, Parting, differences, parting
+from harness.replay.compare import Difference, Parting, Passed, differences, parting
 from harness.replay.history import History, read_history
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch, Played, RanksInTurn
@@ -31,6 +31,9 @@ __all__ = ["Replay", "replay"]
 logger = logging.getLogger(__name__)
 _faults_logger = logging.getLogger("harness.training.faults")
 
+MOST_UNASKED = 200
+"""Steps times ranks that are run again from the beginning of a run without being asked for."""
+
 
 @dataclass(kw_only=True)
 class Replay:
@@ -40,8 +43,8 @@ class Replay:
     history: History
     started_from: int
     """Completed steps of the checkpoint that it began with; 0: the beginning of the run."""
-    records: list[StepRecord]
-    """Of the steps before."""
+    way: list[Passed]
+    """The steps before."""
     played: Played
     """The step itself."""
     parting: Parting
@@ -82,6 +85,8 @@ def replay(
     *,
     steps_before: int = 0,
     device: str = "auto",
+    from_start: bool = False,
+    say: Callable[[str], None] = logger.info,
     inspect: Callable[[Replay, RanksInTurn], None] | None = None,
 ) -> Replay:
     """Runs a step of a run again, all its ranks in turn in this process. Changes nothing in the run.
@@ -91,10 +96,14 @@ def replay(
         step: None: that of the run's last incident.
         steps_before: At least so many steps before it are run again too, where a checkpoint allows.
         device: auto, cpu or cuda; auto: as the run.
+        from_start: Where no checkpoint from before the step is left, begin at the beginning of the run,
+            however many steps that are; otherwise that is an error if they are many.
+        say: Called with how far it is, before the first step.
         inspect: Called at the end, while everything is there, with the weights from before the step.
 
     Raises:
-        TrackingError, ReplayError: there is no such run or no such step.
+        TrackingError, ReplayError: there is no such run or no such step, or it is too far from anything to
+            begin with.
         CheckpointError: the checkpoint is damaged, or does not fit the model as its code is now.
         HarnessError: the task, its data or its code cannot be had here.
     """
@@ -103,17 +112,17 @@ def replay(
     with _as_in_run(history), own_generators():
         ranks = _ranks(history, device)
         saved = _restored(ranks, directory, history, steps_before)
-        records = _play_up_to(ranks, history, saved)
-        before = records[-1] if records else None
+        say(_distance(history, saved, from_start=from_start))
+        way, before = _play_up_to(ranks, history, saved)
         earlier = ranks.passes
         played = ranks.play(apply=False)
         result = Replay(
             directory=directory,
             history=history,
             started_from=0 if saved is None else saved.step,
-            records=records,
+            way=way,
             played=played,
-            parting=parting(history, records),
+            parting=parting(history, way),
             differences=differences(history, played.record, ranks.samples_of),
             notes=_notes(history, ranks),
         )
@@ -139,8 +148,7 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
     elif result.was_bad_in_run:
         rank = None if result.history.incident is None else result.history.incident.rank
         result.causes = find_unwritten(probe, [one for one in passes if rank in (None, one.rank)])
-        way = result.parting
-        result.judgement = judge_sound(result.causes, is_way_same=way.num_same_bits == way.num_steps)
+        result.judgement = judge_sound(result.causes, way=result.parting, notes=result.notes)
     elif record.is_spike or record.is_outlier:
         try:
             result.carriers = find_carriers(probe, passes, record, before)
@@ -176,13 +184,20 @@ def _device(history: History, wanted: str) -> torch.device:
 
 
 def _notes(history: History, ranks: RanksInTurn) -> list[str]:
-    notes = []
+    notes = [
+        f"the log's incident ({kind}) is of the machines, and not replayed" for kind in history.unplayable
+    ]
     device = str(history.about.get("device", "")).partition(":")[0]
     if device and device != ranks.device.type:
         notes.append(f"the run computed on {device}, the replay on {ranks.device.type}")
     versions = history.about.get("versions", {})
     if isinstance(versions, dict) and versions.get("torch", torch.__version__) != torch.__version__:
         notes.append(f"the run used torch {versions['torch']}, the replay {torch.__version__}")
+    data = history.about.get("data", {})
+    for part, known in data.items() if isinstance(data, dict) else ():
+        now = ranks.fingerprints.get(part)
+        if now != known:
+            notes.append(f"the {part} data was {known} in the run, and is {now or 'missing'} in the replay")
     if history.config.callbacks:
         notes.append(f"callbacks are not called: {', '.join(history.config.callbacks)}")
     return notes
@@ -208,16 +223,34 @@ def _restored(ranks: RanksInTurn, directory: Path, history: History, steps_befor
     return None
 
 
-def _play_up_to(ranks: RanksInTurn, history: History, saved: Saved | None) -> list[StepRecord]:
-    """The steps before the one that is asked for."""
+def _distance(history: History, saved: Saved | None, *, from_start: bool) -> str:
+    """What has to be run again, in words."""
+    num_steps, num_ranks = history.step + 1 - (0 if saved is None else saved.step), history.world_size
+    if saved is None and num_steps * num_ranks > MOST_UNASKED and not from_start:
+        raise ReplayError(
+            f"no checkpoint from before step {history.step} is left",
+            rule=f"the {num_steps} steps x {num_ranks} ranks from the beginning of the run on are run again"
+            " only if that is asked for",
+            remedy="--from-start does it; checkpoint.keep_every and keep_last keep more checkpoints",
+        )
+    begin = "the beginning of the run" if saved is None else f"checkpoint {saved.path.name}"
+    return f"from {begin}, {num_steps} steps x {num_ranks} ranks"
+
+
+def _play_up_to(
+    ranks: RanksInTurn, history: History, saved: Saved | None
+) -> tuple[list[Passed], StepRecord | None]:
+    """The steps before the one that is asked for, and the record of the last of them."""
     saved_at = 0.0 if saved is None else saved.manifest().created
     skips = history.skipped_samples(first=ranks.step, saved_at=saved_at)
-    records: list[StepRecord] = []
+    way: list[Passed] = []
+    record: StepRecord | None = None
     while True:
         ranks.skip(skips.get(ranks.step, 0))
         if ranks.step >= history.step:
-            return records
-        records.append(ranks.play().record)
+            return way, record
+        record = ranks.play().record
+        way.append(Passed(record.step, record.loss, record.grad_norm))
 
 
 @contextmanager

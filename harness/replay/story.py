@@ -98,7 +98,7 @@ def _way(replay: Replay) -> str:
     start, way = replay.started_from, replay.parting
     begin = f"the checkpoint of step {start}" if start else "the beginning of the run"
     ranks = replay.history.world_size
-    before = f"{_count(len(replay.records), 'step')} and then " if replay.records else ""
+    before = f"{_count(len(replay.way), 'step')} and then " if replay.way else ""
     text = f"From {begin}, {before}step {replay.history.step}, "
     text += f"{_count(ranks, 'rank')} in turn in one process. "
     if way.step is not None:
@@ -106,7 +106,7 @@ def _way(replay: Replay) -> str:
             f"**The way there parts from the log at step {way.step}**: {way.metric} is {way.in_replay:.9g}"
             f" and was {way.in_run:.9g}."
         )
-    elif way.num_same_bits == way.num_steps and way.num_steps:
+    elif way.is_same:
         text += "Loss and gradient norm of the steps before are the log's, bit for bit."
     elif way.num_steps:
         text += (

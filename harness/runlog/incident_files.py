@@ -4,7 +4,7 @@
 incident.json                  what happened, by rank 0 (in a crash by the first rank that gets to it)
 rank-R.json                    the last steps of rank R: samples, losses, timings, digests of RNG states
 rng-rank-R.json                those RNG states, by generator and digest
-stacks-rank-R.txt              what the threads of rank R were doing: a hang, a crash
+stacks-rank-R.txt              the traceback of a crash of rank R
 batch-rank-R.safetensors       the micro-batches of a culprit, with `incidents.save_batch`
 memory-rank-R.pickle           out of memory: torch's allocator snapshot, for https://pytorch.org/memory_viz
 memory-rank-R.json             out of memory: bytes of parameters, gradients, optimizer state, the process
@@ -50,6 +50,7 @@ __all__ = [
     "RankFile",
     "RememberedStep",
     "RngStates",
+    "hang_folders",
     "incident_steps",
     "rank_path",
     "ranks_in",
@@ -69,6 +70,7 @@ MEMORY, SNAPSHOT, TRACE = "memory-rank-{}.json", "memory-rank-{}.pickle", "trace
 LONGEST_BYTES = 256 << 20
 _VERSION = 1
 _FOLDER = re.compile(r"step-([0-9]{8,18})")
+_HANG = re.compile(r"hang-[0-9]{8}-[0-9]{6}")
 _RANK_FILE = re.compile(r"rank-([0-9]{1,9})\.json")
 
 RngStates = dict[str, Any]
@@ -178,6 +180,8 @@ class IncidentFile:
     """xxh3_64 of the resolved configuration."""
     versions: Mapping[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    stacks: str | None = None
+    """Of a hang: the folder beside this one with the stacks of all ranks."""
     other_hosts: Mapping[str, str] = field(default_factory=dict)
     """Host of each rank whose files lie there, on another file system, in a folder of the same path."""
 
@@ -192,6 +196,12 @@ def incident_steps(run_dir: str | Path, *, within: Path | None = None) -> list[i
     names = list_folder(incidents_dir(run_dir), within=within).folders
     steps = (int(match[1]) for name in names if (match := _FOLDER.fullmatch(name)))
     return sorted(step for step in steps if incident_dir(run_dir, step).name in names)
+
+
+def hang_folders(run_dir: str | Path) -> list[Path]:
+    """The folders with the stacks of a run that hung, the oldest first."""
+    folder = incidents_dir(run_dir)
+    return [folder / name for name in list_folder(folder).folders if _HANG.fullmatch(name)]
 
 
 def ranks_in(folder: Path) -> list[int]:

@@ -20,11 +20,12 @@ to do counts where the host waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from harness.files import open_file
 from harness.runlog.codec import Record, decode
@@ -34,6 +35,7 @@ from harness.runlog.segments import segments
 __all__ = ["Ledger", "TimeClass", "newest_ledger"]
 
 _MARK = b'{"kind":"ledger"'
+_BLOCK_BYTES = 1 << 18
 _MOST_SEGMENTS = 8
 """How far back is looked for the newest one: each attempt begins a segment, and soon writes one."""
 
@@ -114,9 +116,19 @@ def newest_ledger(run_dir: Path) -> Ledger | None:
     """
     for path in reversed(segments(log_dir(run_dir))[-_MOST_SEGMENTS:]):
         with open_file(path) as file:
-            lines = file.read().split(b"\n")
-        for line in reversed(lines):
-            record = decode(line) if line.startswith(_MARK) else None
-            if record is not None:
-                return Ledger.of(record)
+            for line in _from_end(file):
+                record = decode(line) if line.startswith(_MARK) else None
+                if record is not None:
+                    return Ledger.of(record)
     return None
+
+
+def _from_end(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, the last one first, without more of it in memory than a block and a line."""
+    begin, rest = file.seek(0, os.SEEK_END), b""
+    while begin > 0:
+        end, begin = begin, max(0, begin - _BLOCK_BYTES)
+        file.seek(begin)
+        rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+        yield from reversed(lines)
+    yield rest

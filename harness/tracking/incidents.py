@@ -86,6 +86,7 @@ def _heading(what: IncidentFile, folder: Path) -> str:
         "loss": number(what.loss) if what.loss is not None else None,
         "gradient norm": number(what.grad_norm) if what.grad_norm is not None else None,
         "NaN, Inf": f"{what.num_nan}, {what.num_inf}" if what.num_nan is not None else None,
+        "stacks": f"incidents/{what.stacks}" if what.stacks else None,
         "start from": f"checkpoints/{what.checkpoint}" if what.checkpoint else "the beginning of the run",
         "world": f"{what.world_size} ranks x {what.num_micro_batches} micro-batches x"
         f" {what.micro_batch_samples} samples",

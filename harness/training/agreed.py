@@ -9,9 +9,10 @@ from harness.data import SourceFile, Task, fingerprint, text_files
 from harness.dist import HostGroup, gather
 from harness.errors import ConfigError, DataError
 
-__all__ = ["agree_on_data", "agree_on_files", "agree_on_settings"]
+__all__ = ["LONGEST_S", "agree_on_data", "agree_on_files", "agree_on_settings"]
 
-_LONGEST_LISTING_S = 3600.0
+LONGEST_S = 3600.0
+"""How long ranks wait for each other where one lists, prepares or searches data: longer than in a step."""
 
 # What a machine may have for itself.
 _LOCAL = ("data.cache_dir", "data.num_workers", "parallel.threads", "runs_dir", "tracking.")
@@ -46,7 +47,7 @@ def agree_on_files(config: TrainConfig) -> list[SourceFile] | None:
     """
     if config.task != "text":
         return None
-    group = HostGroup(error=DataError, timeout_s=_LONGEST_LISTING_S)
+    group = HostGroup(error=DataError, timeout_s=LONGEST_S)
     return group.from_main(lambda: text_files(config.data))
 
 

@@ -32,8 +32,9 @@ from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.counters import incident_kind
 from harness.training.incident_report import open_writer
 from harness.training.incident_writer import Found, HeldStep, IncidentWriter
-from harness.training.progress import Progress
+from harness.training.progress import Phase, Progress
 from harness.training.rng_states import HeldRng
+from harness.training.stacks import arose_waiting
 from harness.training.step_profiler import StepProfiler
 
 __all__ = ["BlackBox", "open_black_box"]
@@ -48,6 +49,10 @@ _CLOSE_S = 20.0
 """How long the end of a run waits for what is still being written."""
 _CPU_ALLOCATION = "DefaultCPUAllocator"
 """By its name in the message: on the CPU torch raises a plain RuntimeError."""
+
+
+_OF_STEPS = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE, Phase.RECORDS)
+"""In which something happens to a step, and so to its samples."""
 
 
 class BlackBox(Callback):
@@ -130,22 +135,23 @@ class BlackBox(Callback):
             return
         at = self._progress.at
         is_out = _is_out_of_memory(error)
-        is_victim = isinstance(error, LostRankError) and error.ranks != (self._rank,)
+        ranks = _blamed(error, self._rank)
         found = Found(
             step=at.step,
             kind="out of memory" if is_out else "crash",
             reason=str(error) or type(error).__name__,
-            ranks=tuple(error.ranks or ()) if is_victim else (self._rank,),  # type: ignore[attr-defined]
+            ranks=ranks,
             error=f"{type(error).__name__}: {error}",
             phase=str(at.phase),
+            is_in_step=at.phase in _OF_STEPS,
             stacks="".join(traceback.format_exception(error)),
         )
-        writer, steps = self._writer, self._snapshot()
+        writer, steps, is_own = self._writer, self._snapshot(), ranks == (self._rank,)
         if is_out:
             writer.write_memory(
                 at.step, model, self._device
             )  # now, as closing the run frees what it is about
-        self._tasks.add(lambda: writer.write(found, steps, overwrite=not is_victim))
+        self._tasks.add(lambda: writer.write(found, steps, overwrite=is_own))
 
     def end_hung(self, error: LostRankError) -> None:
         """The run hangs; in the watchdog's thread, which has seconds."""
@@ -153,7 +159,13 @@ class BlackBox(Callback):
             return
         at, writer = self._progress.at, self._writer
         found = Found(
-            step=at.step, kind="hang", reason=error.problem, ranks=error.ranks or (), phase=str(at.phase)
+            step=at.step,
+            kind="hang",
+            reason=error.problem,
+            ranks=error.ranks or (),
+            phase=str(at.phase),
+            is_in_step=at.phase in _OF_STEPS,
+            hang_folder=error.stacks,
         )
         writer.write(found, self._snapshot(), overwrite=self._rank == 0)
 
@@ -174,8 +186,15 @@ class BlackBox(Callback):
 def open_black_box(
     config: TrainConfig, world: World, progress: Progress, directory: Path, loader: Loader, data: Dataset
 ) -> BlackBox:
-    """This rank's. On all ranks; one collective on the host."""
+    """This rank's. On all ranks; two collectives on the host."""
     return BlackBox(config, world, progress, open_writer(config, world, directory, loader, data))
+
+
+def _blamed(error: Exception, rank: int) -> tuple[int, ...]:
+    """The ranks whose fault an error of `rank` is; empty if it is that of others, and not known of whom."""
+    if isinstance(error, LostRankError):
+        return tuple(error.ranks or ())
+    return () if arose_waiting(error) and not _is_out_of_memory(error) else (rank,)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

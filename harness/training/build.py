@@ -38,7 +38,7 @@ from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
-from harness.training.agreed import agree_on_data, agree_on_files, agree_on_settings
+from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
 from harness.training.black_box import open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
@@ -129,9 +129,9 @@ def build_run(
     precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
-    config = keep_micro_batch(config, world, directory)
+    config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
     guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
@@ -154,9 +154,10 @@ def build_run(
     # Each rank draws its own dropout; initialisation, above, was the same on all.
     seed_everything(config.seed + 1 + world.rank)
     resumed_from = checkpointer.load(saved)
-    inputs.faults.begin_at(counters.step, directory / "faults")
+    _begin_at(counters.step, directory, inputs.faults, progress)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(counters, resumed_from, schedule, loader, precision)
+    fitted = max(micro_batch_before, loader.shares.micro_batch)
+    attempt = _Attempt(counters, resumed_from, schedule, loader, precision, fitted)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
@@ -186,6 +187,11 @@ def build_run(
         black_box=black_box,
     )
     return run
+
+
+def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
+    progress.resume(step)
+    faults.begin_at(step, directory / "faults")
 
 
 def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
@@ -225,7 +231,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
     files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files))
+    task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
@@ -238,7 +244,10 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
             sample=lambda: fetch(task.train_data, [0]),
         )
     )
-    quarantined = from_main(lambda: find_quarantined(task.train_data, config.data.quarantine))
+    listed = config.data.quarantine
+    quarantined = from_main(
+        lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
+    )
     return _Inputs(
         task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
     )
@@ -256,7 +265,7 @@ def _train(
     with report_once(tell), watchdog.naming_who_hangs():
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
-    watchdog.note_end = lambda hang: note_hang(run, hang, start)
+    watchdog.note_end = (run.black_box.end_hung, lambda hang: note_hang(run, hang, start))
     watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
     if world.device.type == "cuda":
         keep_flight_records(incidents_dir(run.directory))
@@ -299,6 +308,8 @@ class _Attempt:
     """What the learning-rate schedule means for it, in words."""
     loader: Loader
     precision: str
+    micro_batch: int
+    """Samples of the largest one that has fitted into memory."""
 
 
 def _open_journal(
@@ -315,7 +326,7 @@ def _open_journal(
     step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
-    about[NOTED] = attempt.loader.shares.micro_batch
+    about[NOTED] = attempt.micro_batch
     # What decides about the last bits, for a replay.
     about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
     versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -79,7 +79,6 @@ def note_hang(run: Run, error: LostRankError, start: Start) -> None:
     run.journal.close(ending, hangs=True)
     if run.world.is_main:
         _leave_summary(_result(run, ending, start), run)
-    run.black_box.end_hung(error)
 
 
 def _close_parts(run: Run, error: BaseException | None) -> BaseException | None:

@@ -16,7 +16,7 @@ import xxhash
 from harness import __version__
 from harness.config import TrainConfig, dump_yaml
 from harness.data import Dataset, Loader, source_of
-from harness.dist import World, gather
+from harness.dist import World, from_main, gather
 from harness.records import Culprit
 from harness.runlog.incident_files import IncidentFile
 from harness.runlog.paths import MANIFEST, checkpoint_of, checkpoints_dir, config_file
@@ -32,12 +32,14 @@ _GIT_S = 5.0
 def open_writer(
     config: TrainConfig, world: World, directory: Path, loader: Loader, data: Dataset
 ) -> IncidentWriter | None:
-    """Writes this rank's incidents; None: they are not kept. On all ranks; one collective on the host."""
+    """Writes this rank's incidents; None: they are not kept. On all ranks; two collectives on the host."""
     if not config.incidents.enabled:
         return None
+    # Asked for now: at the end of a run there may be no time for it.
+    revision = from_main(_git_revision)
     hosts = gather(lambda: None if config_file(directory).is_file() else platform.node())
     apart = {str(rank): host for rank, host in enumerate(hosts) if host is not None}
-    reporter = _Reporter(config, world.world_size, directory, loader, data, apart)
+    reporter = _Reporter(config, world.world_size, directory, loader, data, apart, revision)
     is_apart = hosts[world.rank] is not None
     return IncidentWriter(
         config.incidents,
@@ -60,18 +62,21 @@ class _Reporter:
         loader: Loader,
         data: Dataset,
         other_hosts: Mapping[str, str],
+        git_revision: str | None,
     ) -> None:
         self._config, self._world_size, self._directory = config, world_size, directory
         self._loader, self._data, self._other_hosts = loader, data, other_hosts
+        self._git_revision = git_revision
 
     def samples(self, position: int, rank: int) -> tuple[tuple[int, ...], ...]:
         """A rank's samples of the step that began at `position`, by micro-batch."""
         numbers = range(len(self._loader.shares.offsets(rank)))
         return tuple(tuple(self._loader.step_indices(position, rank, number)) for number in numbers)
 
-    def describe(self, found: Found, position: int) -> IncidentFile:
-        """What happened in a step whose first sample stands at the global `position`."""
-        samples = tuple(self.samples(position, rank) for rank in range(self._world_size))
+    def describe(self, found: Found, position: int | None) -> IncidentFile:
+        """What happened, to a step whose first sample stands at the global `position`, or to none."""
+        ranks = range(self._world_size if position is not None else 0)
+        samples = tuple(self.samples(position or 0, rank) for rank in ranks)
         about = self._from_record(found, samples) if found.record else self._from_error(found, samples)
         culprits: tuple[Culprit, ...] = about["culprits"]
         named = [index for one in culprits for index in one.samples]
@@ -84,7 +89,7 @@ class _Reporter:
             world_size=self._world_size,
             num_micro_batches=self._loader.shares.num_passes,
             micro_batch_samples=self._loader.shares.micro_batch,
-            position=position,
+            position=position or 0,
             num_samples=len(self._data),
             seed=self._config.seed,
             quarantined=self._loader.quarantined,
@@ -94,6 +99,7 @@ class _Reporter:
             config_fingerprint=xxhash.xxh3_64_hexdigest(dump_yaml(self._config).encode()),
             versions=_versions(),
             git_revision=self._git_revision,
+            stacks=Path(found.hang_folder).name if found.hang_folder else None,
             other_hosts=self._other_hosts,
             **about,
         )
@@ -141,15 +147,15 @@ class _Reporter:
         before = [name for name in names if name is not None and name.step <= step]
         return str(max(before)) if before else None
 
-    @functools.cached_property
-    def _git_revision(self) -> str | None:
-        """Of the folder that the program was started in."""
-        command = ["git", "rev-parse", "HEAD"]
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return told.stdout.strip()
+
+def _git_revision() -> str | None:
+    """Of the folder that the program was started in."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
 
 
 def _samples_of(
@@ -160,6 +166,7 @@ def _samples_of(
         return [
             index
             for one in ranks
+            if one < len(samples)
             for number, indices in enumerate(samples[one])
             if micro_batch in (None, number)
             for index in indices

@@ -40,6 +40,7 @@ from harness.runlog.incident_files import (
     RankFile,
     RememberedStep,
     RngStates,
+    hang_folders,
     incident_steps,
     rank_path,
     read_incident,
@@ -49,7 +50,6 @@ from harness.runlog.incident_files import (
 )
 from harness.runlog.paths import incident_dir
 from harness.training.rng_states import HeldRng, digest
-from harness.training.stacks import write_stacks
 from harness.training.step_profiler import Trace
 
 __all__ = ["Found", "HeldStep", "IncidentWriter"]
@@ -87,8 +87,12 @@ class Found:
     """Culprits, where no record says it."""
     error: str | None = None
     phase: str | None = None
+    is_in_step: bool = True
+    """It happened to the step and its samples; False: between steps, as in an evaluation."""
     stacks: str | None = None
-    """A traceback; None in a hang: the stacks of all threads."""
+    """A traceback."""
+    hang_folder: str | None = None
+    """Where the watchdog has written the stacks of all threads."""
 
 
 class IncidentWriter:
@@ -97,7 +101,7 @@ class IncidentWriter:
     Args:
         directory: The run's.
         describe: Makes `incident.json` of what was found, and of the global position of the step's first
-            sample.
+            sample; None: it has nothing to do with samples.
         samples: This rank's samples of the step that began at a global position, by micro-batch.
         sweeps: This rank removes folders that are too many.
     """
@@ -108,7 +112,7 @@ class IncidentWriter:
         world: World,
         directory: Path,
         *,
-        describe: Callable[[Found, int], IncidentFile],
+        describe: Callable[[Found, int | None], IncidentFile],
         samples: Callable[[int], tuple[tuple[int, ...], ...]],
         sweeps: bool,
     ) -> None:
@@ -128,16 +132,15 @@ class IncidentWriter:
         self._clear(folder, except_memory=found.kind == "out of memory")
         states = [self._remembered(held) for held in steps]
         write_rng(folder, self._rank, _by_digest(state for _, state in states))
-        if found.kind == "hang":
-            write_stacks(rank_path(folder, STACKS, self._rank), f"rank {self._rank}, {found.phase}")
-        elif found.stacks is not None:
+        if found.stacks is not None:
             rank_path(folder, STACKS, self._rank).write_text(found.stacks)
         self._save_batch(folder, found, steps)
         write_rank(folder, self._rank_file(found, tuple(step for step, _ in states)))
-        held = next((held for held in reversed(steps) if held.step == found.step), None)
-        self._write_incident(folder, self._describe(found, held.position if held else 0), overwrite=overwrite)
+        held = _held(found, steps)
+        if overwrite or not self._is_described(folder):
+            self._write_incident(folder, self._describe(found, held.position if held else None))
         if self._sweeps:
-            self._sweep(folder)
+            self._sweep(folder, *([Path(found.hang_folder)] if found.hang_folder else []))
 
     def write_memory(self, step: int, model: nn.Module, device: torch.device) -> None:
         """What memory was taken by when an allocation failed; raises nothing."""
@@ -209,7 +212,7 @@ class IncidentWriter:
             return
         blamed = found.record.culprits if found.record else ()
         ranks = {one.rank: one.micro_batch for one in blamed} or dict.fromkeys(found.ranks)
-        held = next((held for held in reversed(steps) if held.step == found.step), None)
+        held = _held(found, steps)
         if held is None or (ranks and self._rank not in ranks):
             return
         only = ranks.get(self._rank)
@@ -228,16 +231,17 @@ class IncidentWriter:
         except Exception as error:  # noqa: BLE001  (sparse tensors, a full disk: the rest counts for more)
             self._left_out[path.name] = f"{type(error).__name__}: {error}"
 
-    def _write_incident(self, folder: Path, what: IncidentFile, *, overwrite: bool) -> None:
-        path = folder / INCIDENT
+    def _is_described(self, folder: Path) -> bool:
+        """Whether a rank of this attempt has written what happened."""
         try:
-            if not overwrite and read_incident(folder).time >= self._started:
-                return
+            return read_incident(folder).time >= self._started
         except TrackingError:
-            pass  # there is none, or none that can be read
+            return False  # there is none, or none that can be read
+
+    def _write_incident(self, folder: Path, what: IncidentFile) -> None:
         for stale in (REPLAY, STORY):  # they are about what stood here before
             (folder / stale).unlink(missing_ok=True)
-        write_json(path, what)
+        write_json(folder / INCIDENT, what)
 
     def _require_size(self, path: Path) -> None:
         size = path.stat().st_size
@@ -245,15 +249,23 @@ class IncidentWriter:
             path.unlink()
             logger.warning("%s is left out: %d bytes are too many (incidents.max_bytes)", path.name, size)
 
-    def _sweep(self, newest: Path) -> None:
-        """Removes the oldest folders while there are too many, or too many bytes."""
+    def _sweep(self, *newest: Path) -> None:
+        """Removes the oldest folders, of steps and of hangs, while there are too many, or too many bytes."""
         folders = [incident_dir(self._directory, step) for step in incident_steps(self._directory)]
-        others = sorted((folder for folder in folders if folder != newest), key=_goes_first)
+        folders += hang_folders(self._directory)
+        others = sorted((folder for folder in folders if folder not in newest), key=_goes_first)
         sizes = {folder: _size(folder) for folder in folders}
         while others and (len(sizes) > self._config.keep or sum(sizes.values()) > self._config.max_bytes):
             oldest = others.pop(0)
             del sizes[oldest]
             shutil.rmtree(oldest, ignore_errors=True)
+
+
+def _held(found: Found, steps: Sequence[HeldStep]) -> HeldStep | None:
+    """The step that an incident happened to, if it is remembered."""
+    if not found.is_in_step:
+        return None
+    return next((held for held in reversed(steps) if held.step == found.step), None)
 
 
 def _goes_first(folder: Path) -> tuple[bool, float]:

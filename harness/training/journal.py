@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from harness.training.progress import Progress
 from harness.training.summary import Ending
 
 __all__ = ["Journal", "MainJournal", "NodeJournal"]
+
+logger = logging.getLogger(__name__)
 
 
 def _nothing(journal: object) -> None:
@@ -109,13 +112,13 @@ class MainJournal(Journal):
             mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
             progress: What this rank is doing, of which the ledger is kept.
         """
-        before = newest_ledger(directory)
         tracking = config.tracking
         self._complaints = Complaints()
         self._log = Recorder(directory, info={"config": to_dict(config), **about}, wait_s=wait_s)
         if first_step or self._log.attempt:  # a restart before the first checkpoint begins at 0 again
             self._log.rewind(first_step)
-        self._ledger = LedgerKeeper(progress, before, self._write_ledger)
+        # Read now, as another process may have written up to the moment at which the log was opened.
+        self._ledger = LedgerKeeper(progress, _ledger_before(directory), self._write_ledger)
         self._log.start_mirrors(MirrorSettings.from_config(config))
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
@@ -225,6 +228,15 @@ class MainJournal(Journal):
     def _close_log(self, ending: Ending) -> None:
         about = {"reason": ending.reason, "rank": ending.rank}
         self._log.close(ending.status, {name: value for name, value in about.items() if value is not None})
+
+
+def _ledger_before(directory: Path) -> Ledger | None:
+    """The account of the attempts before; the log is open, so nothing is raised."""
+    try:
+        return newest_ledger(directory)
+    except OSError as error:
+        logger.warning("the account of the run's time begins anew: the one before cannot be read: %s", error)
+        return None
 
 
 def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: float) -> dict[str, float]:

@@ -17,8 +17,10 @@ from harness.training.progress import At, Phase, Progress
 
 __all__ = ["LedgerKeeper"]
 
-WRITE_EVERY_S = 1.0
+WRITE_EVERY_S = 15.0
 """A process that is killed takes as much of its account with it: that counts as `restart`."""
+WRITE_EARLY_S = 1.0
+"""The same where it may be killed soon, or is at something that takes long: see `_EARLY`."""
 NUM_FIRST = 5
 """Steps of a process until it is known how long one usually takes."""
 NUM_USUAL = 33
@@ -38,6 +40,8 @@ _CLASSES: Mapping[Phase, TimeClass] = {
     Phase.ROLLBACK: TimeClass.RESTART,
     Phase.END: TimeClass.CHECKPOINT,
 }
+_EARLY = (Phase.EVALUATION, Phase.SAVE, Phase.ROLLBACK, Phase.END)
+"""A run that is asked to stop comes to one of these first."""
 _OF_STEPS = (TimeClass.COMPUTE, TimeClass.DATA)
 
 
@@ -153,7 +157,8 @@ class LedgerKeeper:
             if at.phase is Phase.RECORDS:
                 self._end_step(at.step)
                 self._settle()
-        if now - self._written_at >= WRITE_EVERY_S:
+        every_s = WRITE_EARLY_S if self._progress.at.phase in _EARLY else WRITE_EVERY_S
+        if now - self._written_at >= every_s:
             self.write()
 
     def _take(self, at: At, took_s: float) -> None:

@@ -16,19 +16,23 @@ __all__ = ["NOTED", "keep_micro_batch", "say_shares"]
 logger = logging.getLogger(__name__)
 
 NOTED = "micro_batch"
-"""Under which an attempt notes its own in the log."""
+"""Under which an attempt notes in the log what has fitted: its own size, or a larger one before."""
 
 
-def keep_micro_batch(config: TrainConfig, world: World, directory: Path) -> TrainConfig:
-    """The configuration with no larger micro-batches than the attempt before had: what was dealt out to more
-    ranks may not fit into the memory of fewer. On all ranks together."""
+def keep_micro_batch(config: TrainConfig, world: World, directory: Path) -> tuple[TrainConfig, int]:
+    """The configuration with no larger micro-batches than have fitted in the attempts before, and that size:
+    what was dealt out to more ranks may not fit into the memory of fewer. 0: nothing is known of it, or the
+    configuration sets the size. On all ranks together."""
     loop = config.loop
     if loop.micro_batch is not None:
-        return config
+        return config, 0
     before = from_main(lambda: newest_attempt(directory).get(NOTED))
-    if not isinstance(before, int) or before >= loop.global_batch // world.world_size:
-        return config
-    return dataclasses.replace(config, loop=dataclasses.replace(loop, micro_batch=before))
+    if not isinstance(before, int) or before < 1:
+        return config, 0
+    if before >= loop.global_batch // world.world_size:
+        return config, before
+    size = max(size for size in range(1, before + 1) if loop.global_batch % size == 0)
+    return dataclasses.replace(config, loop=dataclasses.replace(loop, micro_batch=size)), before
 
 
 def say_shares(shares: Shares) -> None:

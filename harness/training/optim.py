@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from harness.config import OptimConfig
 
 __all__ = ["build_optimizer", "set_learning_rate"]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, *, is_sharded: bool) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters of `model`, which is distributed already.
 
     Matrices are decayed; norms, biases and everything else with fewer than two dimensions are not.
     Fused, because only fused optimizers take the guard's verdict on the device; but torch has no fused SGD
     and Adagrad for sharded parameters, and none of Adagrad on CUDA before 2.13; there the guard synchronises.
+
+    Args:
+        is_sharded: The run's parameters are sharded by FSDP2. A replay of it holds them whole, and takes the
+            same arithmetic.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -24,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = not isinstance(model, FSDPModule)
+    fused = not is_sharded
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.name == "adagrad":

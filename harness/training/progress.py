@@ -71,6 +71,10 @@ class Progress:
         if self.when_left is not None:
             self.when_left(before, now)
 
+    def resume(self, step: int) -> None:
+        """What starts goes on at that step."""
+        self.at = self.at._replace(step=step)
+
     def learn(self, phase: Phase, took_s: float) -> None:
         """A phase took so long, or what it began: who enters it next may have to wait for the end of that."""
         self.slowest_s[phase] = max(took_s, _FORGOTTEN * self.slowest_s.get(phase, 0.0))

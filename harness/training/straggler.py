@@ -26,7 +26,7 @@ from harness.tracking.resources import describe_gpu
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.journal import Journal
 
-__all__ = ["Late", "Stragglers", "Window"]
+__all__ = ["Late", "Stragglers", "Window", "described"]
 
 MIN_STEPS = 3
 MOST_STEPS = 0.75
@@ -141,7 +141,7 @@ class Stragglers(Callback):
     def _tell(self, late: Sequence[Late], step: int) -> None:
         """On all ranks: the late ones say where they are, and how their devices are."""
         ranks = {one.rank for one in late}
-        places = gather(lambda: _place(self._world.device) if self._world.rank in ranks else "")
+        places = gather(lambda: described(self._world.device) if self._world.rank in ranks else "")
         for one in late:
             summary = f"rank {one.rank} {one}; {places[one.rank]}"
             self._journal.say(f"{one.why}: {summary}")
@@ -151,11 +151,18 @@ class Stragglers(Callback):
             self._journal.event(what, step)
 
 
-def _place(device: torch.device) -> str:
-    """Host, device, and whatever may hold it back."""
+def described(device: torch.device) -> str:
+    """Host, device, and whatever may hold it back; raises nothing, as other ranks wait for the answer."""
     where = f"host {platform.node()}, pid {os.getpid()}, {device}"
+    try:
+        return f"{where}, {_pace(device)}"
+    except Exception as error:  # noqa: BLE001  (what drivers and containers refuse is no reason to end a run)
+        return f"{where}, its clocks and load are not known: {error or type(error).__name__}"
+
+
+def _pace(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{where}, {describe_gpu(str(torch.cuda.get_device_properties(device).uuid))}"
+        return describe_gpu(str(torch.cuda.get_device_properties(device).uuid))
     frequency = psutil.cpu_freq()
     clock = f"{frequency.current:.0f} MHz, " if frequency is not None else ""
-    return f"{where}, {clock}load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    return f"{clock}load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"

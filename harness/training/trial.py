@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from harness.config import TrainConfig
-from harness.dist import World, from_main
+from harness.dist import World, barrier, from_main
+from harness.errors import TrackingError
+from harness.files import nearest_folder
 from harness.records import Finding, StepRecord
 from harness.stop import StopRequest
 from harness.training.build import build_run
@@ -28,10 +34,10 @@ def training_checks(config: TrainConfig, world: World) -> list[Finding]:
         HarnessError: whatever would end the run.
     """
     config.check_world(world.world_size)
-    with tempfile.TemporaryDirectory(prefix="harness-doctor-") as own, StopRequest() as stop:
-        folder = from_main(lambda: own)
+    with _passing_folder(config, world) as folder, StopRequest() as stop:
         noted = _Noted()
         run = build_run(_short(config, folder), world, stop, [noted])
+        run.saved_step = run.config.loop.steps  # its end is not saved: a large model's would take minutes
         try:
             train_loop(run)
         finally:
@@ -42,6 +48,27 @@ def training_checks(config: TrainConfig, world: World) -> list[Finding]:
         return noted.findings + [
             finding for one in run.callbacks.own if isinstance(one, RunChecks) for finding in one.found
         ]
+
+
+@contextmanager
+def _passing_folder(config: TrainConfig, world: World) -> Iterator[str]:
+    """A folder on the disk of the runs, which the ranks of all machines see; rank 0 makes and removes it."""
+    folder = from_main(lambda: _make_folder(nearest_folder(Path(config.runs_dir))))
+    try:
+        yield folder
+        barrier()  # no rank writes there any more
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder(within: Path) -> str:
+    try:
+        return tempfile.mkdtemp(prefix=".harness-doctor-", dir=within)
+    except OSError as error:
+        raise TrackingError(
+            f"{within} cannot be written: {error.strerror}", remedy="name another folder by runs_dir"
+        ) from error
 
 
 class _Noted(Callback):
@@ -76,6 +103,9 @@ def _short(config: TrainConfig, folder: str) -> TrainConfig:
             tensorboard=False,
             wandb="off",
             trackio=False,
+            prometheus=False,
+            alerts=(),
+            webhook=None,
             mirrors=(),
             progress="off",
             histograms_every=0,

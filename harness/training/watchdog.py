@@ -27,7 +27,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ class Watchdog:
     def __init__(self, config: TrainConfig, *, begun: float | None = None) -> None:
         self.progress = Progress(begun=begun)
         """Where the training thread notes what it does."""
-        self.note_end: Callable[[LostRankError], None] = _nothing
-        """Called on every rank before it leaves, to write down how the run ended."""
+        self.note_end: Sequence[Callable[[LostRankError], None]] = ()
+        """Called on every rank before it leaves, to write down how the run ended; each in seconds."""
         self._config = config.watchdog
         self._compiles = config.loop.compile
         self._enabled = config.watchdog.enabled and not config.debug
@@ -240,7 +240,7 @@ class Watchdog:
             f" one rank may wait {self._timeout_s:g} s for another (parallel.timeout_s)",
             remedy=f"look at the stacks of the ranks in {folder}",
         )
-        error.ranks = tuple(ranks) or None
+        error.ranks, error.stacks = tuple(ranks) or None, str(folder)
         return error
 
     def _end(self, find_out: Callable[[], LostRankError | None]) -> None:
@@ -251,8 +251,10 @@ class Watchdog:
             return
         if found and found[0] is not None:
             error = found[0]
-            _try(lambda: self.note_end(error))
-        _try(lambda: self._heartbeats.leave_together(_GRACE_S))
+            for note in self.note_end:
+                _try(partial(note, error))
+        longest_s = _GRACE_S * (1 + len(self.note_end))
+        _try(lambda: self._heartbeats.leave_together(longest_s), timeout_s=longest_s)
         _leave()
 
 
@@ -320,7 +322,3 @@ def _try(action: Callable[[], object], timeout_s: float = _GRACE_S) -> None:
 def _leave() -> NoReturn:
     # Nothing else ends a process whose training thread waits in C++.
     os._exit(LostRankError.exit_code)
-
-
-def _nothing(error: LostRankError) -> None:
-    return None

@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.browser.actions import go_to, open_run, picture
+from tests.browser.actions import choose, go_to, open_run, picture
 from tests.browser.conftest import Dashboard, watched_page
 
 
@@ -81,3 +81,30 @@ def test_monitoring_without_a_choice_shows_the_newest_run(
         ".then(({ runs }) => runs.reduce((a, b) => ((a.updated ?? 0) >= (b.updated ?? 0) ? a : b)).id)"
     )
     expect(page.locator("harness-monitor")).to_have_attribute("data-run", newest)
+
+
+def test_the_list_of_runs_shows_the_run_that_was_shown_before_the_one_from_the_table(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    monitor = open_run(page, dashboard, trained[1])
+    for _ in range(2):
+        choose(page, "#chosen-run", trained[0])
+        expect(monitor).to_have_attribute("data-run", trained[0])
+        page.go_back()
+        expect(monitor).to_have_attribute("data-run", trained[1])
+        expect(page.locator("#chosen-run input")).to_have_value(trained[1])
+
+
+def test_on_a_narrow_page_the_tabs_in_the_menu_are_a_part_of_the_address(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{dashboard.address}#tab=Compare&compare={trained[0]}&compare={trained[1]}")
+    expect(page.locator("harness-compare .h-parting")).to_be_visible()
+    page.locator(".overflow-menu > button").click()
+    page.locator(".overflow-dropdown").get_by_text("TensorBoard").click()
+    expect(page).to_have_url(re.compile("tab=TensorBoard"))
+    page.reload()
+    expect(page.locator("harness-runs")).to_be_hidden()
+    page.locator(".overflow-menu > button").click()
+    expect(page.locator(".overflow-dropdown .selected")).to_have_text("TensorBoard")

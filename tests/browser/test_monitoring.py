@@ -138,6 +138,23 @@ def test_logarithmic_axes_leave_out_what_has_no_logarithm(
     assert shown(loss) == {"step": "4", "training": "4"}
 
 
+def test_logarithmic_axes_are_those_of_pictures_made_later_too(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    open_run(page, dashboard, trained[0])
+    page.goto(f"{page.url}&log=1")
+    page.reload()
+    monitor = page.locator("harness-monitor")
+    monitor.get_by_text("More metrics").click()
+    for title in ("loss", "val/perplexity"):
+        log = picture(page, title).get_by_role("button", name="log")
+        expect(log).to_have_attribute("aria-pressed", "true")
+    monitor.get_by_label("log axes").uncheck()
+    expect(picture(page, "val/perplexity").get_by_role("button", name="log")).to_have_attribute(
+        "aria-pressed", "false"
+    )
+
+
 def test_no_spike_is_hidden_and_dragging_zooms_to_the_steps_themselves(
     page: Page, dashboard: Dashboard, place: Place
 ) -> None:

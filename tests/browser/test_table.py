@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from urllib.parse import urlencode
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from harness.tracking import RunLog
-from tests.browser.actions import open_run
+from tests.browser.actions import hover, open_run
+from tests.browser.actions import shown as legend
 from tests.browser.conftest import Dashboard, Place
 
 HOSTILE = "<img src=x onerror=document.title='broken'>"
@@ -82,6 +84,103 @@ def test_two_trained_runs_are_compared(page: Page, dashboard: Dashboard, trained
     loss = panel.locator('figure[data-plot="train/loss"]')
     expect(loss).to_have_attribute("data-points", "12")
     expect(loss.locator(".u-legend .u-label")).to_have_text(["step", *trained])
+
+
+def compare_page(page: Page, dashboard: Dashboard, *runs: str, **more: str) -> Locator:
+    what = urlencode([("tab", "Compare"), *(("compare", run) for run in runs), *more.items()])
+    page.goto(f"{dashboard.address}#{what}")
+    page.reload()
+    return page.locator("harness-compare")
+
+
+def test_columns_are_under_the_runs_that_were_asked_for_though_the_baseline_changes_meanwhile(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    write_run(place, "slow/one", [1.0])
+    write_run(place, "slow/two", [2.0])
+
+    def late(route: Route) -> None:
+        answer = route.fetch()
+        page.wait_for_timeout(600)
+        route.fulfill(response=answer)
+
+    panel = compare_page(page, dashboard, "slow/one", "slow/two")
+    expect(panel.locator(".h-parting")).to_be_visible()
+    page.route("**/api/compare?*", late)
+    panel.get_by_label("baseline", exact=True).select_option("slow/two")
+    page.wait_for_timeout(100)
+    panel.get_by_label("baseline", exact=True).select_option("slow/one")
+    page.wait_for_timeout(2000)
+    panel.get_by_text("last values").click()
+    heads = panel.locator("details", has_text="last values").locator("th")
+    values = panel.locator("details", has_text="last values").locator("td")
+    shown = dict(zip(heads.all_inner_texts(), values.all_inner_texts(), strict=True))
+    assert (shown["slow/one"], shown["slow/two"]) == ("1", "2")
+
+
+def test_less_the_baseline_goes_step_by_step_or_says_that_it_does_not(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    write_run(place, "less/short", [float(step) for step in range(1000)])
+    write_run(place, "less/long", [float(step) for step in range(3000)])
+    write_run(place, "less/huge", [float(step) for step in range(5000)])
+    panel = compare_page(page, dashboard, "less/long", "less/short", difference="1")
+    loss = panel.locator('figure[data-plot="train/loss"]')
+    expect(loss).to_have_attribute("data-points", "3000")
+    for share in (0.05, 0.1, 0.2):
+        hover(page, loss, share)
+        assert legend(loss)["less/short"] == "0"
+    panel.get_by_label("x axis").select_option("hours")
+    expect(panel.get_by_role("status")).to_contain_text("not less the baseline")
+    panel = compare_page(page, dashboard, "less/huge", "less/short", difference="1")
+    expect(panel.get_by_role("status")).to_contain_text("zoom in")
+    hover(page, loss, 1.0)
+    assert legend(loss)["less/huge"] != "0"
+
+
+def test_a_metric_is_added_to_a_comparison_and_removed(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    for name in ("added/one", "added/two"):
+        write_run(place, name, [1.0])
+    panel = compare_page(page, dashboard, "added/one", "added/two", axis="nothing", **{"compare-zoom": "a-b"})
+    expect(panel.locator(".h-parting, p")).to_contain_text("equal, bit for bit")
+    panel.get_by_label("another metric").fill("no/such")
+    panel.get_by_label("another metric").press("Enter")
+    expect(panel.get_by_role("status")).to_have_text("no run has no/such")
+    panel.get_by_role("button", name="remove no/such").click()
+    expect(panel.get_by_role("status")).to_have_text("")
+
+
+def test_a_comparison_stays_where_the_server_does_not_answer_and_is_said_to_be_old(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    for name in ("stays/one", "stays/two"):
+        write_run(place, name, [1.0, 2.0])
+    panel = compare_page(page, dashboard, "stays/one", "stays/two")
+    loss = panel.locator('figure[data-plot="train/loss"]')
+    expect(loss).to_have_attribute("data-points", "2")
+    page.route("**/api/curves?*", lambda route: route.fulfill(status=502, body="{}"))
+    expect(panel).to_have_attribute("data-old", "true")
+    expect(panel.get_by_role("status")).to_contain_text("the server answered 502; what is shown is of ")
+    expect(loss.locator("canvas")).to_be_visible()
+    page.unroute("**/api/curves?*")
+    expect(panel).not_to_have_attribute("data-old", "true")
+
+
+def test_more_runs_than_can_be_compared_are_refused_in_words(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    for number in range(13):
+        write_run(place, f"many/{number:02}", [1.0])
+    page.goto(dashboard.address)
+    rows = rows_of(page, "many/")
+    expect(rows).to_have_count(13)
+    for row in rows.all():
+        row.get_by_role("checkbox").check()
+    expect(page.get_by_role("button", name="Compare: 13 are chosen, 12 at most")).to_be_disabled()
+    rows.first.get_by_role("checkbox").uncheck()
+    expect(page.get_by_role("button", name="Compare", exact=True)).to_be_enabled()
 
 
 def test_hostile_names_and_damaged_logs_are_shown_safely(

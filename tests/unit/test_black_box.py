@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from harness import TrainConfig
+from harness import Callback, TrainConfig
 from harness.checkpoint import Rng
-from harness.data import Task
-from harness.errors import InstabilityError, TaskError, TrackingError
+from harness.data import Loader, Task
+from harness.dist import World
+from harness.errors import InstabilityError, LostRankError, TaskError, TrackingError
 from harness.runlog.incident_files import (
     INCIDENT,
     STACKS,
@@ -33,8 +35,10 @@ from harness.tracking.incidents import show_incident
 from harness.tracking.mirrors import MirrorHandle
 from harness.tracking.overview import show_run
 from harness.training import train
+from harness.training.black_box import BlackBox, open_black_box
+from harness.training.progress import Phase, Progress
 from harness.training.rng_states import HeldRng, rng_from_plain
-from tests.support.own_tasks import Points, own_config, points_task
+from tests.support.own_tasks import ALONE, Points, own_config, points_task
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +215,89 @@ def test_a_failed_allocation_says_what_memory_was_taken_by(tmp_path: Path) -> No
     assert what.kind == "out of memory"
     folder = incident_dir(tmp_path / "runs" / "own", 2)
     assert b"parameter_bytes" in (folder / "memory-rank-0.json").read_bytes()
+
+
+class FailsToEvaluate(Callback):
+    def on_eval(self, run: Any, step: int, metrics: Any) -> None:
+        if step > 4:
+            raise ZeroDivisionError("of this test")
+
+
+def test_a_crash_outside_a_step_blames_no_sample(tmp_path: Path) -> None:
+    config = own_config(tmp_path, named, "--loop.eval_every=3", "--incidents.save_batch=true")
+    with pytest.raises(TaskError, match="of this test"):
+        train(config, callbacks=[FailsToEvaluate()])
+    what, _ = kept(tmp_path, 5)
+    assert (what.kind, what.rank) == ("crash", 0)
+    assert (what.samples, what.culprits[0].samples, dict(what.sources)) == ((), (), {})
+    assert not list(incident_dir(tmp_path / "runs" / "own", 5).glob("batch-*"))
+    assert show_incident(tmp_path / "runs" / "own", 5)
+
+
+def test_a_crash_while_a_run_is_resumed_is_kept_at_the_step_that_it_resumes_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(own_config(tmp_path, named, "--loop.steps=4"))
+    monkeypatch.setattr("harness.training.loop.rehearse", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        train(own_config(tmp_path, named, "--loop.steps=6"))
+    assert incident_steps(tmp_path / "runs" / "own") == [4]
+    assert kept(tmp_path, 4)[0].samples == ()
+
+
+def test_folders_of_hangs_count_and_the_newest_is_named_and_stays(tmp_path: Path) -> None:
+    run_dir, progress = tmp_path / "runs" / "own", Progress()
+    hangs = [run_dir / "incidents" / f"hang-20250101-00000{number}" for number in range(5)]
+    for hang in hangs:
+        hang.mkdir(parents=True)
+        (hang / "rank-0.txt").write_text("stacks")
+    config = own_config(tmp_path, named, "--incidents.keep=3")
+    loader = Loader(Named(), global_batch=8)
+    box = open_black_box(config, ALONE, progress, run_dir, loader, Named())
+    box.begin(2, 16)
+    progress.enter(Phase.FORWARD, 2)
+    error = LostRankError("the run hangs")
+    error.ranks, error.stacks = (0,), str(hangs[1])
+    box.end_hung(error)
+    left = {path.name for path in (run_dir / "incidents").iterdir()}
+    assert len(left) == 3
+    assert {"step-00000002", hangs[1].name} < left
+    what = read_incident(incident_dir(run_dir, 2))
+    assert (what.kind, what.stacks, what.rank) == ("hang", hangs[1].name, 0)
+    assert not rank_path(incident_dir(run_dir, 2), STACKS, 0).exists()
+    assert f"incidents/{hangs[1].name}" in show_incident(run_dir, 2)
+
+
+def raised_in(name: str) -> RuntimeError:
+    """As torch raises it, out of the file `name`."""
+    code = compile("def fail(): raise RuntimeError('Connection closed by peer')", name, "exec")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    with pytest.raises(RuntimeError) as caught:
+        scope["fail"]()
+    return caught.value
+
+
+def test_a_survivor_takes_nothing_upon_itself_and_leaves_what_the_culprit_wrote(tmp_path: Path) -> None:
+    in_gloo = raised_in(f"{Path(torch.__file__).parent}/distributed/distributed_c10d.py")
+    config, run_dir = own_config(tmp_path, named), tmp_path / "runs" / "own"
+    boxes: list[BlackBox] = []
+    said: list[tuple[str, int | None]] = []
+    for rank in (0, 1):
+        world = World(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
+        loader, progress = Loader(Named(), global_batch=8, rank=rank, world_size=2), Progress()
+        with patch("harness.training.incident_report.gather", lambda _: [None, None]):
+            boxes.append(open_black_box(config, world, progress, run_dir, loader, Named()))
+        boxes[rank].begin(2, 16)
+        progress.enter(Phase.BACKWARD, 2)
+    for rank, error in ((0, in_gloo), (1, MemoryError("none is left")), (0, in_gloo)):
+        boxes[rank].end_with(error, nn.Linear(4, 1))
+        boxes[rank].close()
+        found = read_incident(incident_dir(run_dir, 2))
+        said.append((found.kind, found.rank))
+    assert said == [("crash", None), ("out of memory", 1), ("out of memory", 1)]
+    assert found.culprits[0].samples == found.samples[1][0]
+    assert read_rank(incident_dir(run_dir, 2), 0).error == "RuntimeError: Connection closed by peer"
 
 
 def test_steps_are_profiled_on_demand_and_after_an_incident(tmp_path: Path) -> None:

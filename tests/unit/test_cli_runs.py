@@ -102,6 +102,23 @@ def test_a_run_that_cannot_be_written_to_is_exported_elsewhere(
         assert "cannot be written" in refused(capsys, "export", "quickstart", "--runs", str(runs), *more)
 
 
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--adapters"], "Add --format hf"),
+        (["--adapters", "--format", "csv"], "Add --format hf"),
+        (["--names", "llama", "--format", "hf"], "Leave --names away"),
+        (["--adapters", "--format", "hf"], "the run has no adapters: its task is text"),
+    ],
+)
+def test_options_of_an_export_that_its_format_does_not_heed_are_refused(
+    options: list[str], remedy: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "quickstart" / "config.yaml").write_text("task: text\n")
+    (runs / "quickstart" / "checkpoints").mkdir()
+    assert remedy in refused(capsys, "export", "quickstart", "--runs", str(runs), *options)
+
+
 def exported(runs: Path, format: str) -> dict[str, torch.Tensor]:
     """The weights of the run `mine`."""
     file = runs / f"weights.{format}"

@@ -142,13 +142,15 @@ NAMES = [
 def test_a_name_that_is_none_of_a_run_is_refused_in_words(name: str, root: Path) -> None:
     client: TestClient = Readers(root)._client
     spelled = name.encode(errors="surrogatepass")
-    for path in ("run", "settings", "curves", "output", "compare"):
-        more = b"&run=mine" if path == "compare" else b""
-        quoted = "".join(f"%{byte:02x}" for byte in spelled).encode()
-        answer = client.get(f"/api/{path}?run=" + (quoted + more).decode())
+    quoted = "".join(f"%{byte:02x}" for byte in spelled)
+    for path in ("run", "settings", "curves", "output"):
+        answer = client.get(f"/api/{path}?run={quoted}")
         is_own = path == "output" and name.startswith("mine")  # another spelling of a run that there is
         assert answer.status_code in (404, 422) or is_own or answer.json() == {"text": "", "offset": 0}
         assert CANARY not in answer.text.replace(name, "").replace(name.encode("unicode_escape").decode(), "")
+    compared = client.get(f"/api/compare?run={quoted}&run=mine")
+    assert compared.json()["states"] == ["gone", "finished"]
+    assert CANARY not in compared.text.replace(name, "").replace(name.encode("unicode_escape").decode(), "")
 
 
 def _link_the_folder(folder: Path, outside: Path) -> None:

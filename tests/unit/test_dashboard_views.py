@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from harness.dashboard import comparison
 from harness.dashboard.comparison import compare_view
 from harness.dashboard.run_index import RunIndex
 from harness.dashboard.views import MAX_EVENTS, MAX_NAMES, Axis, curves_view, layers_view, run_view
@@ -17,6 +19,7 @@ from harness.runlog import digest as digests
 from harness.runlog.digest import Digest
 from harness.runlog.nodes import NodeLog
 from harness.tracking import RunLog
+from harness.tracking.compare import Comparison, compare_runs
 
 server = pytest.importorskip("harness.dashboard.server", reason="pip install 'stability-harness[dashboard]'")
 from starlette.testclient import TestClient  # noqa: E402
@@ -136,6 +139,45 @@ def test_last_values_that_are_not_finite_are_spelled_out(tmp_path: Path) -> None
     assert {row["name"]: row["values"][0] for row in compared["metrics"]} == {
         "a": "nan", "b": "inf", "c": "-inf", "e": 1.5,
     }  # fmt: skip
+
+
+def write_one_step(run_dir: Path) -> None:
+    with RunLog(run_dir) as log:
+        log.write("step", {"train/loss": 1.0}, step=0)
+        log.end("finished")
+
+
+def test_of_a_run_that_was_deleted_the_comparison_says_that_it_is_gone(tmp_path: Path) -> None:
+    for name in "abc":
+        write_one_step(tmp_path / "runs" / name)
+    run_index = RunIndex(tmp_path / "runs", search_every_s=0.0)
+    assert run_index.names()
+    shutil.rmtree(tmp_path / "runs" / "b")
+    compared = told(compare_view(run_index, ["a", "b", "c"]))
+    assert compared["states"] == ["finished", "gone", "finished"]
+    assert "there is no run 'b'" in compared["partings"][0]["error"]
+    assert compared["partings"][1]["num_common"] == 1
+
+
+def test_where_runs_part_is_read_again_only_when_a_log_has_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def counted(first: Path, second: Path, *, within: Path | None) -> Comparison:
+        compared.append(second.name)
+        return compare_runs(first, second, within=within)
+
+    monkeypatch.setattr(comparison, "compare_runs", counted)
+    run_index = RunIndex(tmp_path / "runs")
+    for name in "abc":
+        write_one_step(tmp_path / "runs" / name)
+    compare_view(run_index, ["a", "b", "c"])
+    compare_view(run_index, ["a", "b", "c"])
+    assert compared == ["b", "c"]
+    write_one_step(tmp_path / "runs" / "c")
+    compare_view(run_index, ["a", "b", "c"])
+    assert compared == ["b", "c", "c"]
 
 
 @pytest.mark.parametrize("most", [16, 8192])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -102,6 +103,33 @@ def test_a_global_batch_is_shared_by_any_number_of_ranks(world_size: int, at_mos
     if 12 % world_size == 0:
         assert shares.blank_frac == 0
         assert size == min(at_most or 12, 12 // world_size) or (12 // world_size) % (at_most or 1)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "at_most", "world_size", "size"),
+    [(1024, 16, 7, 16), (1024, None, 7, 32), (1024, 16, 8, 16), (12, 12, 5, 1), (512, 32, 3, 16)],
+)
+def test_passes_are_few_where_the_ranks_are_about_as_busy(
+    global_batch: int, at_most: int | None, world_size: int, size: int
+) -> None:
+    shares = Shares.of(global_batch, world_size, at_most=at_most)
+    assert shares.micro_batch == size
+    assert shares.samples_per_rank <= 1.12 * -(-global_batch // world_size) or size == 1
+
+
+class Collected(Numbers):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"id": torch.tensor(gc.isenabled())}
+
+
+def test_workers_collect_their_garbage_whatever_the_trainer_does() -> None:
+    loader = Loader(Collected(), global_batch=8, num_workers=1)
+    gc.disable()
+    try:
+        assert loader.next()[0]["id"].all()
+    finally:
+        gc.enable()
+        loader.close()
 
 
 def test_micro_batches_have_the_size_asked_for() -> None:

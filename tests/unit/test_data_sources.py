@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 from harness.config import DataConfig
 from harness.data import Loader, find_quarantined, load_text, source_of
 from harness.errors import DataError
+from harness.tasks.hf.mixture import Mixture, Part
 from tests.support.own_tasks import Points
 from tests.support.runs import corpus
 
@@ -49,6 +51,7 @@ def test_windows_of_text_are_named_by_file_and_offset_and_found_by_them(tmp_path
         names = [data.source_of(index) for index in range(len(data))]
         assert len(set(names)) == len(names)
         assert [data.index_of(name) for name in names] == list(range(len(data)))
+        assert data.indices_of(names) == {name: [index] for index, name in enumerate(names)}
         for index, name in enumerate(names):
             path, _, offset = name.partition(", ")[0].rpartition(":")
             of_window = (
@@ -117,6 +120,36 @@ def test_a_quarantine_list_is_indices_names_and_files_of_them(tmp_path: Path) ->
             return f"rows.parquet@{index}"
 
     assert find_quarantined(At(20), [3, "rows.parquet@19", str(listed), "12"]) == (3, 5, 12, 19)
+
+
+def test_a_name_means_all_samples_that_have_it() -> None:
+    class Shared(Points):
+        def source_of(self, index: int) -> str:
+            return f"row {index % 4}"
+
+    assert find_quarantined(Shared(10), ["row 1", "2"]) == (1, 2, 5, 9)
+
+
+def test_a_number_is_a_name_where_names_are_numbers() -> None:
+    class Numbered(Points):
+        def source_of(self, index: int) -> str:
+            return str(100 - index)
+
+    assert find_quarantined(Numbered(20), ["95", "3"]) == (3, 5)
+    with pytest.raises(DataError, match="'30'"):
+        find_quarantined(Numbered(20), ["95", "30"])
+
+
+def test_a_row_of_a_mixture_goes_wherever_it_stands() -> None:
+    rows = [np.zeros((count, 1, 2), dtype=np.int64) for count in (3, 8)]
+    store: Any = None
+    parts = [Part(store, row, source=number, weight=0.5) for number, row in enumerate(rows)]  # type: ignore[arg-type]
+    data = Mixture(parts, length=4, pad=0, digest="")
+    assert len(data) == 16
+    assert find_quarantined(data, [data.source_of(4), "source 1, row 0"]) == (1, 4, 7, 8)
+    for wrong in ("source 0, row 3", "source 2, row 0", "row 1"):
+        with pytest.raises(DataError, match=wrong):
+            find_quarantined(data, [wrong])
 
 
 @pytest.mark.parametrize(

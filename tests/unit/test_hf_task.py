@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import torch
 from harness.config import TrainConfig
 from harness.data import Loader, Task
 from harness.errors import ConfigError, DataError
-from harness.tasks.hf.encode import Encoder
+from harness.tasks.hf.encode import Encoded, Encoder
 from harness.tasks.hf.mixture import _counts
-from harness.tasks.hf.model import check_documents_apart, load_model
-from harness.tasks.hf.packing import pack
-from harness.tasks.hf.readers import records
-from harness.tasks.hf.settings import ModelSettings, SourceSettings, TokenizerSettings
+from harness.tasks.hf.model import add_adapters, check_documents_apart, load_model
+from harness.tasks.hf.packing import pack, prepare_rows
+from harness.tasks.hf.readers import identity, records
+from harness.tasks.hf.settings import LoraSettings, ModelSettings, SourceSettings, TokenizerSettings
+from harness.tasks.hf.store import _batches, prepare_tokens
 from harness.tasks.hf.tokenizer import load_tokenizer
 from harness.training.tasks import build_task
 from tests.support.hf import MODELS, chats, hf_config
@@ -67,6 +70,26 @@ def test_every_token_of_every_segment_is_packed_once(packing: Any) -> None:
     assert len(rows) == {"whole": 3, "cut": 3, "off": 6}[packing]
 
 
+def test_packing_cut_cuts_where_a_row_ends_and_nowhere_else(tmp_path: Path) -> None:
+    counted = np.ones(70, dtype=np.bool_)
+    counted[36:] = False  # all but the first targets of the last document
+    documents = [Encoded([1] * 8, None, 8), Encoded([2] * 26, None, 26), Encoded([3] * 36, counted[34:], 36)]
+    store = prepare_tokens(
+        [], [{}], lambda batch, first: iter(documents), vocab_size=9, cache_dir=tmp_path, label="x"
+    )  # fmt: skip
+    train, _ = prepare_rows(store, length=10, packing="cut", use="train", val_frac=0.0)
+    rows = [train[row].tolist() for row in range(len(train))]
+    assert rows == [[[0, 7], [8, 3]], [[11, 10]], [[21, 10]], [[31, 2], [34, 8]]]
+
+
+def test_few_long_records_are_tokenised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.tasks.hf.store._BATCH_CHARS", 10)
+    records = [{"text": "a" * count} for count in (4, 4, 4, 30, *[0] * 300, 1)]
+    batches = list(_batches(records))
+    assert [record for batch in batches for record in batch] == records
+    assert [len(batch) for batch in batches] == [3, 1, 256, 45]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_packed_document_is_seen_as_it_is_alone(task: Task, model: str) -> None:
     torch.manual_seed(0)
@@ -91,9 +114,33 @@ def test_a_model_that_sees_earlier_documents_is_refused() -> None:
         check_documents_apart(blind, length=32)
 
 
+# Of transformers' own, where peft asks a model about it.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_saved_model_is_trained_with_its_dropout_and_gradient_checkpointing(
+    tmp_path: Path, rank: int
+) -> None:
+    fields = {**MODELS["llama"], "vocab_size": 280, "attention_dropout": 0.5}
+    load_model(ModelSettings(config=fields)).save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path), gradient_checkpointing=True, attention="eager")
+    network = add_adapters(load_model(settings), LoraSettings(r=rank))
+    assert all(module.training for module in network.modules())
+    runs: list[int] = []
+    layer = next(module for name, module in network.named_modules() if name.endswith("layers.0.mlp"))
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    tokens = torch.arange(8)[None]
+    one, other = (network(input_ids=tokens, use_cache=False).logits for _ in range(2))
+    assert not torch.equal(one, other)
+    one.sum().backward()
+    assert len(runs) == 3  # once more in the backward pass
+
+
 QWEN_LIKE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|end|>\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -116,6 +163,47 @@ def test_of_a_chat_the_answers_alone_count(folder: Path, tokenizer: Any, templat
         assert said == f"answer {number}{end}{thoughts}yes{end}"
         assert every[number].tokens == document.tokens
         assert every[number].counted is None
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "what is the time"},
+        CALL,
+        {"role": "tool", "content": "<tool_call>clock</tool_call><|end|>\n"},  # a quotation
+        CALL,
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "noon"},
+    ],
+    "tools": json.dumps([{"type": "function", "function": {"name": "clock"}}]),
+}
+MARKED = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|end|>\n"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", ["qwen-like", "marked"])
+def test_of_a_chat_with_tools_the_calls_and_answers_count(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN_LIKE if template == "qwen-like" else MARKED)
+    (document,) = Encoder(tokenizer, SourceSettings(path="x"), answers_only=True)([WITH_TOOLS], first=0)
+    said = tokenizer.decode(np.array(document.tokens)[document.counted])
+    call = "<tool_call>clock</tool_call><|end|>\n"
+    thoughts = "<think></think>" if template == "qwen-like" else ""
+    assert said == f"{call}{call}{thoughts}noon<|end|>\n"
+
+
+def test_an_answer_that_stands_otherwise_in_the_midst_of_a_chat_is_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = QWEN_LIKE.replace("<|end|>", "{{ '<|last|>' if loop.last else '<|next|>' }}")
+    monkeypatch.setattr(tokenizer, "chat_template", changed)
+    with pytest.raises(DataError, match="an answer of the source x cannot be found"):
+        list(Encoder(tokenizer, SourceSettings(path="x"), answers_only=True)([WITH_TOOLS], first=0))
 
 
 def test_of_a_pair_the_completion_alone_counts(tokenizer: Any) -> None:
@@ -213,16 +301,35 @@ def test_parquet_and_saved_datasets_give_the_records_of_jsonl(tmp_path: Path) ->
     assert list(records(SourceSettings(path=str(tmp_path / "saved"), limit=2))) == lines[:2]
 
 
-def test_a_folder_gives_its_texts_and_tables_and_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_of_saved_datasets_the_split_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="of the extra hf")
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    sources = {name: SourceSettings(path=str(tmp_path / "saved"), split=name) for name in (*parts, "dev")}
+    for name in parts:
+        assert list(records(sources[name])) == [{"text": name}]
+    assert identity(sources["train"]) != identity(sources["test"])
+    for asked in (identity, lambda source: list(records(source))):
+        with pytest.raises(DataError, match=r"no split 'dev'.*test, train"):
+            asked(sources["dev"])
+
+
+def test_a_folder_gives_its_texts_and_tables_and_a_file_that_is_neither_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "a.txt").write_text("one")
     chats(folder / "b.jsonl", count=2)
     (folder / "c.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd without a zero")
     read = list(records(SourceSettings(path=str(folder))))
     assert [sorted(record) for record in read] == [["text"], ["messages"], ["messages"]]
-    with pytest.raises(DataError, match=r"nothing to read in .*c\.png"):
-        list(records(SourceSettings(path=str(folder / "c.png"))))
+    (warning,) = caplog.messages
+    assert re.search(r"2 files.*c\.png, .*d\.jsonl\.zst", warning)
+    for name in ("c.png", "d.jsonl.zst"):
+        with pytest.raises(DataError, match=f"nothing to read in .*{name}"):
+            list(records(SourceSettings(path=str(folder / name))))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +356,17 @@ def test_a_record_that_is_no_document_is_named(tokenizer: Any, record: dict[str,
         (
             {"model_settings": {"name": "/nowhere/at/all"}, "tokenizer": {}},
             "tokenizer '/nowhere/at/all' cannot be loaded",
+        ),
+        (
+            {"model_settings": {"config": MODELS["llama"], "attention": "flash_attention_2"}},
+            r"packing is whole.*flash_attention_2.*packing off",
+        ),
+        (
+            {
+                "model_settings": {"config": MODELS["llama"], "attention": "flash_attention_2"},
+                "packing": "off",
+            },
+            r"flash_attention_2 cannot be made.*[Ii]nstall flash-attn",
         ),
         ({"packing": "tight"}, r"task_args\.packing.*tight"),
         ({"lora": {"rank": 8}}, r"unknown key 'lora\.rank' in task_args"),

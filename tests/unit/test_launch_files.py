@@ -118,6 +118,20 @@ def test_numbers_and_names_stand_where_they_belong(capsys: pytest.CaptureFixture
     assert (train["spec"]["trainer"]["numNodes"], train["spec"]["trainer"]["numProcPerNode"]) == (4, 6)
 
 
+@pytest.mark.parametrize("on", ["kubernetes", "kubeflow"])
+@pytest.mark.parametrize(("run_name", "expected"), [("7b", "run-7b"), ("123", "run-123"), ("On", "on")])
+def test_any_name_of_a_run_makes_a_name_of_an_object(
+    run_name: str, expected: str, on: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, on, program=["llama_1b", f"--name={run_name}"])
+    for document in yaml.safe_load_all(text):
+        assert document["metadata"]["name"] == expected
+    if on == "kubernetes":
+        service, job = yaml.safe_load_all(text)
+        names = {job["spec"]["template"]["spec"]["subdomain"], *service["spec"]["selector"].values()}
+        assert names == {expected}
+
+
 @pytest.mark.parametrize("on", CLUSTERS)
 def test_a_run_on_cpus_asks_for_no_gpu(on: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, on, program=["debug", "--parallel.device=cpu"])
@@ -162,8 +176,8 @@ def test_the_indexed_job_is_what_kubernetes_takes(
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
     texts = [
         launched(capsys, "--print", "kubernetes"),
-        printed(capsys, "kubernetes", *processes, program=["debug", "--parallel.device=cpu"]),
-        printed(capsys, "kubernetes", *processes, program=["debug", "--runs_dir=/mnt/it's, mine"]),
+        printed(capsys, "kubernetes", *processes, program=[*RUN, "--parallel.device=cpu"]),
+        printed(capsys, "kubernetes", *processes, program=[*RUN, "--runs_dir=/mnt/it's, mine"]),
     ]
     for document in (document for text in texts for document in yaml.safe_load_all(text)):
         for version in ("1.31", kubernetes_validate.latest_version()):

@@ -157,6 +157,31 @@ def test_a_hang_is_stalled_and_the_time_until_the_next_attempt_restart(clock: Cl
     }
 
 
+def test_the_account_is_written_every_15_s_and_before_what_may_be_the_end(clock: Clock) -> None:
+    progress = Progress()
+    _, written = keeper(progress)
+    for number in range(40):  # of 3 s
+        step(progress, clock, number)
+    assert 120 / 18 <= len(written) <= 1 + 120 / 15
+    progress.enter(Phase.SAVE, 40)
+    assert shares(written[-1]) == {"compute": 80, "data": 40}
+
+
+def test_the_newest_account_is_found_from_the_end_whatever_follows_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    head = '{{"kind":"ledger","attempt":0,"step":null,"time":{},'
+    line = head + '"values":{{"seconds":{{}},"steps_made":{}}}}}\n'
+    other = orjson.dumps({"kind": "text", "attempt": 0, "step": 1, "time": 1.0, "values": {"a": "x" * 999}})
+    early, late = (line.format(float(number), number).encode() for number in (1, 2))
+    begun = b"".join([early, (other + b"\n") * 600, late, (other + b"\n") * 600, late[:40]])
+    (log / "00000000.jsonl").write_bytes(begun)
+    (log / "00000001.jsonl").write_bytes(other + b"\n")
+    found = newest_ledger(tmp_path)
+    assert found is not None
+    assert (found.until, found.steps_made) == (2.0, 2)
+
+
 def test_time_between_a_finished_attempt_and_the_next_one_is_nobodys(clock: Clock) -> None:
     book, written = keeper(Progress())
     clock.now += 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,15 @@ from harness.config import TrainConfig
 from harness.data import Task
 from harness.errors import ReplayError
 from harness.replay import replay
+from harness.replay.arms import judge_sound
+from harness.replay.compare import Parting
+from harness.replay.history import read_history
+from harness.replay.ranks import RanksInTurn
 from harness.replay.story import story
 from harness.replay.trace import Tracer
+from harness.runlog import events
+from harness.runlog.paths import incident_dir
+from harness.runlog.writer import RunLog
 from tests.support import broken_tasks
 from tests.support.own_tasks import Points, own_config, points_task, run_loop
 from tests.support.replayed import check_task, train_task
@@ -144,6 +152,90 @@ def test_the_command_leaves_the_story_beside_the_incident(
     directory = tmp_path / "runs" / "own"
     assert main(["replay", str(directory), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    (folder,) = (directory / "incidents").iterdir()
+    folder = incident_dir(directory, printed["step"])
     assert json.loads((folder / "replay.json").read_text()) == printed
     assert "aten.div.Tensor" in (folder / "story.md").read_text()
+
+
+def test_what_cannot_be_written_down_is_printed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_loop(own_config(tmp_path, broken_tasks.sound, "--loop.steps=3", "--incidents.enabled=false"))
+    directory = tmp_path / "runs" / "own"
+    (directory / "incidents").write_text("no folder")
+    assert main(["replay", str(directory), "--step=1"]) == 0
+    printed = capsys.readouterr()
+    assert "Step 1 of own" in printed.out
+    assert "from the beginning of the run, 2 steps x 1 ranks" in printed.err
+    assert "cannot be written" in printed.err
+
+
+def test_a_long_way_from_the_beginning_is_gone_only_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["harness.replay.replay"], "MOST_UNASKED", 2)
+    run_loop(own_config(tmp_path, broken_tasks.sound, "--loop.steps=4"))
+    directory = tmp_path / "runs" / "own"
+    with pytest.raises(ReplayError, match="--from-start"):
+        replay(directory, 2)
+    said: list[str] = []
+    assert replay(directory, 2, from_start=True, say=said.append).reproduced
+    assert said == ["from the beginning of the run, 3 steps x 1 ranks"]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_same", "notes", "kind"),
+    [
+        (3, 3, [], "hardware"),
+        (0, 0, [], "unknown"),
+        (3, 2, [], "unknown"),
+        (3, 3, ["the data is another"], "unknown"),
+    ],
+)
+def test_the_hardware_is_named_only_where_all_else_was_compared(
+    num_steps: int, num_same: int, notes: list[str], kind: str
+) -> None:
+    way = Parting(num_steps=num_steps, num_same_bits=num_same, largest=0.0, step=None)
+    judged = judge_sound([], way=way, notes=notes)
+    assert (judged.kind, judged.sure) == (kind, "likely" if kind == "hardware" else "open")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_optimizer_is_the_runs(strategy: str, tmp_path: Path) -> None:
+    """FSDP2's shards are trained by an SGD that is not fused, which may differ in the last bit."""
+    config = own_config(tmp_path, broken_tasks.sound, f"--parallel.strategy={strategy}")
+    ranks = RanksInTurn(
+        config, world_size=2, device=torch.device("cpu"), precision="fp32", schedule_steps=6, faults=()
+    )
+    assert ranks.optimizer.defaults["fused"] == (strategy == "ddp")
+
+
+def test_other_data_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_loop(own_config(tmp_path, outlying, "--loop.steps=2"))
+    monkeypatch.setattr(Outlying, "fingerprint", lambda self: "another", raising=False)
+    found = replay(tmp_path / "runs" / "own", 1)
+    assert any("data was" in note and "another" in note for note in found.notes)
+
+
+def test_an_incident_of_the_machines_is_not_taken_for_a_step(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with RunLog(directory) as log:
+        log.write("run", {"config": {"name": "run"}, "world_size": 1}, step=0)
+        for step in range(3):
+            log.write("step", {"train/loss": 1.0, "train/grad_norm": 1.0}, step=step)
+        slow = events.Incident(kind="straggler", summary="rank 1 is slow", rank=1)
+        log.write("event", slow.to_values(), step=2)
+    with pytest.raises(ReplayError, match="straggler"):
+        read_history(directory, None)
+    history = read_history(directory, 2)
+    assert (history.incident, history.unplayable) == (None, ("straggler",))
+    with RunLog(directory) as log:
+        bad = events.Incident(kind="spike", summary="spike", verdict="skip", reason="spike")
+        log.write("event", bad.to_values(), step=1)
+        log.write("event", slow.to_values(), step=1)
+        log.write("event", slow.to_values(), step=2)
+    for step in (None, 1):
+        history = read_history(directory, step)
+        assert history.step == 1
+        assert history.incident is not None
+        assert history.incident.kind == "spike"

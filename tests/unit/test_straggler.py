@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from harness.config import StragglerConfig
 from harness.errors import ConfigError
 from harness.records import RankRow
-from harness.training.straggler import Window
+from harness.training.straggler import Window, described
 
 
 def rows(compute_s: list[float], data_s: list[float] | None = None) -> list[RankRow]:
@@ -54,6 +55,16 @@ def test_a_rank_whose_batches_come_late_is_no_straggler() -> None:
 
 def test_one_late_batch_does_not_hide_that_a_rank_is_slow() -> None:
     assert late(*[rows([1.0, 2.0])] * 9, rows([1.0, 2.0], [0.0, 30.0])) == [(1, "straggler")]
+
+
+def test_what_a_machine_does_not_tell_of_a_slow_rank_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise NotImplementedError("can't find current frequency file")
+
+    monkeypatch.setattr("psutil.cpu_freq", refuse)
+    told = described(torch.device("cpu"))
+    assert told.startswith("host ")
+    assert told.endswith("cpu, its clocks and load are not known: can't find current frequency file")
 
 
 def test_a_window_that_was_cleared_has_forgotten() -> None:

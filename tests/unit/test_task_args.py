@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from harness.config import TrainConfig, check_same_run, checked_arguments, dump_yaml, parse_arguments
 from harness.dashboard import form
 from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing import Any as ForCheckers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,14 @@ def test_a_function_says_what_it_needs_and_what_it_leaves_open() -> None:
     with pytest.raises(ConfigError, match=r"task_args\.noise is set.*nothing else"):
         checked_arguments(plain, {"noise": 1})
     assert checked_arguments(open_, {"a": {"b": 1}}) == {"a": {"b": 1}}
+
+
+def test_a_type_that_is_imported_for_type_checkers_only_leaves_that_parameter_alone_unchecked() -> None:
+    def half(config: TrainConfig, *, noise: float = 0.1, raw: ForCheckers = None) -> None: ...
+
+    assert checked_arguments(half, {"noise": 1, "raw": "x"}) == {"noise": 1.0, "raw": "x"}
+    with pytest.raises(ConfigError, match=r"task_args\.noise.*float.*high"):
+        checked_arguments(half, {"noise": "high"})
 
 
 def test_a_value_on_the_command_line_changes_that_value_alone(tmp_path: Path) -> None:

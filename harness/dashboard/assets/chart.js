@@ -91,16 +91,16 @@ function placeOf(step, axis) {
 }
 
 export class Chart {
-  // plot: { title, lines: [{ name, label }], log, threshold: { value, label } }
-  constructor(plot, { onzoom, sync = "run" }) {
+  // plot: { title, lines: [{ name, label }], log, threshold: { value, label } }; onzoom(range), null for all of it.
+  constructor(plot, { onzoom, sync = "run", log = false }) {
     this.plot = plot;
     this.onzoom = onzoom;
     this.sync = sync;
-    this.log = plot.log || false;
+    this.log = log || plot.log || false;
     this.marks = [];
     this.nonfinite = [];
     this.key = "";
-    this.body = element("div", { class: "h-chart-body", tabindex: 0, role: "group", "aria-label": `${plot.title}; arrows move along it, Escape shows all of it`, onkeydown: (event) => this.press(event) });
+    this.body = element("div", { class: "h-chart-body", tabindex: 0, role: "group", "aria-label": `${plot.title}; arrows move along it, Escape shows all of it`, onkeydown: (event) => this.press(event), ondblclick: () => this.onzoom(null) });
     this.gaps = element("span", { class: "h-note h-gaps" });
     this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
     this.node = element(
@@ -278,7 +278,7 @@ export class Chart {
   press(event) {
     const { u } = this;
     if (!u) return;
-    if (event.key === "Escape") this.node.dispatchEvent(new MouseEvent("dblclick"));
+    if (event.key === "Escape") this.onzoom(null);
     const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 20, PageUp: -20 }[event.key];
     if (!by) return;
     event.preventDefault();

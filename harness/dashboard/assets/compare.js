@@ -3,21 +3,28 @@
 import { allShown, show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 import { Chart, colourOf } from "./chart.js";
-import { badge, element, number, table, update } from "./format.js";
-import { axisList, smoothingRange } from "./inputs.js";
+import { badge, clock, element, number, table, update } from "./format.js";
+import { axisList, axisOf, rangeOf, setOptions, smoothingOf, smoothingRange } from "./inputs.js";
 import { repeat } from "./page.js";
 
 const METRICS = ["TRAIN_LOSS", "VAL_LOSS", "GRAD_NORM", "LR", "TRAIN_ACCURACY", "TOKENS_PER_S"];
+const POINTS = 800;
+const POINTS_TO_SUBTRACT = 4000; // so that in most runs each stands for one step
 
 class Comparison extends HTMLElement {
   connectedCallback() {
     this.replaceChildren();
     this.charts = new Map();
-    this.axis = axisList(() => this.note({ axis: this.axis.value }));
-    this.smoothing = smoothingRange(() => this.note({ smoothing: this.smoothing.value }));
+    this.answers = new Map(); // the last one about each run's curves
+    this.axis = axisList(() => this.note({ "compare-axis": this.axis.value }));
+    this.smoothing = smoothingRange(() => {
+      show({ "compare-smoothing": this.smoothing.value });
+      if (this.asked) this.draw(this.asked);
+    });
     this.baseline = element("select", { class: "h-input", "aria-label": "baseline", onchange: () => this.note({ baseline: this.baseline.value }) });
     this.choice = element("input", { class: "h-input", list: "h-metrics", placeholder: "add a metric", "aria-label": "another metric", onchange: () => this.add(this.choice.value.trim()) });
     this.options = element("datalist", { id: "h-metrics" });
+    this.added = element("span", {});
     this.difference = element("input", { type: "checkbox", onchange: () => this.note({ difference: this.difference.checked ? "1" : null }) });
     this.reset = element("button", { class: "h-button", type: "button", onclick: () => this.zoom(null) }, "Whole runs");
     this.words = element("div", { class: "h-note", role: "status" });
@@ -33,32 +40,30 @@ class Comparison extends HTMLElement {
       element("label", {}, this.difference, " less the baseline"),
       this.choice,
       this.options,
+      this.added,
       this.reset,
     );
     this.append(element("section", { class: "h-compare" }, this.words, this.legend, bar, this.grid, this.about));
-    this.addEventListener("harness-trouble", (event) => (this.words.textContent = event.detail));
+    this.addEventListener("harness-trouble", (event) => this.sayOld(event.detail));
     this.stopFollowing = whenMoved(() => this.follow());
     this.poll = repeat(this, 2500, () => this.refresh());
+    this.telling = repeat(this, 10000, () => this.tell());
     this.follow();
   }
 
   disconnectedCallback() {
     this.poll.stop();
+    this.telling.stop();
     this.stopFollowing();
     this.charts.forEach((chart) => chart.remove());
   }
 
-  get runs() {
-    return allShown("compare");
-  }
-
   // What the address says is compared.
   follow() {
-    this.axis.value = shown("axis") ?? "step";
-    this.smoothing.value = shown("smoothing") ?? 0;
+    this.axis.value = axisOf(shown("compare-axis"));
+    this.smoothing.value = smoothingOf(shown("compare-smoothing"));
     this.difference.checked = shown("difference") === "1";
-    const zoom = shown("compare-zoom");
-    this.within = zoom && zoom.split("-").map(Number);
+    this.within = rangeOf(shown("compare-zoom"));
     this.reset.disabled = !this.within;
     this.poll?.soon();
   }
@@ -78,47 +83,102 @@ class Comparison extends HTMLElement {
     this.note({ metric: [...new Set([...allShown("metric"), metric])] });
   }
 
-  async refresh() {
-    const { runs } = this;
-    if (runs.length < 2) {
-      this.words.textContent = "choose two runs or more in the tab Runs, and press Compare there";
-      for (const node of [this.legend, this.about, this.grid]) node.hidden = true;
-      return;
-    }
-    for (const node of [this.legend, this.about, this.grid]) node.hidden = false;
-    this.baseline.replaceChildren(...runs.map((run) => element("option", { value: run, selected: run === (shown("baseline") ?? runs[0]) }, run)));
-    this.names ??= await ask("names");
-    const metrics = [...METRICS.map((name) => this.names.metric[name]), ...allShown("metric")];
-    await this.draw(runs, metrics);
-    const key = runs.join("\n");
-    if (this.told === key && Date.now() - this.toldAt < 10000) return;
-    const answer = await ask("compare", { run: [this.baseline.value, ...runs.filter((run) => run !== this.baseline.value)] });
-    this.told = key;
-    this.toldAt = Date.now();
-    this.words.textContent = "";
-    this.render(answer);
+  drop(metric) {
+    this.note({ metric: allShown("metric").filter((one) => one !== metric) });
   }
 
-  // The curves of all runs, each run asked once for all metrics.
-  async draw(runs, metrics) {
-    const [first, last] = this.within ?? [];
-    const ask1 = (run) => ask("curves", { run, name: metrics, axis: this.axis.value, first, last }).catch(() => null);
-    const answers = await Promise.all(runs.map(ask1));
-    for (const metric of new Set(metrics)) this.drawOne(metric, runs, answers);
+  // What is to be seen now: the runs with their colours, and the same with the baseline first.
+  wanted() {
+    const all = [...new Set(allShown("compare"))];
+    const runs = all.slice(0, this.names.limit.COMPARED);
+    const baseline = runs.includes(shown("baseline")) ? shown("baseline") : runs[0];
+    const standard = METRICS.map((name) => this.names.metric[name]);
+    const added = [...new Set(allShown("metric"))].filter((metric) => !standard.includes(metric));
+    return {
+      runs,
+      numLeftOut: all.length - runs.length,
+      baseline,
+      order: [baseline, ...runs.filter((run) => run !== baseline)],
+      added,
+      metrics: [...standard, ...added],
+      axis: this.axis.value,
+      within: this.within,
+      isLess: this.difference.checked,
+    };
+  }
+
+  async refresh() {
+    this.names ??= await ask("names");
+    const asked = this.wanted();
+    const isEnough = asked.runs.length >= 2;
+    for (const node of [this.legend, this.about, this.grid]) node.hidden = !isEnough;
+    if (!isEnough) {
+      this.words.textContent = "choose two runs or more in the tab Runs, and press Compare there";
+      return;
+    }
+    setOptions(this.baseline, asked.runs, asked.baseline);
+    this.showAdded(asked.added);
+    this.unanswered = await this.askCurves(asked);
+    delete this.dataset.old;
+    this.freshAt = Date.now();
+    this.asked = asked;
+    this.draw(asked);
+    if (this.told?.order !== asked.order.join("\n")) this.telling.soon();
+  }
+
+  // Asks each run once for all metrics; those that have not changed keep what they have. Returns why some have not answered.
+  async askCurves({ runs, metrics, axis, within, isLess }) {
+    const question = { name: metrics, axis, first: within?.[0], last: within?.[1], points: isLess ? POINTS_TO_SUBTRACT : POINTS };
+    const key = JSON.stringify(question);
+    const ask1 = async (run) => {
+      const known = this.answers.get(run);
+      const answer = await ask("curves", { run, ...question, seen: known?.key === key ? known.version : null });
+      if (!answer.unchanged) this.answers.set(run, { key, version: answer.version, curves: answer });
+    };
+    const results = await Promise.allSettled(runs.map(ask1));
+    const failed = runs.map((run, index) => [run, results[index].reason]).filter(([, reason]) => reason);
+    if (failed.length === runs.length) throw failed[0][1];
+    // What is kept of a run that is gone is shown while it belongs to what is asked.
+    for (const [run, reason] of failed) this.answers.set(run, { ...this.answers.get(run), version: reason.message });
+    for (const run of [...this.answers.keys()]) if (!runs.includes(run) || (this.answers.get(run).key ?? key) !== key) this.answers.delete(run);
+    return failed.map(([run, reason]) => `${run}: ${reason.message}`);
+  }
+
+  draw(asked) {
+    const { runs, numLeftOut, metrics, added, axis, baseline, isLess } = asked;
+    const views = metrics.map((metric) => this.viewOf(metric, asked));
+    const why = isLess ? whyNotLess(axis, views, baseline) : null;
+    if (isLess && !why) views.forEach((view) => subtract(view, baseline));
+    metrics.forEach((metric, index) => this.drawOne(metric, runs, views[index]));
     for (const [metric, chart] of this.charts)
       if (!metrics.includes(metric)) {
         chart.remove();
         this.charts.delete(metric);
       }
+    const unknown = added.filter((metric) => !runs.some((run) => this.answers.get(run)?.curves?.curves[metric]?.mean.length));
+    this.words.textContent = [
+      numLeftOut ? `${runs.length} runs are compared at most, so ${numLeftOut} are left out` : null,
+      ...this.unanswered,
+      why,
+      unknown.length ? `no run has ${unknown.join(", ")}` : null,
+      this.trouble,
+    ]
+      .filter(Boolean)
+      .join("; ");
   }
 
-  drawOne(metric, runs, answers) {
-    const view = { xs: [], curves: {}, axis: this.axis.value };
-    answers.forEach((answer, index) => {
+  // One metric of all runs.
+  viewOf(metric, { runs, axis }) {
+    const view = { xs: [], curves: {}, axis };
+    for (const run of runs) {
+      const answer = this.answers.get(run)?.curves;
       const curve = answer?.curves[metric];
-      if (curve && answer.xs[curve.x].x.length) view.curves[runs[index]] = { ...curve, x: view.xs.push(answer.xs[curve.x]) - 1 };
-    });
-    if (this.difference.checked) subtract(view, this.baseline.value);
+      if (curve && answer.xs[curve.x].x.length) view.curves[run] = { ...curve, x: view.xs.push(answer.xs[curve.x]) - 1 };
+    }
+    return view;
+  }
+
+  drawOne(metric, runs, view) {
     const lines = runs.map((run, index) => ({ name: run, label: run, colour: colourOf(index) }));
     const key = runs.join("\n");
     let chart = this.charts.get(metric);
@@ -129,14 +189,37 @@ class Comparison extends HTMLElement {
     if (!chart) {
       chart = new Chart({ title: metric, lines }, { onzoom: (range) => this.zoom(range), sync: "compare" });
       chart.node.dataset.runs = key;
-      chart.node.addEventListener("dblclick", () => this.zoom(null));
       this.charts.set(metric, chart);
       this.grid.append(chart.node);
     }
     chart.draw(view, [], { smoothing: Number(this.smoothing.value) });
   }
 
-  render(answer) {
+  // Metrics that were added can be taken away again.
+  showAdded(added) {
+    const buttons = added.map((metric) => element("button", { class: "h-button", type: "button", "data-key": metric, "aria-label": `remove ${metric}`, onclick: () => this.drop(metric) }, `${metric} ×`));
+    update(this.added, element("span", {}, buttons));
+  }
+
+  // Where runs part is found in whole logs: it is asked again only when one of them has changed.
+  async tell() {
+    const { order } = this.asked ?? {};
+    if (!order) return;
+    const told = { order: order.join("\n"), versions: order.map((run) => this.answers.get(run)?.version).join("\n") };
+    if (this.told?.order === told.order && this.told.versions === told.versions) return;
+    try {
+      const answer = await ask("compare", { run: order });
+      if (this.asked.order.join("\n") !== told.order) return; // others are compared by now, and have their turn
+      this.trouble = null;
+      this.told = told;
+      this.render(answer, order, this.asked.runs);
+    } catch (error) {
+      this.trouble = `what was set, and where they part, is not known: ${error.message}`;
+    }
+  }
+
+  // order: the runs that the answer's columns are of.
+  render(answer, order, runs) {
     const partings = answer.partings.map((parting) => {
       const [first, second] = parting.runs;
       if (parting.error) return element("p", {}, `${first} and ${second}: ${parting.error}`);
@@ -145,12 +228,11 @@ class Comparison extends HTMLElement {
       const values = parting.values.map((value) => String(value)).join(" and ");
       return element("p", { class: "h-parting" }, `${first} and ${second} part at step ${parting.step}: ${parting.metric} is ${values}`);
     });
-    const order = [this.baseline.value, ...this.runs.filter((run) => run !== this.baseline.value)];
-    const swatches = this.runs.map((run, index) => element("span", { class: "h-swatch" }, element("i", { style: `background:${colourOf(index)}` }), run, " ", badge(answer.states[order.indexOf(run)] ?? "gone")));
+    const swatches = runs.map((run, index) => element("span", { class: "h-swatch" }, element("i", { style: `background:${colourOf(index)}` }), run, " ", badge(answer.states[order.indexOf(run)] ?? "gone")));
     const shownAs = (value) => (value === undefined || value === null ? "–" : value);
     const rows = answer.settings.map(({ name, values }) => [name, ...values.map(shownAs)]);
     const last = answer.metrics.map(({ name, values }) => [name, ...values.map(number)]);
-    this.options.replaceChildren(...answer.metrics.map(({ name }) => element("option", { value: name })));
+    setOptions(this.options, answer.metrics.map(({ name }) => name));
     update(this.legend, element("div", { class: "h-bar h-colours" }, swatches));
     const about = element(
       "div",
@@ -161,16 +243,45 @@ class Comparison extends HTMLElement {
     );
     update(this.about, about);
   }
+
+  // What is shown stays, and is said to be old.
+  sayOld(why) {
+    const since = this.freshAt ? `; what is shown is of ${clock(this.freshAt / 1000).slice(11)}` : "";
+    this.words.textContent = `${why}${since}`;
+    this.dataset.old = "true";
+  }
 }
 
-// Takes the baseline's values at the same x from all others; what it has no value for is left out.
-function subtract(view, baseline) {
+// What the points of a curve stand for: a step each, or all from one step to the next one; of the last nobody knows.
+function placesOf(curve, { steps }) {
+  return curve.low ? steps.map((step, at) => (at + 1 < steps.length ? `${step} to ${steps[at + 1]}` : null)) : steps.map(String);
+}
+
+function baseOf(view, baseline) {
   const base = view.curves[baseline];
-  if (!base) return;
-  const at = new Map(view.xs[base.x].x.map((x, index) => [x, base.mean[index]]));
+  const known = base ? placesOf(base, view.xs[base.x]).map((place, index) => [place, base.mean[index]]) : [];
+  return new Map(known.filter(([place]) => place !== null));
+}
+
+// Why nothing can be taken from the baseline's values, in words; null where it can.
+function whyNotLess(axis, views, baseline) {
+  if (axis !== "step" && axis !== "tokens") return "not less the baseline: that goes step by step, so choose the axis by step or by tokens";
+  for (const view of views) {
+    const base = view.curves[baseline];
+    const at = baseOf(view, baseline);
+    const isApart = (curve) => (base.low || curve.low) && !placesOf(curve, view.xs[curve.x]).some((place) => at.has(place));
+    if (base && Object.values(view.curves).some(isApart)) return "not less the baseline: points stand for several steps, and not for the same ones in all runs; zoom in";
+  }
+  return null;
+}
+
+// Takes the baseline's values at the same steps from all others; what it has no value for is left out.
+function subtract(view, baseline) {
+  if (!view.curves[baseline]) view.curves = {};
+  const at = baseOf(view, baseline);
   for (const [run, curve] of Object.entries(view.curves)) {
-    const { x } = view.xs[curve.x];
-    const mean = curve.mean.map((value, index) => (value == null || at.get(x[index]) == null ? null : value - at.get(x[index])));
+    const places = placesOf(curve, view.xs[curve.x]);
+    const mean = curve.mean.map((value, index) => (value == null || at.get(places[index]) == null ? null : value - at.get(places[index])));
     view.curves[run] = { ...curve, mean, low: null, high: null };
   }
 }

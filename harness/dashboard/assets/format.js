@@ -54,14 +54,18 @@ function updateChildren(parent, fresh) {
   const keyOf = (child) => child.dataset?.key;
   const keyed = new Map([...parent.childNodes].filter(keyOf).map((child) => [keyOf(child), child]));
   const unkeyed = [...parent.childNodes].filter((child) => !keyOf(child));
-  const kept = new Set();
+  const there = fresh.map((child) => {
+    const known = keyOf(child) ? keyed.get(keyOf(child)) : unkeyed.shift();
+    keyed.delete(keyOf(child));
+    return known;
+  });
+  // What goes, goes first: then the rest mostly lies in its place, and a move would take the focus away.
+  const kept = new Set(there);
+  for (const child of [...parent.childNodes]) if (!kept.has(child)) child.remove();
   fresh.forEach((child, index) => {
-    const there = keyOf(child) ? keyed.get(keyOf(child)) : unkeyed.shift();
-    const now = there ? update(there, child) : child;
-    kept.add(now);
+    const now = there[index] ? update(there[index], child) : child;
     if (parent.childNodes[index] !== now) parent.insertBefore(now, parent.childNodes[index] ?? null);
   });
-  for (const child of [...parent.childNodes]) if (!kept.has(child)) child.remove();
 }
 
 export function bytes(value) {

@@ -15,6 +15,7 @@ const ZERO = [40, 40, 46]; // which has no logarithm, and is not the same as not
 const MIN_ROW = 5;
 const NAMED_ROW = 10; // pixels that a row has to have for its name
 const MAX_HEIGHT = 560;
+const TIP = "one row per parameter; a click shows its history";
 
 function colour(share) {
   const place = Math.min(0.9999, Math.max(0, share)) * (PALETTE.length - 1);
@@ -29,7 +30,7 @@ export class HeatMap {
     this.mark = element("div", { class: "h-heat-mark", hidden: true });
     this.rows = element("div", { class: "h-heat-rows", "aria-hidden": "true" });
     this.scale = element("div", { class: "h-heat-scale" });
-    this.tip = element("div", { class: "h-heat-tip", role: "status" }, "one row per parameter; a click shows its history");
+    this.tip = element("div", { class: "h-heat-tip", role: "status" }, TIP);
     this.node = element("div", { class: "h-heat-box" }, this.scale, element("div", { class: "h-heat-body" }, this.rows, element("div", { class: "h-heat-frame" }, this.canvas, this.mark)), this.tip);
     this.canvas.addEventListener("mousemove", (event) => this.showTip(this.placeOf(event)));
     this.canvas.addEventListener("click", (event) => {
@@ -38,13 +39,37 @@ export class HeatMap {
     });
   }
 
+  clear() {
+    this.view = null;
+    this.picked = null;
+    this.empty();
+  }
+
+  empty() {
+    this.canvas.width = this.canvas.width; // which clears it
+    this.mark.hidden = true;
+    this.rows.replaceChildren();
+    this.scale.replaceChildren();
+    this.tip.textContent = TIP;
+  }
+
+  // The row that is marked, by the name of its layer: another statistic may have others.
+  get row() {
+    const at = this.view?.names.indexOf(this.picked) ?? -1;
+    return at < 0 ? null : at;
+  }
+
+  set row(row) {
+    this.picked = this.view.names[row];
+  }
+
   draw(view) {
     this.view = view;
     const rows = view.names.length;
     const columns = view.steps.length;
     this.node.dataset.rows = rows;
     this.node.dataset.columns = columns;
-    if (!rows || !columns) return;
+    if (!rows || !columns) return this.empty();
     const logs = view.values.map((row) => row.map((value) => (value > 0 ? Math.log10(value) : null)));
     let low = Infinity;
     let high = -Infinity;
@@ -91,7 +116,7 @@ export class HeatMap {
 
   markRow() {
     const rows = this.view.names.length;
-    this.mark.hidden = this.row == null || this.row >= rows;
+    this.mark.hidden = this.row == null;
     this.mark.style.top = `${(100 * (this.row ?? 0)) / rows}%`;
     this.mark.style.height = `${100 / rows}%`;
   }

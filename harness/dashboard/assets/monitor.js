@@ -6,7 +6,7 @@ import { Chart, marksOf } from "./chart.js";
 import { ago, badge, bytes, clock, duration, element, number, table, update } from "./format.js";
 import { HeatMap } from "./heatmap.js";
 import { Incidents } from "./incidents.js";
-import { axisList, smoothingRange } from "./inputs.js";
+import { axisList, axisOf, rangeOf, setOptions, smoothingOf, smoothingRange } from "./inputs.js";
 import { ledgerBar } from "./ledger.js";
 import { repeat, tellRun } from "./page.js";
 
@@ -105,9 +105,14 @@ class Monitor extends HTMLElement {
     this.wanted = id;
     if (!this.built || isShown) return;
     this.data = null;
-    if (id && id !== shown("run")) show({ run: id, zoom: null }, { isPlace: true }); // chosen from the list
+    if (id && id !== shown("run")) {
+      // Chosen from the list, which says so already.
+      show({ run: id, zoom: null }, { isPlace: Boolean(this.dataset.run) });
+      tellRun(id);
+    }
     this.readSettings();
     this.incidents.clear();
+    this.heat.clear();
     this.charts.forEach((chart) => chart.remove());
     this.charts = [];
     for (const node of [this.head, this.ledger, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
@@ -149,11 +154,10 @@ class Monitor extends HTMLElement {
   }
 
   readSettings() {
-    const zoom = shown("zoom");
-    this.settings = { axis: shown("axis") ?? "step", smoothing: Number(shown("smoothing") ?? 0), within: zoom && zoom.split("-").map(Number) };
+    this.settings = { axis: axisOf(shown("axis")), smoothing: smoothingOf(shown("smoothing")), within: rangeOf(shown("zoom")) };
     this.axis.value = this.settings.axis;
     this.smoothing.value = this.settings.smoothing;
-    this.reset.disabled = !zoom;
+    this.reset.disabled = !this.settings.within;
     const log = shown("log") === "1";
     if (log !== this.logs.checked || log !== Boolean(this.hasLogs)) {
       this.hasLogs = this.logs.checked = log;
@@ -343,15 +347,18 @@ class Monitor extends HTMLElement {
     refill(this.checkpoints, rows.length ? table(["after steps", "health", "size", "written in", "training blocked", "time"], rows) : element("p", { class: "h-note" }, "none"));
   }
 
+  addChart(plot, parent) {
+    const chart = new Chart(plot, { onzoom: (range) => this.zoom(range), log: this.logs.checked });
+    this.charts.push(chart);
+    parent.append(chart.node);
+  }
+
   makeCharts() {
     const { prefix } = this.names;
     const known = new Set(this.charts.map((chart) => chart.plot.title));
     const make = (plot, parent) => {
       if (known.has(plot.title)) return;
-      const chart = new Chart(plot, { onzoom: (range) => this.zoom(range) });
-      chart.node.addEventListener("dblclick", () => this.zoom(null));
-      this.charts.push(chart);
-      parent.append(chart.node);
+      this.addChart(plot, parent);
     };
     for (const plot of PLOTS(this.names, this.data.max_norm)) make(plot, this.grid);
     for (const name of this.data.names.filter((one) => one.startsWith(prefix.SYSTEM)).slice(0, 60))
@@ -368,11 +375,7 @@ class Monitor extends HTMLElement {
       this.charts.splice(this.charts.indexOf(chart), 1);
     }
     const present = new Set(this.charts.filter((one) => one.plot.more).map((one) => one.names[0]));
-    for (const name of names.filter((one) => !present.has(one))) {
-      const chart = new Chart({ title: name, lines: [{ name, label: name.split("/").pop() }], more: true }, { onzoom: (range) => this.zoom(range) });
-      this.charts.push(chart);
-      this.more.append(chart.node);
-    }
+    for (const name of names.filter((one) => !present.has(one))) this.addChart({ title: name, lines: [{ name, label: name.split("/").pop() }], more: true }, this.more);
     if (redraw) this.requestRefresh();
   }
 
@@ -384,8 +387,7 @@ class Monitor extends HTMLElement {
 
   drawLayers() {
     const { layers, statistics } = this.data;
-    if (this.statistic.options.length !== statistics.length)
-      this.statistic.replaceChildren(...statistics.map((name) => element("option", { value: name, selected: name === "grad_norm" }, name)));
+    setOptions(this.statistic, statistics, this.statistic.value || "grad_norm");
     this.heat.node.hidden = !statistics.length;
     if (layers && statistics.length) this.heat.draw(layers);
   }
@@ -394,9 +396,7 @@ class Monitor extends HTMLElement {
     const name = `${this.names.prefix.LAYERS}${this.statistic.value}/${layer}`;
     this.charts.filter((chart) => chart.plot.layer).forEach((chart) => chart.remove());
     this.charts = this.charts.filter((chart) => !chart.plot.layer);
-    const chart = new Chart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, { onzoom: (range) => this.zoom(range) });
-    this.charts.push(chart);
-    this.layerChart.append(chart.node);
+    this.addChart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, this.layerChart);
     this.requestRefresh();
   }
 }

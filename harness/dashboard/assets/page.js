@@ -4,6 +4,7 @@ import { show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 
 const PAUSE_MS = 250;
+const LONGEST_WAIT_MS = 10000;
 
 // Calls `work` now and again every `everyMs`, from one begin to the next, while `node` is on the screen; never twice
 // at the same time, and with a pause in between however long it takes.
@@ -41,14 +42,21 @@ export function repeat(node, everyMs, work) {
   };
 }
 
+// Tabs that a narrow page has no room for are in a menu.
+const TABS = '[role="tab"], .overflow-dropdown button';
+
 function tabCalled(title) {
-  return [...document.querySelectorAll('[role="tab"]')].find((tab) => tab.textContent.trim() === title);
+  return [...document.querySelectorAll(TABS)].find((tab) => tab.textContent.trim() === title);
+}
+
+function isInFront(tab) {
+  return tab.getAttribute("aria-selected") === "true" || tab.classList.contains("selected");
 }
 
 // Brings a tab to the front; false if it is not there yet.
 export function turnTo(title) {
   const tab = tabCalled(title);
-  if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+  if (tab && !isInFront(tab)) tab.click();
   return Boolean(tab);
 }
 
@@ -56,7 +64,7 @@ export function turnTo(title) {
 export function open(run) {
   const monitor = document.querySelector("harness-monitor");
   show({ tab: "Monitoring", run, zoom: null }, { isPlace: true });
-  if (monitor) monitor.run = run;
+  monitor?.follow();
   ask("run", { run }).catch(() => {}); // its log is read while the page turns
   turnTo("Monitoring");
 }
@@ -80,9 +88,18 @@ export function followTabs() {
     return isThere;
   };
   document.addEventListener("click", (event) => {
-    const tab = event.target.closest?.('[role="tab"]');
+    const tab = event.target.closest?.(TABS);
     if (tab && !isMoving) show({ tab: tab.textContent.trim() }, { isPlace: true });
   });
   whenMoved(turn);
-  const wait = setInterval(() => turn() && clearInterval(wait), 50);
+  const began = performance.now();
+  const wait = setInterval(() => {
+    const isLate = performance.now() - began > LONGEST_WAIT_MS;
+    if (turn()) clearInterval(wait);
+    else if (isLate) {
+      clearInterval(wait);
+      show({ tab: null }); // there is none of that name
+      turn();
+    }
+  }, 50);
 }

@@ -62,6 +62,7 @@ class Runs extends HTMLElement {
   }
 
   async refresh() {
+    this.names ??= await ask("names");
     const answer = await ask("runs");
     this.runs = answer.runs;
     this.now = answer.now;
@@ -112,7 +113,7 @@ class Runs extends HTMLElement {
     const table = element("table", { class: "h-table h-runs" }, element("thead", {}, element("tr", {}, element("th", {}, element("span", { class: "h-hidden" }, "compare")), heads)), element("tbody", {}, rows));
     if (this.table.firstChild) update(this.table.firstChild, table);
     else this.table.append(table);
-    this.compareButton.disabled = this.chosen.size < 2;
+    this.allowCompare();
   }
 
   row(run) {
@@ -152,7 +153,20 @@ class Runs extends HTMLElement {
   choose(id, on) {
     if (on) this.chosen.add(id);
     else this.chosen.delete(id);
-    this.compareButton.disabled = this.chosen.size < 2;
+    this.allowCompare();
+  }
+
+  // The chosen ones that are still there.
+  chosenRuns() {
+    const there = new Set(this.runs.map((run) => run.id));
+    return [...this.chosen].filter((id) => there.has(id));
+  }
+
+  allowCompare() {
+    const num = this.chosenRuns().length;
+    const most = this.names?.limit.COMPARED ?? Infinity;
+    this.compareButton.disabled = num < 2 || num > most;
+    this.compareButton.textContent = num > most ? `Compare: ${num} are chosen, ${most} at most` : "Compare";
   }
 
   open(id) {
@@ -160,7 +174,7 @@ class Runs extends HTMLElement {
   }
 
   compare() {
-    show({ tab: "Compare", compare: [...this.chosen] }, { isPlace: true });
+    show({ tab: "Compare", compare: this.chosenRuns() }, { isPlace: true });
     turnTo("Compare");
   }
 }

@@ -52,6 +52,13 @@ def build(
     Raises:
         ConfigError, DataError: what is wrong with a setting, a file or a record.
     """
+    if packing != "off" and model.attention == "flash_attention_2":
+        raise ConfigError(
+            f"task_args.packing is {packing} and task_args.model.attention flash_attention_2",
+            rule="it tells the documents of a row apart in micro-batches of one row only; in others they"
+            " would see each other",
+            remedy="set task_args.packing off, or task_args.model.attention sdpa or flex_attention",
+        )
     from harness.tasks.hf.data import load_data
     from harness.tasks.hf.model import TokenLoss, add_adapters, check_documents_apart, load_model
     from harness.tasks.hf.tokenizer import load_tokenizer

@@ -159,7 +159,11 @@ class Encoder:
 
         try:
             whole = render(messages)
-            answers = self._answers(messages, render, whole, num_given) if self._answers_only else None
+            answers: Spans | None = None
+            if self._answers_only and self._marks_answers and not num_given:
+                answers = self._marked(messages, tools, whole)
+            elif self._answers_only:
+                answers = self._answers(messages, render, whole, num_given)
         except DataError:
             raise
         except Exception as error:  # whatever a template raises, in Jinja or by raise_exception
@@ -174,33 +178,41 @@ class Encoder:
     def _answers(self, messages: Sequence[Any], render: Any, whole: str, num_given: int) -> Spans:
         """Where in the rendered chat the assistant speaks: what the template puts there beyond the prompt for
         it, the mark of its end included."""
-        if self._marks_answers and not num_given:
-            return self._marked(messages)
         spans: Spans = []
         for place, message in enumerate(messages):
             if message["role"] != "assistant" or place < num_given:
                 continue
-            prompt = render(messages[:place], prompt=True)
-            start = len(prompt)
-            end = _answer_end(whole, start, message.get("content") or "", render(messages[: place + 1]))
-            if end is None or not whole.startswith(prompt):
-                raise DataError(
-                    f"an answer of the {self._label} cannot be found in what the chat template makes of it",
-                    rule="it stands where the prompt for it ends",
-                    remedy="mark answers in the template by {% generation %}, or set answers_only to false",
-                )
-            spans.append((start, end))
+            prompt, through = render(messages[:place], prompt=True), render(messages[: place + 1])
+            end: int | None = len(through)
+            if not whole.startswith(through):
+                stretch = whole[len(prompt) : _num_in_common(whole, render(_changed(messages, place + 1)))]
+                num = _num_of_answer(stretch, through[len(prompt) :], message)
+                end = None if num is None else len(prompt) + num
+            if end is None or not (whole.startswith(prompt) and through.startswith(prompt)):
+                raise self._not_found("it stands where the prompt for it ends")
+            spans.append((len(prompt), end))
         return spans
 
-    def _marked(self, messages: Sequence[Any]) -> Spans:
+    def _not_found(self, rule: str) -> DataError:
+        return DataError(
+            f"an answer of the {self._label} cannot be found in what the chat template makes of it",
+            rule=rule,
+            remedy="mark answers in the template by {% generation %}, or set answers_only to false",
+        )
+
+    def _marked(self, messages: Sequence[Any], tools: Any, whole: str) -> Spans:
         """Of a template that marks them itself."""
         encoded = self._tokenizer.apply_chat_template(
             list(messages),
+            tools=tools or None,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
+        plain = self._tokenizer(whole, add_special_tokens=False, verbose=False)
+        if encoded["input_ids"] != plain["input_ids"]:
+            raise self._not_found("the template gives the same text whether its marks are asked for or not")
         offsets = zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True)
         return [(start, end) for (start, end), is_answer in offsets if is_answer]
 
@@ -221,22 +233,30 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _answer_end(whole: str, start: int, content: str, through: str) -> int | None:
-    """Where the answer that begins at `start` of the whole chat ends, with the mark that ends it.
+def _changed(messages: Sequence[Any], place: int) -> list[Any]:
+    """The chat with another content of the message at `place`: where the two begin to differ, it stands."""
+    message = messages[place]
+    other = "y" if str(message.get("content") or "").lstrip().startswith("x") else "x"
+    return [*messages[:place], {**message, "content": other}, *messages[place + 1 :]]
+
+
+def _num_of_answer(stretch: str, as_last: str, message: Record) -> int | None:
+    """How many characters of the stretch are the answer, of which templates may leave out parts that they
+    show at the end of a chat, as an empty place for thoughts; None: that is not certain.
 
     Args:
-        through: The chat rendered as far as the answer. Templates may show the last answer otherwise than
-            the same one in the midst of a chat, as with an empty place for thoughts.
+        stretch: From where the answer begins to the content of the next message.
+        as_last: The answer as it stands at the end of a chat, with the mark that ends it.
     """
-    end, content = _num_in_common(through, whole), content.strip()
-    if end > start and content in whole[start:end]:
-        return end
-    place = whole.find(content, start)
-    if not content or place < 0:
-        return None
-    end = place + len(content)
-    mark = through[through.rfind(content) + len(content) :]
-    return end + len(mark) if whole.startswith(mark, end) else end
+    said = str(message.get("content") or "").rpartition("</think>")[2].strip()
+    same = _num_in_common(stretch, as_last)
+    for end in range(len(stretch), same, -1):
+        if as_last.endswith(stretch[same:end]) and said in stretch[:end]:
+            return end
+    # Where another mark ends the last answer, all of it may be its content.
+    if said and not message.get("tool_calls") and stretch.count(said) == 1:
+        return stretch.index(said) + len(said)
+    return None
 
 
 def _num_in_common(first: str, second: str) -> int:

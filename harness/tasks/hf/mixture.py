@@ -7,7 +7,8 @@ rows of a source that has fewer come again. The loader's order does the shufflin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from harness.tasks.hf.packing import Rows
 from harness.tasks.hf.store import TokenStore
 
 __all__ = ["Mixture", "Part"]
+
+_SOURCE = re.compile(r"source ([0-9]{1,9}), row ([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,23 @@ class Mixture:
             _fill(part.store, part.rows[row], inputs[place], targets[place], positions[place])
         arrays = {"input_ids": inputs, "position_ids": positions, "targets": targets, "source": sources}
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def source_of(self, index: int) -> str:
+        """`source S, row R`: the same wherever the row comes again."""
+        part, row = self._place(index)
+        return f"source {part.source}, row {row}"
+
+    def indices_of(self, sources: Collection[str]) -> dict[str, list[int]]:
+        """All samples that are these rows, of the rows that there are."""
+        found: dict[str, list[int]] = {}
+        for source in sources:
+            match = _SOURCE.fullmatch(source)
+            for number, part in enumerate(self._parts if match else ()):
+                if match is not None and int(match[1]) == part.source and int(match[2]) < len(part.rows):
+                    start = int(self._ends[number - 1]) if number else 0
+                    first, end = start + int(match[2]), int(self._ends[number])
+                    found[source] = list(range(first, end, len(part.rows)))
+        return found
 
     def _place(self, index: int) -> tuple[Part, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))

@@ -17,13 +17,14 @@ __all__ = ["TokenLoss", "add_adapters", "check_documents_apart", "load_model"]
 
 
 def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any:
-    """A causal language model on the CPU.
+    """A causal language model on the CPU, in train mode.
 
     Args:
         vocab_size: Tokens of the tokenizer; None: it is not known.
 
     Raises:
-        ConfigError: there is no such model, or it has fewer tokens than the tokenizer.
+        ConfigError: there is no such model, it needs a package that is not installed, or it has fewer tokens
+            than the tokenizer.
     """
     with needs("transformers", extra="hf"):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,6 +51,14 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
             rule="it is a folder or a name on the Hub, or fields of a configuration of transformers",
             remedy="check task_args.model; without a network, name a folder",
         ) from error
+    except ImportError as error:
+        package = "flash-attn" if settings.attention == "flash_attention_2" else "the package"
+        raise ConfigError(
+            f"the model {settings.name or settings.config!r} with attention {settings.attention} cannot be "
+            f"made: {_first_line(error)}",
+            rule="what a model and its attention are computed with has to be installed",
+            remedy=f"install {package}, or set task_args.model.attention sdpa",
+        ) from error
     rows = model.get_input_embeddings().num_embeddings
     if vocab_size is not None and rows < vocab_size:
         raise ConfigError(
@@ -58,6 +67,7 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
             remedy="use the model's own tokenizer, or a config without vocab_size",
         )
     model.config.use_cache = False
+    model.train()  # which `from_pretrained` does not return, and what peft wraps around it would hide
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

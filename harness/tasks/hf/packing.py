@@ -67,7 +67,7 @@ def prepare_rows(
     Raises:
         DataError: there is nothing to tell documents apart by.
     """
-    described = json.dumps([1, length, packing, use, val_frac])
+    described = json.dumps([2, length, packing, use, val_frac])
     folder = store.folder.with_name(
         f"{store.folder.name}-rows-{xxhash.xxh3_64_hexdigest(described.encode())}"
     )
@@ -75,7 +75,7 @@ def prepare_rows(
     def build(unfinished: Path) -> None:
         held_out = _held_out(store.ranks, use, val_frac)
         for part, chosen in zip(_PARTS, (~held_out, held_out), strict=True):
-            _write(unfinished, part, pack(_pieces(store, chosen, length), length=length, packing=packing))
+            _write(unfinished, part, _rows(store, chosen, length, packing))
 
     prepared_folder(folder, build)
     train, val = (Rows(folder, part) for part in _PARTS)
@@ -127,17 +127,30 @@ def _best_fit(segments: Iterable[Segment], length: int) -> Iterator[list[Segment
     yield from (row for _, _, row in open_rows)
 
 
-def _pieces(store: TokenStore, chosen: NDArray[np.bool_], length: int) -> Iterator[Segment]:
-    """The chosen documents, cut where they are longer than a row; those without a target that counts are left
-    out."""
+def _rows(
+    store: TokenStore, chosen: NDArray[np.bool_], length: int, packing: Packing
+) -> Iterator[list[Segment]]:
+    """Of the chosen documents; segments without a target that counts are left out."""
+    longest = None if packing == "cut" else length
+    pieces = (piece for piece in _pieces(store, chosen, longest) if _counts(store, piece))
+    for row in pack(pieces, length=length, packing=packing):
+        if kept := [segment for segment in row if _counts(store, segment)]:
+            yield kept
+
+
+def _pieces(store: TokenStore, chosen: NDArray[np.bool_], longest: int | None) -> Iterator[Segment]:
+    """The chosen documents, cut where they have more inputs than `longest`; None: whole."""
     ends = store.ends
     for document in np.flatnonzero(chosen):
         start = int(ends[document - 1]) if document else 0
         last = int(ends[document]) - 1
-        for first in range(start, last, length):
-            count = min(length, last - first)
-            if store.counted is None or store.counted[first + 1 : first + 1 + count].any():
-                yield first, count
+        for first in range(start, last, longest or max(last - start, 1)):
+            yield first, min(longest or last - start, last - first)
+
+
+def _counts(store: TokenStore, segment: Segment) -> bool:
+    start, count = segment
+    return store.counted is None or bool(store.counted[start + 1 : start + 1 + count].any())
 
 
 def _held_out(ranks: NDArray[np.float64], use: str, val_frac: float) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from harness.tasks.hf.settings import SourceSettings
 
 __all__ = ["identity", "records"]
 
+logger = logging.getLogger(__name__)
+
 Record = Mapping[str, Any]
 
 _TABLES = (".jsonl", ".ndjson", ".parquet")
 _LONGEST_TEXT = 2**20
 """Characters; a longer file is cut at the ends of lines."""
+_COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
 _SAVED_BY_DATASETS = "dataset_info.json"
+_SAVED_SPLITS = "dataset_dict.json"
+_NAMED = 5
+"""Files that a warning names."""
 
 
 def records(source: SourceSettings | None) -> Iterator[Record]:
@@ -36,7 +43,7 @@ def records(source: SourceSettings | None) -> Iterator[Record]:
     """
     if source is None:
         return _of_files(standard_library())
-    found = _of_dataset(source) if source.dataset or _is_saved_dataset(source) else _of_files(_files(source))
+    found = _of_dataset(source) if source.dataset or _is_saved_dataset(source) else _of_path(source)
     return itertools.islice(found, source.limit) if source.limit else found
 
 
@@ -46,22 +53,40 @@ def identity(source: SourceSettings | None) -> list[Any]:
         files = standard_library() if source is None else _files(source)
         return [source and source.limit, [(file.path, file.num_bytes, file.modified_ns) for file in files]]
     if source.path:
-        state = Path(source.path, _SAVED_BY_DATASETS).stat()
-        return [source.path, source.limit, state.st_mtime_ns]
+        folder = _saved_folder(source)
+        return [str(folder), source.limit, Path(folder, _SAVED_BY_DATASETS).stat().st_mtime_ns]
     dataset = _loaded(source)
     return [source.dataset, source.subset, source.split, source.limit, dataset._fingerprint]
 
 
+def _of_path(source: SourceSettings) -> Iterator[Record]:
+    files = _files(source)
+    left_out = sorted({file.path for file in list_files([source.path])} - {file.path for file in files})
+    if left_out:
+        logger.warning(
+            "%d files of %s are left out, as they are binary or compressed: %s",
+            len(left_out),
+            source.path,
+            ", ".join([*left_out[:_NAMED], *(["..."] if len(left_out) > _NAMED else [])]),
+        )
+    yield from _of_files(files)
+
+
 def _files(source: SourceSettings) -> list[SourceFile]:
-    files = list_files([source.path])
-    readable = [file for file in files if Path(file.path).suffix in _TABLES or looks_like_text(file)]
+    readable = [file for file in list_files([source.path]) if _is_readable(file)]
     if not readable:
         raise DataError(
             f"there is nothing to read in {source.path}",
-            rule="a source is text, .jsonl, .parquet, a folder of them, or one that datasets has saved",
+            rule="a source is text, .jsonl, .parquet, a folder of them, or one that datasets has saved; none"
+            " of them compressed",
             remedy="check the path in task_args.sources",
         )
     return readable
+
+
+def _is_readable(file: SourceFile) -> bool:
+    suffix = Path(file.path).suffix
+    return suffix in _TABLES or (suffix not in _COMPRESSED and looks_like_text(file))
 
 
 def _of_files(files: Sequence[SourceFile]) -> Iterator[Record]:
@@ -110,7 +135,23 @@ def _of_parquet(path: Path) -> Iterator[Record]:
 
 
 def _is_saved_dataset(source: SourceSettings) -> bool:
-    return bool(source.path) and Path(source.path, _SAVED_BY_DATASETS).is_file()
+    names = (_SAVED_BY_DATASETS, _SAVED_SPLITS)
+    return bool(source.path) and any(Path(source.path, name).is_file() for name in names)
+
+
+def _saved_folder(source: SourceSettings) -> Path:
+    """Of the one dataset, or of the split where several were saved as a DatasetDict."""
+    folder = Path(source.path)
+    if not Path(folder, _SAVED_SPLITS).is_file():
+        return folder
+    if not Path(folder, source.split, _SAVED_BY_DATASETS).is_file():
+        splits = sorted(path.parent.name for path in folder.glob(f"*/{_SAVED_BY_DATASETS}"))
+        raise DataError(
+            f"there is no split {source.split!r} in {folder}",
+            rule=f"datasets has saved {', '.join(splits) or 'none'} there",
+            remedy="set split in task_args.sources",
+        )
+    return folder / source.split
 
 
 def _of_dataset(source: SourceSettings) -> Iterator[Record]:
@@ -121,9 +162,10 @@ def _loaded(source: SourceSettings) -> Any:
     """A `datasets.Dataset`, which is mapped into memory."""
     with needs("datasets", extra="hf"):
         import datasets
+    folder = _saved_folder(source) if source.path else None
     try:
-        if source.path:
-            return datasets.load_from_disk(source.path)
+        if folder:
+            return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(source.dataset, source.subset, split=source.split)
     except Exception as error:  # datasets has errors of a dozen libraries
         raise DataError(

@@ -84,7 +84,7 @@ class SourceSettings:
     subset: str | None = None
     """Of a dataset that has several."""
     split: str = "train"
-    """Of a dataset."""
+    """Of a dataset, or of a folder that has several."""
     name: str = ""
     """What metrics call it; default: the last part of the path or of the dataset's name."""
     weight: float = 0.0

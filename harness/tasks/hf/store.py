@@ -12,7 +12,6 @@ They are prepared once per machine and tokenizer; sequence length, packing and s
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank
 from harness.errors import DataError
-from harness.tasks.hf.encode import Encoded, Encoder
+from harness.tasks.hf.encode import Encoded, Encoder, text_of
 from harness.tasks.hf.readers import Record
 
 __all__ = ["TokenStore", "prepare_tokens"]
@@ -38,6 +37,8 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _BATCH = 256
 """Records that are tokenised at once, on all cores."""
+_BATCH_CHARS = 4 << 20
+"""A batch of so many characters has fewer records; what tokenising needs in memory is a multiple of it."""
 _ABOUT = "about.json"
 
 
@@ -110,10 +111,23 @@ def prepare_tokens(
 
 
 def _encoded(records: Iterable[Record], encoder: Encoder) -> Iterator[Encoded]:
-    number, source = 0, iter(records)
-    while batch := list(itertools.islice(source, _BATCH)):
+    number = 0
+    for batch in _batches(records):
         yield from encoder(batch, first=number)
         number += len(batch)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    num_chars = 0
+    for record in records:
+        batch.append(record)
+        num_chars += len(text_of(record))
+        if len(batch) == _BATCH or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
 
 
 def _write(folder: Path, documents: Iterable[Encoded], dtype: np.dtype[Any], label: str) -> None:
