@@ -74,7 +74,7 @@ class GuardConfig:
     silent_errors: Literal["on", "off"] = "on"
     """Checks for errors that make no noise (docs/checks.md): gradients that nobody clears, layers that do not
     move, ranks with the same data, modules in the wrong mode, flipped bits. They warn, and change nothing."""
-    state_every: int = 11
+    state_every: int = 101
     """Of these, steps between looks at whether a step starts from the very bits that the one before has left;
     0: never. Odd, or 1: every step."""
     init_loss_scale: float = 65536.0

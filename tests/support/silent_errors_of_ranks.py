@@ -42,24 +42,10 @@ def same_data_on_all_ranks(broken: bool, rank: int) -> list[str]:
     return found_in(model, adamw(model), rank=0 if broken else rank)
 
 
-TWO_WINDOWS = 10 + 2 * 99 + 4
-"""Steps, after which what a rank never saw is no accident."""
-
-
 def same_dropout_on_all_ranks(broken: bool, rank: int) -> list[str]:
     model = DistributedDataParallel(network(act=nn.Dropout(0.5)))
     torch.manual_seed(7 if broken else 7 + rank)
     return found_in(model, adamw(model), rank=rank)
-
-
-def zeros_in_place_of_data(broken: bool, rank: int) -> list[str]:
-    model = DistributedDataParallel(network())
-
-    def step(number: int, guard: StepGuard) -> Tensor:
-        x = points(number, rank)
-        return square(model, x * 0 if broken and rank == 1 else x)
-
-    return found_in(model, adamw(model), step=step, rank=rank, num_steps=TWO_WINDOWS)
 
 
 class Masked(nn.Module):
@@ -98,7 +84,6 @@ TOGETHER: dict[Callable[[bool, int], list[str]], str] = {
     replicas_differ: "incident",
     same_data_on_all_ranks: "shared batch",
     same_dropout_on_all_ranks: "generators",
-    zeros_in_place_of_data: "rank's gradient",
     constant_buffers_differ: "constants",
     bit_flipped_in_a_shard: "incident",
 }

@@ -18,6 +18,7 @@ from harness.config import GuardConfig
 from harness.errors import ConfigError
 from harness.stability.checks.base import Arrived
 from harness.stability.checks.fingerprint import fingerprint
+from harness.stability.checks.movement import COULD_MOVE, MOVED, OWN, REDUCED, TRAINABLE, MovementCheck
 from harness.stability.checks.state import StateCheck
 from harness.stability.layout import Layout
 from tests.support.silent_errors import adamw, found_in, network, points, square
@@ -136,3 +137,19 @@ def test_fingerprints_see_more_than_one_column() -> None:
     assert fingerprint(one) != fingerprint(other)
     classes = nn.functional.one_hot(torch.arange(16 * 4096) % 16)
     assert fingerprint(classes) != fingerprint(classes.roll(1, dims=1))
+
+
+def test_a_rank_without_a_gradient_is_named_after_two_windows_in_a_row() -> None:
+    model = network()
+    layout = Layout.of(model.named_parameters(), of=list(model.parameters()))
+    check = MovementCheck(GuardConfig())
+
+    def found(num_steps: int, *, is_missing: bool) -> list[str]:
+        flags = torch.full((2, len(layout)), OWN + REDUCED + MOVED + COULD_MOVE + TRAINABLE)
+        flags[1, 0] -= OWN if is_missing else 0
+        arrived = Arrived(step=0, layout=layout, num_replicas=2, divisor=1.0)
+        return [one.check for one in check.read(flags + num_steps * 2 * TRAINABLE, arrived).findings]
+
+    assert found(10, is_missing=True) == found(99, is_missing=True) == []
+    assert found(99, is_missing=False) == found(99, is_missing=True) == []
+    assert found(99, is_missing=True) == ["rank's gradient"]
