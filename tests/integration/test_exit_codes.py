@@ -37,7 +37,7 @@ def test_a_wrong_setting_is_told_from_a_process_that_died(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_and_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operations.LAUNCHERS, "torchrun", LAUNCHER)
+    monkeypatch.setitem(operations._COMMANDS, "torchrun", tuple(LAUNCHER))
     run = begin("torchrun", tmp_path, "--loop.steps=100000")
     run.wait_for_step(3)
     stop = judge_stop(run, signal.SIGTERM)
