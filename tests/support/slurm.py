@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -80,6 +80,7 @@ class Slurm:
 
     folder: Path
     environment: dict[str, str]
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
     @contextlib.contextmanager
@@ -100,6 +101,8 @@ class Slurm:
             yield slurm
         finally:
             _kill(process for process in psutil.process_iter() if slurm._is_ours(process))
+            for daemon in slurm.daemons:
+                daemon.wait(timeout=30)
 
     def run(self, *command: str, **environment: str) -> str:
         """What a command of Slurm prints.
@@ -176,13 +179,14 @@ class Slurm:
 
     def _start(self, program: str, *options: str, **environment: str) -> None:
         with (self.folder / f"{program}.out").open("ab") as output:
-            subprocess.Popen(
+            daemon = subprocess.Popen(
                 [_which(program) or program, *options],
                 env={**self.environment, **environment},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
+        self.daemons.append(daemon)
 
     def _is_ours(self, process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.Error):
