@@ -225,7 +225,8 @@ def go_on(
     """Loads what there is, trains a step per seed, saves, and gives the weights."""
     torch.manual_seed(0)
     model = distribute(TinyModel(), ParallelConfig(strategy=strategy), world)  # type: ignore[arg-type]
-    optimizer = build_optimizer(model, OptimConfig(name=optimizer_name, lr=0.05))  # type: ignore[arg-type]
+    settings = OptimConfig(name=optimizer_name, lr=0.05)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, settings, is_sharded=strategy == "fsdp")
     state = {"model": plain(model), "optimizer": optimizer}
     with Checkpointer(directory) as checkpointer:
         step = checkpointer.load(state) or 0

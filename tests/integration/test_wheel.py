@@ -103,7 +103,7 @@ def test_a_launch_file_is_printed_and_names_no_file_of_a_clone(name: str, empty:
     if name == "torchrun":
         runs_itself = subprocess.run(
             ["bash", "-s", "--", "--config", "debug"],
-            input=file.replace("exec torchrun", "exec echo"),
+            input=file.replace("exec python", "exec echo"),
             text=True,
             check=True,
             capture_output=True,

@@ -106,7 +106,7 @@ def test_an_error_before_the_first_step_is_there_at_every_start(
 def test_a_log_is_ended_if_another_rank_cannot_open_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails_elsewhere(action: Any) -> Any:
+    def fails_elsewhere(action: Any, **_: Any) -> Any:
         result = action()
         if (Path(config.runs_dir) / config.name / "log").exists():
             raise DataError("rank 1 has no disk")
