@@ -30,8 +30,8 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.config import GuardConfig
-from harness.stability import Reading, StepGuard
-from harness.stability.checks.base import Arrived
+from harness.stability import StepGuard
+from harness.stability.checks.base import StepView
 from harness.stability.checks.state import StateCheck
 
 SEED = 20260801
@@ -67,9 +67,9 @@ class _EachLook(StateCheck):
 
     name = "each look"
 
-    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
-        self._seen.clear()
-        return super().read(numbers, arrived)
+    def measure(self, view: StepView) -> Tensor | None:
+        self._seen = None
+        return super().measure(view)
 
 
 def _flip_rank(rank: int, world_size: int, num: int, folder: str) -> None:

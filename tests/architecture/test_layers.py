@@ -103,6 +103,7 @@ MAY_SYNCHRONISE = {
     "harness/stability/checks/replicas.py",
     "harness/stability/checks/rows.py",
     "harness/stability/checks/state.py",
+    "harness/stability/checks/targets.py",
     "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
