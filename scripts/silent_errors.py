@@ -404,6 +404,7 @@ LOOPS: dict[str, Callable[[int, Said], None]] = {
 
 def alarms(steps: int) -> list[str]:
     """Every loop, and what was said of it."""
+    torch.set_num_threads(1)
     lines = [f"## Sound loops, {steps} steps each", "", "| loop | findings |", "|---|---|"]
     for name, loop in LOOPS.items():
         torch.manual_seed(SEED)
