@@ -30,7 +30,7 @@ from harness.dist import (
     time_collectives,
     use_threads,
 )
-from harness.errors import ConfigError, HarnessError
+from harness.errors import HarnessError
 from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, incidents_dir
@@ -50,6 +50,7 @@ from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
+from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
@@ -63,7 +64,7 @@ from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
-__all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
+__all__ = ["build_loader", "build_run", "build_runner", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
-    precision = resolved_precision(config, world)
+    precision = resolved_precision(config, world.device)
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
@@ -416,21 +417,6 @@ def build_loader(
         allow_change=config.data.allow_change,
         quarantined=quarantined,
     )
-
-
-def resolved_precision(config: TrainConfig, world: World) -> str:
-    """fp32, bf16 or fp16: what `loop.precision` means here."""
-    if config.loop.precision != "auto":
-        return config.loop.precision
-    by_accelerate = env.accelerate_precision()
-    if by_accelerate is not None:
-        known = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
-        if by_accelerate not in known:
-            raise ConfigError(
-                f"accelerate's mixed_precision is {by_accelerate!r}", rule="it has to be no, bf16 or fp16"
-            )
-        return known[by_accelerate]
-    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _check_names(guard: GuardConfig) -> None:

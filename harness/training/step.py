@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +14,11 @@ from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.training.faults import FaultInjector
+from harness.training.precision import autocast
 from harness.training.progress import Phase, Progress
 from harness.training.timer import StepTimer
 
-__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner"]
 
 
 class MicroBatchGuard(Protocol):
@@ -38,13 +39,6 @@ class MicroBatchGuard(Protocol):
 
     def watch_forward(self) -> AbstractContextManager[None]:
         """Around a forward pass."""
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which forward passes run: bf16 or fp16 where autocast finds it safe, else nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
