@@ -151,27 +151,19 @@ class TrainConfig:
         """Checks the rules that depend on how many processes there are, and what holds at the start only.
 
         Args:
-            may_be_uneven: Whether ranks may have unequal shares of the global batch.
+            may_be_uneven: Whether the number of ranks may change from attempt to attempt: then they may have
+                unequal shares of the global batch, and faults may be of ranks that are gone.
 
         Raises:
             ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
                 does not exist, or the debug mode is asked for in several processes.
         """
         self._check_batch(world_size, may_be_uneven=may_be_uneven)
-        num_micro_batches = max(
-            1,
-            self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),
-        )
         for fault in self.faults:
             last_step = self.loop.steps - 1
             require(fault, "step", fault.step <= last_step, f"the run's steps are 0 to {last_step}")
-            require(fault, "rank", fault.rank < world_size, f"there are only {world_size} ranks")
-            require(
-                fault,
-                "micro_batch",
-                fault.micro_batch < num_micro_batches,
-                f"a step has {num_micro_batches} on each rank, counted from 0",
-            )
+        for fault, (key, rule) in self.inert_faults(world_size).items():
+            require(fault, key, may_be_uneven, rule)
         require(
             self,
             "debug",
@@ -179,6 +171,20 @@ class TrainConfig:
             f"it runs in one process, and there are {world_size}",
             "start it with `python -m harness.train`",
         )
+
+    def inert_faults(self, world_size: int) -> dict[FaultConfig, tuple[str, str]]:
+        """The faults that nothing can strike at this number of ranks: the key that is out of range, and the
+        rule."""
+        share = world_size * (self.loop.micro_batch or self.loop.global_batch)
+        num_micro_batches = max(1, self.loop.global_batch // share)
+        inert = {}
+        for fault in self.faults:
+            if fault.rank >= world_size:
+                inert[fault] = ("rank", f"there are only {world_size} ranks")
+            elif fault.micro_batch >= num_micro_batches:
+                rule = f"a step has {num_micro_batches} on each rank, counted from 0"
+                inert[fault] = ("micro_batch", rule)
+        return inert
 
     def _check_batch(self, world_size: int, *, may_be_uneven: bool) -> None:
         micro_batch, global_batch = self.loop.micro_batch or 1, self.loop.global_batch

@@ -248,5 +248,6 @@ class DeviceStep:
             precision=self._precision,
             num_replicas=self.source.num_replicas,
             applied_t=self.applied_t,
+            counts_tokens=self.micro_batches.counts_tokens,
             loss_scale_t=self.loss_scale.value_t,
         )

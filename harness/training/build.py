@@ -45,7 +45,7 @@ from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
 from harness.training.end import Start, end_run, judge_restart, note_hang
-from harness.training.faults import FaultInjector, describe
+from harness.training.faults import FaultInjector, describe, possible_faults
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
@@ -242,7 +242,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
         lambda: FaultInjector(
-            config.faults,
+            possible_faults(config, rank=world.rank, world_size=world.world_size),
             model=task.model,
             rank=world.rank,
             sample=lambda: fetch(task.train_data, [0]),

@@ -23,6 +23,7 @@ from harness.runlog import events
 from harness.runlog.ledger import Ledger, newest_ledger
 from harness.runlog.names import Metric, Prefix
 from harness.stability import Incident
+from harness.stability.rank_table import rank_column
 from harness.tracking import MirrorSettings, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
@@ -259,8 +260,8 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
         Metric.LOSS_SCALE: record.loss_scale,
         Metric.SPIKE_SCORE: record.spike_score,
         Metric.STEP_S: step_s,
-        Metric.DATA_WAIT_S: max((row.data_wait_s for row in record.per_rank), default=0.0),
-        Metric.COMPUTE_S: max((row.compute_s for row in record.per_rank), default=0.0),
+        Metric.DATA_WAIT_S: float(rank_column(record.per_rank, "data_wait_s").max(initial=0.0)),
+        Metric.COMPUTE_S: float(rank_column(record.per_rank, "compute_s").max(initial=0.0)),
         Metric.TOKENS_PER_S: record.num_tokens / step_s if step_s else 0.0,
     }
 
@@ -288,7 +289,7 @@ def layer_values(record: StepRecord) -> dict[str, dict[str, float]]:
 def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
     names = ("loss", "grad_norm", "compute_s", "data_wait_s")
-    return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+    return {name: rank_column(record.per_rank, name).tolist() for name in names}
 
 
 def finding_event(finding: Finding) -> events.Finding:

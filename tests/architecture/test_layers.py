@@ -103,10 +103,12 @@ MAY_SYNCHRONISE = {
     "harness/stability/checks/replicas.py",
     "harness/stability/checks/rows.py",
     "harness/stability/checks/state.py",
+    "harness/stability/checks/targets.py",
     "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/trial_checks.py",  # a trial before the run
 }
 
 
