@@ -118,6 +118,20 @@ class TrainConfig:
             f"task {self.task} takes none",
             "its settings are in the sections data and model",
         )
+        require(
+            self.incidents,
+            "recompute_every",
+            not self.incidents.recompute_every or self.parallel.strategy != "fsdp",
+            "under FSDP2 gradients are reduced as they come, and cannot be compared rank by rank",
+            "set it to 0, or parallel.strategy to ddp",
+        )
+        require(
+            self.incidents,
+            "rerun",
+            self.incidents.rerun == "off" or self.parallel.strategy != "fsdp",
+            "sharded models cannot be run without the other ranks' gradients",
+            "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
+        )
         self._check_model_fits_task()
 
     def _check_model_fits_task(self) -> None:

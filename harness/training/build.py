@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
 from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
+from harness.training.recompute import RecomputeCheck
+from harness.training.rerun import Rerunner
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.silent import RunChecks
@@ -135,7 +137,8 @@ def build_run(
     optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    recompute = RecomputeCheck(config.incidents.recompute_every)
+    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision, checks=[recompute])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -159,10 +162,12 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    runner = replace(runner, recompute=recompute)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [journal, black_box, *_own_callbacks(config, world, journal)]
+    rerun = [Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []
+    called.own = [*rerun, journal, black_box, *_own_callbacks(config, world, journal)]
     run = Run(
         config=config,
         world=world,
