@@ -49,7 +49,7 @@ from harness.training.faults import FaultInjector, describe
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
@@ -131,10 +131,11 @@ def build_run(
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
+    is_sharded = config.parallel.strategy == "fsdp"
+    optimizers = build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    guard = StepGuard.from_config(model, [*optimizers.values()], config.guard, precision=precision)
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -143,7 +144,7 @@ def build_run(
     checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
-        "optimizer": optimizer,
+        **optimizers,
         "loader": loader,
         "guard": guard,
         "ladder": ladder,
@@ -168,7 +169,7 @@ def build_run(
         directory=directory,
         task=inputs.task,
         model=model,
-        optimizer=optimizer,
+        optimizers=[*optimizers.values()],
         loader=loader,
         runner=runner,
         guard=guard,

@@ -12,6 +12,7 @@ from harness.config import GuardConfig
 from harness.errors import ConfigError
 from harness.records import Finding
 from harness.stability.audits.all import AuditsCheck
+from harness.stability.before import UPDATE
 from harness.stability.checks.attention import AttentionCheck
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.constants import ConstantsCheck
@@ -63,7 +64,7 @@ class Checks:
         self._said: dict[str, dict[tuple[int | None, str | None], int]] = {}
         """By check, what was found, by rank and parameter, and in which step it was said."""
         for check in (*(make(config) for make in BUNDLED), *users):
-            if check.name in self._checks or check.name in ("rank_statistics", "summary"):
+            if check.name in self._checks or check.name in ("rank_statistics", "summary", UPDATE):
                 raise ConfigError(f"two checks are called {check.name!r}", rule="each has a name of its own")
             self._checks[check.name] = check
 
