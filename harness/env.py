@@ -26,6 +26,7 @@ __all__ = [
     "is_restartable_on_several",
     "is_terminal",
     "launched",
+    "nccl_ras_address",
     "program_environment",
     "rendezvous_address",
     "rendezvous_settings",
@@ -153,6 +154,14 @@ def store_address() -> tuple[str, int] | None:
     host, port = os.environ.get("MASTER_ADDR"), _int("MASTER_PORT", 0)
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     return (host, port) if host and port and (by_agent or _int("RANK", 0) > 0) else None
+
+
+def nccl_ras_address() -> tuple[str, int]:
+    """Where NCCL answers questions about a job: NCCL_RAS_ADDR, `host:port` or `[IPv6]:port`."""
+    host, _, port = os.environ.get("NCCL_RAS_ADDR", "").rpartition(":")
+    if not host or not port.isdigit():
+        return "localhost", 28028
+    return host.strip("[]"), int(port)
 
 
 def unheard_launcher() -> tuple[str, int] | None:

@@ -27,8 +27,8 @@ from harness.stop import StopRequest
 from harness.training.build import build_run
 from harness.training.loop import train_step
 from harness.training.optim import set_learning_rate
+from harness.training.precision import autocast
 from harness.training.schedule import learning_rate
-from harness.training.step import autocast
 from harness.training.tasks import build_task
 
 

@@ -67,6 +67,11 @@ class GuardConfig:
     extremes_every: int = 1
     """Steps between measurements of max-abs and zeros; norm, NaN and Inf are measured every step. On CUDA the
     two come free with the others."""
+    during_backward: Literal["off", "on"] = "off"
+    """Whether the gradients of a model of one process are measured while the backward pass computes, each as
+    soon as it is complete, on CUDA on a stream of its own; off: once it is over. Under DDP and FSDP2 they
+    always are. What changes a gradient after that is seen if torch counts it as a change: not through `.data`
+    nor numpy."""
     per_parameter_every: int = 10
     """Steps between records with a row per parameter; 0: never. An incident always has them."""
     sample_every: int = 100

@@ -141,6 +141,16 @@ class RanksInTurn:
         """A rank of the run, as it would see itself here."""
         return World(rank=rank, local_rank=0, world_size=world_size, device=device)
 
+    @property
+    def position(self) -> int:
+        """Of the next step's first sample in the order of the data."""
+        return self.loaders[0].position
+
+    @property
+    def rng(self) -> Mapping[int, State]:
+        """The states of the ranks' generators before the next step."""
+        return dict(enumerate(self._rng))
+
     def learning_rate(self, step: int) -> float:
         """The schedule's value at `step`."""
         peak, schedule = self.config.optim.lr, self.config.schedule

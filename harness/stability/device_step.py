@@ -66,7 +66,13 @@ class DeviceStep:
         self._extremes_every = config.extremes_every
         self._optimizers, self._precision, self._checks = optimizers, precision, checks
         self._watch = Watch(model, optimizers, on_close=self._release)
-        self.source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
+        self.source = source_of(
+            model,
+            self.layout,
+            comm_hook=comm_hook,
+            group=group,
+            in_backward=config.during_backward == "on",
+        )
         device = self.layout.parameters[0].device
         if device.type == "cpu":
             native.use_alike(self.source.group)
@@ -249,5 +255,6 @@ class DeviceStep:
             precision=self._precision,
             num_replicas=self.source.num_replicas,
             applied_t=self.applied_t,
+            counts_tokens=self.micro_batches.counts_tokens,
             loss_scale_t=self.loss_scale.value_t,
         )

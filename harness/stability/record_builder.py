@@ -6,10 +6,12 @@ Legend: W ranks.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
+from functools import cached_property
 
-from harness.records import Culprit, RankRow, StepRecord
+import numpy as np
+
+from harness.records import Culprit, StepRecord
 from harness.stability.before import UPDATE
 from harness.stability.checks.all import Checks
 from harness.stability.checks.base import Arrived, Reading
@@ -17,19 +19,16 @@ from harness.stability.checks.rows import ROWS, rows_of_rank
 from harness.stability.layout import MAX_ABS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
 from harness.stability.rank_statistics import (
-    COMPUTE_S,
     CORRECT,
-    DATA_WAIT_S,
     FAULTS,
     LOSS_SUM,
     MICRO_BATCH,
-    NUM_SAVES,
     PARAMETER,
     REDUCED_BAD,
-    STOP_REQUESTED,
     TOKENS,
     Fault,
 )
+from harness.stability.rank_table import Floats, RankTable, count
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
@@ -50,12 +49,13 @@ OUTSTANDING = 3.0
 """Times the median of the other ranks' norms from which a rank is blamed for a spike."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _StepNumbers:
     """A step's numbers as plain values."""
 
     summary: Summary
-    per_rank: list[list[float]]
+    per_rank: Floats
+    """`[W, NUM_FIELDS]`"""
     readings: list[Reading]
     """What the checks found that were measured in the step."""
     updates: list[list[float]]
@@ -69,35 +69,45 @@ class _StepNumbers:
     @property
     def culprit(self) -> int | None:
         """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
-        return next((rank for _, rank in self.bad), None)
+        return self.bad[0] if self.bad else None
 
-    @property
-    def bad(self) -> list[tuple[int, int]]:
-        """Micro-batch and rank of whatever went bad by itself, in this order."""
+    @cached_property
+    def bad(self) -> list[int]:
+        """The ranks that went bad by themselves, by micro-batch and rank."""
         # By micro-batch first: what went bad earliest is the likeliest cause.
-        return sorted((int(one[MICRO_BATCH]), r) for r, one in enumerate(self.per_rank) if _is_bad(one))
+        wrong = self.per_rank[:, [NUM_NAN, NUM_INF, FAULTS]].any(1)
+        ranks = np.flatnonzero(wrong | ~np.isfinite(self.per_rank[:, LOSS_SUM]))
+        order = np.argsort(self.per_rank[ranks, MICRO_BATCH], kind="stable")
+        bad: list[int] = ranks[order].tolist()
+        return bad
 
     @property
     def culprits(self) -> tuple[Culprit, ...]:
         """All ranks to blame, the first first."""
         rank = self.outstanding
-        blamed = [r for _, r in self.bad] or ([] if rank is None else [rank])
-        return tuple(Culprit(rank=r, micro_batch=_micro_batch(self.per_rank[r])) for r in blamed)
+        blamed = self.bad or ([] if rank is None else [rank])
+        return tuple(Culprit(rank=r, micro_batch=_micro_batch(self.row(r))) for r in blamed)
 
     @property
     def outstanding(self) -> int | None:
         """Of a spike or an outlier batch the rank whose own gradient stands out; None if it is not one rank's
         doing."""
-        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.per_rank]
-        rank = norms.index(max(norms))
-        others = norms[:rank] + norms[rank + 1 :]
+        if not (self.summary.is_spike or self.summary.is_outlier):
+            return None
+        norms = np.sqrt(self.per_rank[:, SUM_SQUARES])
+        rank = int(norms.argmax())
+        others = np.delete(norms, rank)
         # Against the median of the others: where most norms are large it is no single rank's doing.
-        stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
-        unusual = self.summary.is_spike or self.summary.is_outlier
-        return rank if unusual and stands_out else None
+        stands_out = not others.size or norms[rank] > OUTSTANDING * np.median(others)
+        return rank if stands_out else None
+
+    def row(self, rank: int) -> list[float]:
+        """What one rank said."""
+        row: list[float] = self.per_rank[rank].tolist()
+        return row
 
     def total(self, field: int) -> float:
-        return sum(one[field] for one in self.per_rank)
+        return float(self.per_rank[:, field].sum())
 
 
 def summary_of(packet: Packet) -> Summary:
@@ -133,7 +143,7 @@ class RecordBuilder:
         )
         readings = self._checks.read(packet, arrived)
         updates = packet[UPDATE].tolist() if UPDATE in packet else []
-        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), readings, updates)
+        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings, updates)
         rank, parameter, micro_batch = self._blamed(numbers)
         found = {name: value for reading in readings for name, value in reading.fields.items()}
         found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
@@ -149,19 +159,16 @@ class RecordBuilder:
             clip_coef=summary.clip_coef,
             num_tokens=int(numbers.total(TOKENS)) if counts_tokens else 0,
             num_correct=int(numbers.total(CORRECT)),
-            num_nan=_count(numbers.total(NUM_NAN)),
-            num_inf=_count(numbers.total(NUM_INF)),
-            num_zero=_count(numbers.total(NUM_ZERO)),
-            max_abs=max(one[MAX_ABS] for one in numbers.per_rank) / summary.divisor,
+            num_nan=count(numbers.total(NUM_NAN)),
+            num_inf=count(numbers.total(NUM_INF)),
+            num_zero=count(numbers.total(NUM_ZERO)),
+            max_abs=float(numbers.per_rank[:, MAX_ABS].max()) / summary.divisor,
             loss_scale=summary.loss_scale,
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
             culprits=numbers.culprits,
-            per_rank=tuple(
-                _rank_row(rank, one, summary.divisor, counts_tokens)
-                for rank, one in enumerate(numbers.per_rank)
-            ),
+            per_rank=RankTable(numbers.per_rank, divisor=summary.divisor, counts_tokens=counts_tokens),
             measured={name: value for reading in readings for name, value in reading.values.items()},
             spike_score=max(summary.norm_score, summary.loss_score),
             is_spike=bool(summary.is_spike),
@@ -180,12 +187,12 @@ class RecordBuilder:
             return first, self._layout.names[int(numbers.updates[first][1])], None
         rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
-            row = int(numbers.per_rank[rank][PARAMETER])
+            row = int(numbers.row(rank)[PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, _micro_batch(numbers.per_rank[rank])
+            return rank, name, _micro_batch(numbers.row(rank))
         # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
         if numbers.total(REDUCED_BAD):
-            bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
+            bad = numbers.row(int(np.flatnonzero(numbers.per_rank[:, REDUCED_BAD])[0]))
             return None, self._layout.names[int(bad[PARAMETER])], None
         accusing = next((reading for reading in numbers.readings if reading.reason), None)
         return (accusing.rank, accusing.parameter, None) if accusing else (None, None, None)
@@ -216,38 +223,15 @@ def _has_reason_to_skip(numbers: _StepNumbers) -> bool:
     return numbers.summary.verdict >= SKIP and not numbers.summary.is_spike and not numbers.undone
 
 
-def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
-    tokens = one[TOKENS]
-    return RankRow(
-        rank=rank,
-        loss=one[LOSS_SUM] / tokens if tokens else math.nan,
-        num_tokens=int(tokens) if counts_tokens else 0,
-        grad_norm=math.sqrt(one[SUM_SQUARES]) / divisor,
-        max_abs=one[MAX_ABS] / divisor,
-        num_nan=_count(one[NUM_NAN]),
-        num_inf=_count(one[NUM_INF]),
-        num_zero=_count(one[NUM_ZERO]),
-        compute_s=one[COMPUTE_S],
-        data_wait_s=one[DATA_WAIT_S],
-        stop_requested=bool(one[STOP_REQUESTED]),
-        num_saves=int(one[NUM_SAVES]),
-    )
-
-
 def _micro_batch(one: list[float]) -> int | None:
     """The one to blame; None: the loop does not tell them apart."""
     return int(one[MICRO_BATCH]) if one[MICRO_BATCH] >= 0 else None
 
 
-def _is_bad(one: list[float]) -> bool:
-    gradient = one[NUM_NAN] or one[NUM_INF] or one[FAULTS]
-    return bool(gradient) or not math.isfinite(one[LOSS_SUM])
-
-
 def _skip_reason(numbers: _StepNumbers) -> str:
     culprit = numbers.culprit
     if culprit is not None:
-        return _blame(numbers.per_rank[culprit], culprit)
+        return _blame(numbers.row(culprit), culprit)
     if not numbers.total(TOKENS):
         return "no tokens in the global batch"
     if numbers.total(REDUCED_BAD):
@@ -262,9 +246,4 @@ def _blame(one: list[float], rank: int) -> str:
             return words.format(rank=rank)
     if not math.isfinite(one[LOSS_SUM]):
         return f"the loss is {one[LOSS_SUM]} on rank {rank}"
-    return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
-
-
-def _count(value: float) -> int:
-    """A count as an integer; -1: not measured."""
-    return -1 if math.isnan(value) else int(value)
+    return f"{count(one[NUM_NAN])} NaN and {count(one[NUM_INF])} Inf in the gradient of rank {rank}"

@@ -20,6 +20,7 @@ from harness.dist import World, any_rank, barrier, gather, plain
 from harness.records import StepRecord
 from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
+from harness.stability.rank_table import rank_column
 from harness.stop import StopRequest
 from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callbacks, InFlight
@@ -183,11 +184,11 @@ def _handle_records(run: Run, records: list[StepRecord]) -> bool:
     stopped = False
     for record in records:
         run.counters.count(record)
-        _tell_of_saves(run, min(row.num_saves for row in record.per_rank) - run.num_saves)
+        _tell_of_saves(run, int(rank_column(record.per_rank, "num_saves").min()) - run.num_saves)
         run.callbacks.on_step(run, record)
         run.handled_samples = run.in_flight.pop(record.step).samples[1]
         run.checkpointer.observe(record.step + 1, incident=record.reason is not None)
-        stopped = stopped or any(row.stop_requested for row in record.per_rank)
+        stopped = stopped or bool(rank_column(record.per_rank, "stop_requested").any())
         if run.ladder.observe(record) == "rollback":
             break  # the records that follow are of the branch that was left
     return stopped

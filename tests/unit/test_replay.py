@@ -15,9 +15,9 @@ from harness.config import TrainConfig
 from harness.data import Task
 from harness.errors import ReplayError
 from harness.replay import replay
-from harness.replay.arms import judge_sound
 from harness.replay.compare import Parting
 from harness.replay.history import read_history
+from harness.replay.judgement import judge_sound
 from harness.replay.ranks import RanksInTurn
 from harness.replay.story import story
 from harness.replay.trace import Tracer
