@@ -39,7 +39,7 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
-from harness.training.black_box import open_black_box
+from harness.training.black_box import BlackBox, open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
@@ -136,9 +136,8 @@ def build_run(
     model = _distributed(config, world, inputs.task.model)
     is_sharded = config.parallel.strategy == "fsdp"
     optimizers = build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
-    timer = StepTimer(world.device)
+    timer, recompute = StepTimer(world.device), RecomputeCheck(config.incidents.recompute_every)
     time_collectives(model, timer.waited)
-    recompute = RecomputeCheck(config.incidents.recompute_every)
     held = [*optimizers.values()]
     guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute])
     guard.when_local_done(timer.local_done)
@@ -168,8 +167,7 @@ def build_run(
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    rerun = [Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []
-    called.own = [*rerun, journal, black_box, *_own_callbacks(config, world, journal)]
+    called.own = _own_callbacks(config, world, journal, runner, black_box)
     run = Run(
         config=config,
         world=world,
@@ -207,8 +205,13 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     return distribute(model, config.parallel, world)
 
 
-def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
+def _own_callbacks(
+    config: TrainConfig, world: World, journal: Journal, runner: StepRunner, black_box: BlackBox
+) -> list[Callback]:
     return [
+        *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
+        journal,
+        black_box,
         Stragglers(config.straggler, world, journal),
         *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
         *([Debugger()] if config.debug else []),
