@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
@@ -134,11 +135,9 @@ def build_run(
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    is_sharded = config.parallel.strategy == "fsdp"
-    optimizers = build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
-    timer, recompute = StepTimer(world.device), RecomputeCheck(config.incidents.recompute_every)
-    time_collectives(model, timer.waited)
-    held = [*optimizers.values()]
+    stepped = _optimizers(config, model)
+    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
+    held = [*stepped.values()]
     guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
@@ -148,7 +147,7 @@ def build_run(
     checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
-        **optimizers,
+        **stepped,
         "loader": loader,
         "guard": guard,
         "ladder": ladder,
@@ -203,6 +202,17 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     if config.loop.compile:
         model.compile()
     return distribute(model, config.parallel, world)
+
+
+def _timer(model: nn.Module, world: World) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    return timer
+
+
+def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
+    is_sharded = config.parallel.strategy == "fsdp"
+    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
 
 
 def _own_callbacks(
