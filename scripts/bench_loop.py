@@ -96,7 +96,7 @@ def bare_loop(config: TrainConfig, task: Task, device: torch.device, precision: 
         lr = learning_rate(
             position, peak=config.optim.lr, num_steps=config.loop.steps, schedule=config.schedule
         )
-        set_learning_rate(optimizer, lr)
+        set_learning_rate([optimizer], lr)
         position += 1
         (batch,) = loader.next()
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

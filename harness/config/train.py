@@ -19,6 +19,7 @@ from harness.config.guard import GuardConfig
 from harness.config.incidents import IncidentsConfig
 from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
+from harness.config.muon import MuonConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
@@ -67,6 +68,8 @@ class TrainConfig:
     """Model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning-rate schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
@@ -49,7 +50,7 @@ from harness.training.faults import FaultInjector, describe, possible_faults
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
 from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
 from harness.training.recompute import RecomputeCheck
@@ -134,10 +135,10 @@ def build_run(
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
-    timer, recompute = StepTimer(world.device), RecomputeCheck(config.incidents.recompute_every)
-    time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision, checks=[recompute])
+    stepped = _optimizers(config, model)
+    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
+    held = [*stepped.values()]
+    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -146,7 +147,7 @@ def build_run(
     checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
-        "optimizer": optimizer,
+        **stepped,
         "loader": loader,
         "guard": guard,
         "ladder": ladder,
@@ -172,7 +173,7 @@ def build_run(
         directory=directory,
         task=inputs.task,
         model=model,
-        optimizer=optimizer,
+        optimizers=held,
         loader=loader,
         runner=runner,
         guard=guard,
@@ -201,6 +202,17 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     if config.loop.compile:
         model.compile()
     return distribute(model, config.parallel, world)
+
+
+def _timer(model: nn.Module, world: World) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    return timer
+
+
+def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
+    is_sharded = config.parallel.strategy == "fsdp"
+    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
 
 
 def _own_callbacks(

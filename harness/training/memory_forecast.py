@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +26,8 @@ from harness.data import Batch, Shares, Task, fetch, run_loss
 from harness.dist import distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
 from harness.errors import ConfigError
-from harness.training.optim import build_optimizer
+from harness.stability.before import Before
+from harness.training.optim import build_optimizers
 from harness.training.precision import autocast, resolved_precision
 from harness.training.tasks import build_task
 
@@ -92,6 +94,7 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
     fakes = FakeTensorMode()
     _make_fake(task.model, fakes)
     is_sharded = config.parallel.strategy == "fsdp"
+    optim = dataclasses.replace(config.optim, fused="torch")  # a kernel in Triton takes no fake tensors
     with fake_world(num_ranks) as world:
         # Around a model, DDP adds nothing but its buckets.
         world = world if is_sharded else dataclasses.replace(world, world_size=1)
@@ -102,11 +105,12 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
             precision=precision,
             num_passes=shares.num_passes,
         )
-        optimizer = build_optimizer(step.model, config.optim, is_sharded=is_sharded)
+        optimizers = build_optimizers(step.model, optim, config.muon, is_sharded=is_sharded)
         with fakes, _values_are_not_read():
             live = _LiveStorages(step.model.parameters())
-            _run(step, optimizer, live, gradients_stay=num_ranks > 1 and not is_sharded)
-    return _forecast(step, optimizer, live, num_ranks=num_ranks)
+            stays = num_ranks > 1 and not is_sharded
+            _run(step, [*optimizers.values()], live, undo=config.guard.undo, gradients_stay=stays)
+    return _forecast(step, [*optimizers.values()], live, num_ranks=num_ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +144,15 @@ def _values_are_not_read() -> Iterator[None]:
         ) from error
 
 
-def _run(step: _Step, optimizer: torch.optim.Optimizer, live: _LiveStorages, *, gradients_stay: bool) -> None:
+def _run(
+    step: _Step, optimizers: Sequence[Optimizer], live: _LiveStorages, *, undo: str, gradients_stay: bool
+) -> None:
     """
     Args:
+        undo: Whose updates the guard may take back, from a copy.
         gradients_stay: They are views of DDP's buckets.
     """
+    are_kept = {"always": optimizers, "auto": [o for o in optimizers if not o.defaults.get("fused")]}
     if gradients_stay:
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -152,15 +160,20 @@ def _run(step: _Step, optimizer: torch.optim.Optimizer, live: _LiveStorages, *, 
         live.note_all([*step.model.parameters(), *step.model.buffers(), *step.batch.values()])
         for _ in range(_STEPS):
             step.run()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=not gradients_stay)
+            before = [Before(optimizer) for optimizer in are_kept.get(undo, ())]
+            for optimizer in optimizers:
+                optimizer.step()
+            del before
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=not gradients_stay)
 
 
 def _forecast(
-    step: _Step, optimizer: torch.optim.Optimizer, live: _LiveStorages, *, num_ranks: int
+    step: _Step, optimizers: Sequence[Optimizer], live: _LiveStorages, *, num_ranks: int
 ) -> MemoryForecast:
     parameters, buffers = _num_bytes(step.model.parameters()), _num_bytes(step.model.buffers())
-    state = _num_bytes(value for one in optimizer.state.values() for value in one.values())
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    state = _num_bytes(value for one in states for value in one.values())
     return MemoryForecast(
         parameters=parameters,
         buffers=buffers,

@@ -52,7 +52,7 @@ FLOORS = {
 
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
-    "triton": {"harness/stability/kernels.py"},
+    "triton": {"harness/stability/kernels.py", "harness/stability/adamw_kernels.py"},
     "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
     "trackio": {"harness/tracking/trackio.py"},

@@ -222,6 +222,21 @@ def test_fused_optimizers_read_the_verdict(kind: Any, parameter: nn.Parameter) -
     assert torch.equal(parameter.grad, torch.full((4,), 0.5)), f"grad_scale: {users_of('grad_scale')}"
 
 
+def test_muons_two_halves_make_its_step() -> None:
+    from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+    weight = nn.Parameter(torch.zeros(3, 2))
+    weight.grad = torch.arange(6.0).view(3, 2)
+    optimizer = torch.optim.Muon([weight], lr=0.5, nesterov=False, momentum=0.0)
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    update = _zeropower_via_newtonschulz(
+        weight.grad, group["ns_coefficients"], group["ns_steps"], group["eps"]
+    )
+    scaled_lr = _adjust_lr(0.5, group["adjust_lr_fn"], weight.shape)
+    assert torch.equal(weight, torch.zeros(3, 2).add_(update, alpha=-scaled_lr))
+
+
 def test_optimizers_keep_their_step_hooks(parameter: nn.Parameter) -> None:
     module = importlib.import_module("torch.optim.optimizer")
     optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
@@ -294,13 +309,15 @@ def test_fused_optimizers_say_that_they_divide_by_the_scale() -> None:
 
 
 def test_foreach_kernels() -> None:
-    has(torch, "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
+    has(torch, "_foreach_add_", "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
     tensors = [torch.full((2,), 4.0), torch.full((), 8.0)]
     others = [torch.empty(2), torch.empty(())]
     torch._foreach_copy_(others, tensors)
     assert all(map(torch.equal, tensors, others))
     torch._foreach_div_(tensors, 2.0)
     assert [tensor.max().item() for tensor in tensors] == [2.0, 4.0]
+    torch._foreach_add_(tensors, [torch.tensor(1.0)] * 2)
+    assert [tensor.max().item() for tensor in tensors] == [3.0, 5.0]
     torch._foreach_zero_(tensors)
     assert not any(tensor.any() for tensor in tensors)
 

@@ -14,7 +14,7 @@ from harness.config import TrainConfig
 from harness.data import fetch
 from harness.dist import World, distribute
 from harness.training import forecast_memory
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
 from harness.training.tasks import build_task
 from tests.support.distributed import run_ranks
 from tests.support.runs import tiny, tiny_config
@@ -47,7 +47,8 @@ def taken(rank: int, world_size: int, tmp_path: Path, strategy: str) -> int:
     before = resident_bytes("VmRSS") - model_bytes
     world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
     model = distribute(task.model, config.parallel, world)
-    optimizer = build_optimizer(model, config.optim, is_sharded=strategy == "fsdp")
+    optimizers = build_optimizers(model, config.optim, is_sharded=strategy == "fsdp")
+    optimizer = optimizers["optimizer"]
     batch = fetch(task.train_data, list(range(config.loop.global_batch // world_size)))
     for step in range(3):
         if step == 2:
