@@ -19,7 +19,7 @@ class TrackingConfig:
     SECTION = "tracking"
 
     log_every: int = 10
-    """Steps between printed lines. The log has every step."""
+    """Steps between printed lines. The log has every step, but for what more than 512 ranks say of themselves."""
     tensorboard: bool = True
     """Mirror the log to TensorBoard."""
     wandb: Literal["off", "offline", "online"] = "off"
