@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from harness.dist import gather, plain
 from harness.errors import ConfigError
@@ -41,9 +42,14 @@ class State:
 def state_of(run: Run) -> State:
     """Of all ranks, and the same on all. Synchronises; some collectives."""
     layout = run.guard.layout
-    state = run.optimizer.state
+    state = _state(run)
     sums: list[int] = checksums(layout.parameters, lambda p: state.get(p, {})).tolist()
     return State(run.counters.step, _loss(run), layout.names, gather(lambda: sums))
+
+
+def _state(run: Run) -> dict[Any, dict[str, Any]]:
+    """What the optimizers remember, by parameter."""
+    return {parameter: state for one in run.optimizers for parameter, state in one.state.items()}
 
 
 def difference(saved: State, read: State) -> Finding | None:
@@ -93,8 +99,8 @@ def mode_finding(run: Run) -> Finding | None:
 
 def step_finding(run: Run) -> Finding | None:
     """Whether the optimizer has made as many steps as were applied. Synchronises."""
-    applied = run.counters.step - run.counters.num_skips
-    counts = [run.optimizer.state.get(parameter, {}).get("step") for parameter in run.guard.layout.parameters]
+    applied, state = run.counters.step - run.counters.num_skips, _state(run)
+    counts = [state.get(parameter, {}).get("step") for parameter in run.guard.layout.parameters]
     # The largest: one that takes part in some steps only has its own count.
     made = max((int(count) for count in counts if count is not None), default=applied)
     if made == applied:
