@@ -1,7 +1,7 @@
 """Kills a training at random moments, again and again, and asks whether it is still the same training.
 
     python scripts/chaos.py [--kills 200] [--seed 0] [--strategies ddp fsdp]
-    python scripts/chaos.py --kills 24 --steps 1500 --every 25 --longest-life-s 60 --name chaos-times
+    python scripts/chaos.py --in-place --steps 600 --every 30 --longest-life-s 60 --name chaos-times
 
 For each strategy a run of two gloo processes is made once without interruption. Then the same run is started,
 killed by SIGKILL after a random time, started again, and so on until it finishes; then the next one, until
@@ -39,12 +39,14 @@ from harness.config import parse_arguments  # noqa: E402
 from harness.models import build_model  # noqa: E402
 from harness.runlog.ledger import TimeClass, newest_ledger  # noqa: E402
 from harness.runlog.reader import open_run  # noqa: E402
+from tests.support.forked_agent import NUM_RANKS, is_forked_rank  # noqa: E402
 from tests.support.runs import PROGRAM, start, tiny  # noqa: E402
 
 __all__ = ["Chaos", "Plan", "compare", "run_whole"]
 
 VICTIMS = ("one rank", "all ranks", "launcher", "everything")
-TIMEOUT_S = 600.0
+TIMEOUT_S = 1800.0
+FORKING = [sys.executable, "-m", "tests.support.forked_agent"]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -56,6 +58,8 @@ class Plan:
     every: int = 3
     """Steps between checkpoints."""
     longest_life_s: float = 12.0
+    in_place: bool = False
+    """Ranks alone are killed, under an agent that starts them again, and the end is not compared."""
 
 
 @dataclass
@@ -66,8 +70,8 @@ class Life:
     began: float
     """In seconds since the epoch."""
     lived_s: float
-    clearing_s: float = 0.0
-    """From the kill until the next start could be made; 0: it was not killed."""
+    clearing_s: float | None = None
+    """From the kill until the next start could be made; None: it was not killed."""
 
 
 @dataclass
@@ -101,6 +105,40 @@ class Chaos:
                 raise AssertionError(f"{name} failed by itself:\n{output}")
             self.lives.append(Life(name, began, time.time() - began))
             return
+
+    def run_in_place(self, name: str, *, most_kills: int) -> None:
+        """The same under one agent, which starts killed ranks again by itself."""
+        restarting = [*FORKING, f"--max-restarts={2 * most_kills}", PROGRAM]
+        process = start([*restarting, *arguments(self.folder, name, self.strategy, self.plan)])
+        self._forked_ranks(process)
+        began = time.time()
+        while self.kills.total() < most_kills:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.draw.uniform(0.0, self.plan.longest_life_s))
+            ranks = self._forked_ranks(process)
+            if not ranks:
+                break
+            victim = self.draw.choice(VICTIMS[:2])
+            for pid in ranks if victim == "all ranks" else [self.draw.choice(ranks)]:
+                kill(pid)
+            self.kills[victim] += 1
+            self.lives.append(Life(name, began, time.time() - began, 0.0))
+            began = time.time()
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        if process.returncode:
+            raise AssertionError(f"{name} failed by itself:\n{output}")
+        self.lives.append(Life(name, began, time.time() - began))
+
+    def _forked_ranks(self, process: subprocess.Popen[str]) -> list[int]:
+        """Waits until there are some, or the end."""
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                family = psutil.Process(process.pid).children(recursive=True)
+                ranks = [child.pid for child in family if is_forked_rank(child)]
+                if len(ranks) == NUM_RANKS:
+                    return ranks
+            time.sleep(0.2)
+        return []
 
     def _strike(self, process: subprocess.Popen[str]) -> None:
         victim = self.draw.choice(VICTIMS)
@@ -188,9 +226,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--every", type=int, default=Plan.every, help="steps between checkpoints")
     parser.add_argument("--longest-life-s", type=float, default=Plan.longest_life_s)
+    parser.add_argument("--in-place", action="store_true", help="kill ranks alone; for their times")
     parser.add_argument("--name", default="chaos", help="of the results")
     options = parser.parse_args()
-    plan = Plan(options.steps, options.every, options.longest_life_s)
+    plan = Plan(options.steps, options.every, options.longest_life_s, options.in_place)
     from results import write_results
 
     for strategy in options.strategies:
@@ -212,13 +251,17 @@ def under_fire(
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_whole(folder, strategy, plan)
+        if not plan.in_place:
+            run_whole(folder, strategy, plan)
         chaos = Chaos(folder, strategy, random.Random(f"{strategy} {seed}"), plan)
         num_runs = 0
         while chaos.kills.total() < num_kills:
             run = f"{strategy}-{num_runs}"
-            chaos.run(run, most_kills=num_kills)
-            compare(folder, f"{strategy}-whole", run)
+            if plan.in_place:
+                chaos.run_in_place(run, most_kills=num_kills)
+            else:
+                chaos.run(run, most_kills=num_kills)
+                compare(folder, f"{strategy}-whole", run)
             num_runs += 1
             print(f"{run}: equal after {chaos.kills.total()} kills so far", flush=True)
         times = _times(chaos)
@@ -226,7 +269,7 @@ def under_fire(
         "kills": chaos.kills.total(),
         **{f"of {victim}": chaos.kills[victim] for victim in VICTIMS},
         "finished runs": num_runs,
-        "all bitwise equal": "yes",
+        "all bitwise equal": "not compared" if plan.in_place else "yes",
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
     return row, times
@@ -246,18 +289,20 @@ def _times(chaos: Chaos) -> dict[str, object]:
         ledger = newest_ledger(chaos.folder / "runs" / name)
         assert ledger is not None
         saves_s.append(ledger.seconds[TimeClass.CHECKPOINT] / (ledger.steps_made / chaos.plan.every))
-    wall_s = sum(life.lived_s + life.clearing_s for life in chaos.lives)
-    killed = [life for life in chaos.lives if life.clearing_s]
+    wall_s = sum(life.lived_s + (life.clearing_s or 0.0) for life in chaos.lives)
+    clearing_s = [life.clearing_s for life in chaos.lives if life.clearing_s is not None]
     save_s = statistics.mean(saves_s)
     step_s = statistics.mean(steps_s) - save_s / chaos.plan.every
     return {
         "start_s": round(statistics.mean(starts_s), 2),
         "step_s": round(step_s, 4),
         "save_s": round(save_s, 4),
-        "clearing_s": round(statistics.mean(life.clearing_s for life in killed), 2),
+        "clearing_s": round(statistics.mean(clearing_s), 2),
         "wall_s": round(wall_s, 1),
         "effective_frac": round(len(names) * chaos.plan.steps * step_s / wall_s, 4),
-        "lives_s": " ".join(f"{life.lived_s:.1f}" for life in chaos.lives),
+        "lives_s": "; ".join(
+            " ".join(f"{life.lived_s:.1f}" for life in chaos.lives if life.run == name) for name in names
+        ),
     }
 
 

@@ -122,18 +122,13 @@ def of_chaos(path: Path) -> dict[str, object]:
         detect_s=times["clearing_s"],
         steps_between=about["every"],
     )
-    lives = failing_at([float(life) for life in times["lives_s"].split()[:-1]])
+    runs = [[float(life) for life in run.split()[:-1]] for run in times["lives_s"].split(";")]
+    shares = [simulate(costs, about["steps"], failing_at(lives_s)) for lives_s in runs]
+    said = len(shares) / sum(1.0 / share for share in shares)  # one after the other
     num_steps = row["finished runs"] * about["steps"]
-    said = _in_parts(costs, about["steps"], row["finished runs"], lives)
     seen = times["effective_frac"]
     assert abs(said - seen) <= TOLERANCE, f"{path.name}: {said:.3f} was predicted and {seen:.3f} seen"
     return {"kills": row["kills"], "steps": num_steps, "predicted %": 100 * said, "seen %": 100 * seen}
-
-
-def _in_parts(costs: Costs, steps: int, num_runs: int, lives: Iterator[float]) -> float:
-    """Several runs, one after the other."""
-    shares = [simulate(costs, steps, lives) for _ in range(num_runs)]
-    return num_runs / sum(1.0 / share for share in shares)
 
 
 def at_scale(num_gpus: int, seed: int) -> dict[str, object]:
