@@ -44,6 +44,8 @@ class MovementCheck(Check):
         self._partly: Tensor | None = None
         """`[P]` bool: whose gradient was missing on some ranks in the window before."""
         self._cached: tuple[tuple[bool, ...], Tensor] | None = None
+        self._rates_of: tuple[Layout, list[bool], Tensor] | None = None
+        """Layout, which groups have a learning rate, and the flags that follow from them."""
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
@@ -135,14 +137,18 @@ class MovementCheck(Check):
 
     def _rates(self, view: StepView) -> Tensor:
         """`[P]` bool: whose learning rate is not 0; one that lies on the device is not read."""
-        positive = {
-            id(p)
-            for optimizer in self._optimizers.unwrapped
-            for group in optimizer.param_groups
-            if isinstance(group.get("lr", 1.0), Tensor) or group.get("lr", 1.0) != 0
-            for p in group["params"]
-        }
-        return self._flags([id(p) in positive for p in view.layout.parameters])
+        groups = [group for one in self._optimizers.unwrapped for group in one.param_groups]
+        rates = [group.get("lr", 1.0) for group in groups]
+        have_rate = [isinstance(rate, Tensor) or rate != 0 for rate in rates]
+        # Which parameters groups hold changes with the layout only.
+        known = self._rates_of
+        if known is None or known[0] is not view.layout or known[1] != have_rate:
+            positive = {
+                id(p) for group, has in zip(groups, have_rate, strict=True) if has for p in group["params"]
+            }
+            flags = self._flags([id(p) in positive for p in view.layout.parameters])
+            known = self._rates_of = (view.layout, have_rate, flags)
+        return known[2]
 
     def _flags(self, values: list[bool]) -> Tensor:
         """On the device; copied there once for each combination that lasts."""
