@@ -52,7 +52,7 @@ FLOORS = {
 
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
-    "triton": {"harness/stability/kernels.py"},
+    "triton": {"harness/stability/kernels.py", "harness/stability/adamw_kernels.py"},
     "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
     "trackio": {"harness/tracking/trackio.py"},
@@ -108,7 +108,10 @@ MAY_SYNCHRONISE = {
     "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
+    "harness/stability/adamw_kernels.py",  # constants of the host, rounded
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/recompute.py",  # `read`, of what is on the host
+    "harness/training/rerun.py",  # passes over the micro-batch of an incident
     "harness/training/trial_checks.py",  # a trial before the run
 }
 
