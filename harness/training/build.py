@@ -16,7 +16,16 @@ from torch import nn
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
+from harness.data import (
+    Loader,
+    LossSum,
+    Shares,
+    Task,
+    fetch,
+    find_quarantined,
+    num_signs,
+    seed_everything,
+)
 from harness.dist import (
     UnusedParameters,
     World,
@@ -50,11 +59,12 @@ from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizer
+from harness.training.parts import PartLosses
 from harness.training.progress import Progress
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.silent import RunChecks
-from harness.training.step import MicroBatchGuard, StepRunner
+from harness.training.step import MicroBatchGuard, StepRunner, ignored
 from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
@@ -128,14 +138,13 @@ def build_run(
     progress = progress or Progress()
     precision = resolved_precision(config, world)
     inputs = _agreed_inputs(config, world)
-    directory, steps_before = from_main(lambda: prepare_directory(config))
+    directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
     optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
-    timer = StepTimer(world.device)
-    time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
-    guard.when_local_done(timer.local_done)
+    parts = PartLosses(inputs.task.parts)
+    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision, checks=[parts])
+    timer = _timer(world, model, guard)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
     ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
@@ -157,7 +166,9 @@ def build_run(
     _begin_at(counters.step, directory, inputs.faults, progress)
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
-    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    runner = build_runner(
+        config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer, parts.add
+    )
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
@@ -197,6 +208,13 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     if config.loop.compile:
         model.compile()
     return distribute(model, config.parallel, world)
+
+
+def _timer(world: World, model: nn.Module, guard: StepGuard) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    guard.when_local_done(timer.local_done)
+    return timer
 
 
 def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
@@ -265,7 +283,7 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = (run.black_box.end_hung, lambda hang: note_hang(run, hang, start))
-    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    watchdog.progress.signs_of_life = lambda: num_signs() + run.checkpointer.written_bytes
     if world.device.type == "cuda":
         keep_flight_records(incidents_dir(run.directory))
     try:
@@ -373,6 +391,7 @@ def build_runner(
     precision: str,
     progress: Progress,
     timer: StepTimer | None = None,
+    note_loss: Callable[[LossSum], None] = ignored,
 ) -> StepRunner:
     """What runs forward and backward passes of this rank."""
     return StepRunner(
@@ -388,6 +407,7 @@ def build_runner(
         timer=timer or StepTimer(world.device),
         nominal_tokens=config.loop.global_batch * task.tokens_per_sample,
         num_passes=_shares(config, world).num_passes,
+        note_loss=note_loss,
     )
 
 
@@ -414,6 +434,7 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         fingerprints=fingerprints,
         allow_change=config.data.allow_change,
+        pinned=tuple(task.pinned),
         quarantined=quarantined,
     )
 

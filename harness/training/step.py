@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ from harness.training.faults import FaultInjector
 from harness.training.progress import Phase, Progress
 from harness.training.timer import StepTimer
 
-__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner", "autocast", "ignored"]
 
 
 class MicroBatchGuard(Protocol):
@@ -47,6 +47,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def ignored(loss: LossSum) -> None:
+    """Takes no note of a loss."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRunner:
     """Leaves in the model's gradients the gradient of the mean loss over all tokens of the global batch.
@@ -70,6 +74,8 @@ class StepRunner:
     """Tokens of a global batch without padding."""
     num_passes: int
     """Forward passes of each rank in a step."""
+    note_loss: Callable[[LossSum], None] = ignored
+    """Called with the loss of each micro-batch that counts."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the seconds of this rank's own computing (`StepTimer`). No
@@ -89,6 +95,7 @@ class StepRunner:
             ):
                 loss = self._forward_backward(step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
+                self.note_loss(loss)
         return self.timer.end()
 
     def _forward_backward(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:

@@ -107,6 +107,7 @@ MAY_SYNCHRONISE = {
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/parts.py",  # of a record, on the host
 }
 
 
