@@ -137,7 +137,7 @@ class StepGuard:
         checks: Sequence[Check] = (),
     ) -> StepGuard:
         """The guard that `config` describes, for a caller with a `Ladder` of its own; `precision` is fp32,
-        bf16 or fp16, and `checks` are measured besides those that it names."""
+        bf16 or fp16. `checks` come to those of `config`."""
         settings = {field.name: getattr(config, field.name) for field in fields(config)}
         settings["checks"] = (*config.checks, *checks)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
