@@ -39,7 +39,7 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
-from harness.training.black_box import open_black_box
+from harness.training.black_box import BlackBox, open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
@@ -161,12 +161,10 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
-    runner = replace(runner, recompute=recompute)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    rerun = [Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []
-    called.own = [*rerun, journal, black_box, *_own_callbacks(config, world, journal)]
+    called.own = _own_callbacks(config, world, journal, black_box, runner)
     run = Run(
         config=config,
         world=world,
@@ -175,7 +173,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        runner=runner,
+        runner=replace(runner, recompute=recompute),
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -204,8 +202,14 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     return distribute(model, config.parallel, world)
 
 
-def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
+def _own_callbacks(
+    config: TrainConfig, world: World, journal: Journal, black_box: BlackBox, runner: StepRunner
+) -> list[Callback]:
     return [
+        # Before the black box writes down, and lets go, what it needs.
+        *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
+        journal,
+        black_box,
         Stragglers(config.straggler, world, journal),
         *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
         *([Debugger()] if config.debug else []),

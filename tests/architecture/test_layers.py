@@ -108,6 +108,8 @@ MAY_SYNCHRONISE = {
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/recompute.py",  # as checks do
+    "harness/training/rerun.py",  # of an incident, if it is asked for
     "harness/training/trial_checks.py",  # a trial before the run
 }
 
