@@ -253,6 +253,7 @@ def test_a_run_that_was_rolled_back_is_replayed_on_either_branch(step: int, tmp_
         "--optim.name=adamw",
         "--checkpoint.every=2",
         "--checkpoint.keep_last=20",
+        "--checkpoint.healthy_after=1",
         "--guard.max_consecutive_skips=1",
         "--guard.lag_steps=0",
         "--guard.rollback_skip_steps=3",
