@@ -219,6 +219,11 @@ def wants_native() -> bool:
     return os.environ.get("HARNESS_NATIVE") != "0"
 
 
+def interprets_triton() -> bool:
+    """Whether Triton's kernels are interpreted, on the CPU."""
+    return _flag("TRITON_INTERPRET")
+
+
 def threads_are_set() -> bool:
     """Whether OMP_NUM_THREADS or MKL_NUM_THREADS is set, by whomever."""
     return any(name in os.environ for name in _THREADS)

@@ -163,6 +163,8 @@ class StepRecord:
     """The gradient norm is so large that it cannot be meant, so the step was skipped; a spike as well."""
     clipped_by_spike: bool = False
     """The gradient was clipped to what the spike rule allows, and not to the maximum of every step."""
+    undone: bool = False
+    """The update left weights or moments that were not finite, and was taken back; a skipped step as well."""
     replicas_differ: bool = False
     """Reduced gradients, parameters or optimizer state were not the same on all replicas."""
 

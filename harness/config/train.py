@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config.checkpoint import CheckpointConfig
-from harness.config.checks import require
+from harness.config.checks import require, require_not_negative
 from harness.config.data import DataConfig
 from harness.config.faults import FaultConfig
 from harness.config.guard import GuardConfig
 from harness.config.incidents import IncidentsConfig
 from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
+from harness.config.muon import MuonConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
@@ -50,6 +51,9 @@ class TrainConfig:
     """Only algorithms that give the same bits every time."""
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
+    dry_run: int = 0
+    """Only say how much memory one of so many ranks would need, and start nothing. In one process, whatever
+    the number."""
     task: str = "text"
     """text, images, hf, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +68,8 @@ class TrainConfig:
     """Model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning-rate schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -100,6 +106,7 @@ class TrainConfig:
             "it is one folder's name, without slashes or control characters",
             "use --runs_dir for the folder that it lies in",
         )
+        require_not_negative(self, "dry_run")
         require(self, "seed", 0 <= self.seed < 2**63, "it has to be a whole number in [0, 2^63)")
         require(
             self,

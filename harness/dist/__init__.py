@@ -16,6 +16,7 @@ from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.parallel import distribute, gradient_sync, plain
 from harness.dist.ras import write_ras_report
+from harness.dist.sharded_muon import ShardedMuon
 from harness.dist.shards import local_part
 from harness.dist.store import has_group, set_from_main, wait_for_main
 from harness.dist.threads import use_threads
@@ -27,6 +28,7 @@ __all__ = [
     "Connections",
     "Heartbeats",
     "HostGroup",
+    "ShardedMuon",
     "UnusedParameters",
     "World",
     "all_reduce_sum",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ def distribute(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.M
     FSDP2 shards by the blocks in the model's outermost `ModuleList`s, which is where repeated layers stand, and
     then the rest as a whole; the model is changed in place.
     """
-    model = model.to(world.device)
+    _move(model, world.device)
     if parallel.strategy == "fsdp":
         return _shard(model)
     if world.world_size == 1:
@@ -52,6 +53,12 @@ def gradient_sync(model: nn.Module, *, on: bool) -> Iterator[None]:
 def plain(model: nn.Module) -> nn.Module:
     """The model itself, without DDP around it; FSDP2 has no wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Tensors without data, which memory is forecast with, cannot be moved: what is there already is left alone."""
+    if any(tensor.device != device for tensor in itertools.chain(model.parameters(), model.buffers())):
+        model.to(device)
 
 
 def _shard(model: nn.Module) -> nn.Module:

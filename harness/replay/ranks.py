@@ -31,7 +31,7 @@ from harness.training.agreed import agree_on_data, agree_on_files
 from harness.training.build import build_loader, build_runner
 from harness.training.counters import Counters
 from harness.training.faults import FaultInjector
-from harness.training.optim import build_optimizer, set_learning_rate
+from harness.training.optim import build_optimizers, set_learning_rate
 from harness.training.progress import Progress
 from harness.training.schedule import learning_rate
 from harness.training.tasks import build_task
@@ -101,8 +101,11 @@ class RanksInTurn:
         if config.loop.compile:
             self.model.compile()
         is_sharded = config.parallel.strategy == "fsdp"
-        self.optimizer = build_optimizer(self.model, config.optim, is_sharded=is_sharded)
-        self.judge = Judge(self.model, self.optimizer, config, world_size=world_size, precision=precision)
+        # The kernel in Triton needs CUDA, and is within a rounding of torch's.
+        optim = dataclasses.replace(config.optim, fused="torch") if device.type == "cpu" else config.optim
+        self._optimizers = build_optimizers(self.model, optim, config.muon, is_sharded=is_sharded)
+        self.optimizers = [*self._optimizers.values()]
+        self.judge = Judge(self.model, self.optimizers, config, world_size=world_size, precision=precision)
         self.counters = Counters()
         self.fingerprints = agree_on_data(self.task, config)
         """Of the data sets, as they are here."""
@@ -172,7 +175,7 @@ class RanksInTurn:
         manifest = verified(saved)
         state: dict[str, Any] = {
             "model": self.model,
-            "optimizer": self.optimizer,
+            **self._optimizers,
             "loader": self.loaders[0],
             "guard": self.judge,
             "counters": self.counters,
@@ -193,22 +196,21 @@ class RanksInTurn:
             apply: False leaves weights, optimizer and buffers as they are, and the step the next one.
         """
         step = self.step
-        set_learning_rate(self.optimizer, self.learning_rate(step))
+        set_learning_rate(self.optimizers, self.learning_rate(step))
         self._passes, found = [], self._buffers
         shares = [self._share(world.rank) for world in self.worlds]
         self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
-        if judged.record.skipped:
-            self._buffers = found
+        record = judged.record
         if apply:
-            self.judge.update(step, judged)
-            self.counters.count(judged.record)
+            record = self.judge.update(step, judged)
+            self.counters.count(record)
             self.counters.step = step + 1
-        else:
+        if record.skipped or not apply:
             self._buffers = found
         passes, self._passes = self._passes, None
         self.passes = passes
-        return Played(record=judged.record, rows=judged.rows, micro_batches=passes)
+        return Played(record=record, rows=judged.rows, micro_batches=passes)
 
     def injector(self, rank: int, faults: Sequence[FaultConfig]) -> FaultInjector:
         """A rank's faults, each of which strikes once; nothing is noted of them on the disk."""
@@ -221,11 +223,15 @@ class RanksInTurn:
         """Generators and buffers as they were before a forward pass; afterwards no gradient is left."""
         restore_buffers(self.model, micro_batch.buffers)
         Rng().load_state_dict(dict(micro_batch.rng))
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         try:
             yield
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._zero_grad()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _share(self, rank: int) -> RankShare:
         """What one rank does of the next step: forward and backward passes."""
@@ -237,7 +243,7 @@ class RanksInTurn:
         if rank == 0:
             self._first_buffers = saved_buffers(self.model)
         Rng().load_state_dict(dict(self._rng[rank]))
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         share = self.judge.share(step, rank)
         runner = build_runner(
             self.config,

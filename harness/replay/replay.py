@@ -26,7 +26,8 @@ from harness.replay.ranks import MicroBatch, Played, RanksInTurn
 from harness.replay.remembered import Remembered
 from harness.replay.spike import Carriers, find_carriers
 from harness.runlog.paths import checkpoints_dir
-from harness.training.build import resolved_precision, set_determinism
+from harness.training.build import set_determinism
+from harness.training.precision import resolved_precision
 
 __all__ = ["Replay", "replay"]
 
@@ -199,7 +200,7 @@ def _ranks(history: History, device: str) -> RanksInTurn:
         config,
         world_size=history.world_size,
         device=chosen,
-        precision=str(precision) if precision else resolved_precision(config, world),
+        precision=str(precision) if precision else resolved_precision(config, world.device),
         schedule_steps=int(history.about.get("schedule_steps") or 0),
         faults=faults,
     )

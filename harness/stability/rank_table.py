@@ -25,7 +25,7 @@ from harness.stability.rank_statistics import (
     TOKENS,
 )
 
-__all__ = ["Floats", "RankTable", "count", "rank_column"]
+__all__ = ["Floats", "RankTable", "count", "rank_column", "rank_columns"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -109,6 +109,11 @@ def rank_column(rows: Sequence[RankRow], name: str) -> Floats:
     if isinstance(rows, RankTable):
         return rows.column(name)
     return np.array([float(getattr(row, name)) for row in rows])
+
+
+def rank_columns(rows: Sequence[RankRow], *names: str) -> dict[str, list[float]]:
+    """Several fields of all rows, as plain numbers."""
+    return {name: rank_column(rows, name).tolist() for name in names}
 
 
 def count(value: float) -> int:

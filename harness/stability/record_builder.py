@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from harness.records import Culprit, StepRecord
+from harness.stability.before import UPDATE, WEIGHTS
 from harness.stability.checks.all import Checks
 from harness.stability.checks.base import Arrived, Reading
 from harness.stability.checks.rows import ROWS, rows_of_rank
@@ -57,6 +58,16 @@ class _StepNumbers:
     """`[W, NUM_FIELDS]`"""
     readings: list[Reading]
     """What the checks found that were measured in the step."""
+    updates: list[list[float]]
+    """By rank, how many parameters the update left not finite, and the row of the first; or nothing."""
+
+    weights: list[list[float]]
+    """The same of the weights that a step without a finite loss started from; or nothing."""
+
+    @property
+    def undone(self) -> bool:
+        """Whether the update was taken back."""
+        return any(num_bad for num_bad, _ in self.updates)
 
     @property
     def culprit(self) -> int | None:
@@ -114,7 +125,7 @@ def is_skip(summary: Summary) -> bool:
 
 def is_notable(summary: Summary, packet: Packet) -> bool:
     """Whether the record of a step has a reason, or may have one: checks have measured something."""
-    measured = packet.keys() - {"summary", "rank_statistics"}
+    measured = packet.keys() - {"summary", "rank_statistics", UPDATE, WEIGHTS}
     return bool(is_skip(summary) or summary.is_spike or summary.norms_differ or measured)
 
 
@@ -134,7 +145,9 @@ class RecordBuilder:
             step=step, layout=self._layout, num_replicas=self._num_replicas, divisor=summary.divisor
         )
         readings = self._checks.read(packet, arrived)
-        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings)
+        updates = packet[UPDATE].tolist() if UPDATE in packet else []
+        weights = packet[WEIGHTS].tolist() if WEIGHTS in packet else []
+        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings, updates, weights)
         rank, parameter, micro_batch = self._blamed(numbers)
         found = {name: value for reading in readings for name, value in reading.fields.items()}
         found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
@@ -165,6 +178,7 @@ class RecordBuilder:
             is_spike=bool(summary.is_spike),
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
+            undone=numbers.undone,
             findings=tuple(one for reading in readings for one in reading.findings),
             clipped_by_spike=bool(summary.clipped_by_spike),
             **found,
@@ -172,6 +186,9 @@ class RecordBuilder:
 
     def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
+        for said in (numbers.updates, numbers.weights):
+            if any(num_bad for num_bad, _ in said):
+                return *self._first_bad(said), None
         rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
             row = int(numbers.row(rank)[PARAMETER])
@@ -184,10 +201,28 @@ class RecordBuilder:
         accusing = next((reading for reading in numbers.readings if reading.reason), None)
         return (accusing.rank, accusing.parameter, None) if accusing else (None, None, None)
 
+    def _first_bad(self, said: list[list[float]]) -> tuple[int, str]:
+        """The first rank that has something that is not finite, and in which parameter."""
+        rank = next(r for r, (num_bad, _) in enumerate(said) if num_bad)
+        return rank, self._layout.names[int(said[rank][1])]
+
+    def _broken_reason(self, numbers: _StepNumbers) -> str:
+        rank, name = self._first_bad(numbers.weights)
+        return f"{name} was not finite on rank {rank} before: an earlier update made it so"
+
+    def _undone_reason(self, numbers: _StepNumbers) -> str:
+        rank, name = self._first_bad(numbers.updates)
+        num = int(max(num_bad for num_bad, _ in numbers.updates))
+        more = f" and {num - 1} more" if num > 1 else ""
+        what = f"the update left {name}{more} not finite, itself or its moments, on rank {rank}"
+        return f"{what}, though the gradient was; it was taken back"
+
     def _reason(self, step: int, numbers: _StepNumbers) -> str | None:
         summary = numbers.summary
         reasons = [
-            _skip_reason(numbers) if summary.verdict >= SKIP and not summary.is_spike else None,
+            self._undone_reason(numbers) if numbers.undone else None,
+            _skip_reason(numbers) if _has_reason_to_skip(numbers) else None,
+            self._broken_reason(numbers) if any(num_bad for num_bad, _ in numbers.weights) else None,
             describe_size(step, summary) if summary.is_spike else None,
             *(reading.reason for reading in numbers.readings),
         ]
@@ -195,6 +230,11 @@ class RecordBuilder:
         if summary.norms_differ and not any("replicas_differ" in found.fields for found in numbers.readings):
             reasons.append("reduced gradients differ between replicas")
         return "; ".join(reason for reason in reasons if reason) or None
+
+
+def _has_reason_to_skip(numbers: _StepNumbers) -> bool:
+    """Whether the step was left out for what it was before the update, and not for its size."""
+    return numbers.summary.verdict >= SKIP and not numbers.summary.is_spike and not numbers.undone
 
 
 def _micro_batch(one: list[float]) -> int | None:

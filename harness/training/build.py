@@ -12,11 +12,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
+from harness.data import (
+    Loader,
+    Shares,
+    Task,
+    fetch,
+    find_quarantined,
+    num_signs,
+    seed_everything,
+)
 from harness.dist import (
     UnusedParameters,
     World,
@@ -30,7 +39,7 @@ from harness.dist import (
     time_collectives,
     use_threads,
 )
-from harness.errors import ConfigError, HarnessError
+from harness.errors import HarnessError
 from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, incidents_dir
@@ -49,7 +58,9 @@ from harness.training.faults import FaultInjector, describe, possible_faults
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
+from harness.training.parts import PartLosses
+from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
 from harness.training.recompute import RecomputeCheck
 from harness.training.rerun import Rerunner
@@ -65,7 +76,7 @@ from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
-__all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
+__all__ = ["build_loader", "build_run", "build_runner", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,16 +139,15 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
-    precision = resolved_precision(config, world)
+    precision = resolved_precision(config, world.device)
     inputs = _agreed_inputs(config, world)
-    directory, steps_before = from_main(lambda: prepare_directory(config))
+    directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
     model = _distributed(config, world, inputs.task.model)
-    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
-    timer = StepTimer(world.device)
-    time_collectives(model, timer.waited)
-    recompute = RecomputeCheck(config.incidents.recompute_every)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision, checks=[recompute])
+    stepped = _optimizers(config, model)
+    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
+    held, parts = [*stepped.values()], PartLosses(inputs.task.parts)
+    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute, parts])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -146,7 +156,7 @@ def build_run(
     checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
-        "optimizer": optimizer,
+        **stepped,
         "loader": loader,
         "guard": guard,
         "ladder": ladder,
@@ -161,19 +171,20 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    runner = replace(runner, recompute=recompute, note_loss=parts.add)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = _own_callbacks(config, world, journal, black_box, runner)
+    called.own = _own_callbacks(config, world, journal, runner, black_box)
     run = Run(
         config=config,
         world=world,
         directory=directory,
         task=inputs.task,
         model=model,
-        optimizer=optimizer,
+        optimizers=held,
         loader=loader,
-        runner=replace(runner, recompute=recompute),
+        runner=runner,
         guard=guard,
         ladder=ladder,
         checkpointer=checkpointer,
@@ -202,11 +213,21 @@ def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Modu
     return distribute(model, config.parallel, world)
 
 
+def _timer(model: nn.Module, world: World) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    return timer
+
+
+def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
+    is_sharded = config.parallel.strategy == "fsdp"
+    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
+
+
 def _own_callbacks(
-    config: TrainConfig, world: World, journal: Journal, black_box: BlackBox, runner: StepRunner
+    config: TrainConfig, world: World, journal: Journal, runner: StepRunner, black_box: BlackBox
 ) -> list[Callback]:
     return [
-        # Before the black box writes down, and lets go, what it needs.
         *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
         journal,
         black_box,
@@ -274,7 +295,7 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = (run.black_box.end_hung, lambda hang: note_hang(run, hang, start))
-    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    watchdog.progress.signs_of_life = lambda: num_signs() + run.checkpointer.written_bytes
     if world.device.type == "cuda":
         keep_flight_records(incidents_dir(run.directory))
     try:
@@ -423,23 +444,9 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         fingerprints=fingerprints,
         allow_change=config.data.allow_change,
+        pinned=tuple(task.pinned),
         quarantined=quarantined,
     )
-
-
-def resolved_precision(config: TrainConfig, world: World) -> str:
-    """fp32, bf16 or fp16: what `loop.precision` means here."""
-    if config.loop.precision != "auto":
-        return config.loop.precision
-    by_accelerate = env.accelerate_precision()
-    if by_accelerate is not None:
-        known = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
-        if by_accelerate not in known:
-            raise ConfigError(
-                f"accelerate's mixed_precision is {by_accelerate!r}", rule="it has to be no, bf16 or fp16"
-            )
-        return known[by_accelerate]
-    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _check_names(guard: GuardConfig) -> None:

@@ -16,7 +16,7 @@ from harness.dist import World, all_reduce_sum, plain
 from harness.errors import ConfigError
 from harness.runlog.names import Metric
 from harness.training.buffers import buffers_of_rank_0, constant_buffers
-from harness.training.step import autocast
+from harness.training.precision import autocast
 
 __all__ = ["evaluate", "rehearse"]
 

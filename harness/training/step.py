@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,11 +14,12 @@ from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.training.faults import FaultInjector
+from harness.training.precision import autocast
 from harness.training.progress import Phase, Progress
 from harness.training.recompute import RecomputeCheck
 from harness.training.timer import StepTimer
 
-__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner", "ignored"]
 
 
 class MicroBatchGuard(Protocol):
@@ -41,11 +42,8 @@ class MicroBatchGuard(Protocol):
         """Around a forward pass."""
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which forward passes run: bf16 or fp16 where autocast finds it safe, else nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+def ignored(loss: LossSum) -> None:
+    """Takes no note of a loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +71,8 @@ class StepRunner:
     """Forward passes of each rank in a step."""
     recompute: RecomputeCheck | None = None
     """Has steps computed twice, now and then."""
+    note_loss: Callable[[LossSum], None] = ignored
+    """Called with the loss of each micro-batch that counts."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the seconds of this rank's own computing (`StepTimer`). No
@@ -103,6 +103,7 @@ class StepRunner:
             ):
                 loss = self._forward_backward(step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
+                self.note_loss(loss)
         return self.timer.end()
 
     def _forward_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,9 +44,14 @@ class State:
 def state_of(run: Run) -> State:
     """Of all ranks, and the same on all. Synchronises; some collectives."""
     layout = run.guard.layout
-    state = run.optimizer.state
+    state = _state(run)
     sums: list[int] = checksums(layout.parameters, lambda p: state.get(p, {})).tolist()
     return State(run.counters.step, _loss(run), layout.names, gather(lambda: sums))
+
+
+def _state(run: Run) -> dict[Any, dict[str, Any]]:
+    """What the optimizers remember, by parameter."""
+    return {parameter: state for one in run.optimizers for parameter, state in one.state.items()}
 
 
 def difference(saved: State, read: State) -> Finding | None:
@@ -95,9 +101,9 @@ def mode_finding(run: Run) -> Finding | None:
 
 def step_finding(run: Run) -> Finding | None:
     """Whether the optimizer has made as many steps as were applied. Synchronises."""
-    applied = run.counters.step - run.counters.num_skips
+    applied, state = run.counters.step - run.counters.num_skips, _state(run)
     for name, parameter in zip(run.guard.layout.names, run.guard.layout.parameters, strict=True):
-        count = run.optimizer.state.get(parameter, {}).get("step")
+        count = state.get(parameter, {}).get("step")
         made = int(count) if isinstance(count, int | float | torch.Tensor) else applied
         if parameter.requires_grad and made != applied:
             return Finding(

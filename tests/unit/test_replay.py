@@ -209,7 +209,7 @@ def test_the_optimizer_is_the_runs(strategy: str, tmp_path: Path) -> None:
     ranks = RanksInTurn(
         config, world_size=2, device=torch.device("cpu"), precision="fp32", schedule_steps=6, faults=()
     )
-    assert ranks.optimizer.defaults["fused"] == (strategy == "ddp")
+    assert ranks.optimizers[0].defaults["fused"] == (strategy == "ddp")
 
 
 def test_other_data_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
