@@ -115,6 +115,8 @@ class TrainConfig:
             "its settings are in the sections data and model",
         )
         self._check_model_fits_task()
+        if self.loop.precision != "auto":
+            self.parallel.check_precision(self.loop.precision)
 
     def _check_model_fits_task(self) -> None:
         wanted = {"text": ("decoder",), "images": ("cnn", "mlp")}.get(self.task)
@@ -137,13 +139,16 @@ class TrainConfig:
         """Checks the rules that depend on how many processes there are, and what holds at the start only.
 
         Args:
-            may_be_uneven: Whether ranks may have unequal shares of the global batch.
+            may_be_uneven: Whether ranks may have unequal shares of the global batch, and another mesh than
+                the configured one.
 
         Raises:
-            ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
-                does not exist, or the debug mode is asked for in several processes.
+            ConfigError: the global batch cannot be split, the mesh does not fit, a fault strikes a step, rank
+                or micro-batch that does not exist, or the debug mode is asked for in several processes.
         """
         self._check_batch(world_size, may_be_uneven=may_be_uneven)
+        if self.parallel.strategy == "fsdp":
+            self.parallel.mesh_shape(world_size, may_refit=may_be_uneven)
         num_micro_batches = max(
             1,
             self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),

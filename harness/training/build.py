@@ -18,6 +18,7 @@ from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
 from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
 from harness.dist import (
+    Deferred,
     UnusedParameters,
     World,
     distribute,
@@ -127,10 +128,12 @@ def build_run(
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
     precision = resolved_precision(config, world)
+    config.parallel.check_precision(precision)
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
-    model = _distributed(config, world, inputs.task.model)
+    # As it is: what was put off of its initialisation is made up for once it is sharded.
+    model = distribute(inputs.task.model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
     optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
     timer = StepTimer(world.device)
     time_collectives(model, timer.waited)
@@ -193,12 +196,6 @@ def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progr
     faults.begin_at(step, directory / "faults")
 
 
-def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
-    if config.loop.compile:
-        model.compile()
-    return distribute(model, config.parallel, world)
-
-
 def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
     return [
         Stragglers(config.straggler, world, journal),
@@ -224,13 +221,17 @@ class _Inputs:
     quarantined: tuple[int, ...]
     """Samples that are never trained on, by index."""
     faults: FaultInjector
+    deferred: Deferred | None
+    """Within which the model was built, where its initialisation is put off."""
 
 
 def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
     files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
+    deferred = Deferred() if config.parallel.meta_init else None
+    with nullcontext() if deferred is None else deferred:
+        task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
@@ -248,7 +249,12 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
         lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
     )
     return _Inputs(
-        task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
+        task=task,
+        callbacks=callbacks,
+        fingerprints=fingerprints,
+        faults=faults,
+        quarantined=quarantined,
+        deferred=deferred,
     )
 
 
