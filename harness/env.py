@@ -26,6 +26,7 @@ __all__ = [
     "is_restartable_on_several",
     "is_terminal",
     "launched",
+    "nccl_ras_address",
     "program_environment",
     "rendezvous_address",
     "rendezvous_settings",
@@ -155,6 +156,14 @@ def store_address() -> tuple[str, int] | None:
     return (host, port) if host and port and (by_agent or _int("RANK", 0) > 0) else None
 
 
+def nccl_ras_address() -> tuple[str, int]:
+    """Where NCCL answers questions about a job: NCCL_RAS_ADDR, `host:port` or `[IPv6]:port`."""
+    host, _, port = os.environ.get("NCCL_RAS_ADDR", "").rpartition(":")
+    if not host or not port.isdigit():
+        return "localhost", 28028
+    return host.strip("[]"), int(port)
+
+
 def unheard_launcher() -> tuple[str, int] | None:
     """A variable by which MPI or srun says that there are several processes, and how many it says.
 
@@ -208,6 +217,11 @@ def compiler() -> str | None:
 def wants_native() -> bool:
     """`HARNESS_NATIVE=0`: nothing is compiled, and gradients on the CPU are measured by torch."""
     return os.environ.get("HARNESS_NATIVE") != "0"
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels are interpreted, on the CPU."""
+    return _flag("TRITON_INTERPRET")
 
 
 def threads_are_set() -> bool:

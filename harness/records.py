@@ -6,7 +6,7 @@ imports another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,7 +138,7 @@ class StepRecord:
     culprits: tuple[Culprit, ...] = ()
     """All ranks whose own loss or gradient was not finite, by micro-batch and rank, so that the first is
     `rank`; or the one rank that stands out in a spike."""
-    per_rank: tuple[RankRow, ...] = ()
+    per_rank: Sequence[RankRow] = ()
     per_parameter: Mapping[str, ParameterRow] = field(default_factory=dict)
     """Statistics of the gradient by parameter name; every so many steps, and of every skipped step."""
     culprit_parameters: Mapping[str, ParameterRow] = field(default_factory=dict)
@@ -163,6 +163,8 @@ class StepRecord:
     """The gradient norm is so large that it cannot be meant, so the step was skipped; a spike as well."""
     clipped_by_spike: bool = False
     """The gradient was clipped to what the spike rule allows, and not to the maximum of every step."""
+    undone: bool = False
+    """The update left weights or moments that were not finite, and was taken back; a skipped step as well."""
     replicas_differ: bool = False
     """Reduced gradients, parameters or optimizer state were not the same on all replicas."""
 

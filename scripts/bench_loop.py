@@ -27,8 +27,9 @@ from harness.stop import StopRequest
 from harness.training.build import build_run
 from harness.training.loop import train_step
 from harness.training.optim import set_learning_rate
+from harness.training.precision import autocast
 from harness.training.schedule import learning_rate
-from harness.training.step import autocast
+from harness.training.summary import Ending
 from harness.training.tasks import build_task
 
 
@@ -68,7 +69,7 @@ def measure(config: TrainConfig, segments: int, steps: int, *, name: str) -> Non
                 if turn:  # the first turn warms up
                     times[loop].append(seconds / steps)
         run.checkpointer.close()
-        run.journal.close("stopped")
+        run.journal.close(Ending(status="stopped"))
     tokens = config.loop.global_batch * config.data.sequence_length
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["harness"], strict=True)]
     rows = {
@@ -95,7 +96,7 @@ def bare_loop(config: TrainConfig, task: Task, device: torch.device, precision: 
         lr = learning_rate(
             position, peak=config.optim.lr, num_steps=config.loop.steps, schedule=config.schedule
         )
-        set_learning_rate(optimizer, lr)
+        set_learning_rate([optimizer], lr)
         position += 1
         (batch,) = loader.next()
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -23,10 +23,11 @@ EOF
 has_gpu=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))')
 
 part "tests on the GPU" 240 "$PYTHON" -m pytest -q -p no:cacheprovider \
-  tests/gpu tests/numerics/test_statistics_kernels.py
+  tests/gpu tests/numerics/test_statistics_kernels.py tests/numerics/test_adamw_kernels.py
 if ((has_gpu)); then
   part "cost of the guard" 120 "$PYTHON" scripts/bench_monitor.py --models gpt2-124m llama-1b --rounds 50 \
     --out docs/benchmarks/monitor-cuda
+  part "AdamW by torch and by Triton" 60 "$PYTHON" scripts/bench_adamw.py
   # 32,768 tokens a step; a bare step has neither guard nor clipping.
   part "cost of a 124M step" 180 "$PYTHON" scripts/bench_loop.py --name loop-124m --segments 6 --steps 15 \
     -- --config gpt2_124m

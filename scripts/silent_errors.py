@@ -3,6 +3,7 @@
 
     python scripts/silent_errors.py flips              # 1,000 bits flipped in FSDP2 shards and moments
     python scripts/silent_errors.py alarms             # sound loops of many kinds: nothing may be said
+    python scripts/silent_errors.py presets            # the same of every preset that two cores can train
     python scripts/silent_errors.py cost               # share of a step's time, in one interleaved run
 
 `--out docs/benchmarks/silent-errors` writes NAME.md beside the other results.
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +32,16 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import results
+
 from harness.config import GuardConfig
-from harness.stability import Reading, StepGuard
-from harness.stability.checks.base import Arrived
+from harness.stability import StepGuard
+from harness.stability.audits.cleared import _Watched
+from harness.stability.checks.base import StepView
 from harness.stability.checks.state import StateCheck
+
+if TYPE_CHECKING:
+    from harness.config import TrainConfig
 
 SEED = 20260801
 
@@ -67,9 +76,9 @@ class _EachLook(StateCheck):
 
     name = "each look"
 
-    def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
-        self._seen.clear()
-        return super().read(numbers, arrived)
+    def measure(self, view: StepView) -> Tensor | None:
+        self._seen = None
+        return super().measure(view)
 
 
 def _flip_rank(rank: int, world_size: int, num: int, folder: str) -> None:
@@ -308,6 +317,75 @@ def warm_up_from_zero(steps: int, said: Said) -> None:
             said.drain(guard)
 
 
+class Reader(nn.Module):
+    """Gives logits of the next token; for two more of the loops."""
+
+    def __init__(self, classes: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, 16)
+        self.inner = nn.Linear(16, 16)
+        self.head = nn.Linear(16, classes, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.inner(self.embedding(tokens)).tanh())
+
+
+def language_model(steps: int, said: Said) -> None:
+    """Ragged micro-batches with tied weights, each token with one weight; epochs in another order each."""
+    data = torch.randint(0, 32, (64, 24), generator=torch.Generator().manual_seed(0))
+    model = Reader()
+    optimizer = _adamw(model)
+    draw = random.Random(0)
+    order: list[int] = []
+    with StepGuard(model, optimizer) as guard:
+        for _ in range(steps):
+            order = order if len(order) >= 12 else draw.sample(range(64), 64)
+            chosen, order = order[:12], order[12:]
+            batches = [data[chosen[i : i + 4], : draw.randint(8, 24)] for i in (0, 4, 8)]
+            num_tokens = sum(batch[:, 1:].numel() for batch in batches)
+            for batch in batches:
+                logits = model(batch[:, :-1]).flatten(0, 1)
+                loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+                (loss / num_tokens).backward()
+            guard.step(loss / num_tokens)
+            optimizer.zero_grad()
+            said.drain(guard)
+
+
+def masked_language_model(steps: int, said: Said) -> None:
+    """The loss of masked tokens, with smoothed labels, which is no plain cross entropy."""
+    model = Reader()
+    optimizer = _adamw(model)
+    with StepGuard(model, optimizer) as guard:
+        for _ in range(steps):
+            tokens = torch.randint(1, 32, (8, 24))
+            is_masked = torch.rand(8, 24) < 0.15
+            logits = model(tokens.masked_fill(is_masked, 0))
+            targets = tokens.masked_fill(~is_masked, -100)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+            loss.backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+            said.drain(guard)
+
+
+def epochs_of_single_samples(steps: int, said: Said) -> None:
+    """Forty samples in batches of one, shuffled in each epoch by a DataLoader."""
+    samples = list(torch.randn(40, 16))
+    loader = torch.utils.data.DataLoader(samples, batch_size=1, shuffle=True)
+    model = _mlp(16, 32, 4)
+    optimizer = _adamw(model)
+    with StepGuard(model, optimizer) as guard:
+        for _ in range(-(-steps // 40)):
+            for batch in loader:
+                loss = model(batch).square().mean()
+                loss.backward()
+                guard.step(loss)
+                optimizer.zero_grad()
+                said.drain(guard)
+
+
 LOOPS: dict[str, Callable[[int, Said], None]] = {
     "plain": lambda steps, said: _train(_mlp(16, 32, 4), steps, said),
     "GAN, batch norm": gan,
@@ -318,11 +396,15 @@ LOOPS: dict[str, Callable[[int, Said], None]] = {
     "batch norm, dropout, evaluations": batch_norm,
     "ragged batches and accumulation": ragged,
     "warm-up from 0, thawed half-way, average of weights": warm_up_from_zero,
+    "language model, ragged micro-batches of an epoch": language_model,
+    "masked language model, smoothed labels": masked_language_model,
+    "epochs of forty single samples": epochs_of_single_samples,
 }
 
 
 def alarms(steps: int) -> list[str]:
     """Every loop, and what was said of it."""
+    torch.set_num_threads(1)
     lines = [f"## Sound loops, {steps} steps each", "", "| loop | findings |", "|---|---|"]
     for name, loop in LOOPS.items():
         torch.manual_seed(SEED)
@@ -333,36 +415,165 @@ def alarms(steps: int) -> list[str]:
     return [*lines, ""]
 
 
+# --- presets -------------------------------------------------------------------------------------
+
+SHORT = ("--data.sequence_length=64", "--loop.global_batch=8", "--loop.micro_batch=null")
+SMALL = ("--model.num_layers=2", "--model.dim=64", "--model.num_heads=4", "--model.vocab_size=256")
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "basic": SHORT,
+    "debug": ("--data.sequence_length=64",),
+    "digits": (),
+    "full": ("--data.sequence_length=64", "--loop.global_batch=8", "--tracking.wandb=off"),
+    "numerical_stability": SHORT,
+    "hf_tiny": ("--data.sequence_length=64", "--loop.global_batch=8"),
+    "gpt2_124m": (*SHORT, *SMALL, "--loop.compile=false", "--loop.eval_every=100"),
+    "llama_1b": (*SHORT, *SMALL, "--model.num_kv_heads=2", "--model.mlp_dim=128", "--parallel.strategy=ddp"),
+    "ddp_cpu": ("--data.sequence_length=64", "--loop.global_batch=8", "--loop.micro_batch=2"),
+    "fsdp_cpu": ("--data.sequence_length=64", "--loop.global_batch=8", "--loop.micro_batch=2"),
+    "inject_nan": ("--data.sequence_length=64", "--loop.global_batch=8", "--loop.micro_batch=1"),
+    "quickstart": SHORT,
+}
+"""Those that can be trained on two cores, and how they are made smaller for that. `hf_finetune` needs weights
+that have to be downloaded."""
+
+TWO_RANKS = ("ddp_cpu", "fsdp_cpu", "inject_nan")
+MAIN_STEPS, PRESET_STEPS = 2000, 120
+"""Of the main job, and at most of another."""
+
+
+def presets(num: int) -> list[str]:
+    """Trains every preset, and lists the findings in its log; `num` scales the steps, 1000: as they stand."""
+    lines = ["## Presets", "", f"{_machine()}.", "", "| preset | changed | ranks | steps | findings |"]
+    lines.append("|---|---|---:|---:|---|")
+    for name, changes in PRESETS.items():
+        steps = max(1, (MAIN_STEPS if name == "quickstart" else _preset_steps(name)) * num // 1000)
+        ranks = 2 if name in TWO_RANKS else 1
+        with tempfile.TemporaryDirectory() as folder:
+            found = _findings_of(name, [*changes, f"--loop.steps={steps}"], ranks, Path(folder))
+        changed = " ".join(f"`{change.removeprefix('--')}`" for change in changes) or "nothing"
+        lines.append(f"| {name} | {changed} | {ranks} | {steps} | {'<br>'.join(found) or 'none'} |")
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def _preset_steps(name: str) -> int:
+    from harness.config import TrainConfig
+
+    return min(TrainConfig.from_file(name).loop.steps, PRESET_STEPS)
+
+
+QUIET = (
+    "--parallel.device=cpu",
+    "--parallel.threads=1",
+    "--tracking.progress=off",
+    "--tracking.tensorboard=false",
+)
+
+
+def _findings_of(name: str, changes: list[str], ranks: int, folder: Path) -> list[str]:
+    from harness import train
+    from harness.config import parse_arguments
+    from harness.runlog import events
+    from harness.runlog.reader import open_run
+
+    arguments = [f"--config={name}", f"--runs_dir={folder}", "--name=run", *QUIET, *changes]
+    if ranks == 1:
+        train(parse_arguments(arguments))
+    else:
+        launcher = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "-m",
+            "harness.train",
+        ]
+        subprocess.run([sys.executable, "-m", *launcher, *arguments], check=True)
+    logged = [event.what for event in open_run(folder / "run").events("finding")]
+    return [f"{what.check}: {what.problem}" for what in logged if isinstance(what, events.Finding)]
+
+
 # --- cost ----------------------------------------------------------------------------------------
 
 
 def cost(rounds: int) -> list[str]:
-    """The quickstart preset's model and batch, with the checks and without, step by step in turn."""
+    """The main job's model and batch, with the checks and without, step by step in turn; and how long a step
+    stays in the code of the checks."""
     from harness.config import TrainConfig
-    from harness.models import build_model
 
+    torch.set_num_threads(1)
     config = TrainConfig.from_file("quickstart")
-    shares = {}
-    for name in ("on", "off"):
-        torch.manual_seed(0)
-        length = config.data.sequence_length
-        model = build_model(config.model, sequence_length=length, num_classes=0, image_shape=(0, 0, 0))
-        shares[name] = _Loop(model, config.loop.global_batch, length, config.model.vocab_size, name)
+    loops = {name: _Loop(config, name) for name in ("on", "off")}
+    own = {name: _OwnTime(loop) for name, loop in loops.items()}
     times: dict[str, list[float]] = {"on": [], "off": []}
     for index in range(rounds):
         for name in ("on", "off") if index % 2 else ("off", "on"):
-            times[name].append(shares[name].step())
-    num = sum(p.numel() for p in shares["on"].model.parameters())
-    median = {name: statistics.median(one[11:]) for name, one in times.items()}
-    mean = {name: _trimmed(one[11:]) for name, one in times.items()}
+            times[name].append(loops[name].step())
+    num = sum(p.numel() for p in loops["on"].model.parameters())
+    median = {name: statistics.median(one[FIRST:]) for name, one in times.items()}
+    mean = {name: _trimmed(one[FIRST:]) for name, one in times.items()}
+    in_checks = {name: one.mean_ms(rounds) for name, one in own.items()}
+    extra = in_checks["on"] - in_checks["off"]
     return [
-        f"## Cost, {num / 1e6:.1f} M parameters, the quickstart preset's batch on the CPU, {rounds} rounds",
+        f"## Cost, {num / 1e6:.1f} M parameters, the main job's batch, one thread, {rounds} rounds",
         "",
-        "| | off, ms | on, ms | ratio |",
+        f"{_machine()}. CPU time of the process, ms a step; load of the machine "
+        f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores.",
+        "",
+        "| | off | on | on / off |",
         "|---|---:|---:|---:|",
-        f"| median | {median['off']:.2f} | {median['on']:.2f} | {median['on'] / median['off']:.4f} |",
-        f"| mean without the slowest tenth | {mean['off']:.2f} | {mean['on']:.2f} | "
+        f"| a step, median | {median['off']:.2f} | {median['on']:.2f} | {median['on'] / median['off']:.4f} |",
+        f"| a step, mean without the slowest tenth | {mean['off']:.2f} | {mean['on']:.2f} | "
         f"{mean['on'] / mean['off']:.4f} |",
+        f"| of it in the code of checks, mean | {in_checks['off']:.3f} | {in_checks['on']:.3f} | "
+        f"{extra:.3f} ms more: {100 * extra / median['off']:.2f} % of a step |",
+        "",
+        *_by_check(own["on"], rounds),
+    ]
+
+
+FIRST = 11
+"""Steps that warm up."""
+
+
+class _OwnTime:
+    """Adds up the CPU time of the thread that is spent in the methods of a guard's checks and its hooks."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self.ns: dict[str, int] = {}
+        checks = loop.guard._checks
+        for name, check in checks._checks.items():
+            for method in ("observe", "before_update", "after_update", "measure", "read"):
+                setattr(check, method, self._timed(name, getattr(check, method)))
+        if checks._forward is not None:
+            checks._forward._note = self._timed("forward hook", checks._forward._note)
+            for method in ("look", "note"):  # those of the hooks on gradients
+                setattr(_Watched, method, self._timed("gradient hooks", getattr(_Watched, method)))
+
+    def mean_ms(self, rounds: int) -> float:
+        return sum(self.ns.values()) / rounds / 1e6
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begun = time.thread_time_ns()
+            try:
+                return call(*args)
+            finally:
+                self.ns[name] = self.ns.get(name, 0) + time.thread_time_ns() - begun
+
+        return timed
+
+
+def _machine() -> str:
+    return ", ".join(f"{key} {value}" for key, value in results.machine(torch.device("cpu")).items())
+
+
+def _by_check(own: _OwnTime, rounds: int) -> list[str]:
+    rows = sorted(own.ns.items(), key=lambda item: -item[1])
+    return [
+        "| check | ms a step |",
+        "|---|---:|",
+        *(f"| {name} | {spent / rounds / 1e6:.4f} |" for name, spent in rows),
         "",
     ]
 
@@ -374,10 +585,15 @@ def _trimmed(values: list[float]) -> float:
 class _Loop:
     """One of the two models, with its guard."""
 
-    def __init__(self, model: nn.Module, batch: int, length: int, vocab: int, checks: Any) -> None:
-        self.model, self._shape, self._vocab = model, (batch, length + 1), vocab
-        self._optimizer = _adamw(model)
-        self._guard = StepGuard(model, self._optimizer, checks=checks)
+    def __init__(self, config: TrainConfig, checks: Any) -> None:
+        from harness.models import build_model
+
+        torch.manual_seed(0)
+        length = config.data.sequence_length
+        self.model = build_model(config.model, sequence_length=length, num_classes=0, image_shape=(0, 0, 0))
+        self._shape, self._vocab = (config.loop.global_batch, length + 1), config.model.vocab_size
+        self._optimizer = _adamw(self.model)
+        self.guard = StepGuard(self.model, self._optimizer, checks=checks)
 
     def step(self) -> float:
         """Milliseconds of CPU time of this process: what else the machine does is not in it."""
@@ -386,8 +602,8 @@ class _Loop:
         logits = self.model(tokens[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        self._guard.step(loss.detach())
-        self._guard.drain()
+        self.guard.step(loss.detach())
+        self.guard.drain()
         self._optimizer.zero_grad()
         return 1000 * (time.process_time() - start)
 
@@ -396,11 +612,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("flips", "alarms", "cost"))
+    parser.add_argument("what", choices=("flips", "alarms", "presets", "cost"))
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--out", type=Path, help="folder for WHAT.md")
     options = parser.parse_args()
-    lines = {"flips": flips, "alarms": alarms, "cost": cost}[options.what](options.num)
+    lines = {"flips": flips, "alarms": alarms, "presets": presets, "cost": cost}[options.what](options.num)
     print("\n".join(lines))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.manifest import Chunk, TensorInfo
 from harness.dist import HostGroup
 
-__all__ = ["Part", "SavePlanning", "ShardLayout", "shard_name"]
+__all__ = ["Part", "SavePlanning", "ShardLayout", "plan_files", "shard_name"]
 
 _ALIGNMENT = 64
 _SAFETENSORS_DTYPES = {
@@ -121,10 +121,17 @@ class SavePlanning:
         return self._infos
 
     def _plan_all(self, planner: DefaultSavePlanner, plans: list[SavePlan]) -> list[ShardLayout]:
-        final, _ = planner.create_global_plan(plans)
-        layouts = [ShardLayout.of(_parts(plan)) for plan in final]
-        self._infos = _tensor_infos(layouts)
+        layouts, self._infos = plan_files(planner, plans)
         return layouts
+
+
+def plan_files(
+    planner: DefaultSavePlanner, plans: list[SavePlan]
+) -> tuple[list[ShardLayout], dict[str, TensorInfo]]:
+    """From what each rank offers to what each writes, and where all tensors lie then."""
+    final, _ = planner.create_global_plan(plans)
+    layouts = [ShardLayout.of(_parts(plan)) for plan in final]
+    return layouts, _tensor_infos(layouts)
 
 
 def shard_name(rank: int) -> str:

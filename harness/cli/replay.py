@@ -68,7 +68,7 @@ def _shell(found: Replay, ranks: RanksInTurn) -> None:
         "replay": found,
         "ranks": ranks,
         "model": ranks.model,
-        "optimizer": ranks.optimizer,
+        "optimizers": ranks.optimizers,
         "guard": ranks.judge,
         "micro_batches": passes,
         "batch": (chosen or passes)[0].batch,

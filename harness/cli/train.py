@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harness.cli.errors import Outcome, reporting
+from harness.cli.output import say
 from harness.config import parse_arguments
 from harness.parent import clear_exit_note, end_launcher, leave_exit_note
 from harness.runlog.process import age_s
@@ -34,8 +35,13 @@ def run(argv: Sequence[str], *, prog: str = "harness train", stop: StopRequest |
     try:
         with reporting(outcome):
             config = parse_arguments(argv, prog=prog)
-            from harness.training import train  # after the arguments, so that --help does not wait for torch
+            # After the arguments, so that --help does not wait for torch.
+            from harness.training import forecast_memory, train
 
+            if config.dry_run:
+                say(forecast_memory(config, num_ranks=config.dry_run).text())
+                outcome.exit_code = 0
+                return 0
             try:
                 begun = (
                     None if stop is None else time.monotonic() - age_s()

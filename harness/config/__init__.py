@@ -11,6 +11,7 @@ from harness.config.keys import flatten
 from harness.config.load import dump_yaml, parse_arguments, read_yaml, to_dict
 from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
+from harness.config.muon import MuonConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
@@ -29,6 +30,7 @@ __all__ = [
     "IncidentsConfig",
     "LoopConfig",
     "ModelConfig",
+    "MuonConfig",
     "OptimConfig",
     "ParallelConfig",
     "ScheduleConfig",

@@ -42,6 +42,10 @@ class GuardConfig:
     absurd_norm_ratio: float | None = 1e4
     """A finite gradient of more than this many times the usual norm is left out, whatever `spike` says; null
     or 0: never."""
+    undo: Literal["auto", "always", "never"] = "auto"
+    """Whose update is taken back, and the step counted as skipped, if it leaves weights or moments that are
+    not finite though the gradient was: of optimizers that are not fused (auto), of all, of none. It takes a
+    copy of their weights and state while they step, and one read of both (docs/stability.md)."""
     max_consecutive_skips: int = 3
     """More skipped steps in a row than this roll the run back where that is possible, else end it."""
     max_skip_frac: float = 0.25
@@ -63,6 +67,11 @@ class GuardConfig:
     extremes_every: int = 1
     """Steps between measurements of max-abs and zeros; norm, NaN and Inf are measured every step. On CUDA the
     two come free with the others."""
+    during_backward: Literal["off", "on"] = "off"
+    """Whether the gradients of a model of one process are measured while the backward pass computes, each as
+    soon as it is complete, on CUDA on a stream of its own; off: once it is over. Under DDP and FSDP2 they
+    always are. What changes a gradient after that is seen if torch counts it as a change: not through `.data`
+    nor numpy."""
     per_parameter_every: int = 10
     """Steps between records with a row per parameter; 0: never. An incident always has them."""
     sample_every: int = 100

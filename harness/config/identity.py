@@ -22,8 +22,8 @@ _IDENTITY = (
     "data.val_frac",
     "loop.global_batch",
 )
-_IDENTITY_SECTIONS = ("model.", "optim.", "schedule.")
-_MAY_CHANGE = ("schedule.steps",)
+_IDENTITY_SECTIONS = ("model.", "optim.", "muon.", "schedule.")
+_MAY_CHANGE = ("schedule.steps", "optim.fused")
 
 
 def check_same_run(config: TrainConfig, saved: Path, *, within: Path | None = None) -> None:

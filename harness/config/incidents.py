@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from harness.config.checks import require, require_positive
+from harness.config.checks import require, require_not_negative, require_positive
 
 __all__ = ["IncidentsConfig"]
 
@@ -31,9 +32,18 @@ class IncidentsConfig:
     until their step's verdict is known."""
     profile_steps: tuple[int, ...] = ()
     """Steps of which each rank writes a torch profiler trace; that slows these steps down."""
+    rerun: Literal["off", "on"] = "off"
+    """Run the culprit's micro-batch of an incident again on the spot, on all ranks at the same step: with the
+    same kernels, deterministic ones, fp32, other attention; docs/incidents.md. Micro-batches are held in host
+    memory until their step's verdict is known. At most 4 incidents in 100 steps, and half a minute each."""
+    recompute_every: int = 0
+    """Steps between steps that are computed twice on each rank, which has to give the same bits; 0: never.
+    Finds arithmetic that is wrong now and then, and the rank; costs a step's forward and backward pass each
+    time. Not under FSDP2, nor where kernels are not deterministic."""
     profile_after: bool = False
     """Write a torch profiler trace of the step that follows each incident."""
 
     def __post_init__(self) -> None:
         require_positive(self, "remember_steps", "keep", "max_bytes")
+        require_not_negative(self, "recompute_every")
         require(self, "profile_steps", all(step >= 0 for step in self.profile_steps), "steps count from 0")

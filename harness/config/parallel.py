@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.config.checks import require, require_not_negative, require_positive
-from harness.errors import ConfigError
 
 __all__ = ["ParallelConfig"]
 
@@ -109,21 +108,26 @@ class ParallelConfig:
         """
         replicate = self.replicate if self.replicate > 0 else max(1, world_size // self.shard)
         shard = self.shard if self.shard > 0 else max(1, world_size // replicate)
-        problem = f"parallel.replicate x parallel.shard is {replicate} x {shard}, in a world of {world_size}"
         if replicate * shard == world_size and (shard > 1 or replicate == 1):
             return replicate, shard
         if may_refit:
             goes_round = self.replicate > 0 and world_size % self.replicate == 0
             copies = self.replicate if goes_round and world_size > self.replicate else 1
             return copies, world_size // copies
-        if replicate * shard != world_size:
-            raise ConfigError(
-                problem,
-                rule="their product has to be the number of ranks",
-                remedy=f"leave one of them 0, or start {replicate * shard} processes",
-            )
-        raise ConfigError(
-            problem,
-            rule="FSDP2 shards a copy over two ranks or more",
-            remedy="set --parallel.strategy ddp",
+        require(
+            self,
+            "shard",
+            replicate * shard == world_size,
+            "parallel.replicate x parallel.shard has to be the number of ranks, and it is"
+            f" {replicate} x {shard}, in a world of {world_size}",
+            f"leave one of them 0, or start {replicate * shard} processes",
         )
+        require(
+            self,
+            "replicate",
+            shard > 1,
+            "FSDP2 shards a copy over two ranks or more, and parallel.replicate x parallel.shard is"
+            f" {replicate} x {shard}, in a world of {world_size}",
+            "set --parallel.strategy ddp",
+        )
+        return replicate, shard

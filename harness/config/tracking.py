@@ -19,7 +19,8 @@ class TrackingConfig:
     SECTION = "tracking"
 
     log_every: int = 10
-    """Steps between printed lines. The log has every step."""
+    """Steps between printed lines; beyond 512 ranks also between records of what each said. The log has every
+    step."""
     tensorboard: bool = True
     """Mirror the log to TensorBoard."""
     wandb: Literal["off", "offline", "online"] = "off"

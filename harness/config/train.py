@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config.checkpoint import CheckpointConfig
-from harness.config.checks import require
+from harness.config.checks import require, require_not_negative
 from harness.config.data import DataConfig
 from harness.config.faults import FaultConfig
 from harness.config.guard import GuardConfig
 from harness.config.incidents import IncidentsConfig
 from harness.config.loop import LoopConfig
 from harness.config.model import ModelConfig
+from harness.config.muon import MuonConfig
 from harness.config.optim import OptimConfig
 from harness.config.parallel import ParallelConfig
 from harness.config.schedule import ScheduleConfig
@@ -50,6 +51,9 @@ class TrainConfig:
     """Only algorithms that give the same bits every time."""
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
+    dry_run: int = 0
+    """Only say how much memory one of so many ranks would need, and start nothing. In one process, whatever
+    the number."""
     task: str = "text"
     """text, images, hf, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +68,8 @@ class TrainConfig:
     """Model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning-rate schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -100,6 +106,7 @@ class TrainConfig:
             "it is one folder's name, without slashes or control characters",
             "use --runs_dir for the folder that it lies in",
         )
+        require_not_negative(self, "dry_run")
         require(self, "seed", 0 <= self.seed < 2**63, "it has to be a whole number in [0, 2^63)")
         require(
             self,
@@ -113,6 +120,20 @@ class TrainConfig:
             not self.task_args or self.task not in ("text", "images"),
             f"task {self.task} takes none",
             "its settings are in the sections data and model",
+        )
+        require(
+            self.incidents,
+            "recompute_every",
+            not self.incidents.recompute_every or self.parallel.strategy != "fsdp",
+            "under FSDP2 gradients are reduced as they come, and cannot be compared rank by rank",
+            "set it to 0, or parallel.strategy to ddp",
+        )
+        require(
+            self.incidents,
+            "rerun",
+            self.incidents.rerun == "off" or self.parallel.strategy != "fsdp",
+            "sharded models cannot be run without the other ranks' gradients",
+            "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
         )
         self._check_model_fits_task()
         if self.loop.precision != "auto":
@@ -139,8 +160,9 @@ class TrainConfig:
         """Checks the rules that depend on how many processes there are, and what holds at the start only.
 
         Args:
-            may_be_uneven: Whether ranks may have unequal shares of the global batch, and another mesh than
-                the configured one.
+            may_be_uneven: Whether the number of ranks may change from attempt to attempt: then they may have
+                unequal shares of the global batch, another mesh than the configured one, and faults of ranks
+                that are gone.
 
         Raises:
             ConfigError: the global batch cannot be split, the mesh does not fit, a fault strikes a step, rank
@@ -149,20 +171,11 @@ class TrainConfig:
         self._check_batch(world_size, may_be_uneven=may_be_uneven)
         if self.parallel.strategy == "fsdp":
             self.parallel.mesh_shape(world_size, may_refit=may_be_uneven)
-        num_micro_batches = max(
-            1,
-            self.loop.global_batch // (world_size * (self.loop.micro_batch or self.loop.global_batch)),
-        )
         for fault in self.faults:
             last_step = self.loop.steps - 1
             require(fault, "step", fault.step <= last_step, f"the run's steps are 0 to {last_step}")
-            require(fault, "rank", fault.rank < world_size, f"there are only {world_size} ranks")
-            require(
-                fault,
-                "micro_batch",
-                fault.micro_batch < num_micro_batches,
-                f"a step has {num_micro_batches} on each rank, counted from 0",
-            )
+        for fault, (key, rule) in self.inert_faults(world_size).items():
+            require(fault, key, may_be_uneven, rule)
         require(
             self,
             "debug",
@@ -170,6 +183,20 @@ class TrainConfig:
             f"it runs in one process, and there are {world_size}",
             "start it with `python -m harness.train`",
         )
+
+    def inert_faults(self, world_size: int) -> dict[FaultConfig, tuple[str, str]]:
+        """The faults that nothing can strike at this number of ranks: the key that is out of range, and the
+        rule."""
+        share = world_size * (self.loop.micro_batch or self.loop.global_batch)
+        num_micro_batches = max(1, self.loop.global_batch // share)
+        inert = {}
+        for fault in self.faults:
+            if fault.rank >= world_size:
+                inert[fault] = ("rank", f"there are only {world_size} ranks")
+            elif fault.micro_batch >= num_micro_batches:
+                rule = f"a step has {num_micro_batches} on each rank, counted from 0"
+                inert[fault] = ("micro_batch", rule)
+        return inert
 
     def _check_batch(self, world_size: int, *, may_be_uneven: bool) -> None:
         micro_batch, global_batch = self.loop.micro_batch or 1, self.loop.global_batch

@@ -17,6 +17,8 @@ from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.mesh import REPLICATE, SHARD, open_mesh
 from harness.dist.parallel import compile_model, distribute, gradient_sync, plain
+from harness.dist.ras import write_ras_report
+from harness.dist.sharded_muon import ShardedMuon
 from harness.dist.shards import local_part
 from harness.dist.store import has_group, set_from_main, wait_for_main
 from harness.dist.threads import use_threads
@@ -31,6 +33,7 @@ __all__ = [
     "Deferred",
     "Heartbeats",
     "HostGroup",
+    "ShardedMuon",
     "UnusedParameters",
     "World",
     "all_reduce_sum",
@@ -55,4 +58,5 @@ __all__ = [
     "use_threads",
     "wait_for_main",
     "write_flight_records",
+    "write_ras_report",
 ]

@@ -105,9 +105,10 @@ class Heartbeats:
 
     def _exchange(self) -> None:
         self._store.set(f"word/{self.rank}", self.word)
-        words = [f"word/{rank}" for rank in range(self.size)]
-        if self.listens and (self.heard or self._store.check(words)):
-            self.heard = [word.decode() for word in self._store.multi_get(words)]
+        if self.listens:
+            words = [f"word/{rank}" for rank in range(self.size)]
+            if self.heard or self._store.check(words):
+                self.heard = [word.decode() for word in self._store.multi_get(words)]
         if self._store.check([_ALARM]):
             self.alarm = self._store.get(_ALARM).decode()
         self.num_beats += 1

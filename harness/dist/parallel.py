@@ -7,6 +7,7 @@ compiled code; FSDP2 goes around both, so that parameters are gathered outside o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,8 +60,9 @@ def distribute(
         _shard(model, blocks, parallel, world)
         if deferred is not None:
             deferred.materialise(model, world.device)
-        return model.to(world.device)
-    model = model.to(world.device)
+        _move(model, world.device)
+        return model
+    _move(model, world.device)
     if world.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -104,6 +106,12 @@ def gradient_sync(model: nn.Module, *, on: bool) -> Iterator[None]:
 def plain(model: nn.Module) -> nn.Module:
     """The model itself, without DDP around it; FSDP2 has no wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Tensors without data, which memory is forecast with, cannot be moved: what is there already is left alone."""
+    if any(tensor.device != device for tensor in itertools.chain(model.parameters(), model.buffers())):
+        model.to(device)
 
 
 def _shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelConfig, world: World) -> None:

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from harness.errors import HarnessError
+from harness.replay.arms import MOST_REPEATING_S, REPEATS
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch
 from harness.replay.trace import Operation, Tracer
-from harness.replay.variations import eager, filled
 from harness.stability.checks.attention import AttentionProbe
+from harness.training.variations import eager, filled
 
 __all__ = ["Activation", "Blame", "Cause", "find_causes", "find_unwritten"]
 
@@ -100,11 +102,17 @@ def find_causes(
 
 
 def find_unwritten(probe: Probe, passes: Sequence[MicroBatch]) -> list[Cause]:
-    """Micro-batches that are finite, and are not where memory that nobody has written holds NaN."""
+    """Micro-batches that are finite, and are not where memory that nobody has written holds NaN; each is run
+    several times, as an operation may leave something out now and then."""
     causes: list[Cause] = []
-    for one in passes:
+    deadline = time.monotonic() + MOST_REPEATING_S
+    for one in (one for one in passes for _ in range(REPEATS)):
+        if time.monotonic() > deadline or len(causes) == MOST_TRACED:
+            break
+        if any((cause.rank, cause.micro_batch) == (one.rank, one.number) for cause in causes):
+            continue
         outcome = probe.run(one, within=filled)
-        if outcome.is_bad and len(causes) < MOST_TRACED:
+        if outcome.is_bad and not probe.run(one).is_bad:
             cause = Cause(rank=one.rank, micro_batch=one.number, loss=outcome.loss)
             _trace(probe, one, cause, set(), within=filled)
             causes.append(cause)

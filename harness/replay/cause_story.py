@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from harness.replay.arms import Arm, Judgement
+from harness.replay.arms import Arm
 from harness.replay.cause import Cause
+from harness.replay.judgement import Judgement
 from harness.replay.spike import Carriers
 from harness.replay.trace import Operation, TensorNote
 
@@ -20,9 +21,10 @@ SHOWN = 5
 _KINDS = {
     "data": "the data",
     "model": "the model's code or its weights",
+    "optimization": "the learning rate, or the optimizer",
     "precision": "the precision of the arithmetic",
     "kernel": "a kernel",
-    "hardware": "the hardware, or a kernel that races",
+    "hardware": "the hardware",
     "state": "an earlier step, or what changed the state between two steps",
     "rehearsed": "a rehearsal",
     "unknown": "unknown",
@@ -125,9 +127,11 @@ def judgement_text(judgement: Judgement, arms: Sequence[Arm]) -> str:
 
 
 def _result(arm: Arm) -> str:
-    if not arm.is_bad:
-        return "finite"
-    return "not finite, the same numbers" if arm.same else "not finite, other numbers"
+    numbers = "the same numbers" if arm.same else "other numbers"
+    runs = "" if arm.num_runs == 1 else f" ({arm.num_runs} runs)"
+    if arm.is_mixed:
+        return f"not finite in {arm.num_bad} of {arm.num_runs} runs, {numbers}"
+    return f"{'not finite' if arm.is_bad else 'finite'}, {numbers}{runs}"
 
 
 def carriers_text(carriers: Carriers) -> str:

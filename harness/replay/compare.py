@@ -12,7 +12,7 @@ from harness.replay.history import History
 from harness.runlog.names import Metric
 from harness.stability.incidents import Incident, SamplesOf
 
-__all__ = ["Difference", "Parting", "Passed", "differences", "parting"]
+__all__ = ["Difference", "Parting", "Passed", "differences", "parting", "relative"]
 
 ROUNDING = 1e-5
 """Relative difference that the order of summation over ranks, and another kernel, can explain."""
@@ -49,6 +49,8 @@ class Parting:
     """Largest relative difference."""
     step: int | None
     """First step that differs by more than rounding; None: none does."""
+    first_other: int | None = None
+    """First step that is not the same bits."""
     metric: str | None = None
     in_run: float = math.nan
     in_replay: float = math.nan
@@ -58,22 +60,34 @@ class Parting:
         """Whether there were such steps, and all of them were the same."""
         return 0 < self.num_steps == self.num_same_bits
 
+    @property
+    def is_abrupt(self) -> bool:
+        """Whether steps were the same bits up to one that differs by more than rounding."""
+        return self.step is not None and self.num_same_bits > 0 and self.first_other == self.step
+
 
 def parting(history: History, way: Sequence[Passed]) -> Parting:
     """Compares loss and gradient norm of the steps before the one that is replayed with the log."""
     first: tuple[int, str, float, float] | None = None
-    num_steps, num_same, largest, same = 0, 0, 0.0, True
+    other: int | None = None
+    num_steps, num_same, largest = 0, 0, 0.0
     for passed in way:
         pairs = list(_pairs(history.values, passed))
         num_steps += bool(pairs)
         for metric, logged, now in pairs:
-            difference = _relative(logged, now)
-            same = same and difference == 0.0
+            difference = relative(logged, now)
+            if difference > 0.0 and other is None:
+                other = passed.step
             largest = max(largest, difference)
             if difference > ROUNDING and first is None:
                 first = passed.step, metric, logged, now
-        num_same += same and bool(pairs)
-    numbers: dict[str, Any] = {"num_steps": num_steps, "num_same_bits": num_same, "largest": largest}
+        num_same += other is None and bool(pairs)
+    numbers: dict[str, Any] = {
+        "num_steps": num_steps,
+        "num_same_bits": num_same,
+        "largest": largest,
+        "first_other": other,
+    }
     if first is None:
         return Parting(step=None, **numbers)
     step, metric, logged, now = first
@@ -85,7 +99,7 @@ def differences(history: History, record: StepRecord, samples_of: SamplesOf) -> 
     found = list(_incident_differences(history, record, samples_of))
     if not record.skipped and not _is_bad(record):
         for metric, logged, now in _pairs(history.values, record):
-            if _relative(logged, now) > SIZE:
+            if relative(logged, now) > SIZE:
                 found.append(Difference(what=metric, in_run=logged, in_replay=now))
     return found
 
@@ -121,7 +135,8 @@ def _pairs(values: Mapping[str, Mapping[int, float]], record: StepRecord | Passe
             yield metric, logged, now
 
 
-def _relative(a: float, b: float) -> float:
+def relative(a: float, b: float) -> float:
+    """By how much two values differ, of the larger one; infinite where only one is finite."""
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):

@@ -50,9 +50,16 @@ class Judge:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, world_size: int, precision: str
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        config: TrainConfig,
+        *,
+        world_size: int,
+        precision: str,
     ) -> None:
-        self.layout: Layout = layout_of(model, Optimizers(optimizer))
+        held = Optimizers(optimizers)
+        self.layout: Layout = layout_of(model, held)
         self._world_size = world_size
         self._is_sharded = config.parallel.strategy == "fsdp"
         device = self.layout.parameters[0].device
@@ -67,7 +74,7 @@ class Judge:
             device=device,
             enabled=precision == "fp16",
         )
-        self._stepper = OptimizerStepper(Optimizers(optimizer), device=device)
+        self._stepper = OptimizerStepper(held, guard, device=device)
         self._checks = Checks(guard)
         self._extremes_every = guard.extremes_every
         self.table = RowTable(self.layout)
@@ -141,9 +148,9 @@ class Judge:
 
     @torch.no_grad()
     def update(self, step: int, judged: Judged) -> None:
-        """Applies the step, or leaves it out."""
-        decision, record = judged.decision, judged.record
-        self._stepper.step(step, decision)
+        """Applies the step, or leaves it out. An update that is not finite is taken back, as the run did."""
+        record = judged.record
+        decision, _ = self._stepper.step(step, judged.decision, self.layout)
         self.loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._stepper.fused_check.observe(step, skipped=record.skipped, clip_coef=record.clip_coef)
 

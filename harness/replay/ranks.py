@@ -31,7 +31,7 @@ from harness.training.agreed import agree_on_data, agree_on_files
 from harness.training.build import build_loader, build_runner
 from harness.training.counters import Counters
 from harness.training.faults import FaultInjector
-from harness.training.optim import build_optimizer, set_learning_rate
+from harness.training.optim import build_optimizers, set_learning_rate
 from harness.training.progress import Progress
 from harness.training.schedule import learning_rate
 from harness.training.tasks import build_task
@@ -100,8 +100,11 @@ class RanksInTurn:
         self.model: nn.Module = self.task.model.to(device)
         compile_model(self.model, config.loop)
         is_sharded = config.parallel.strategy == "fsdp"
-        self.optimizer = build_optimizer(self.model, config.optim, is_sharded=is_sharded)
-        self.judge = Judge(self.model, self.optimizer, config, world_size=world_size, precision=precision)
+        # The kernel in Triton needs CUDA, and is within a rounding of torch's.
+        optim = dataclasses.replace(config.optim, fused="torch") if device.type == "cpu" else config.optim
+        self._optimizers = build_optimizers(self.model, optim, config.muon, is_sharded=is_sharded)
+        self.optimizers = [*self._optimizers.values()]
+        self.judge = Judge(self.model, self.optimizers, config, world_size=world_size, precision=precision)
         self.counters = Counters()
         self.fingerprints = agree_on_data(self.task, config)
         """Of the data sets, as they are here."""
@@ -137,6 +140,16 @@ class RanksInTurn:
         """A rank of the run, as it would see itself here."""
         return World(rank=rank, local_rank=0, world_size=world_size, device=device)
 
+    @property
+    def position(self) -> int:
+        """Of the next step's first sample in the order of the data."""
+        return self.loaders[0].position
+
+    @property
+    def rng(self) -> Mapping[int, State]:
+        """The states of the ranks' generators before the next step."""
+        return dict(enumerate(self._rng))
+
     def learning_rate(self, step: int) -> float:
         """The schedule's value at `step`."""
         peak, schedule = self.config.optim.lr, self.config.schedule
@@ -161,7 +174,7 @@ class RanksInTurn:
         manifest = verified(saved)
         state: dict[str, Any] = {
             "model": self.model,
-            "optimizer": self.optimizer,
+            **self._optimizers,
             "loader": self.loaders[0],
             "guard": self.judge,
             "counters": self.counters,
@@ -182,7 +195,7 @@ class RanksInTurn:
             apply: False leaves weights, optimizer and buffers as they are, and the step the next one.
         """
         step = self.step
-        set_learning_rate(self.optimizer, self.learning_rate(step))
+        set_learning_rate(self.optimizers, self.learning_rate(step))
         self._passes, found = [], self._buffers
         shares = [self._share(world.rank) for world in self.worlds]
         self.judge.combine()
@@ -210,11 +223,15 @@ class RanksInTurn:
         """Generators and buffers as they were before a forward pass; afterwards no gradient is left."""
         restore_buffers(self.model, micro_batch.buffers)
         Rng().load_state_dict(dict(micro_batch.rng))
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         try:
             yield
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._zero_grad()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _share(self, rank: int) -> RankShare:
         """What one rank does of the next step: forward and backward passes."""
@@ -226,7 +243,7 @@ class RanksInTurn:
         if rank == 0:
             self._first_buffers = saved_buffers(self.model)
         Rng().load_state_dict(dict(self._rng[rank]))
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         share = self.judge.share(step, rank)
         runner = build_runner(
             self.config,

@@ -16,15 +16,18 @@ from harness.checkpoint.store import Saved
 from harness.data.seeding import own_generators
 from harness.errors import CheckpointError, HarnessError, ReplayError
 from harness.records import StepRecord
-from harness.replay.arms import Arm, Judgement, judge_cause, judge_sound, run_arms
+from harness.replay.arms import Arm, run_arms
 from harness.replay.cause import Cause, find_causes, find_unwritten
 from harness.replay.compare import Difference, Parting, Passed, differences, parting
 from harness.replay.history import History, read_history
+from harness.replay.judgement import Judgement, has_diverged, judge_cause, judge_sound, judge_spike, judge_sum
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch, Played, RanksInTurn
+from harness.replay.remembered import Remembered
 from harness.replay.spike import Carriers, find_carriers
 from harness.runlog.paths import checkpoints_dir
-from harness.training.build import resolved_precision, set_determinism
+from harness.training.build import set_determinism
+from harness.training.precision import resolved_precision
 
 __all__ = ["Replay", "replay"]
 
@@ -57,6 +60,8 @@ class Replay:
     judgement: Judgement | None = None
     carriers: Carriers | None = None
     """Of a spike."""
+    remembered: Remembered = field(default_factory=Remembered)
+    """What the ranks remembered, compared with the steps on the way."""
     notes: list[str] = field(default_factory=list)
     """What is not as it was in the run: device, versions."""
 
@@ -66,12 +71,14 @@ class Replay:
         return self.played.record
 
     @property
-    def was_bad_in_run(self) -> bool:
-        """Whether the log says that loss or gradient were not finite."""
-        incident = self.history.incident
-        if incident is None:
-            return False
-        return bool(incident.num_nan or incident.num_inf) or not math.isfinite(incident.loss or 0.0)
+    def diverged(self) -> str:
+        """How losses or norms had grown up to the step, in words; empty: they had not."""
+        series = []
+        for name, by_step in self.history.values.items():
+            before = [v for at, v in sorted(by_step.items()) if at < self.history.step and math.isfinite(v)]
+            now = by_step.get(self.history.step, math.nan)
+            series.append((name, [*before, now if math.isfinite(now) else math.inf]))
+        return has_diverged(series)
 
     @property
     def reproduced(self) -> bool:
@@ -113,8 +120,10 @@ def replay(
         ranks = _ranks(history, device)
         saved = _restored(ranks, directory, history, steps_before)
         say(_distance(history, saved, from_start=from_start))
-        way, before = _play_up_to(ranks, history, saved)
+        remembered = Remembered.of_incident(directory, history.step, world_size=history.world_size)
+        way, before = _play_up_to(ranks, history, saved, remembered)
         earlier = ranks.passes
+        remembered.compare_begin(history.step, ranks.position, ranks.rng)
         played = ranks.play(apply=False)
         result = Replay(
             directory=directory,
@@ -125,6 +134,7 @@ def replay(
             parting=parting(history, way),
             differences=differences(history, played.record, ranks.samples_of),
             notes=_notes(history, ranks),
+            remembered=remembered,
         )
         _explain(result, Probe(ranks), earlier, before)
         if inspect is not None:
@@ -138,23 +148,45 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
     bad_ranks = [
         row.rank for row in record.per_rank if row.num_nan or row.num_inf or not math.isfinite(row.loss)
     ]
+    is_large = record.is_spike or record.is_outlier or record.skipped
+    incident = result.history.incident
     if bad_ranks:
         result.causes = find_causes(probe, passes, bad_ranks=bad_ranks, earlier=earlier)
         first = next((one for one in result.causes if not one.only_together), None)
         if first is not None:
             culprit = next(p for p in passes if (p.rank, p.number) == (first.rank, first.micro_batch))
             result.arms = run_arms(probe, culprit, has_attention=bool(first.attention_logits))
-            result.judgement = judge_cause(first, result.arms)
-    elif result.was_bad_in_run:
-        rank = None if result.history.incident is None else result.history.incident.rank
-        result.causes = find_unwritten(probe, [one for one in passes if rank in (None, one.rank)])
-        result.judgement = judge_sound(result.causes, way=result.parting, notes=result.notes)
-    elif record.is_spike or record.is_outlier:
+            result.judgement = judge_cause(first, result.arms, diverged=result.diverged)
+        else:
+            unwritten = _again(result, probe, bad_ranks[0])
+            result.judgement = judge_sum(unwritten, result.arms, reproduced=result.reproduced)
+    elif incident is not None and not (is_large and result.reproduced):
+        unwritten = _again(result, probe, incident.rank)
+        result.judgement = judge_sound(unwritten, way=result.parting, notes=result.notes, arms=result.arms)
+    elif is_large:
         try:
             result.carriers = find_carriers(probe, passes, record, before)
         except (HarnessError, RuntimeError) as error:  # batch normalisation takes no single sample, say
             problem = str(error).splitlines()[0]
             result.notes.append(f"the samples cannot be run by themselves: {problem}")
+            return
+        largest = result.carriers.samples[0]
+        culprit = next(p for p in passes if (p.rank, p.number) == (largest.rank, largest.micro_batch))
+        result.arms = run_arms(probe, culprit, has_attention=False)
+        result.judgement = judge_spike(result.carriers, result.arms, diverged=result.diverged)
+
+
+def _again(result: Replay, probe: Probe, rank: int | None) -> list[Cause]:
+    """Runs micro-batches (of `rank`; None: of all) that are in order in the replay several times; those that
+    are bad where memory that nobody has written holds NaN."""
+    incident, passes = result.history.incident, result.played.micro_batches
+    number = None if incident is None else incident.micro_batch
+    of_rank = [one for one in passes if rank in (None, one.rank)] or passes
+    unwritten = find_unwritten(probe, of_rank)
+    result.causes += unwritten
+    culprit = next((one for one in of_rank if one.number == number), of_rank[0])
+    result.arms = run_arms(probe, culprit, has_attention=False)
+    return unwritten
 
 
 def _ranks(history: History, device: str) -> RanksInTurn:
@@ -168,7 +200,7 @@ def _ranks(history: History, device: str) -> RanksInTurn:
         config,
         world_size=history.world_size,
         device=chosen,
-        precision=str(precision) if precision else resolved_precision(config, world),
+        precision=str(precision) if precision else resolved_precision(config, world.device),
         schedule_steps=int(history.about.get("schedule_steps") or 0),
         faults=faults,
     )
@@ -241,7 +273,7 @@ def _distance(history: History, saved: Saved | None, *, from_start: bool) -> str
 
 
 def _play_up_to(
-    ranks: RanksInTurn, history: History, saved: Saved | None
+    ranks: RanksInTurn, history: History, saved: Saved | None, remembered: Remembered
 ) -> tuple[list[Passed], StepRecord | None]:
     """The steps before the one that is asked for, and the record of the last of them."""
     saved_at = 0.0 if saved is None else saved.manifest().created
@@ -252,7 +284,9 @@ def _play_up_to(
         ranks.skip(skips.get(ranks.step, 0))
         if ranks.step >= history.step:
             return way, record
+        remembered.compare_begin(ranks.step, ranks.position, ranks.rng)
         record = ranks.play().record
+        remembered.compare_end(record)
         way.append(Passed(record.step, record.loss, record.grad_norm))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.atomic import write_atomically
 from harness.replay.cause_story import carriers_data, carriers_text, cause_data, cause_text, judgement_text
+from harness.replay.remembered import Remembered
 from harness.replay.replay import Replay
 from harness.runlog.paths import incident_dir
 
@@ -20,7 +21,7 @@ STORY, DATA = "story.md", "replay.json"
 
 def story(replay: Replay) -> str:
     """The replay in Markdown, a paragraph for each question that it answers."""
-    parts = [_title(replay), _way(replay), _comparison(replay)]
+    parts = [_title(replay), _way(replay), _comparison(replay), _on_the_spot(replay.remembered)]
     parts += [cause_text(cause) for cause in replay.causes]
     if replay.judgement is not None:
         parts.append(judgement_text(replay.judgement, replay.arms))
@@ -43,6 +44,8 @@ def as_data(replay: Replay) -> dict[str, Any]:
         "differences": [dataclasses.asdict(one) for one in replay.differences],
         "started_from": replay.started_from,
         "way": dataclasses.asdict(replay.parting),
+        "remembered": {"num_steps": replay.remembered.num_steps, "differs": replay.remembered.differs},
+        "rerun": [{"rank": rank, "lines": list(lines)} for rank, lines in replay.remembered.rerun],
         "notes": replay.notes,
         "incident": None if history.incident is None else history.incident.to_values(),
         "record": {
@@ -113,7 +116,20 @@ def _way(replay: Replay) -> str:
             f"Loss and gradient norm of the steps before are the log's to within {way.largest:.1g}, the first"
             f" {way.num_same_bits} of {way.num_steps} bit for bit."
         )
+    text += _remembered(replay.remembered)
     return text.rstrip() + "".join(f" Note: {note}." for note in replay.notes)
+
+
+def _remembered(box: Remembered) -> str:
+    if box.differs is not None:
+        return f" **It is not what the ranks remember**: {box.differs}."
+    same = "Data, random numbers and losses of each rank are what it remembers"
+    return f" {same} ({_count(box.num_steps, 'step')} of all ranks)." if box.num_steps else ""
+
+
+def _on_the_spot(box: Remembered) -> str:
+    lines = [f"- rank {rank}: {says}" for rank, (says, *_) in box.rerun]
+    return "\n".join(["## Run again on the spot", "", *lines]) if lines else ""
 
 
 def _comparison(replay: Replay) -> str:

@@ -121,6 +121,9 @@ class RankFile:
     """What it was doing, in a crash or a hang."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files that were not written, and why."""
+    rerun: tuple[str, ...] = ()
+    """With `incidents.rerun`: what running a micro-batch of the step again on the spot says, then a line for
+    each variation."""
 
     def at(self, step: int) -> RememberedStep | None:
         """What the rank remembers of a step, the newest where a rollback made it twice."""

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ConfigError
+from harness.stability.backward import BackwardStatistics
 from harness.stability.fsdp import FsdpSource
 from harness.stability.hooks import CommHook, DdpSource
 from harness.stability.layout import Layout
@@ -54,9 +56,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def source_of(
-    model: nn.Module, layout: Layout, *, comm_hook: CommHook | None, group: dist.ProcessGroup | None
+    model: nn.Module,
+    layout: Layout,
+    *,
+    comm_hook: CommHook | None,
+    group: dist.ProcessGroup | None,
+    in_backward: bool,
 ) -> GradientSource:
-    """Where the gradients of `model` are measured: in buckets, before reduce-scatters, or where they lie."""
+    """Where the gradients of `model` are measured: in buckets, before reduce-scatters, or where they lie,
+    there `in_backward` or after it."""
     unwrapped = uncompiled(model)
     if isinstance(unwrapped, DistributedDataParallel):
         return DdpSource(unwrapped, layout, comm_hook=comm_hook)
@@ -69,7 +77,11 @@ def source_of(
             "reduce its gradients yourself, give the guard the group",
             dist.get_world_size(),
         )
-    return PlainSource(layout, group=group)
+    # torch counts no change where a collective writes, and several ranks reduce somehow.
+    is_alone = group is None and not (dist.is_initialized() and dist.get_world_size() > 1)
+    is_plain = not any(isinstance(p, DTensor) for p in layout.parameters)
+    early = BackwardStatistics() if in_backward and is_alone and is_plain else None
+    return PlainSource(layout, group=group, in_backward=early)
 
 
 def _authors_model(model: nn.Module) -> nn.Module:

@@ -66,11 +66,17 @@ class DeviceStep:
         self._extremes_every = config.extremes_every
         self._optimizers, self._precision, self._checks = optimizers, precision, checks
         self._watch = Watch(model, optimizers, on_close=self._release)
-        self.source = source_of(model, self.layout, comm_hook=comm_hook, group=group)
+        self.source = source_of(
+            model,
+            self.layout,
+            comm_hook=comm_hook,
+            group=group,
+            in_backward=config.during_backward == "on",
+        )
         device = self.layout.parameters[0].device
         if device.type == "cpu":
             native.use_alike(self.source.group)
-        self.stepper = OptimizerStepper(optimizers, device=device)
+        self.stepper = OptimizerStepper(optimizers, config, device=device, group=self.source.group)
         self.loss_scale = LossScale(
             config.init_loss_scale,
             growth_steps=config.loss_scale_growth_steps,
@@ -173,7 +179,8 @@ class DeviceStep:
         )
         if view is not None:
             self._checks.before_update(view)
-        self.stepper.step(self.number, decision)
+        decision, of_update = self.stepper.step(self.number, decision, self.layout)
+        packet |= {"summary": decision.summary, **of_update}
         self._skip_t = decision.skip_t
         if view is not None:
             self._checks.after_update(view)
@@ -248,5 +255,6 @@ class DeviceStep:
             precision=self._precision,
             num_replicas=self.source.num_replicas,
             applied_t=self.applied_t,
+            counts_tokens=self.micro_batches.counts_tokens,
             loss_scale_t=self.loss_scale.value_t,
         )

@@ -55,7 +55,8 @@ class FusedCheck:
         if not self._may_show(decision):
             yield
             return
-        gradients = [p.grad for p in chosen if p.grad is not None]
+        written = [optimizer for optimizer in optimizers if not getattr(optimizer, "leaves_gradients", False)]
+        gradients = [p.grad for one in written for p in _some_parameters(one) if p.grad is not None]
         values_before, gradients_before = _some(chosen), _some(gradients)
         yield
         moved = (_bits(_some(chosen)) != _bits(values_before)).any()
@@ -93,7 +94,7 @@ def _some_parameters(optimizer: Any) -> list[nn.Parameter]:
 def _some(tensors: Sequence[Tensor]) -> Tensor:
     """Some elements of this rank's shares, `[n]` float64."""
     shares = [local_part(tensor).detach() for tensor in tensors]
-    return torch.cat([_head(share) for share in shares]).double()
+    return torch.cat([_head(share) for share in shares]).double() if shares else torch.zeros(0)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def refuse_forgotten_scaler() -> None:
     """
     for one in gc.get_objects():
         # By class, since isinstance asks proxies and lazy modules for attributes that they make up.
-        if issubclass(type(one), torch.amp.GradScaler) and one._scale is not None and one.is_enabled():
+        # One that is disabled, as where the precision is not fp16, has no `_scale`.
+        if issubclass(type(one), torch.amp.GradScaler) and one.is_enabled() and one._scale is not None:
             raise ConfigError(
                 f"a GradScaler is in use (its scale is {one.get_scale():g}) and step() was not given it",
                 rule="the guard has to know by what the gradients were multiplied",

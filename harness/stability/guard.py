@@ -134,10 +134,12 @@ class StepGuard:
         precision: str = "fp32",
         comm_hook: CommHook | None = None,
         group: dist.ProcessGroup | None = None,
+        checks: Sequence[Check] = (),
     ) -> StepGuard:
         """The guard that `config` describes, for a caller with a `Ladder` of its own; `precision` is fp32,
-        bf16 or fp16."""
+        bf16 or fp16. `checks` come to those of `config`."""
         settings = {field.name: getattr(config, field.name) for field in fields(config)}
+        settings["checks"] = (*config.checks, *checks)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         return cls(
             model, optimizer, comm_hook=comm_hook, precision=dtype, group=group, ladder=False, **settings

@@ -20,7 +20,7 @@ from harness.stability.checks.rows import ROWS
 from harness.stability.device_step import StepOutput
 from harness.stability.host_copy import HostCopy, is_capturing
 from harness.stability.layout import Layout
-from harness.stability.packing import Packet, Spec, pack, unpack
+from harness.stability.packing import Packet, Spec, can_be_gathered, pack, unpack
 from harness.stability.record_builder import RecordBuilder, is_notable, is_skip, summary_of
 
 __all__ = ["Monitor", "Settled"]
@@ -144,7 +144,7 @@ class Monitor:
     def _settled(self, pending: _Pending) -> Settled:
         packet = pending.packet()
         summary = summary_of(packet)
-        if is_skip(summary) and ROWS not in packet:
+        if is_skip(summary) and ROWS not in packet and self._can_gather(pending.rows):
             rows = all_gather(pending.rows.flatten(), group=self._group)
             pending.rows_of_all = rows.view(-1, *pending.rows.shape).cpu()
         pending.is_settled = True
@@ -154,6 +154,9 @@ class Monitor:
             clip_coef=summary.clip_coef,
             record=self._record(pending) if is_notable(summary, packet) else None,
         )
+
+    def _can_gather(self, rows: Tensor) -> bool:
+        return self._group is None or can_be_gathered(rows.numel(), num_ranks=self._group.size())
 
     def _record(self, pending: _Pending) -> StepRecord:
         if pending.record is not None:

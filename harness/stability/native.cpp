@@ -1,7 +1,7 @@
 // Gradient statistics and checksums of CPU tensors, each in one read of memory. Of the statistics `reference.py` is
 // the specification.
 //
-// Squares are summed in LANES lanes of fp32 over a chunk, lanes and chunks in float64 in a fixed order: the same
+// Squares are summed in BLOCK lanes of fp32 over a chunk, lanes and chunks in float64 in a fixed order: the same
 // gradients give the same bits on every number of threads and on every instruction set. A chunk with a NaN or
 // an Inf, or whose sum overflowed or is so small that squares may have been lost, is measured again in float64.
 
@@ -12,16 +12,21 @@
 
 namespace {
 
-constexpr int LANES = 8;
-constexpr int64_t CHUNK = 2048;       // elements that are summed in fp32
+constexpr int LANES = 8;              // fp32 elements of a vector
+constexpr int VECTORS = 4;            // so many sums at once: an addition's result is there some cycles later
+constexpr int BLOCK = VECTORS * LANES;
+constexpr int64_t CHUNK = 64 * BLOCK; // elements that are summed in fp32
 constexpr int64_t TASK = 32 * CHUNK;  // elements that a thread takes at once
+constexpr int64_t CACHE_LINE = 64, AHEAD = 4096;  // bytes
 constexpr double LEAST_SUM = 0x1p-83; // below it a square under 2^-126 may be missing
 constexpr int32_t INFINITY_BITS = 0x7f800000, MAGNITUDE = 0x7fffffff;
+constexpr int16_t MAGNITUDE_16 = 0x7fff;  // of a bfloat16, which is the upper half of a float
+constexpr int32_t UPPER_HALF = 0x7fff0000;
 
 // Vectors that GCC and Clang map to what the machine has.
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 struct Row {
   double sum_squares = 0;
@@ -50,9 +55,13 @@ inline Vector load(const Element* at) {
   return vector;
 }
 
-// The bits of elements, widened to fp32.
-inline Ints bits_of_lanes(const float* at) { return load<Ints>(at); }
-inline Ints bits_of_lanes(const uint16_t* at) { return __builtin_convertvector(load<Halves>(at), Ints) << 16; }
+// What will be read AHEAD bytes later is asked for now: the processor's own prefetching ends with a page of memory.
+inline void prefetch(const void* at, int64_t num_bytes) {
+  for (int64_t line = 0; line < num_bytes; line += CACHE_LINE)
+    __builtin_prefetch(static_cast<const char*>(at) + AHEAD + line);
+}
+
+// The bits of an element, widened to fp32.
 inline int32_t bits_of(float value) { return cast_bits<int32_t>(value); }
 inline int32_t bits_of(uint16_t bfloat16) { return int32_t(uint32_t(bfloat16) << 16); }
 
@@ -71,19 +80,58 @@ Row measure_exactly(const Element* elements, int64_t count) {
   return row;
 }
 
+// Sums over whole blocks, in `squares` lane by lane. Comparisons give -1 where they hold.
+struct FloatSums {
+  Floats squares[VECTORS] = {};
+  Ints largest = {}, zeros = {};
+
+  void add_block(const float* at) {
+    for (int i = 0; i < VECTORS; ++i) {
+      const Ints magnitude = load<Ints>(at + i * LANES) & MAGNITUDE;
+      const Floats value = cast_bits<Floats>(magnitude);
+      squares[i] += value * value;
+      largest = magnitude > largest ? magnitude : largest;
+      zeros -= magnitude == 0;
+    }
+  }
+  int32_t largest_of(int lane) const { return largest[lane]; }
+};
+
+// Of bfloat16, counted and compared where they lie, two to a lane of 32 bits: the lower one is shifted up to be a
+// float, the upper one is a float once the lower one is masked out.
+struct BfloatSums {
+  Floats squares[VECTORS] = {};
+  Shorts largest = {}, zeros = {};  // at most CHUNK / (2 * LANES) a lane
+
+  void add_block(const uint16_t* at) {
+    for (int i = 0; i < VECTORS; i += 2) {
+      const Shorts magnitude = load<Shorts>(at + i * LANES) & MAGNITUDE_16;
+      const Ints pairs = cast_bits<Ints>(magnitude);
+      const Floats lower = cast_bits<Floats>(pairs << 16), upper = cast_bits<Floats>(pairs & UPPER_HALF);
+      squares[i] += lower * lower;
+      squares[i + 1] += upper * upper;
+      largest = magnitude > largest ? magnitude : largest;
+      zeros -= magnitude == 0;
+    }
+  }
+  int32_t largest_of(int lane) const { return int32_t(largest[lane]) << 16; }
+};
+
+inline FloatSums no_sums(const float*) { return {}; }
+inline BfloatSums no_sums(const uint16_t*) { return {}; }
+
 template <typename Element>
 Row measure_chunk(const Element* elements, int64_t count) {
-  Floats sums = {};
-  Ints largest = {}, zeros = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Ints magnitude = bits_of_lanes(elements + i) & MAGNITUDE;
-    const Floats value = cast_bits<Floats>(magnitude);
-    sums += value * value;
-    largest = magnitude > largest ? magnitude : largest;
-    zeros -= magnitude == 0;  // a comparison gives -1
+  auto sums = no_sums(elements);
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    prefetch(elements + i, BLOCK * sizeof(Element));
+    sums.add_block(elements + i);
   }
   Row row;
-  for (int lane = 0; lane < LANES; ++lane) row.add({double(sums[lane]), largest[lane], 0, 0, zeros[lane]});
+  const Floats squares = (sums.squares[0] + sums.squares[1]) + (sums.squares[2] + sums.squares[3]);
+  for (int lane = 0; lane < LANES; ++lane) row.sum_squares += double(squares[lane]);
+  constexpr int NARROW = sizeof(sums.zeros) / sizeof(sums.zeros[0]);
+  for (int lane = 0; lane < NARROW; ++lane) row.add({0, sums.largest_of(lane), 0, 0, sums.zeros[lane]});
   const bool is_sound = row.max_bits < INFINITY_BITS && (row.sum_squares >= LEAST_SUM || row.max_bits == 0) &&
                         row.sum_squares <= 0x1p+127;  // neither NaN nor overflow in any lane
   return is_sound ? row : measure_exactly(elements, count);
@@ -92,7 +140,7 @@ Row measure_chunk(const Element* elements, int64_t count) {
 template <typename Element>
 Row measure(const Element* elements, int64_t count) {
   Row row;
-  const int64_t whole = count - count % LANES;
+  const int64_t whole = count - count % BLOCK;
   for (int64_t start = 0; start < whole; start += CHUNK)
     row.add(measure_chunk(elements + start, whole - start < CHUNK ? whole - start : CHUNK));
   row.add(measure_exactly(elements + whole, count - whole));

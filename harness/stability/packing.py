@@ -8,13 +8,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Packet", "Spec", "pack", "unpack"]
+__all__ = ["Packet", "Spec", "can_be_gathered", "pack", "unpack"]
 
 Packet = dict[str, Tensor]
 """Tensors of float64 or int64 by name."""
 
 Spec = dict[str, tuple[torch.Size, torch.dtype]]
 """What a packed packet consists of, in order."""
+
+
+MOST_GATHERED_BYTES = 256 << 20
+"""On each device, and then on each host."""
+
+
+def can_be_gathered(num_values: int, *, num_ranks: int) -> bool:
+    """Whether so many float64 of each rank are few enough to be on every rank."""
+    return 8 * num_values * num_ranks <= MOST_GATHERED_BYTES
 
 
 def pack(packet: Mapping[str, Tensor]) -> tuple[Tensor, Spec]:

@@ -145,7 +145,8 @@ class Ladder:
 
 
 def _loss_scale_may_cure(record: StepRecord) -> bool:
-    return record.loss_scale > 1.0 and math.isfinite(record.loss) and not record.is_spike
+    is_overflow = math.isfinite(record.loss) and not record.is_spike and not record.undone
+    return record.loss_scale > 1.0 and is_overflow
 
 
 def say(message: str) -> None:

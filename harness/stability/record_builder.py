@@ -6,29 +6,29 @@ Legend: W ranks.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
+from functools import cached_property
 
-from harness.records import Culprit, RankRow, StepRecord
+import numpy as np
+
+from harness.records import Culprit, StepRecord
+from harness.stability.before import UPDATE
 from harness.stability.checks.all import Checks
 from harness.stability.checks.base import Arrived, Reading
 from harness.stability.checks.rows import ROWS, rows_of_rank
 from harness.stability.layout import MAX_ABS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.packing import Packet
 from harness.stability.rank_statistics import (
-    COMPUTE_S,
     CORRECT,
-    DATA_WAIT_S,
     FAULTS,
     LOSS_SUM,
     MICRO_BATCH,
-    NUM_SAVES,
     PARAMETER,
     REDUCED_BAD,
-    STOP_REQUESTED,
     TOKENS,
     Fault,
 )
+from harness.stability.rank_table import Floats, RankTable, count
 from harness.stability.verdict import VERDICTS, Summary
 from harness.stability.wording import describe_size
 
@@ -49,47 +49,65 @@ OUTSTANDING = 3.0
 """Times the median of the other ranks' norms from which a rank is blamed for a spike."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _StepNumbers:
     """A step's numbers as plain values."""
 
     summary: Summary
-    per_rank: list[list[float]]
+    per_rank: Floats
+    """`[W, NUM_FIELDS]`"""
     readings: list[Reading]
     """What the checks found that were measured in the step."""
+    updates: list[list[float]]
+    """By rank, how many parameters the update left not finite, and the row of the first; or nothing."""
+
+    @property
+    def undone(self) -> bool:
+        """Whether the update was taken back."""
+        return any(num_bad for num_bad, _ in self.updates)
 
     @property
     def culprit(self) -> int | None:
         """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
-        return next((rank for _, rank in self.bad), None)
+        return self.bad[0] if self.bad else None
 
-    @property
-    def bad(self) -> list[tuple[int, int]]:
-        """Micro-batch and rank of whatever went bad by itself, in this order."""
+    @cached_property
+    def bad(self) -> list[int]:
+        """The ranks that went bad by themselves, by micro-batch and rank."""
         # By micro-batch first: what went bad earliest is the likeliest cause.
-        return sorted((int(one[MICRO_BATCH]), r) for r, one in enumerate(self.per_rank) if _is_bad(one))
+        wrong = self.per_rank[:, [NUM_NAN, NUM_INF, FAULTS]].any(1)
+        ranks = np.flatnonzero(wrong | ~np.isfinite(self.per_rank[:, LOSS_SUM]))
+        order = np.argsort(self.per_rank[ranks, MICRO_BATCH], kind="stable")
+        bad: list[int] = ranks[order].tolist()
+        return bad
 
     @property
     def culprits(self) -> tuple[Culprit, ...]:
         """All ranks to blame, the first first."""
         rank = self.outstanding
-        blamed = [r for _, r in self.bad] or ([] if rank is None else [rank])
-        return tuple(Culprit(rank=r, micro_batch=_micro_batch(self.per_rank[r])) for r in blamed)
+        blamed = self.bad or ([] if rank is None else [rank])
+        return tuple(Culprit(rank=r, micro_batch=_micro_batch(self.row(r))) for r in blamed)
 
     @property
     def outstanding(self) -> int | None:
         """Of a spike or an outlier batch the rank whose own gradient stands out; None if it is not one rank's
         doing."""
-        norms = [math.sqrt(one[SUM_SQUARES]) for one in self.per_rank]
-        rank = norms.index(max(norms))
-        others = norms[:rank] + norms[rank + 1 :]
+        if not (self.summary.is_spike or self.summary.is_outlier):
+            return None
+        norms = np.sqrt(self.per_rank[:, SUM_SQUARES])
+        rank = int(norms.argmax())
+        others = np.delete(norms, rank)
         # Against the median of the others: where most norms are large it is no single rank's doing.
-        stands_out = not others or norms[rank] > OUTSTANDING * statistics.median(others)
-        unusual = self.summary.is_spike or self.summary.is_outlier
-        return rank if unusual and stands_out else None
+        stands_out = not others.size or norms[rank] > OUTSTANDING * np.median(others)
+        return rank if stands_out else None
+
+    def row(self, rank: int) -> list[float]:
+        """What one rank said."""
+        row: list[float] = self.per_rank[rank].tolist()
+        return row
 
     def total(self, field: int) -> float:
-        return sum(one[field] for one in self.per_rank)
+        return float(self.per_rank[:, field].sum())
 
 
 def summary_of(packet: Packet) -> Summary:
@@ -104,7 +122,7 @@ def is_skip(summary: Summary) -> bool:
 
 def is_notable(summary: Summary, packet: Packet) -> bool:
     """Whether the record of a step has a reason, or may have one: checks have measured something."""
-    measured = packet.keys() - {"summary", "rank_statistics"}
+    measured = packet.keys() - {"summary", "rank_statistics", UPDATE}
     return bool(is_skip(summary) or summary.is_spike or summary.norms_differ or measured)
 
 
@@ -124,7 +142,8 @@ class RecordBuilder:
             step=step, layout=self._layout, num_replicas=self._num_replicas, divisor=summary.divisor
         )
         readings = self._checks.read(packet, arrived)
-        numbers = _StepNumbers(summary, packet["rank_statistics"].tolist(), readings)
+        updates = packet[UPDATE].tolist() if UPDATE in packet else []
+        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings, updates)
         rank, parameter, micro_batch = self._blamed(numbers)
         found = {name: value for reading in readings for name, value in reading.fields.items()}
         found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
@@ -140,24 +159,22 @@ class RecordBuilder:
             clip_coef=summary.clip_coef,
             num_tokens=int(numbers.total(TOKENS)) if counts_tokens else 0,
             num_correct=int(numbers.total(CORRECT)),
-            num_nan=_count(numbers.total(NUM_NAN)),
-            num_inf=_count(numbers.total(NUM_INF)),
-            num_zero=_count(numbers.total(NUM_ZERO)),
-            max_abs=max(one[MAX_ABS] for one in numbers.per_rank) / summary.divisor,
+            num_nan=count(numbers.total(NUM_NAN)),
+            num_inf=count(numbers.total(NUM_INF)),
+            num_zero=count(numbers.total(NUM_ZERO)),
+            max_abs=float(numbers.per_rank[:, MAX_ABS].max()) / summary.divisor,
             loss_scale=summary.loss_scale,
             rank=rank,
             parameter=parameter,
             micro_batch=micro_batch,
             culprits=numbers.culprits,
-            per_rank=tuple(
-                _rank_row(rank, one, summary.divisor, counts_tokens)
-                for rank, one in enumerate(numbers.per_rank)
-            ),
+            per_rank=RankTable(numbers.per_rank, divisor=summary.divisor, counts_tokens=counts_tokens),
             measured={name: value for reading in readings for name, value in reading.values.items()},
             spike_score=max(summary.norm_score, summary.loss_score),
             is_spike=bool(summary.is_spike),
             is_outlier=bool(summary.is_outlier),
             is_absurd=bool(summary.is_absurd),
+            undone=numbers.undone,
             findings=tuple(one for reading in readings for one in reading.findings),
             clipped_by_spike=bool(summary.clipped_by_spike),
             **found,
@@ -165,22 +182,33 @@ class RecordBuilder:
 
     def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
+        if numbers.undone:
+            first = next(r for r, (num_bad, _) in enumerate(numbers.updates) if num_bad)
+            return first, self._layout.names[int(numbers.updates[first][1])], None
         rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
-            row = int(numbers.per_rank[rank][PARAMETER])
+            row = int(numbers.row(rank)[PARAMETER])
             name = self._layout.names[row] if row >= 0 else None
-            return rank, name, _micro_batch(numbers.per_rank[rank])
+            return rank, name, _micro_batch(numbers.row(rank))
         # No rank's own gradient is bad and yet the sum is: the reduction overflowed, and no rank is to blame.
         if numbers.total(REDUCED_BAD):
-            bad = next(one for one in numbers.per_rank if one[REDUCED_BAD])
+            bad = numbers.row(int(np.flatnonzero(numbers.per_rank[:, REDUCED_BAD])[0]))
             return None, self._layout.names[int(bad[PARAMETER])], None
         accusing = next((reading for reading in numbers.readings if reading.reason), None)
         return (accusing.rank, accusing.parameter, None) if accusing else (None, None, None)
 
+    def _undone_reason(self, numbers: _StepNumbers) -> str:
+        rank, name, _ = self._blamed(numbers)
+        num = int(max(num_bad for num_bad, _ in numbers.updates))
+        more = f" and {num - 1} more" if num > 1 else ""
+        what = f"the update left {name}{more} not finite, itself or its moments, on rank {rank}"
+        return f"{what}, though the gradient was; it was taken back"
+
     def _reason(self, step: int, numbers: _StepNumbers) -> str | None:
         summary = numbers.summary
         reasons = [
-            _skip_reason(numbers) if summary.verdict >= SKIP and not summary.is_spike else None,
+            self._undone_reason(numbers) if numbers.undone else None,
+            _skip_reason(numbers) if _has_reason_to_skip(numbers) else None,
             describe_size(step, summary) if summary.is_spike else None,
             *(reading.reason for reading in numbers.readings),
         ]
@@ -190,22 +218,9 @@ class RecordBuilder:
         return "; ".join(reason for reason in reasons if reason) or None
 
 
-def _rank_row(rank: int, one: list[float], divisor: float, counts_tokens: bool) -> RankRow:
-    tokens = one[TOKENS]
-    return RankRow(
-        rank=rank,
-        loss=one[LOSS_SUM] / tokens if tokens else math.nan,
-        num_tokens=int(tokens) if counts_tokens else 0,
-        grad_norm=math.sqrt(one[SUM_SQUARES]) / divisor,
-        max_abs=one[MAX_ABS] / divisor,
-        num_nan=_count(one[NUM_NAN]),
-        num_inf=_count(one[NUM_INF]),
-        num_zero=_count(one[NUM_ZERO]),
-        compute_s=one[COMPUTE_S],
-        data_wait_s=one[DATA_WAIT_S],
-        stop_requested=bool(one[STOP_REQUESTED]),
-        num_saves=int(one[NUM_SAVES]),
-    )
+def _has_reason_to_skip(numbers: _StepNumbers) -> bool:
+    """Whether the step was left out for what it was before the update, and not for its size."""
+    return numbers.summary.verdict >= SKIP and not numbers.summary.is_spike and not numbers.undone
 
 
 def _micro_batch(one: list[float]) -> int | None:
@@ -213,15 +228,10 @@ def _micro_batch(one: list[float]) -> int | None:
     return int(one[MICRO_BATCH]) if one[MICRO_BATCH] >= 0 else None
 
 
-def _is_bad(one: list[float]) -> bool:
-    gradient = one[NUM_NAN] or one[NUM_INF] or one[FAULTS]
-    return bool(gradient) or not math.isfinite(one[LOSS_SUM])
-
-
 def _skip_reason(numbers: _StepNumbers) -> str:
     culprit = numbers.culprit
     if culprit is not None:
-        return _blame(numbers.per_rank[culprit], culprit)
+        return _blame(numbers.row(culprit), culprit)
     if not numbers.total(TOKENS):
         return "no tokens in the global batch"
     if numbers.total(REDUCED_BAD):
@@ -236,9 +246,4 @@ def _blame(one: list[float], rank: int) -> str:
             return words.format(rank=rank)
     if not math.isfinite(one[LOSS_SUM]):
         return f"the loss is {one[LOSS_SUM]} on rank {rank}"
-    return f"{_count(one[NUM_NAN])} NaN and {_count(one[NUM_INF])} Inf in the gradient of rank {rank}"
-
-
-def _count(value: float) -> int:
-    """A count as an integer; -1: not measured."""
-    return -1 if math.isnan(value) else int(value)
+    return f"{count(one[NUM_NAN])} NaN and {count(one[NUM_INF])} Inf in the gradient of rank {rank}"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.dist import local_part
+from harness.stability.backward import BackwardStatistics
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_ZERO, SUM_SQUARES, Layout
 from harness.stability.statistics import tensor_statistics
 
@@ -65,26 +66,60 @@ class GradientSource(Protocol):
 
 
 class PlainSource:
-    """A model that is not spread, or whose gradients the caller reduces before the guard sees them."""
+    """A model that is not spread, or whose gradients the caller reduces before the guard sees them.
 
-    def __init__(self, layout: Layout, *, group: dist.ProcessGroup | None) -> None:
+    Args:
+        in_backward: Measures gradients while the backward pass goes on; None: once it is over.
+    """
+
+    def __init__(
+        self, layout: Layout, *, group: dist.ProcessGroup | None, in_backward: BackwardStatistics | None
+    ) -> None:
         self.group = group
         self.num_replicas, self.num_shards = 1 if group is None else group.size(), 1
-        self.extremes = True
         self._rows: Tensor | None = None
+        self._in_backward = in_backward
+        self.extremes = True
         self.watch(layout)
+
+    @property
+    def extremes(self) -> bool:
+        return self._extremes
+
+    @extremes.setter
+    def extremes(self, extremes: bool) -> None:
+        self._extremes = extremes
+        if self._in_backward is not None:
+            self._in_backward.extremes = extremes
 
     def watch(self, layout: Layout) -> None:
         self.layout = layout
         self._table = RowTable(layout)
+        if self._in_backward is not None:
+            self._in_backward.watch(layout)
 
     def micro_batch_rows(self) -> Tensor:
-        return self._table.measure(extremes=False)
+        if self._in_backward is not None:
+            self._in_backward.every_pass = True
+        return self._measure(extremes=False)
 
     def local_rows(self, *, unscaled_by: Tensor | None = None) -> Tensor:
+        if unscaled_by is not None and self._in_backward is not None:
+            self._in_backward.forget()  # torch does not count a GradScaler's division as a change
         if self._rows is None:
-            self._rows = self._table.measure(extremes=self.extremes)
+            self._rows = self._measure(extremes=self.extremes)
         return self._rows
+
+    def _measure(self, *, extremes: bool) -> Tensor:
+        known = [] if self._in_backward is None else self._in_backward.current()
+        if not known:
+            return self._table.measure(extremes=extremes)
+        seen = {id(p) for parameters, _ in known for p in parameters}
+        others = [p for p in self.layout.parameters if id(p) not in seen]
+        rows = self._table.measure(others, extremes=extremes)
+        for parameters, statistics in known:
+            self._table.put(rows, parameters, statistics)
+        return rows
 
     def reduced_rows(self) -> Tensor:
         return self.local_rows()
@@ -96,9 +131,13 @@ class PlainSource:
 
     def start_step(self) -> None:
         self._rows = None
+        if self._in_backward is not None:
+            self._in_backward.start_step()
 
     def close(self) -> None:
         self._rows = None
+        if self._in_backward is not None:
+            self._in_backward.close()
 
 
 MAX_INDICES = 256

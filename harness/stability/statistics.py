@@ -22,6 +22,7 @@ __all__ = [
     "NUM_ZERO",
     "SUM_SQUARES",
     "bucket_statistics",
+    "is_measurable",
     "tensor_statistics",
 ]
 
@@ -73,6 +74,12 @@ def tensor_statistics(tensors: Sequence[Tensor], *, extremes: bool = True) -> Te
     from harness.stability import kernels
 
     return kernels.tensor_statistics(tensors, extremes=extremes)
+
+
+def is_measurable(tensor: Tensor) -> bool:
+    """Whether these functions take it."""
+    dtypes = ON_CPU if tensor.device.type == "cpu" else ON_CUDA
+    return tensor.dtype in dtypes and tensor.layout == torch.strided
 
 
 def _is_native(dtypes: Set[torch.dtype]) -> bool:

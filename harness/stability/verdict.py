@@ -5,7 +5,7 @@ Legend: W ranks = R replicas x S shards (plain: 1 x 1, DDP: W x 1, FSDP: 1 x W),
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import torch
@@ -54,6 +54,9 @@ SIZES = [f.name for f in fields(SizeFinding) if f.name in {g.name for g in field
 """What `Summary` takes over from a `SizeFinding`."""
 
 
+_VERDICT, _CLIP_COEF = ([f.name for f in fields(Summary)].index(name) for name in ("verdict", "clip_coef"))
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What becomes of a step: 0-d tensors on the device."""
@@ -68,6 +71,15 @@ class Decision:
     """Bool: a gradient that is not finite under a loss that is; what too large a loss scale does."""
     summary: Tensor
     """`[n]` float64, a `Summary`."""
+
+    def taken_back(self, bad_t: Tensor, *, stops: bool) -> Decision:
+        """That of a step whose update is taken back if `bad_t` (0-d bool); then the run ends if `stops`."""
+        is_news = bad_t & ~self.skip_t
+        summary = self.summary.clone()
+        summary[_VERDICT] = torch.where(is_news, STOP if stops else SKIP, summary[_VERDICT])
+        summary[_CLIP_COEF] = torch.where(is_news, 1.0, summary[_CLIP_COEF])
+        skip = self.skip_t | bad_t
+        return replace(self, skip_t=skip, found_inf_t=skip.float(), summary=summary)
 
     @property
     def is_on_host(self) -> bool:

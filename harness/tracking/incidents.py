@@ -61,6 +61,7 @@ def show_incident(run_dir: Path, step: int) -> str:
         _samples(what),
         _parameters(what),
         _ranks(what.per_rank),
+        _rerun(folder),
         _files(folder),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -104,6 +105,20 @@ def _culprit(what: IncidentFile) -> str:
         return "no single rank"
     within = "" if what.micro_batch is None else f", micro-batch {what.micro_batch}"
     return f"rank {what.rank}{within}{'' if what.parameter is None else f', {what.parameter}'}"
+
+
+def _rerun(folder: Path) -> str:
+    """What running micro-batches again on the spot has shown."""
+    lines = []
+    for rank in ranks_in(folder):
+        try:
+            found = read_rank(folder, rank).rerun
+        except TrackingError:
+            continue
+        lines += (
+            [f"again, on rank {rank}: {found[0]}", *(f"    {line}" for line in found[1:])] if found else []
+        )
+    return "\n".join(printable(line, _LONGEST) for line in lines)
 
 
 def _samples(what: IncidentFile) -> str:

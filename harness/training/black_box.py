@@ -95,12 +95,16 @@ class BlackBox(Callback):
             return
         held = self._ring[-1]
         held.step_s = step_s
-        if not self._config.save_batch:
+        if not (self._config.save_batch or self._config.rerun == "on"):
             held.batches = ()
         trace = self._profiler.end()
         if trace is not None:
             writer = self._writer
             self._tasks.add(lambda: writer.write_trace(trace))
+
+    def held(self, step: int) -> HeldStep | None:
+        """What is remembered of a step, the newest where a rollback made it twice."""
+        return next((held for held in reversed(self._ring) if held.step == step), None)
 
     def on_step(self, run: Training, record: StepRecord) -> None:
         if self._writer is None:
@@ -178,7 +182,7 @@ class BlackBox(Callback):
         return [held.copy() for held in tuple(self._ring)]
 
     def _remember(self, record: StepRecord, row: RankRow) -> None:
-        held = next((held for held in reversed(self._ring) if held.step == record.step), None)
+        held = self.held(record.step)
         if held is not None:
             held.verdict, held.row = record.verdict, row
 

@@ -7,11 +7,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
@@ -31,7 +32,7 @@ from harness.dist import (
     time_collectives,
     use_threads,
 )
-from harness.errors import ConfigError, HarnessError
+from harness.errors import HarnessError
 from harness.parent import missing_settings
 from harness.runlog import events
 from harness.runlog.paths import checkpoints_dir, incidents_dir
@@ -40,18 +41,21 @@ from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
 from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
-from harness.training.black_box import open_black_box
+from harness.training.black_box import BlackBox, open_black_box
 from harness.training.callbacks import Callback, Callbacks, load_callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
 from harness.training.end import Start, end_run, judge_restart, note_hang
-from harness.training.faults import FaultInjector, describe
+from harness.training.faults import FaultInjector, describe, possible_faults
 from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
+from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
+from harness.training.recompute import RecomputeCheck
+from harness.training.rerun import Rerunner
 from harness.training.rollback import roll_back
 from harness.training.schedule import describe_schedule
 from harness.training.silent import RunChecks
@@ -64,7 +68,7 @@ from harness.training.utilisation import peak_flops
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
-__all__ = ["build_loader", "build_run", "build_runner", "resolved_precision", "set_determinism", "train"]
+__all__ = ["build_loader", "build_run", "build_runner", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,17 +131,15 @@ def build_run(
 ) -> Run:
     """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
     progress = progress or Progress()
-    precision = resolved_precision(config, world)
-    config.parallel.check_precision(precision)
+    precision = resolved_precision(config, world.device)
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
-    # As it is: what was put off of its initialisation is made up for once it is sharded.
-    model = distribute(inputs.task.model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
-    optimizer = build_optimizer(model, config.optim, is_sharded=config.parallel.strategy == "fsdp")
-    timer = StepTimer(world.device)
-    time_collectives(model, timer.waited)
-    guard = StepGuard.from_config(model, optimizer, config.guard, precision=precision)
+    model = _distributed(config, world, inputs)
+    stepped = _optimizers(config, model)
+    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
+    held = [*stepped.values()]
+    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -146,7 +148,7 @@ def build_run(
     checkpointer = _checkpointer(config, directory)
     saved = {
         "model": plain(model),
-        "optimizer": optimizer,
+        **stepped,
         "loader": loader,
         "guard": guard,
         "ladder": ladder,
@@ -161,17 +163,18 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    runner = replace(runner, recompute=recompute)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = [journal, black_box, *_own_callbacks(config, world, journal)]
+    called.own = _own_callbacks(config, world, journal, runner, black_box)
     run = Run(
         config=config,
         world=world,
         directory=directory,
         task=inputs.task,
         model=model,
-        optimizer=optimizer,
+        optimizers=held,
         loader=loader,
         runner=runner,
         guard=guard,
@@ -196,8 +199,30 @@ def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progr
     faults.begin_at(step, directory / "faults")
 
 
-def _own_callbacks(config: TrainConfig, world: World, journal: Journal) -> list[Callback]:
+def _distributed(config: TrainConfig, world: World, inputs: _Inputs) -> nn.Module:
+    """What was put off of the model's initialisation is made up for once it is sharded."""
+    model = inputs.task.model
+    return distribute(model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
+
+
+def _timer(model: nn.Module, world: World) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    return timer
+
+
+def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
+    is_sharded = config.parallel.strategy == "fsdp"
+    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
+
+
+def _own_callbacks(
+    config: TrainConfig, world: World, journal: Journal, runner: StepRunner, black_box: BlackBox
+) -> list[Callback]:
     return [
+        *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
+        journal,
+        black_box,
         Stragglers(config.straggler, world, journal),
         *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
         *([Debugger()] if config.debug else []),
@@ -228,6 +253,7 @@ class _Inputs:
 def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
+    config.parallel.check_precision(resolved_precision(config, world.device))
     files = agree_on_files(config)
     deferred = Deferred() if config.parallel.meta_init else None
     with nullcontext() if deferred is None else deferred:
@@ -238,7 +264,7 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     fingerprints = agree_on_data(task, config)
     faults = on_all_ranks(
         lambda: FaultInjector(
-            config.faults,
+            possible_faults(config, rank=world.rank, world_size=world.world_size),
             model=task.model,
             rank=world.rank,
             sample=lambda: fetch(task.train_data, [0]),
@@ -422,21 +448,6 @@ def build_loader(
         allow_change=config.data.allow_change,
         quarantined=quarantined,
     )
-
-
-def resolved_precision(config: TrainConfig, world: World) -> str:
-    """fp32, bf16 or fp16: what `loop.precision` means here."""
-    if config.loop.precision != "auto":
-        return config.loop.precision
-    by_accelerate = env.accelerate_precision()
-    if by_accelerate is not None:
-        known = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
-        if by_accelerate not in known:
-            raise ConfigError(
-                f"accelerate's mixed_precision is {by_accelerate!r}", rule="it has to be no, bf16 or fp16"
-            )
-        return known[by_accelerate]
-    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _check_names(guard: GuardConfig) -> None:

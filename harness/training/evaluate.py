@@ -16,7 +16,7 @@ from harness.dist import World, all_reduce_sum, plain
 from harness.errors import ConfigError
 from harness.runlog.names import Metric
 from harness.training.buffers import buffers_of_rank_0, constant_buffers
-from harness.training.step import autocast
+from harness.training.precision import autocast
 
 __all__ = ["evaluate", "rehearse"]
 
@@ -29,6 +29,7 @@ def evaluate(
     *,
     precision: str,
     num_samples: int | None = None,
+    in_training_mode: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy` and, for text, `val/bits_per_byte`; of
@@ -40,6 +41,7 @@ def evaluate(
 
     Args:
         num_samples: How many, over all ranks; default: `loop.eval_samples`.
+        in_training_mode: For a comparison; generators and buffers are put back as ever.
         interrupted: Asked before each batch: whether to leave off; on all ranks equally often and alike.
 
     Returns:
@@ -52,7 +54,7 @@ def evaluate(
     # DDP's forward pass would broadcast buffers; FSDP2 needs its own, on every rank equally often.
     network = plain(model)
     sums = torch.zeros(3 + 2 * len(task.parts), dtype=torch.float64, device=world.device)
-    with torch.no_grad(), _reading_only(network, seed=config.seed + world.rank):
+    with torch.no_grad(), _reading_only(network, seed=config.seed + world.rank, mode=in_training_mode):
         for batch, counts in evaluation_batches(
             task.val_data,
             num_samples=num_samples or config.loop.eval_samples,
@@ -110,24 +112,24 @@ def _exp(loss: float) -> float:
 
 
 @contextmanager
-def _reading_only(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """Within it the model is as a checkpoint holds it, in eval mode, and all generators are seeded.
-    Afterwards generators, buffers and every module's mode are as before."""
+def _reading_only(model: nn.Module, *, seed: int, mode: bool) -> Iterator[None]:
+    """Within it the model is as a checkpoint holds it, in eval mode unless `mode`, and all generators are
+    seeded. Afterwards generators, buffers and every module's mode are as before."""
     generators = Rng()
     before = generators.state_dict()
     seed_everything(seed)
     try:
-        with _all_in_eval_mode(model), _untouched(model), buffers_of_rank_0(model):
+        with _all_in_one_mode(model, mode), _untouched(model), buffers_of_rank_0(model):
             yield
     finally:
         generators.load_state_dict(before)
 
 
 @contextmanager
-def _all_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode, and back into the mode that each one was in."""
+def _all_in_one_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """Puts every module in training mode or in eval mode, and back into the mode that each one was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(mode)
     try:
         yield
     finally:

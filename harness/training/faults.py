@@ -26,11 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from harness.config import FaultConfig
+from harness.config import FaultConfig, TrainConfig
 from harness.data import Batch, LossSum
 from harness.errors import ConfigError
 
-__all__ = ["FaultInjector", "describe", "poison"]
+__all__ = ["FaultInjector", "describe", "poison", "possible_faults"]
 
 _PROCESS_FAULTS = ("slow", "kill", "hang")
 
@@ -157,6 +157,15 @@ class FaultInjector:
         _run_uncompiled(stack)
         hook = partial(_hook_whole, strike, self._model, name, stack)
         stack.callback(_sharder(self._model, name).register_forward_pre_hook(hook).remove)
+
+
+def possible_faults(config: TrainConfig, *, rank: int, world_size: int) -> list[FaultConfig]:
+    """Those of the configuration that can strike at this number of ranks; rank 0 says which cannot."""
+    inert = config.inert_faults(world_size)
+    if rank == 0:
+        for fault, (_, rule) in inert.items():
+            logger.warning("fault does not strike, %s: %s", rule, describe(fault))
+    return [fault for fault in config.faults if fault not in inert]
 
 
 def describe(fault: FaultConfig) -> str:

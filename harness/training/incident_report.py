@@ -112,11 +112,12 @@ class _Reporter:
         about = {
             "summary": incident.summary() if incident else f"step {found.step}: {found.reason}",
             "culprits": incident.culprits if incident else (),
+            "per_rank": tuple(record.per_rank),
             **{
                 name: getattr(record, name)
                 for name in (
                     "verdict", "rank", "parameter", "micro_batch", "loss", "grad_norm", "num_nan", "num_inf",
-                    "per_rank", "per_parameter", "culprit_parameters",
+                    "per_parameter", "culprit_parameters",
                 )
             },
         }  # fmt: skip

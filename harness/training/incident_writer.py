@@ -65,10 +65,12 @@ class HeldStep:
     position: int
     rng: HeldRng
     batches: Sequence[Batch] = ()
-    """Until the verdict is known; after the step's end only with `incidents.save_batch`."""
+    """Until the verdict is known; after the step's end only where `incidents` asks for them."""
     step_s: float | None = None
     verdict: str | None = None
     row: RankRow | None = None
+    rerun: tuple[str, ...] = ()
+    """What came of running a micro-batch of it again."""
 
     def copy(self) -> HeldStep:
         """As it is now."""
@@ -135,8 +137,9 @@ class IncidentWriter:
         if found.stacks is not None:
             rank_path(folder, STACKS, self._rank).write_text(found.stacks)
         self._save_batch(folder, found, steps)
-        write_rank(folder, self._rank_file(found, tuple(step for step, _ in states)))
         held = _held(found, steps)
+        rerun = () if held is None else held.rerun
+        write_rank(folder, replace(self._rank_file(found, tuple(step for step, _ in states)), rerun=rerun))
         if overwrite or not self._is_described(folder):
             self._write_incident(folder, self._describe(found, held.position if held else None))
         if self._sweeps:

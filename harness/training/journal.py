@@ -23,6 +23,7 @@ from harness.runlog import events
 from harness.runlog.ledger import Ledger, newest_ledger
 from harness.runlog.names import Metric, Prefix
 from harness.stability import Incident
+from harness.stability.rank_table import rank_column, rank_columns
 from harness.tracking import MirrorSettings, start_sampler
 from harness.tracking.boundary import Complaints, harmless
 from harness.tracking.histograms import histograms
@@ -35,9 +36,13 @@ from harness.training.ledger import LedgerKeeper
 from harness.training.progress import Progress
 from harness.training.summary import Ending
 
-__all__ = ["Journal", "MainJournal", "NodeJournal"]
+__all__ = ["Journal", "MainJournal", "NodeJournal", "rank_values", "ranks_are_due"]
 
 logger = logging.getLogger(__name__)
+
+MOST_RANKS_EACH_STEP = 512
+"""Whose numbers, some 70 bytes of each, the log takes in every step; those of more ranks in incidents and in
+every `tracking.log_every`-th step."""
 
 
 def _nothing(journal: object) -> None:
@@ -138,7 +143,8 @@ class MainJournal(Journal):
         if self._mfu_per_speed is not None:
             values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
         self._log.write("step", values, step=record.step)
-        if len(record.per_rank) > 1:
+        is_notable = record.reason is not None
+        if is_notable or ranks_are_due(len(record.per_rank), record.step, every=self._every):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
@@ -259,8 +265,8 @@ def step_values(record: StepRecord, counters: Counters, *, lr: float, step_s: fl
         Metric.LOSS_SCALE: record.loss_scale,
         Metric.SPIKE_SCORE: record.spike_score,
         Metric.STEP_S: step_s,
-        Metric.DATA_WAIT_S: max((row.data_wait_s for row in record.per_rank), default=0.0),
-        Metric.COMPUTE_S: max((row.compute_s for row in record.per_rank), default=0.0),
+        Metric.DATA_WAIT_S: float(rank_column(record.per_rank, "data_wait_s").max(initial=0.0)),
+        Metric.COMPUTE_S: float(rank_column(record.per_rank, "compute_s").max(initial=0.0)),
         Metric.TOKENS_PER_S: record.num_tokens / step_s if step_s else 0.0,
     }
 
@@ -285,10 +291,18 @@ def layer_values(record: StepRecord) -> dict[str, dict[str, float]]:
     return values
 
 
+def ranks_are_due(num_ranks: int, step: int, *, every: int) -> bool:
+    """Whether the log takes what the ranks said of themselves in a step: of thousands, in some steps only.
+
+    Args:
+        every: `tracking.log_every`.
+    """
+    return num_ranks > 1 and (num_ranks <= MOST_RANKS_EACH_STEP or (step + 1) % every == 0)
+
+
 def rank_values(record: StepRecord) -> dict[str, list[float]]:
     """What the ranks said of themselves, by quantity, in the order of the ranks."""
-    names = ("loss", "grad_norm", "compute_s", "data_wait_s")
-    return {name: [getattr(row, name) for row in record.per_rank] for name in names}
+    return rank_columns(record.per_rank, "loss", "grad_norm", "compute_s", "data_wait_s")
 
 
 def finding_event(finding: Finding) -> events.Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from harness.dist import World, any_rank, barrier, gather, plain
 from harness.records import StepRecord
 from harness.runlog.names import Metric
 from harness.stability import Ladder, StepGuard
+from harness.stability.rank_table import rank_column
 from harness.stop import StopRequest
 from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callbacks, InFlight
@@ -45,7 +46,7 @@ class Run:
     directory: Path
     task: Task
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     loader: Loader
     runner: StepRunner
     guard: StepGuard
@@ -75,6 +76,11 @@ class Run:
     """Of how many saves the callbacks have been told, in this attempt."""
     handled_samples: int = 0
     """Where the samples of the last step whose record was handled end in the order of the data."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that steps all parameters, or with Muon what Muon does not."""
+        return self.optimizers[0]
 
     def learning_rate(self, step: int) -> float:
         """The schedule's value at `step`."""
@@ -129,7 +135,7 @@ def train_step(run: Run) -> bool:
     """
     started = time.perf_counter()
     step = run.counters.step
-    set_learning_rate(run.optimizer, run.learning_rate(step))
+    set_learning_rate(run.optimizers, run.learning_rate(step))
     first_sample = run.loader.position
     run.progress.enter(Phase.DATA, step)
     run.black_box.begin(step, first_sample)
@@ -148,7 +154,8 @@ def train_step(run: Run) -> bool:
     run.progress.enter(Phase.RECORDS, step)
     if _is_due(run, run.config.tracking.histograms_every):
         run.journal.histograms(step, plain(run.model))
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     run.in_flight[step] = InFlight(time.perf_counter() - started, (first_sample, run.loader.position))
     run.black_box.end(run.in_flight[step].step_s)
     run.counters.step = step + 1
@@ -177,11 +184,11 @@ def _handle_records(run: Run, records: list[StepRecord]) -> bool:
     stopped = False
     for record in records:
         run.counters.count(record)
-        _tell_of_saves(run, min(row.num_saves for row in record.per_rank) - run.num_saves)
+        _tell_of_saves(run, int(rank_column(record.per_rank, "num_saves").min()) - run.num_saves)
         run.callbacks.on_step(run, record)
         run.handled_samples = run.in_flight.pop(record.step).samples[1]
         run.checkpointer.observe(record.step + 1, incident=record.reason is not None)
-        stopped = stopped or any(row.stop_requested for row in record.per_rank)
+        stopped = stopped or bool(rank_column(record.per_rank, "stop_requested").any())
         if run.ladder.observe(record) == "rollback":
             break  # the records that follow are of the branch that was left
     return stopped

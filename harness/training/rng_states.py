@@ -30,6 +30,16 @@ class HeldRng(NamedTuple):
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), cuda)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `harness.checkpoint.Rng` loads."""
+        version, words, gauss = self.of_python
+        states: dict[str, Any] = {
+            "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
+            "numpy": self.of_numpy,
+            "torch": self.of_torch,
+        }
+        return states if self.of_cuda is None else {**states, "cuda": self.of_cuda}
+
     def plain(self) -> RngStates:
         """As JSON holds them, those of torch as bytes."""
         version, words, gauss = self.of_python

@@ -14,10 +14,12 @@ from harness.data import Batch, LossSum, Task, run_loss, to_device
 from harness.dist import UnusedParameters, gradient_sync
 from harness.errors import ConfigError
 from harness.training.faults import FaultInjector
+from harness.training.precision import autocast
 from harness.training.progress import Phase, Progress
+from harness.training.recompute import RecomputeCheck
 from harness.training.timer import StepTimer
 
-__all__ = ["MicroBatchGuard", "StepRunner", "autocast"]
+__all__ = ["MicroBatchGuard", "StepRunner"]
 
 
 class MicroBatchGuard(Protocol):
@@ -38,13 +40,6 @@ class MicroBatchGuard(Protocol):
 
     def watch_forward(self) -> AbstractContextManager[None]:
         """Around a forward pass."""
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which forward passes run: bf16 or fp16 where autocast finds it safe, else nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +65,23 @@ class StepRunner:
     """Tokens of a global batch without padding."""
     num_passes: int
     """Forward passes of each rank in a step."""
+    recompute: RecomputeCheck | None = None
+    """Has steps computed twice, now and then."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the seconds of this rank's own computing (`StepTimer`). No
         synchronisation with the device."""
+        if self.recompute is not None and self.recompute.is_due(step):
+            return self.recompute.twice(self, step, micro_batches)
+        return self.once(step, micro_batches)
+
+    def locally(self, step: int, batch: Batch) -> LossSum:
+        """A micro-batch of which the guard hears nothing and whose gradient stays on this rank."""
+        with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
+            return self._forward_backward(step, batch, watched=False)
+
+    def once(self, step: int, micro_batches: Sequence[Batch]) -> float:
+        """What `run` does, whatever the step."""
         self.timer.begin()
         for _ in range(self.num_passes - len(micro_batches)):
             # Another rank has one micro-batch more, and sharded models need as many passes on each.
@@ -91,9 +99,12 @@ class StepRunner:
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
         return self.timer.end()
 
-    def _forward_backward(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:
+    def _forward_backward(
+        self, step: int, batch: Batch, *, weight: float = 1.0, watched: bool = True
+    ) -> LossSum:
         batch = to_device(batch, self.device)
-        with autocast(self.device, self.precision), self.guard.watch_forward():
+        watching = self.guard.watch_forward() if watched else nullcontext()
+        with autocast(self.device, self.precision), watching:
             loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
         if not loss.total.requires_grad:
             raise ConfigError(

@@ -22,6 +22,7 @@ from harness.config import StragglerConfig
 from harness.dist import World, gather
 from harness.records import RankRow, StepRecord
 from harness.runlog import events
+from harness.stability.rank_table import rank_column
 from harness.tracking.resources import describe_gpu
 from harness.training.callbacks import Callback, Rollback, Training
 from harness.training.journal import Journal
@@ -81,8 +82,8 @@ class Window:
 
     def add(self, ranks: Sequence[RankRow]) -> None:
         """A step."""
-        compute_s = np.array([row.compute_s for row in ranks])
-        data_s = np.array([row.data_wait_s for row in ranks])
+        compute_s = rank_column(ranks, "compute_s")
+        data_s = rank_column(ranks, "data_wait_s")
         self.num_steps += 1
         self.seconds += float((compute_s + data_s).max())
         self._compute_s, self._data_s = self._compute_s + compute_s, self._data_s + data_s

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from harness.config import TrainConfig
@@ -17,9 +19,10 @@ from harness.records import Finding, StepRecord
 from harness.stop import StopRequest
 from harness.training.build import build_run
 from harness.training.callbacks import Callback, Training
-from harness.training.loop import train_loop
+from harness.training.loop import Run, train_loop
 from harness.training.silent import RunChecks
 from harness.training.summary import Ending
+from harness.training.trial_checks import State, difference, mode_finding, state_of, step_finding
 
 __all__ = ["training_checks"]
 
@@ -35,19 +38,40 @@ def training_checks(config: TrainConfig, world: World) -> list[Finding]:
     """
     config.check_world(world.world_size)
     with _passing_folder(config, world) as folder, StopRequest() as stop:
-        noted = _Noted()
-        run = build_run(_short(config, folder), world, stop, [noted])
-        run.saved_step = run.config.loop.steps  # its end is not saved: a large model's would take minutes
-        try:
-            train_loop(run)
-        finally:
-            run.guard.close()
-            run.loader.close()
-            run.checkpointer.close()
-            run.journal.close(Ending(status="finished"))
-        return noted.findings + [
-            finding for one in run.callbacks.own if isinstance(one, RunChecks) for finding in one.found
-        ]
+        short = _short(config, folder)
+        findings, saved = _train(short, world, stop)
+        gc.collect()  # of the first run, whose memory the second one needs
+        read = _read_back(replace(short, resume="must"), world, stop)
+        return [*findings, *filter(None, [difference(saved, read)])]
+
+
+def _train(config: TrainConfig, world: World, stop: StopRequest) -> tuple[list[Finding], State]:
+    """What a few steps show, and what the checkpoint at their end holds."""
+    noted = _Noted()
+    run = build_run(config, world, stop, [noted])
+    try:
+        train_loop(run)
+        looked = [mode_finding(run), step_finding(run)]
+        of_run = [one.found for one in run.callbacks.own if isinstance(one, RunChecks)]
+        return [*noted.findings, *chain(*of_run), *filter(None, looked)], state_of(run)
+    finally:
+        _close(run)
+
+
+def _read_back(config: TrainConfig, world: World, stop: StopRequest) -> State:
+    """What another run has once it is built from that checkpoint."""
+    run = build_run(config, world, stop)
+    try:
+        return state_of(run)
+    finally:
+        _close(run)
+
+
+def _close(run: Run) -> None:
+    run.guard.close()
+    run.loader.close()
+    run.checkpointer.close()
+    run.journal.close(Ending(status="finished"))
 
 
 @contextmanager
@@ -86,7 +110,6 @@ class _Noted(Callback):
 
 def _short(config: TrainConfig, folder: str) -> TrainConfig:
     """The same run, but for its length and for what it leaves behind."""
-    replace = dataclasses.replace
     steps = min(config.loop.steps, STEPS)
     return replace(
         config,

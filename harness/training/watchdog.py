@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from harness.config import TrainConfig
-from harness.dist import Heartbeats, write_flight_records
+from harness.dist import Heartbeats, write_flight_records, write_ras_report
 from harness.errors import LostRankError
 from harness.runlog.paths import incidents_dir
 from harness.training.late import RankState, late_ranks, limit_s
@@ -181,6 +181,8 @@ class Watchdog:
         if not self._heartbeats.raise_alarm(alarm):
             return None  # the alarm of the other one comes with the next beat
         self._answer(folder)
+        asking = threading.Thread(target=_ask_nccl, args=(folder,), name="watchdog-ras", daemon=True)
+        asking.start()  # while the ranks answer
         answering = [state.rank for state in states if not state.silent_s]
         said = self._heartbeats.answers(answering, _ANSWER_BEATS * self._beat_s)
         answers = {rank: json.loads(text) for rank, text in said.items()}
@@ -191,6 +193,7 @@ class Watchdog:
         told = [_told(state, answers) for state in culprits[:_MOST_NAMED]]
         if len(culprits) > _MOST_NAMED:
             told.append(f"and {len(culprits) - _MOST_NAMED} more ranks")
+        asking.join(_GRACE_S)
         text, ranks = "; ".join(told), [state.rank for state in culprits]
         _try(lambda: _write_report(folder, text, [_told(state, answers) for state in states]))
         error = self._error(text, ranks, folder)
@@ -303,6 +306,11 @@ def _told(state: RankState, answers: dict[int, dict[str, str]]) -> str:
 def _write_report(folder: Path, text: str, ranks: list[str]) -> None:
     if folder.is_dir():
         (folder / "report.txt").write_text("\n".join([text, "", *ranks, ""]))
+
+
+def _ask_nccl(folder: Path) -> None:
+    if folder.is_dir():
+        _try(lambda: write_ras_report(folder, _GRACE_S))
 
 
 def _try(action: Callable[[], object], timeout_s: float = _GRACE_S) -> None:

@@ -52,7 +52,7 @@ FLOORS = {
 
 # Optional or heavy packages, each the business of one module.
 SOLE_IMPORTERS = {
-    "triton": {"harness/stability/kernels.py"},
+    "triton": {"harness/stability/kernels.py", "harness/stability/adamw_kernels.py"},
     "tensorboard": {"harness/tracking/tensorboard.py", "harness/dashboard/tensorboard_server.py"},
     "wandb": {"harness/tracking/wandb.py"},
     "trackio": {"harness/tracking/trackio.py"},
@@ -94,7 +94,8 @@ MAY_SYNCHRONISE = {
     "harness/stability/stepper.py",  # optimizers that are not fused; it says so
     "harness/stability/fused_check.py",  # a decision that lies on the CPU
     "harness/stability/buffers.py",  # which large buffers are constants, once that has arrived
-    "harness/stability/record_builder.py",  # what the drain has brought to the host
+    "harness/stability/rank_table.py",  # what the drain has brought to the host
+    "harness/stability/record_builder.py",  # the same
     "harness/stability/checks/attention.py",  # like those that follow: `read`, of what is on the host
     "harness/stability/checks/constants.py",
     "harness/stability/checks/inputs.py",
@@ -103,10 +104,15 @@ MAY_SYNCHRONISE = {
     "harness/stability/checks/replicas.py",
     "harness/stability/checks/rows.py",
     "harness/stability/checks/state.py",
+    "harness/stability/checks/targets.py",
     "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
+    "harness/stability/adamw_kernels.py",  # constants of the host, rounded
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/recompute.py",  # `read`, of what is on the host
+    "harness/training/rerun.py",  # passes over the micro-batch of an incident
+    "harness/training/trial_checks.py",  # a trial before the run
 }
 
 

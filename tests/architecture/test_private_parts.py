@@ -222,6 +222,21 @@ def test_fused_optimizers_read_the_verdict(kind: Any, parameter: nn.Parameter) -
     assert torch.equal(parameter.grad, torch.full((4,), 0.5)), f"grad_scale: {users_of('grad_scale')}"
 
 
+def test_muons_two_halves_make_its_step() -> None:
+    from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+    weight = nn.Parameter(torch.zeros(3, 2))
+    weight.grad = torch.arange(6.0).view(3, 2)
+    optimizer = torch.optim.Muon([weight], lr=0.5, nesterov=False, momentum=0.0)
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    update = _zeropower_via_newtonschulz(
+        weight.grad, group["ns_coefficients"], group["ns_steps"], group["eps"]
+    )
+    scaled_lr = _adjust_lr(0.5, group["adjust_lr_fn"], weight.shape)
+    assert torch.equal(weight, torch.zeros(3, 2).add_(update, alpha=-scaled_lr))
+
+
 def test_optimizers_keep_their_step_hooks(parameter: nn.Parameter) -> None:
     module = importlib.import_module("torch.optim.optimizer")
     optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
@@ -294,13 +309,15 @@ def test_fused_optimizers_say_that_they_divide_by_the_scale() -> None:
 
 
 def test_foreach_kernels() -> None:
-    has(torch, "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
+    has(torch, "_foreach_add_", "_foreach_copy_", "_foreach_div_", "_foreach_zero_")
     tensors = [torch.full((2,), 4.0), torch.full((), 8.0)]
     others = [torch.empty(2), torch.empty(())]
     torch._foreach_copy_(others, tensors)
     assert all(map(torch.equal, tensors, others))
     torch._foreach_div_(tensors, 2.0)
     assert [tensor.max().item() for tensor in tensors] == [2.0, 4.0]
+    torch._foreach_add_(tensors, [torch.tensor(1.0)] * 2)
+    assert [tensor.max().item() for tensor in tensors] == [3.0, 5.0]
     torch._foreach_zero_(tensors)
     assert not any(tensor.any() for tensor in tensors)
 
@@ -351,6 +368,20 @@ def test_modules_keep_buffers_in_tables() -> None:
     assert module._non_persistent_buffers_set == {"passing"}
     module._buffers["saved"] = other = torch.zeros(1)
     assert module.saved is other
+
+
+def test_a_step_is_run_on_tensors_without_data() -> None:
+    fake_tensor = importlib.import_module("torch._subclasses.fake_tensor")
+    fake_pg = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    has(fake_tensor, "FakeTensorMode", "DataDependentOutputException")
+    has(fake_pg, "FakeStore")
+    has(torch.utils._python_dispatch, "TorchDispatchMode")
+    has(torch.utils._pytree, "tree_leaves")
+    with fake_tensor.FakeTensorMode():
+        product = torch.ones(2, 3) @ torch.ones(3, 4)
+        assert product.shape == (2, 4)
+        with pytest.raises(fake_tensor.DataDependentOutputException):
+            product[0, 0].item()
 
 
 def test_tensors_count_what_is_written_to_them() -> None:

@@ -13,7 +13,7 @@ from harness.checkpoint import Checkpointer, PerRank, Rng, writer
 from harness.config import OptimConfig, ParallelConfig
 from harness.dist import World, distribute, plain
 from harness.errors import CheckpointError
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
 from tests.support.checkpoints import TinyModel, TinyRun, digest, whole
 from tests.support.distributed import run_ranks
 
@@ -226,15 +226,16 @@ def go_on(
     torch.manual_seed(0)
     model = distribute(TinyModel(), ParallelConfig(strategy=strategy), world)  # type: ignore[arg-type]
     settings = OptimConfig(name=optimizer_name, lr=0.05)  # type: ignore[arg-type]
-    optimizer = build_optimizer(model, settings, is_sharded=strategy == "fsdp")
-    state = {"model": plain(model), "optimizer": optimizer}
+    optimizers = build_optimizers(model, settings, is_sharded=strategy == "fsdp")
+    state = {"model": plain(model), **optimizers}
     with Checkpointer(directory) as checkpointer:
         step = checkpointer.load(state) or 0
         for seed in seeds:
             tokens = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(seed))
             model(tokens).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
         checkpointer.save(step + len(seeds), state)
     weights = plain(model).state_dict()
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
@@ -243,7 +244,7 @@ def go_on(
 def reshard_every_optimizer(rank: int, world_size: int, directory: str) -> list[str]:
     world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
     wrong = []
-    for optimizer in ("adamw", "sgd", "adagrad"):
+    for optimizer in ("adamw", "sgd", "adagrad", "muon"):
         whole = go_on(world, f"{directory}/{optimizer}", "ddp", optimizer, 0, 1, 2, 3)
         for before, after in (("ddp", "fsdp"), ("fsdp", "ddp")):
             parts = f"{directory}/{optimizer}-{before}"

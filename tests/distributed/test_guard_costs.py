@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.stability import Check, Reading, StepGuard, rank_statistics, sources
+from harness.stability import Check, Reading, StepGuard, before, rank_statistics, sources
 from harness.stability.checks import samples, state
 from harness.stability.checks.base import Arrived, StepView
 from harness.stability.verdict import Decision
@@ -72,6 +72,38 @@ def _as_on_cuda(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:
     return torch.stack(rows)
 
 
+def _muon(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    matrices, vectors = ([p for p in parameters if (p.dim() == 2) == wanted] for wanted in (True, False))
+    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(vectors, fused=True)]
+
+
+UNFUSED: dict[str, Any] = {
+    "sgd-foreach": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "muon": _muon,
+}
+
+
+@pytest.mark.parametrize("undo", ["auto", "never"])
+@pytest.mark.parametrize("name", UNFUSED)
+def test_what_keeps_nothing_on_the_host_asks_it_nothing(
+    name: str, undo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sources, before):
+        monkeypatch.setattr(module, "tensor_statistics", _as_on_cuda)
+    monkeypatch.setattr(Decision, "is_on_host", False)
+    model = make_model()
+    guard = StepGuard(model, UNFUSED[name](list(model.parameters())), sample_every=0, undo=undo, lag_steps=9)
+    reads = []
+    for step in range(3):
+        loss = nn.functional.mse_loss(model(batch(step)[0]), batch(step)[1])
+        loss.backward()
+        with _host_reads() as seen:
+            guard.step(loss)
+        model.zero_grad()
+        reads.append(seen)
+    assert reads[1:] == [[], []], reads
+
+
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad"])
 def test_no_value_is_read_between_backward_and_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "tensor_statistics", _as_on_cuda)
@@ -104,16 +136,20 @@ def test_no_value_is_read_between_backward_and_optimizer(name: str, monkeypatch:
     assert reads == [[] if name == "adagrad" else ["tolist"], [], []]
 
 
-def test_an_optimizer_that_is_not_fused_costs_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "tensor_statistics", _as_on_cuda)
+@pytest.mark.parametrize(("undo", "reads"), [("never", ["tolist"]), ("auto", ["tolist", "__bool__"])])
+def test_an_optimizer_that_counts_on_the_host_costs_one_read_and_its_undoing_another(
+    undo: str, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sources, before):
+        monkeypatch.setattr(module, "tensor_statistics", _as_on_cuda)
     model = make_model()
-    guard = StepGuard(model, OPTIMIZERS["rmsprop"](model.parameters()), sample_every=0)
+    guard = StepGuard(model, OPTIMIZERS["rmsprop"](model.parameters()), sample_every=0, undo=undo)
     for _ in range(2):
         loss = nn.functional.mse_loss(model(batch(0)[0]), batch(0)[1])
         loss.backward()
         with _host_reads() as seen:
             guard.step(loss)
-        assert seen == ["tolist"]
+        assert [name for name in seen if name != "_local_scalar_dense"] == reads
 
 
 def _two_sizes(rank: int, world_size: int, wrap: str) -> list[list[tuple[int, int]]]:

@@ -269,6 +269,10 @@ def _forgotten_scaler(rank: int, world_size: int) -> None:
     switched_off.scale(loss).backward()
     guard.step(loss, scaler=switched_off)
     assert guard.drain(wait=True)[0].loss_scale == 1.0
+    del scaler  # else it is the one that is found
+    unasked = StepGuard(model, optimizer)  # as a loop in bf16 has it, with `enabled=dtype == "float16"`
+    unasked.step(_backward(model, 2, 0))
+    assert unasked.drain(wait=True)[0].loss_scale == 1.0
 
 
 def test_a_scaler_that_was_not_handed_over_is_found() -> None:

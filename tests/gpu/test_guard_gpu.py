@@ -12,7 +12,7 @@ from torch import nn
 from harness.config import OptimConfig
 from harness.records import StepRecord
 from harness.stability import StepGuard
-from harness.training.optim import build_optimizer
+from harness.training.optim import build_optimizers
 from tests.support.cuda import no_synchronisation
 from tests.support.guarded import OPTIMIZERS, batch, make_model, snapshot, worst_difference
 
@@ -77,7 +77,7 @@ def test_buffers_are_brought_back_without_waiting_for_the_device() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad"])
 def test_every_optimizer_of_the_configuration_can_be_guarded(name: Any) -> None:
     model = make_model().cuda()
-    guard = StepGuard(model, build_optimizer(model, OptimConfig(name=name), is_sharded=False))
+    guard = StepGuard(model, [*build_optimizers(model, OptimConfig(name=name), is_sharded=False).values()])
     for step in range(3):
         inputs, targets = (tensor.cuda() for tensor in batch(step))
         loss = nn.functional.mse_loss(model(inputs), targets)

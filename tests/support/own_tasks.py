@@ -87,12 +87,20 @@ def own_config(folder: Path, build: Callable[[TrainConfig], Any], *more: str) ->
     return parse_arguments([*(f"--{key}={value}" for key, value in settings.items()), *more])
 
 
-def run_loop(config: TrainConfig, world: World = ALONE, callbacks: Sequence[Callback] = ()) -> Run:
-    """Builds a run and trains it to its end; without mirrors and pictures, which take longer than that."""
+def run_loop(
+    config: TrainConfig,
+    world: World = ALONE,
+    callbacks: Sequence[Callback] = (),
+    *,
+    begin: Callable[[Run], Any] = lambda run: None,
+) -> Run:
+    """Builds a run and trains it to its end; without mirrors and pictures, which take longer than that.
+    `begin` is called just before the first step."""
     no_mirrors = patch("harness.tracking.recorder.start_mirrors", lambda *_: MirrorHandle(None))
     with no_mirrors, StopRequest() as stop:
         run = build_run(config, world, stop, callbacks)
         try:
+            begin(run)
             train_loop(run)
         finally:
             run.guard.close()

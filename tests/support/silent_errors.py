@@ -378,6 +378,140 @@ def optimizer_leaves_nan(broken: bool) -> list[str]:
     return [name for name in found if name not in ("gradient", "incident")]
 
 
+class Speaker(nn.Module):
+    """Gives logits of the next token, as a language model does."""
+
+    def __init__(self, classes: int = 11) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(classes, 8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def sentences(number: int, length: int = 20, num: int = 4) -> Tensor:
+    """`[num, length]` int64, a function of the arguments alone."""
+    return torch.randint(0, 11, (num, length), generator=torch.Generator().manual_seed(number))
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor, *, shift: int = 1, **settings: Any) -> Tensor:
+    logits = model(tokens)[:, : tokens.shape[1] - shift]
+    targets = tokens[:, shift:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **settings)
+
+
+def accumulation(divisor: float, *, lengths: tuple[int, ...] = (20, 20, 20, 20)) -> list[str]:
+    model = Speaker()
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        for place, length in enumerate(lengths):
+            loss = next_token_loss(model, sentences(10 * number + place, length))
+            (loss / divisor).backward()
+        return loss.detach()
+
+    return found_in(model, adamw(model), step=step)
+
+
+def micro_batches_not_divided(broken: bool) -> list[str]:
+    return accumulation(1 if broken else 4)
+
+
+def micro_batches_divided_twice(broken: bool) -> list[str]:
+    return accumulation(16 if broken else 4)
+
+
+def mean_of_the_means_of_ragged_micro_batches(broken: bool) -> list[str]:
+    if broken:
+        return accumulation(3, lengths=(8, 16, 30))
+    model, lengths = Speaker(), (8, 16, 30)
+    num_tokens = sum(4 * (length - 1) for length in lengths)
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        for place, length in enumerate(lengths):
+            loss = next_token_loss(model, sentences(10 * number + place, length), reduction="sum")
+            (loss / num_tokens).backward()
+        return loss.detach()
+
+    return found_in(model, adamw(model), step=step)
+
+
+def shifted(shift: int) -> list[str]:
+    model = Speaker()
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        loss = next_token_loss(model, sentences(number), shift=shift)
+        loss.backward()
+        return loss.detach()
+
+    return found_in(model, adamw(model), step=step)
+
+
+def labels_shifted_twice(broken: bool) -> list[str]:
+    return shifted(2 if broken else 1)
+
+
+def labels_not_shifted(broken: bool) -> list[str]:
+    return shifted(0 if broken else 1)
+
+
+def epochs_in_one_order(broken: bool) -> list[str]:
+    model, num = network(), 12
+    orders = [torch.randperm(4 * num, generator=torch.Generator().manual_seed(e)) for e in range(3)]
+    data = points(0, size=4 * num)
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        epoch, place = divmod(number, num)
+        return square(model, data[orders[0 if broken else epoch].view(num, 4)[place]])
+
+    return found_in(model, adamw(model), step=step, num_steps=36)
+
+
+def workers_with_the_same_stream(broken: bool) -> list[str]:
+    model = network()
+    return found_in(
+        model,
+        adamw(model),
+        step=lambda number, guard: square(model, points(number // 2 if broken else number)),
+    )
+
+
+def schedule_that_ends_too_early(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)
+
+    def after(number: int, guard: StepGuard) -> None:
+        for _ in range(4 if broken else 1):
+            if not broken and number > 17:
+                return
+            schedule.step()
+
+    return found_in(model, optimizer, after=after, num_steps=60)
+
+
+def resumed_without_moments(broken: bool) -> list[str]:
+    model = network()
+    optimizer = adamw(model)
+    with StepGuard(model, optimizer) as guard:
+        for number in range(3):
+            guard.step(square(model, points(number)))
+            optimizer.zero_grad()
+    again = adamw(model)
+    if not broken:
+        again.load_state_dict(optimizer.state_dict())
+    findings = []
+    with StepGuard(model, again) as resumed:
+        resumed.load_state_dict(guard.state_dict())
+        for number in range(3, 14):
+            resumed.step(square(model, points(number)))
+            again.zero_grad()
+    for record in resumed.drain(wait=True):
+        findings += [finding.check for finding in record.findings]
+    return findings
+
+
 ALONE: dict[Loop, str] = {
     gradients_not_cleared: "cleared",
     wrong_model_cleared: "cleared",
@@ -407,5 +541,14 @@ ALONE: dict[Loop, str] = {
     bit_flipped_in_a_moment: "incident",
     written_behind_torchs_back: "state",
     optimizer_leaves_nan: "state",
+    micro_batches_not_divided: "accumulation",
+    micro_batches_divided_twice: "accumulation",
+    mean_of_the_means_of_ragged_micro_batches: "accumulation",
+    labels_shifted_twice: "targets",
+    labels_not_shifted: "targets",
+    epochs_in_one_order: "repeated batch",
+    workers_with_the_same_stream: "repeated batch",
+    schedule_that_ends_too_early: "rate",
+    resumed_without_moments: "resumed",
 }
 """Loops of one process, and the check that names each."""

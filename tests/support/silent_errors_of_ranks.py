@@ -48,6 +48,28 @@ def same_dropout_on_all_ranks(broken: bool, rank: int) -> list[str]:
     return found_in(model, adamw(model), rank=rank)
 
 
+def samples_in_another_order_on_each_rank(broken: bool, rank: int) -> list[str]:
+    model = DistributedDataParallel(network())
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        batch = points(number, rank=0 if broken else rank)
+        return square(model, batch[torch.randperm(6, generator=torch.Generator().manual_seed(rank))])
+
+    return found_in(model, adamw(model), step=step, rank=rank)
+
+
+def each_rank_goes_through_all_of_the_data(broken: bool, rank: int) -> list[str]:
+    model = DistributedDataParallel(network())
+    data = points(0, size=1200)
+    order = torch.randperm(1200, generator=torch.Generator().manual_seed(rank if broken else 0))
+    slices = order if broken else order[rank::2]
+
+    def step(number: int, guard: StepGuard) -> Tensor:
+        return square(model, data[slices[12 * number : 12 * number + 12]])
+
+    return found_in(model, adamw(model), step=step, rank=rank, num_steps=48)
+
+
 class Masked(nn.Module):
     """Two layers and a constant mask between them."""
 
@@ -83,6 +105,8 @@ TOGETHER: dict[Callable[[bool, int], list[str]], str] = {
     wrapper_bypassed: "incident",
     replicas_differ: "incident",
     same_data_on_all_ranks: "shared batch",
+    samples_in_another_order_on_each_rank: "shared batch",
+    each_rank_goes_through_all_of_the_data: "overlapping slices",
     same_dropout_on_all_ranks: "generators",
     constant_buffers_differ: "constants",
     bit_flipped_in_a_shard: "incident",

@@ -99,24 +99,64 @@ def test_a_scalar_that_is_clamped_is_no_fault_of_memory() -> None:
     assert found == ["state"]
 
 
-def test_one_place_that_changes_again_and_again_is_a_programs() -> None:
+def reading_of(*places: tuple[int, int, int]) -> tuple[bool, int]:
+    """Whether the state check calls it a flipped bit, and the number of its findings; `places` are what it
+    sends: the place plus 1, the difference, whether it was seen before."""
     model = network(first=nn.Linear(4, 16))
     layout = Layout.of(model.named_parameters(), of=list(model.parameters()))
-    check, unchanged = StateCheck(GuardConfig()), torch.zeros(1, len(layout), 4, dtype=torch.int64)
-    unchanged[:, :, 2] = 1
-    changed = unchanged.clone()
-    changed[0, 0, 0] = 1 << 20
+    numbers = torch.zeros(1, 5, 4, dtype=torch.int64)
+    numbers[0, 0, 0] = len(places)
+    for row, place in enumerate(places, start=1):
+        numbers[0, row, :3] = torch.tensor(place)
+    arrived = Arrived(step=0, layout=layout, num_replicas=1, divisor=1.0)
+    reading = StateCheck(GuardConfig()).read(numbers, arrived)
+    return reading.reason is not None, len(reading.findings)
 
-    def read(numbers: Tensor) -> tuple[bool, int]:
-        reading = check.read(numbers, Arrived(step=0, layout=layout, num_replicas=1, divisor=1.0))
-        return reading.reason is not None, len(reading.findings)
 
-    assert [read(one) for one in [unchanged] * 3] == [(False, 0)] * 3
-    assert read(changed) == (True, 0)
-    assert read(changed) == (False, 1)
-    changed[0, 0, 0] = 3 << 20  # what the weights of optimizer state explain, and a parameter's do not
-    check = StateCheck(GuardConfig())
-    assert read(changed) == (False, 0)
+def test_what_is_a_flipped_bit_and_what_a_program_does() -> None:
+    assert reading_of() == (False, 0)
+    assert reading_of((1, 1 << 20, 0)) == (True, 0)
+    assert reading_of((1, 1 << 20, 1)) == (False, 1)  # again and again
+    assert reading_of((1, 3 << 20, 0)) == (
+        False,
+        1,
+    )  # what the weights of state explain, and a parameter's not
+    assert reading_of((2, 3 << 20, 0)) == (True, 0)
+
+
+def test_where_a_loop_writes_by_design_it_is_not_named_and_a_flip_elsewhere_is() -> None:
+    model = network(first=nn.Linear(4, 16), last=nn.Linear(16, 3))
+    flips: list[bool] = []
+
+    def after(number: int, guard: StepGuard) -> None:
+        model.last.weight.data.clamp_(-0.05, 0.05)
+        if flips and number == 9:
+            model.first.weight.detach().view(torch.int32).numpy()[1, 2] ^= 1 << 20
+
+    optimizer = adamw(model, lr=0.1)
+    assert found_in(model, optimizer, after=after, state_every=1) == []
+    flips.append(True)
+    assert found_in(model, optimizer, after=after, state_every=1) == ["incident"]
+
+
+def test_what_the_state_check_sends_does_not_grow_with_the_model() -> None:
+    sizes = set()
+    for num_layers in (1, 30):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(num_layers)))
+        optimizer = torch.optim.SGD(model.parameters())
+        with StepGuard(model, optimizer, state_every=1) as guard:
+            check = guard._checks._checks["state"]
+            measure = check.measure
+            check.measure = lambda view, measure=measure: note(sizes, measure(view))  # type: ignore[method-assign]
+            for number in range(3):
+                guard.step(square(model, points(number)))
+                optimizer.zero_grad()
+    assert sizes == {(5, 4)}
+
+
+def note(sizes: set[tuple[int, ...]], sent: Tensor) -> Tensor:
+    sizes.add(tuple(sent.shape))
+    return sent
 
 
 def test_gradients_that_are_zeroed_through_data_are_cleared() -> None:

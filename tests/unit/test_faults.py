@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.config import FaultConfig, parse_arguments
 from harness.data import Batch, LossSum
 from harness.errors import ConfigError
-from harness.training.faults import FaultInjector
+from harness.training.faults import FaultInjector, possible_faults
 
 
 def network() -> nn.Module:
@@ -269,6 +269,25 @@ def test_a_run_that_is_read_again_may_have_had_more_steps() -> None:
 def test_a_fault_that_cannot_strike_is_refused_before_the_run(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_arguments(arguments).check_world(2)
+
+
+def test_faults_of_ranks_that_are_gone_after_a_shrink_are_told_once_and_strike_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = parse_arguments(
+        [
+            "--faults=[{step: 1, rank: 2}, {step: 2, rank: 1}, {step: 3, micro_batch: 1}]",
+            "--loop.micro_batch=4",
+            "--loop.global_batch=8",
+        ]
+    )
+    config.check_world(2, may_be_uneven=True)
+    assert [fault.step for fault in possible_faults(config, rank=1, world_size=2)] == [2]
+    assert caplog.text == ""
+    possible_faults(config, rank=0, world_size=2)
+    assert "there are only 2 ranks: nan in gradient of rank 2, step 1" in caplog.text
+    assert "a step has 1 on each rank, counted from 0: nan in gradient of rank 0, step 3" in caplog.text
+    assert [fault.step for fault in possible_faults(config, rank=0, world_size=1)] == [3]
 
 
 def test_a_run_that_goes_on_has_earlier_faults_behind_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,9 +15,9 @@ from harness.config import TrainConfig
 from harness.data import Task
 from harness.errors import ReplayError
 from harness.replay import replay
-from harness.replay.arms import judge_sound
 from harness.replay.compare import Parting
 from harness.replay.history import read_history
+from harness.replay.judgement import judge_sound
 from harness.replay.ranks import RanksInTurn
 from harness.replay.story import story
 from harness.replay.trace import Tracer
@@ -207,7 +207,7 @@ def test_the_optimizer_is_the_runs(strategy: str, tmp_path: Path) -> None:
     ranks = RanksInTurn(
         config, world_size=2, device=torch.device("cpu"), precision="fp32", schedule_steps=6, faults=()
     )
-    assert ranks.optimizer.defaults["fused"] == (strategy == "ddp")
+    assert ranks.optimizers[0].defaults["fused"] == (strategy == "ddp")
 
 
 def test_other_data_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

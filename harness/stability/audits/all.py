@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +18,8 @@ from harness.stability.audits.forward import ForwardWatch
 from harness.stability.audits.modes import EvaluationModeAudit, TrainingModeAudit
 from harness.stability.audits.outside import OutsideAudit
 from harness.stability.audits.parameters import AttributesAudit, FrozenAudit, MembershipAudit, TiesAudit
+from harness.stability.audits.rate import RateAudit
+from harness.stability.audits.resumed import ResumedAudit
 from harness.stability.audits.wrapper import BatchAudit, CalledAudit
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.cadence import is_look
@@ -40,13 +41,13 @@ AUDITS: tuple[Callable[[], Audit], ...] = (
     TrainingModeAudit,
     EvaluationModeAudit,
     EvaluationAudit,
+    RateAudit,
+    ResumedAudit,
 )
 """The place in it is what travels."""
 
 MAX_FOUND = 4
 """That a rank says at one look; what is left comes with the next."""
-
-logger = logging.getLogger(__name__)
 
 
 class AuditsCheck(Check):
@@ -55,16 +56,16 @@ class AuditsCheck(Check):
     name = "audits"
     every_step = True
 
-    def __init__(self, config: GuardConfig) -> None:
+    def __init__(self, config: GuardConfig, forward: ForwardWatch) -> None:
+        self._forward = forward
         self.every = 1 if config.silent_errors == "on" else 0
         self.every_step = self.every > 0
         self._audits: tuple[Audit, ...] = tuple(make() for make in AUDITS)
         self._sent: set[tuple[int, Found]] = set()
-        self._has_said_unseen = False
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         if self.every:
-            self._model, self._optimizers, self._forward = model, optimizers, ForwardWatch(model)
+            self._model, self._optimizers = model, optimizers
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and is_look(step)
@@ -91,7 +92,6 @@ class AuditsCheck(Check):
         scene = self._scene(view)
         for audit in self._audits:
             audit.after_update(scene)
-        self._forward.clear()
 
     def measure(self, view: StepView) -> Tensor:
         """`[MAX_FOUND, 3]` int64: number of the audit plus 1 (0: nothing), row, value."""
@@ -103,7 +103,6 @@ class AuditsCheck(Check):
             if (number, found._replace(value=0)) not in self._sent
         ][:MAX_FOUND]
         self._sent.update((number, found._replace(value=0)) for number, found in new)
-        self._say_unseen(scene)
         table = [[number + 1, *found] for number, found in new] + [[0, 0, 0]] * (MAX_FOUND - len(new))
         device = view.rows.device
         host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -133,14 +132,14 @@ class AuditsCheck(Check):
     def forget(self) -> None:
         for audit in self._audits:
             audit.forget()
-        if self.every:
-            self._forward.clear()
 
     def close(self) -> None:
         for audit in self._audits:
             audit.close()
-        if self.every:
-            self._forward.close()
+
+    def unseen(self, view: StepView) -> list[str]:
+        scene = self._scene(view)
+        return [f"{audit.name} ({why})" for audit in self._audits if (why := audit.unseen(scene))]
 
     def _finding(
         self, number: int, row: int, value: int, ranks: list[int], arrived: Arrived, num_ranks: int
@@ -164,12 +163,3 @@ class AuditsCheck(Check):
             layout=view.layout,
             forward=self._forward,
         )
-
-    def _say_unseen(self, scene: Scene) -> None:
-        """Says once, after the first steps, what cannot be seen in this loop."""
-        if self._has_said_unseen or scene.step == 0:
-            return
-        self._has_said_unseen = True
-        blind = [f"{audit.name} ({why})" for audit in self._audits if (why := audit.unseen(scene))]
-        if blind:
-            logger.info("checks for silent errors that see nothing in this loop: %s", "; ".join(blind))

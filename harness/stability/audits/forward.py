@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.stability.checks.fingerprint import fingerprint
+from harness.stability.checks.fingerprint import fingerprint, sample_fingerprints
 from harness.stability.inert import ForwardHook
 
-__all__ = ["ForwardWatch", "is_active_in_training", "is_dropout", "tensors_in"]
+__all__ = ["ForwardWatch", "SeenBatch", "is_active_in_training", "is_dropout", "tensors_in"]
 
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -23,21 +23,31 @@ MAX_CALLS = 8
 """Of a step, whose inputs are looked at."""
 
 
-class ForwardWatch:
-    """Notes the forward passes since the last step. Of a model that is compiled as a whole, or that the loop
-    does not call itself (a part of it, say), it sees nothing.
+class SeenBatch(NamedTuple):
+    """What went into one forward pass, on the device."""
 
-    Args:
-        fingerprints: Whether to take some of the inputs, a few small kernels each.
+    samples: Tensor
+    """`[n]` int64, fingerprints of some samples; of nothing but scalars there are none."""
+    whole: Tensor
+    """0-d int64, of everything."""
+
+
+class ForwardWatch:
+    """Notes the forward passes since the last step, for all checks of a guard. Of a model that is compiled as
+    a whole, or that the loop does not call itself (a part of it, say), it sees nothing.
+
+    The inputs of up to `MAX_CALLS` passes of a step are looked at, by a few small kernels each.
     """
 
-    def __init__(self, model: nn.Module, *, fingerprints: bool = False) -> None:
-        self._takes_fingerprints = fingerprints
-        self._has_modes = any(is_active_in_training(module) for module in model.modules())
+    def __init__(self) -> None:
+        self._has_modes = False
+        self._handle: RemovableHandle | None = None
         self.clear()
-        self._handle: RemovableHandle | None = model.register_forward_pre_hook(
-            ForwardHook(self._see), with_kwargs=True
-        )
+
+    def attach(self, model: nn.Module) -> None:
+        """Sees the passes of `model` from now on."""
+        self._has_modes = any(is_active_in_training(module) for module in model.modules())
+        self._handle = model.register_forward_pre_hook(ForwardHook(self._see), with_kwargs=True)
 
     def clear(self) -> None:
         """Begins the next step."""
@@ -45,8 +55,10 @@ class ForwardWatch:
         """With a graph, so for a backward pass."""
         self.num_reading = 0
         """Without a graph, in training mode, of a model for which that makes a difference."""
-        self.fingerprints: list[Tensor] = []
-        """0-d int64, of all tensors that went into the first `MAX_CALLS` of those with a graph."""
+        self.batches: list[SeenBatch] = []
+        """Of the first of those with a graph."""
+        self.tokens: Tensor | None = None
+        """`[B, T]`, the first whole numbers that went into the pass under way: token ids, as a rule."""
         self.lengths: tuple[int, int] | None = None
         """First dimensions of inputs and labels that did not agree."""
 
@@ -70,11 +82,24 @@ class ForwardWatch:
         # Within vmap and grad inputs are wrappers that end with the call.
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return
-        if self._takes_fingerprints and self.num_training <= MAX_CALLS:
+        if self.num_training <= MAX_CALLS:
+            tensors = list(filter(_is_plain, tensors_in((args, kwargs))))
+            self.tokens = next((one for one in tensors if one.dim() == 2 and one.dtype == torch.int64), None)
             with torch.no_grad():
-                tensors = filter(_is_plain, tensors_in((args, kwargs)))
-                self.fingerprints += [fingerprint(tensor) for tensor in tensors]
+                self.batches += [_seen(tensors)] if tensors else []
         self.lengths = self.lengths or _disagreeing({**kwargs, **_named(args)})
+
+
+def _seen(tensors: Sequence[Tensor]) -> SeenBatch:
+    """Samples are by the first dimension; what has another one belongs to none of them."""
+    size = next((len(one) for one in tensors if one.dim()), 0)
+    of_samples = [sample_fingerprints(one) for one in tensors if one.dim() and len(one) == size]
+    others = [fingerprint(one) for one in tensors if not one.dim() or len(one) != size]
+    if not of_samples:
+        return SeenBatch(others[0].new_zeros(0), sum(others[1:], others[0]))
+    # Mixed with their place, so that equal inputs and labels do not cancel.
+    samples = sum(((2 * place + 3) * one for place, one in enumerate(of_samples[1:])), of_samples[0])
+    return SeenBatch(samples, sum(others, samples.sum()))
 
 
 def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:

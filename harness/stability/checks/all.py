@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,8 +13,11 @@ from harness.config import GuardConfig
 from harness.errors import ConfigError
 from harness.records import Finding
 from harness.stability.audits.all import AuditsCheck
+from harness.stability.audits.forward import ForwardWatch
+from harness.stability.before import UPDATE
 from harness.stability.checks.attention import AttentionCheck
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
+from harness.stability.checks.cadence import is_look
 from harness.stability.checks.constants import ConstantsCheck
 from harness.stability.checks.inputs import InputsCheck
 from harness.stability.checks.movement import MovementCheck
@@ -23,11 +27,14 @@ from harness.stability.checks.rows import RowsCheck
 from harness.stability.checks.samples import SamplesCheck
 from harness.stability.checks.scale import ScaleCheck
 from harness.stability.checks.state import StateCheck
+from harness.stability.checks.targets import TargetsCheck
 from harness.stability.optimizers import Optimizers
 from harness.stability.packing import Packet
 from harness.user_code import load_function, made_by_user, user_code
 
 __all__ = ["Checks", "load_checks"]
+
+logger = logging.getLogger(__name__)
 
 MAX_FINDINGS = 4
 """That one check says in a run."""
@@ -37,14 +44,19 @@ BUNDLED: tuple[Callable[[GuardConfig], Check], ...] = (
     AttentionCheck,
     ReplicaCheck,
     SamplesCheck,
-    AuditsCheck,
     MovementCheck,
-    InputsCheck,
     StateCheck,
     ConstantsCheck,
     PrecisionCheck,
     ScaleCheck,
 )
+
+OF_FORWARD: tuple[Callable[[GuardConfig, ForwardWatch], Check], ...] = (
+    AuditsCheck,
+    InputsCheck,
+    TargetsCheck,
+)
+"""Those that look at forward passes, through one hook."""
 
 
 class Checks:
@@ -62,8 +74,11 @@ class Checks:
         self._users = {id(check) for check in users}
         self._said: dict[str, dict[tuple[int | None, str | None], int]] = {}
         """By check, what was found, by rank and parameter, and in which step it was said."""
-        for check in (*(make(config) for make in BUNDLED), *users):
-            if check.name in self._checks or check.name in ("rank_statistics", "summary"):
+        self._forward = ForwardWatch() if config.silent_errors == "on" else None
+        self._has_said_unseen = self._forward is None
+        of_forward = [make(config, self._forward or ForwardWatch()) for make in OF_FORWARD]
+        for check in (*(make(config) for make in BUNDLED), *of_forward, *users):
+            if check.name in self._checks or check.name in ("rank_statistics", "summary", UPDATE):
                 raise ConfigError(f"two checks are called {check.name!r}", rule="each has a name of its own")
             self._checks[check.name] = check
 
@@ -78,6 +93,8 @@ class Checks:
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         """Once, when the guard is made."""
+        if self._forward is not None:
+            self._forward.attach(model)
         for check in self._checks.values():
             with self._code_of(check, "attach"):
                 check.attach(model, optimizers)
@@ -122,6 +139,10 @@ class Checks:
             if check.every_step:
                 with self._code_of(check, "after_update"):
                     check.after_update(view)
+        if self._forward is not None:
+            self._forward.clear()
+        if not self._has_said_unseen and view.step > 0 and is_look(view.step):
+            self._say_unseen(view)
 
     def before_update(self, view: StepView) -> None:
         """Just before the optimizer's step."""
@@ -142,13 +163,24 @@ class Checks:
 
     def forget(self) -> None:
         """The run goes on from another state."""
+        if self._forward is not None:
+            self._forward.clear()
         for check in self._checks.values():
             check.forget()
 
     def close(self) -> None:
         """Takes out what checks have hung on the model."""
+        if self._forward is not None:
+            self._forward.close()
         for check in self._checks.values():
             check.close()
+
+    def _say_unseen(self, view: StepView) -> None:
+        """Says once, after the first steps, what cannot be seen in this loop."""
+        self._has_said_unseen = True
+        blind = [what for check in self._checks.values() for what in check.unseen(view)]
+        if blind:
+            logger.info("checks for silent errors that see nothing in this loop: %s", "; ".join(blind))
 
     def _unsaid(self, findings: Sequence[Finding], step: int) -> list[Finding]:
         """Those that were not said at an earlier step; a record may be made twice."""

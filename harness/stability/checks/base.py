@@ -38,6 +38,8 @@ class StepView:
     num_replicas: int
     applied_t: Tensor
     """0-d bool: whether the step before was applied; False before the first."""
+    counts_tokens: bool
+    """Whether the loop tells how many tokens its losses are of, and the guard divides by them."""
     loss_scale_t: Tensor
     """0-d fp32, with which the backward pass was made; 1 without loss scaling."""
 
@@ -133,6 +135,10 @@ class Check(abc.ABC):
             numbers: `[W, ...]` float64 or int64 on the host: what `measure` gave on each rank; `[S, ...]`
                 with `same_on_replicas`.
         """
+
+    def unseen(self, view: StepView) -> Sequence[str]:
+        """What it cannot see in this loop, and why, in words; asked once, after the first steps."""
+        return ()
 
     def forget(self) -> None:
         """Drops what is kept of steps under way: the run goes on from another state."""

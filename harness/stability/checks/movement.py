@@ -43,13 +43,14 @@ class MovementCheck(Check):
         self._has_rate: Tensor
         self._partly: Tensor | None = None
         """`[P]` bool: whose gradient was missing on some ranks in the window before."""
-        self._cached: tuple[tuple[bool, ...], Tensor] | None = None
+        self._rates_of: tuple[tuple[bool, ...], Layout, Tensor] | None = None
+        """Which groups have a rate, and the flags that follow from it for a layout."""
 
     def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
 
     def forget(self) -> None:
-        self._layout = self._partly = None
+        self._layout = self._partly = self._rates_of = None
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and is_window_end(step)
@@ -135,24 +136,21 @@ class MovementCheck(Check):
 
     def _rates(self, view: StepView) -> Tensor:
         """`[P]` bool: whose learning rate is not 0; one that lies on the device is not read."""
-        positive = {
-            id(p)
-            for optimizer in self._optimizers.unwrapped
-            for group in optimizer.param_groups
-            if isinstance(group.get("lr", 1.0), Tensor) or group.get("lr", 1.0) != 0
-            for p in group["params"]
-        }
-        return self._flags([id(p) in positive for p in view.layout.parameters])
+        groups = [group for optimizer in self._optimizers.unwrapped for group in optimizer.param_groups]
+        have_rate = tuple(isinstance(rate := g.get("lr", 1.0), Tensor) or rate != 0 for g in groups)
+        cached = self._rates_of
+        if cached is None or cached[0] != have_rate or cached[1] is not view.layout:
+            positive = {
+                id(p) for g, has_rate in zip(groups, have_rate, strict=True) if has_rate for p in g["params"]
+            }
+            flags = self._flags([id(p) in positive for p in view.layout.parameters])
+            cached = self._rates_of = (have_rate, view.layout, flags)
+        return cached[2]
 
     def _flags(self, values: list[bool]) -> Tensor:
-        """On the device; copied there once for each combination that lasts."""
-        key = tuple(values)
-        cached = self._cached
-        if cached is None or cached[0] != key or cached[1].device != self._sums.device:
-            device = self._sums.device
-            host = torch.tensor(values, pin_memory=device.type == "cuda")
-            cached = self._cached = (key, host.to(device, non_blocking=True))
-        return cached[1]
+        """On the device, without a wait."""
+        host = torch.tensor(values, pin_memory=self._sums.is_cuda)
+        return host.to(self._sums.device, non_blocking=True)
 
 
 def _without_lone_biases(rows: list[int], layout: Layout) -> list[int]:

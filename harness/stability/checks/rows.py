@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from harness.config import GuardConfig
 from harness.records import ParameterRow
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.layout import MAX_ABS, NUM_COLUMNS, NUM_INF, NUM_NAN, NUM_ZERO, SUM_SQUARES
+from harness.stability.optimizers import Optimizers
+from harness.stability.packing import can_be_gathered
 
 __all__ = ["ROWS", "RowsCheck", "rows_of_rank"]
+
+logger = logging.getLogger(__name__)
 
 ROWS = "rows"
 
@@ -23,6 +29,18 @@ class RowsCheck(Check):
 
     def __init__(self, config: GuardConfig) -> None:
         self.every = config.per_parameter_every
+
+    def attach(self, model: nn.Module, optimizers: Optimizers) -> None:
+        """Leaves the rows out where those of all ranks would be too many for each of them."""
+        num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        num_values = (NUM_COLUMNS + 1) * sum(parameter.requires_grad for parameter in model.parameters())
+        if self.every and not can_be_gathered(num_values, num_ranks=num_ranks):
+            self.every = 0
+            logger.warning(
+                "statistics of each parameter are left out: those of %d ranks would be %.1f GB on each rank",
+                num_ranks,
+                8e-9 * num_values * num_ranks,
+            )
 
     def measure(self, view: StepView) -> Tensor:
         return view.rows

@@ -18,13 +18,14 @@ def deterministic_algorithms(*, fill: bool = False) -> Iterator[None]:
     """Deterministic algorithms where there are some."""
     module: Any = torch.utils.deterministic  # mypy does not see what it sets
     before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     filling = module.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     module.fill_uninitialized_memory = fill
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
         module.fill_uninitialized_memory = filling
 
 

@@ -1,0 +1,164 @@
+"""Updates that leave something not finite though the gradient was: seen in their step, named, taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer, RMSprop
+
+from harness.errors import InstabilityError
+from harness.stability import StepGuard, before
+from harness.stability.verdict import Decision
+from tests.support.guarded import batch, make_model, snapshot, worst_difference
+
+DIVERGING = {"ns_steps": 40, "ns_coefficients": (9.0, 9.0, 9.0)}
+"""A Newton-Schulz iteration that overflows."""
+
+Make = Callable[[Any], Optimizer]
+
+MAKE: dict[str, Make] = {
+    "sgd": lambda held: SGD(held, lr=0.1, momentum=0.9),
+    "sgd-fused": lambda held: SGD(held, lr=0.1, momentum=0.9, fused=True),
+    "adamw-foreach": lambda held: AdamW(held, lr=1e-2, foreach=True),
+    "adamw-fused": lambda held: AdamW(held, lr=1e-2, fused=True),
+    "rmsprop": lambda held: RMSprop(held, lr=1e-3),
+}
+
+
+def _backward(model: nn.Module, step: int) -> torch.Tensor:
+    inputs, targets = batch(step)
+    loss = nn.functional.mse_loss(model(inputs), targets)
+    loss.backward()
+    return loss
+
+
+def _break(model: nn.Module) -> None:
+    """Makes gradients so large, if finite, that SGD's update of rate 1e10 and squares overflow."""
+    for parameter in model.parameters():
+        parameter.grad.mul_(1e30)
+
+
+@pytest.fixture(params=["as it is", "as on a device"])
+def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the verdict is read on the host for nothing, as on the CPU."""
+    is_device = request.param == "as on a device"
+    if is_device:
+        monkeypatch.setattr(Decision, "is_on_host", False)
+    return is_device
+
+
+@pytest.mark.parametrize("bad_step", [0, 2])
+@pytest.mark.parametrize("name", MAKE)
+def test_an_update_that_overflows_is_taken_back_and_named(name: str, bad_step: int, on_device: bool) -> None:
+    model = make_model()
+    optimizer = MAKE[name](model.parameters())
+    guard = StepGuard(model, optimizer, max_norm=None, undo="always", lag_steps=0)
+    for step in range(4):
+        loss = _backward(model, step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e10 if step == bad_step else 1e-2
+        if step == bad_step:
+            _break(model)
+        found = snapshot(model, optimizer)
+        guard.step(loss)
+        changed = worst_difference(found, snapshot(model, optimizer))
+        assert bool(changed) == (step != bad_step), (step, changed)
+        optimizer.zero_grad()
+    records = guard.drain(wait=True)
+    assert [record.undone for record in records] == [step == bad_step for step in range(4)]
+    bad = records[bad_step]
+    assert (bad.verdict, bad.rank, bad.parameter) == ("skip", 0, "0.weight")
+    assert "the update left 0.weight" in str(bad.reason)
+    assert "on rank 0, though the gradient was; it was taken back" in str(bad.reason)
+    assert not guard.loss_scale.isnan()
+
+
+@pytest.mark.parametrize("diverges", [True, False])
+def test_what_muon_breaks_is_not_made_by_the_others_either(diverges: bool, on_device: bool) -> None:
+    model = make_model()
+    hidden = [model[2].weight]
+    rest = [p for p in model.parameters() if p is not hidden[0]]
+    muon = Muon(hidden, lr=0.02)
+    adamw = AdamW(rest, lr=1e-2, fused=True)
+    guard = StepGuard(model, [adamw, muon], max_norm=None, lag_steps=0)
+    for step in range(3):
+        if diverges and step == 2:
+            muon.param_groups[0].update(DIVERGING)
+        loss = _backward(model, step)
+        found = {**snapshot(model, adamw), **snapshot(model, muon)}
+        guard.step(loss)
+        model.zero_grad()
+    (record,) = [record for record in guard.drain(wait=True) if record.step == 2]
+    now = {**snapshot(model, adamw), **snapshot(model, muon)}
+    assert record.undone == diverges
+    assert bool(worst_difference(found, now)) != diverges
+    assert record.parameter == ("2.weight" if diverges else None)
+    assert bool(guard.applied) != diverges
+
+
+@pytest.mark.parametrize("undo", ["auto", "never"])
+@pytest.mark.parametrize("name", ["sgd", "adamw-foreach", "rmsprop"])
+def test_a_skipped_step_of_an_unfused_optimizer_is_no_step_and_an_applied_one_is_its_own(
+    name: str, undo: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before, "CHUNK_BYTES", 100)  # several chunks
+    model, twin = make_model(), make_model()
+    optimizer, reference = MAKE[name](model.parameters()), MAKE[name](twin.parameters())
+    guard = StepGuard(model, optimizer, max_norm=None, undo=undo, lag_steps=0)
+    for step in range(5):
+        loss = _backward(model, step)
+        if step == 3:
+            model[0].weight.grad[0, 0] = math.nan
+        else:
+            _backward(twin, step)
+            reference.step()
+        guard.step(loss)
+        model.zero_grad()
+        twin.zero_grad()
+    records = guard.drain(wait=True)
+    assert [record.skipped for record in records] == [step == 3 for step in range(5)]
+    assert not any(record.undone for record in records)
+    assert "1 NaN and 0 Inf" in str(records[3].reason)
+    assert worst_difference(snapshot(model, optimizer), snapshot(twin, reference)) == ""
+
+
+def test_without_undo_the_weights_are_what_the_optimizer_made_of_them() -> None:
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1e10)
+    guard = StepGuard(model, optimizer, max_norm=None, undo="never", lag_steps=0)
+    loss = _backward(model, 0)
+    _break(model)
+    guard.step(loss)
+    assert not guard.drain(wait=True)[0].undone
+    assert not model[0].weight.isfinite().all()
+
+
+def test_an_undone_step_ends_a_run_that_is_to_stop() -> None:
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1e10)
+    guard = StepGuard(model, optimizer, max_norm=None, nonfinite="stop", lag_steps=0)
+    loss = _backward(model, 0)
+    _break(model)
+    with pytest.raises(InstabilityError, match=r"the update left 0\.weight"):
+        guard.step(loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_moments_that_overflow_are_seen(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 4, bias=False).to(dtype)
+    optimizer = SGD(model.parameters(), lr=1.0, momentum=0.9)
+    guard = StepGuard(model, optimizer, max_norm=None, lag_steps=0)
+    largest = torch.finfo(dtype).max
+    for step, value in enumerate((1.0, largest)):
+        model.weight.grad = torch.full_like(model.weight, value)
+        kept = model.weight.detach().clone()
+        if step == 1:
+            optimizer.state[model.weight]["momentum_buffer"].fill_(largest)
+        guard.step(torch.tensor(1.0))
+    assert [record.undone for record in guard.drain(wait=True)] == [False, True]
+    assert torch.equal(model.weight, kept)
