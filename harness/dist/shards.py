@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 __all__ = ["copy_own_part", "local_part"]
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -14,6 +16,8 @@ def local_part(tensor: Tensor) -> Tensor:
     `to_local` is a node of autograd, and makes a new view of a parameter: one more object per parameter and step, and
     not the one whose version counts.
     """
+    if type(tensor) in _PLAIN:  # torch's isinstance takes ten times as long
+        return tensor
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

@@ -200,17 +200,16 @@ class RanksInTurn:
         shares = [self._share(world.rank) for world in self.worlds]
         self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
-        if judged.record.skipped:
-            self._buffers = found
+        record = judged.record
         if apply:
-            self.judge.update(step, judged)
-            self.counters.count(judged.record)
+            record = self.judge.update(step, judged)
+            self.counters.count(record)
             self.counters.step = step + 1
-        else:
+        if record.skipped or not apply:
             self._buffers = found
         passes, self._passes = self._passes, None
         self.passes = passes
-        return Played(record=judged.record, rows=judged.rows, micro_batches=passes)
+        return Played(record=record, rows=judged.rows, micro_batches=passes)
 
     def injector(self, rank: int, faults: Sequence[FaultConfig]) -> FaultInjector:
         """A rank's faults, each of which strikes once; nothing is noted of them on the disk."""

@@ -60,21 +60,26 @@ class SamplesCheck(Check):
             self.forget()
             return None
         weights = tensor_statistics([_local(p) for p in view.layout.parameters], extremes=False)
-        rows = [
-            torch.stack([weights[row, SUM_SQUARES], *self._row(row, p, view.state_of(p))])
-            for row, p in enumerate(view.layout.parameters)
+        parameters = view.layout.parameters
+        extremes = [_moment_extremes(p, view.state_of(p)) for p in parameters]
+        columns = [
+            weights[:, SUM_SQUARES],
+            torch.stack(list(map(_update_squares, parameters, self._before))),
+            torch.stack([low for low, _ in extremes]).double(),
+            torch.stack([high for _, high in extremes]).double(),
+            torch.stack(self._underflown),
         ]
         self.forget()
-        return torch.stack(rows)
+        return torch.stack(columns, dim=1)
 
     def read(self, numbers: Tensor, arrived: Arrived) -> Reading:
         """Of `[S, P, 5]`."""
         return Reading(fields={"sampled": parameter_samples(numbers, arrived.layout)})
 
-    def _row(self, row: int, parameter: nn.Parameter, state: Mapping[str, Any]) -> list[Tensor]:
-        change = _some(parameter).double() - self._before[row].double()
-        squares = change.square().sum() * _elements_per_sampled(parameter)
-        return [squares, *_moment_extremes(parameter, state), self._underflown[row]]
+
+def _update_squares(parameter: nn.Parameter, before: Tensor) -> Tensor:
+    change = _some(parameter).double() - before.double()
+    return change.square().sum() * _elements_per_sampled(parameter)
 
 
 def _moment_extremes(parameter: nn.Parameter, state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -82,8 +87,8 @@ def _moment_extremes(parameter: nn.Parameter, state: Mapping[str, Any]) -> tuple
     if moment is None or not _local(moment).numel():
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=parameter.device)
         return nothing, nothing
-    low, high = _local(moment).aminmax()
-    return low.double(), high.double()
+    least, largest = _local(moment).aminmax()
+    return least, largest
 
 
 def _num_underflown(parameter: nn.Parameter, least_normal: float) -> Tensor:
@@ -102,20 +107,24 @@ def parameter_samples(table: Tensor, layout: Layout) -> dict[str, ParameterSampl
     """
     totals = table.sum(0)
     low, high = table[:, :, MOMENT_MIN], table[:, :, MOMENT_MAX]
-    least, largest = low.nan_to_num(torch.inf).amin(0), high.nan_to_num(-torch.inf).amax(0)
-    found: dict[str, ParameterSample] = {}
-    for row, name in enumerate(layout.names):
-        weight, update = (float(totals[row, column].sqrt()) for column in (WEIGHT_SQUARES, UPDATE_SQUARES))
-        has_moments = bool(low[:, row].isfinite().any())
-        found[name] = ParameterSample(
-            weight_norm=weight,
-            update_norm=update,
-            update_ratio=update / weight if weight else None,
-            second_moment_min=float(least[row]) if has_moments else None,
-            second_moment_max=float(largest[row]) if has_moments else None,
-            underflow_frac=float(totals[row, NUM_UNDERFLOWN]) / max(layout.sizes[row], 1),
+    # As lists at once: a question to a tensor takes as long as hundreds to a list.
+    has_moments = low.isfinite().any(0).tolist()
+    least = low.nan_to_num(torch.inf).amin(0).tolist()
+    largest = high.nan_to_num(-torch.inf).amax(0).tolist()
+    weights = totals[:, WEIGHT_SQUARES].sqrt().tolist()
+    updates = totals[:, UPDATE_SQUARES].sqrt().tolist()
+    underflown = totals[:, NUM_UNDERFLOWN].tolist()
+    return {
+        name: ParameterSample(
+            weight_norm=weights[row],
+            update_norm=updates[row],
+            update_ratio=updates[row] / weights[row] if weights[row] else None,
+            second_moment_min=least[row] if has_moments[row] else None,
+            second_moment_max=largest[row] if has_moments[row] else None,
+            underflow_frac=underflown[row] / max(layout.sizes[row], 1),
         )
-    return found
+        for row, name in enumerate(layout.names)
+    }
 
 
 def _some(tensor: Tensor) -> Tensor:
