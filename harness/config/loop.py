@@ -29,6 +29,9 @@ class LoopConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward; parameters stay fp32. auto: what accelerate was told, else bf16 on
     CUDA and fp32 on CPU."""
+    float8: bool = False
+    """Linear layers of the blocks multiply in float8 (torchao, extra float8): faster for wide models on GPUs
+    of compute capability 8.9 and up, best with loop.compile; emulated elsewhere."""
     compile: bool = False
     """Compile the model with torch.compile."""
     compile_unit: Literal["model", "block"] = "model"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from harness.config import TrainConfig
 from harness.data import Batch, Shares, Task, fetch, run_loss
-from harness.dist import distribute, gradient_sync, local_part
+from harness.dist import Deferred, distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
 from harness.errors import ConfigError
 from harness.stability.before import Before
@@ -87,7 +87,8 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
         HarnessError: whatever is wrong with task or data.
     """
     config.check_world(num_ranks)
-    task = build_task(config)
+    with Deferred() if config.parallel.meta_init else nullcontext():
+        task = build_task(config)
     shares = Shares.of(config.loop.global_batch, num_ranks, at_most=config.loop.micro_batch)
     batch = fetch(task.train_data, [index % len(task.train_data) for index in range(shares.micro_batch)])
     precision = resolved_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,6 +22,7 @@ from harness.data import (
     seed_everything,
 )
 from harness.models import build_model, training_flops_per_token
+from harness.training.float8 import use_float8
 
 __all__ = ["build_task"]
 
@@ -46,6 +47,13 @@ def build_task(config: TrainConfig, *, files: Sequence[SourceFile] | None = None
         TaskError: its code raised something.
     """
     seed_everything(config.seed)
+    task = _built(config, files)
+    if config.loop.float8:
+        use_float8(task.model)
+    return task
+
+
+def _built(config: TrainConfig, files: Sequence[SourceFile] | None) -> Task:
     if config.task == "text":
         return _text_task(config, files)
     if config.task == "images":
