@@ -479,7 +479,9 @@ def _findings_of(name: str, changes: list[str], ranks: int, folder: Path) -> lis
 
     arguments = [f"--config={name}", f"--runs_dir={folder}", "--name=run", *QUIET, *changes]
     if ranks == 1:
-        train(parse_arguments(arguments))
+        status = train(parse_arguments(arguments)).status
+        if status != "finished":
+            return [f"the run has {status}"]
     else:
         launcher = [
             "torch.distributed.run",
