@@ -183,7 +183,14 @@ def _wrong(fault: FaultConfig, record: StepRecord) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("wrap", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4), ("all", 2)]
+    ("wrap", "world_size"),
+    [
+        ("ddp", 2),
+        ("ddp", 4),
+        ("fsdp", 2),
+        pytest.param("hsdp", 4, marks=pytest.mark.slow),
+        pytest.param("all", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_every_fault_is_left_out_and_named(wrap: str, world_size: int) -> None:
     assert run_ranks(run_matrix, world_size, wrap, timeout_s=120) == [[]] * world_size
