@@ -277,7 +277,7 @@ def under_fire(
 
 def _times(chaos: Chaos) -> dict[str, object]:
     """How long starts, steps and saves took under fire, by the times in the logs."""
-    starts_s, steps_s, saves_s = [], [], []
+    starts_s, steps_s, saves_s, ends_s = [], [], [], []
     names = list(dict.fromkeys(life.run for life in chaos.lives))
     for name in names:
         logged = open_run(chaos.folder / "runs" / name).scalars("train/loss").times
@@ -286,6 +286,7 @@ def _times(chaos: Chaos) -> dict[str, object]:
         first = np.flatnonzero(np.diff(lives, prepend=0))
         starts_s += [logged[index] - begins[lives[index] - 1] for index in first]
         steps_s += np.diff(logged)[np.diff(lives) == 0].tolist()
+        ends_s += [one.began + one.lived_s - logged[-1] for one in chaos.lives if one.run == name][-1:]
         ledger = newest_ledger(chaos.folder / "runs" / name)
         assert ledger is not None
         saves_s.append(ledger.seconds[TimeClass.CHECKPOINT] / (ledger.steps_made / chaos.plan.every))
@@ -298,6 +299,7 @@ def _times(chaos: Chaos) -> dict[str, object]:
         "step_s": round(step_s, 4),
         "save_s": round(save_s, 4),
         "clearing_s": round(statistics.mean(clearing_s), 2),
+        "end_s": round(statistics.mean(ends_s), 2),
         "wall_s": round(wall_s, 1),
         "effective_frac": round(len(names) * chaos.plan.steps * step_s / wall_s, 4),
         "lives_s": "; ".join(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from harness.atomic import output_file, replacing
 from harness.checkpoint.manifest import Manifest
@@ -136,6 +135,8 @@ def _read(source: OnDisk, names: Names) -> dict[str, torch.Tensor]:
 
 
 def _export_file(source: OnDisk, names: Names, output: Path) -> Path:
+    from safetensors.torch import save_file  # here, for a checkpointer alone does without
+
     # transformers refuses files that do not say which framework's layout they have.
     metadata = {"format": "pt", "step": str(source.step)}
     return _commit(output, lambda path: save_file(_read(source, names), path, metadata=metadata))

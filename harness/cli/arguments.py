@@ -14,7 +14,10 @@ from harness.tracking.overview import run_name, run_paths
 from harness.tracking.places import checkpoints_of
 from harness.tracking.text import printable
 
-__all__ = ["checkpoint_directory", "parser", "run_argument", "run_directory"]
+__all__ = ["RUN_HELP", "checkpoint_directory", "parser", "run_argument", "run_directory"]
+
+RUN_HELP = "a run's directory, or its name"
+"""What `--help` says of an argument that is a run."""
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -25,7 +28,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 def run_argument(arguments: argparse.ArgumentParser, *names: str) -> None:
     """Adds positional runs under `names` (default: `run`) and the folder in which names are looked up."""
     for name in names or ("run",):
-        arguments.add_argument(name, help="a run's directory, or its name")
+        arguments.add_argument(name, help=RUN_HELP)
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
 
 

@@ -12,7 +12,7 @@ from harness import __version__
 from harness.parent import stop_with_launcher
 from harness.stop import StopRequest
 
-__all__ = ["COMMANDS", "ENTRY_POINTS", "main"]
+__all__ = ["COMMANDS", "ENTRY_POINTS", "added_commands", "main"]
 
 ENTRY_POINTS = "harness.commands"
 """The group of entry points by which other packages add commands: functions `(argv) -> exit code`."""
@@ -42,6 +42,7 @@ COMMANDS = {
     "sync": Command("sync", "run", "bring a run's mirrors up to its log, or rebuild them"),
     "dashboard": Command("dashboard", "run", "see every run in a browser, start one, stop one"),
     "verify": Command("verify", "run", "read a run's checkpoints and compare every checksum"),
+    "completion": Command("completion", "run", "a script that completes all this in bash, zsh or fish"),
 }
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"harness {__version__}")
         return 0
-    added = {} if name in COMMANDS else _added()
+    added = {} if name in COMMANDS else added_commands()
     if name in added:
         return _run_added(added[name], arguments[1:])
     if name not in COMMANDS:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(function(arguments[1:]))
 
 
-def _added() -> dict[str, EntryPoint]:
+def added_commands() -> dict[str, EntryPoint]:
     """The commands of other packages that are installed."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in COMMANDS}
 
@@ -95,7 +96,7 @@ def _train(arguments: Sequence[str]) -> NoReturn:
 
 def _usage() -> str:
     whats = {name: command.what for name, command in COMMANDS.items()}
-    whats |= {name: f"of {point.value.partition(':')[0]}" for name, point in _added().items()}
+    whats |= {name: f"of {point.value.partition(':')[0]}" for name, point in added_commands().items()}
     width = max(map(len, whats))
     lines = [f"  {name:<{width}}  {what}" for name, what in whats.items()]
     return "\n".join(

@@ -1,6 +1,7 @@
 """A run's configuration from the command line and from files, and back to plain data and YAML.
 
-The parser is imported when it is used: a guard in somebody's loop needs its settings, and no jsonargparse.
+Parser and YAML are imported when they are used: a guard in somebody's loop needs its settings, and neither
+jsonargparse nor PyYAML.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from harness.config.train import TrainConfig
 
@@ -57,6 +56,8 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def dump_yaml(config: TrainConfig) -> str:
     """The whole configuration as YAML that `--config` reads back to an equal one."""
+    import yaml
+
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 

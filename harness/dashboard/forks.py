@@ -28,7 +28,7 @@ from harness.dashboard.programs import (
 from harness.dashboard.records import RECORDS, Program
 from harness.errors import CheckpointError, ConfigError
 from harness.runlog.attempts import newest_attempt, schedule_steps
-from harness.runlog.paths import checkpoints_dir, config_file
+from harness.runlog.paths import checkpoints_dir, config_file, tokenizer_dir
 
 __all__ = ["fork"]
 
@@ -142,6 +142,9 @@ def _begun_at(checkpoint: Checkpoint, config: TrainConfig, directory: Path) -> I
             # A checkpoint's files are never written again, so both runs can have the same ones.
             target = checkpoints_dir(begun) / checkpoint.path.name
             shutil.copytree(checkpoint.path, target, copy_function=_link, symlinks=True)
+            tokenizer = tokenizer_dir(checkpoint.path.parent.parent)
+            if tokenizer.is_dir():
+                shutil.copytree(tokenizer, tokenizer_dir(begun), copy_function=_link, symlinks=True)
             config_file(begun).write_text(yaml_of(config), encoding="utf-8")
             begun.rename(directory)
     except (OSError, shutil.Error) as error:

@@ -1,5 +1,6 @@
 """Tasks, the order of samples, and the loader that hands them out."""
 
+from harness.data.alive import num_signs, still_working
 from harness.data.contract import check_task
 from harness.data.corpus import SourceFile
 from harness.data.fetch import fetch, to_device
@@ -33,10 +34,12 @@ __all__ = [
     "load_task",
     "load_text",
     "next_byte_loss",
+    "num_signs",
     "run_loss",
     "sample_order",
     "seed_everything",
     "source_of",
+    "still_working",
     "text_files",
     "to_device",
 ]

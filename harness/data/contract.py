@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ def check_task(task: Task) -> None:
     _require(isinstance(task.accuracy_of, str), "accuracy_of", task.accuracy_of, "it is a word or two")
     are_names = isinstance(task.parts, tuple) and all(isinstance(name, str) for name in task.parts)
     _require(are_names, "parts", task.parts, "it is a tuple of names")
+    are_texts = isinstance(task.pinned, Mapping) and all(
+        isinstance(text, str) for pair in task.pinned.items() for text in pair
+    )
+    _require(are_texts, "pinned", task.pinned, "it is a mapping of names to texts")
+    _require(task.keep is None or callable(task.keep), "keep", task.keep, "it is None or a function (Path)")
 
 
 def _check_model(model: Any) -> None:

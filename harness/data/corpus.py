@@ -24,6 +24,7 @@ from pathlib import Path
 
 import xxhash
 
+from harness.data.alive import still_working
 from harness.data.origin import Origin
 from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank, val_limit
@@ -237,6 +238,7 @@ def _read(path: str, start: int, num_bytes: int) -> bytes:
     with _reading(path), open(path, "rb") as file:
         file.seek(start)
         content = file.read(num_bytes)
+    still_working()
     if len(content) < num_bytes:
         raise _changed(path)
     return content

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class Loader:
         fingerprints: What tells the run's data from any other, by name; kept in the state and compared when
             one is loaded.
         allow_change: Go on with other data than a loaded state's, with a warning.
+        pinned: Names among the fingerprints that have to stay all the same.
         quarantined: Samples that are never handed out, by index; in their places stand others, the same
             ones at every world size.
 
@@ -68,6 +69,7 @@ class Loader:
         pin_memory: bool = False,
         fingerprints: Mapping[str, str] | None = None,
         allow_change: bool = False,
+        pinned: Collection[str] = (),
         quarantined: Sequence[int] = (),
     ) -> None:
         self.shares = Shares.of(global_batch, world_size, at_most=micro_batch)
@@ -81,6 +83,7 @@ class Loader:
         self._pin_memory = pin_memory
         self._fingerprints = dict(fingerprints or {})
         self._allow_change = allow_change
+        self._pinned = frozenset(pinned)
         self._stream: Any = None
         """Iterator of `Batch | HarnessError`, torch's own where there are workers; None: it is not open."""
         self._position = 0
@@ -172,6 +175,12 @@ class Loader:
             )
 
     def _data_changed(self, name: str, before: str, now: str) -> None:
+        if name in self._pinned:
+            raise DataError(
+                f"the {name} was {before} when the checkpoint was written, and now it is {now}",
+                rule="it stays what it was, whatever data.allow_change says",
+                remedy="bring that back, or start a run under another --name",
+            )
         if self._allow_change:
             logger.warning("going on with other %s data: it was %s and is %s", name, before, now)
             return

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from harness.errors import DataError
 from harness.locks import locked
 
-__all__ = ["prepared_folder", "sync_file"]
+__all__ = ["build_folder", "prepared_folder", "sync_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,16 @@ def prepared_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     if not folder.exists():
         with _writing(folder.parent), locked(folder.with_suffix(".lock")):
             if not folder.exists():
-                _build(folder, build)
+                build_folder(folder, build)
     return folder
 
 
-def sync_file(file: BinaryIO) -> None:
-    """Forces what was written onto the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Makes `folder` by `build`, whole or not at all; of several processes one alone may do it.
 
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    Raises:
+        OSError: it cannot be written; or what `build` raises.
+    """
     for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(stale)
     unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
@@ -58,6 +57,12 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     logger.info("prepared %s", folder)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Forces what was written onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager

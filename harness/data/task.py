@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,7 +47,7 @@ class LossSum:
     correct: Tensor | float = 0
     """How many of them were predicted right; 0 where nothing is right or wrong."""
     by_part: Tensor | None = None
-    """In evaluation, of a task with `parts`: `[parts, 2]`, total and count of each; None: it is not known."""
+    """Of a task with `parts`: `[parts, 2]`, total and count of each, without a gradient; None: not known."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.total, Tensor) or not self.total.is_floating_point():
@@ -124,6 +125,12 @@ class Task:
     """What `LossSum.correct` counts, in words: next byte, class."""
     parts: tuple[str, ...] = ()
     """Names of what the data consists of, such as sources, if `LossSum.by_part` tells their losses apart."""
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    """What a run goes on only with besides its data, such as the digest of a tokenizer, by name: the same on
+    all ranks, kept in every checkpoint, and not covered by `data.allow_change`."""
+    keep: Callable[[Path], None] | None = None
+    """Called on rank 0 with the run's directory before the first step of each attempt: writes into it what
+    later attempts need."""
 
 
 TaskBuilder = Callable[[TrainConfig], Task]

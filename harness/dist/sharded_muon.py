@@ -20,8 +20,8 @@ class ShardedMuon(torch.optim.Muon):
 
     An update is a function of the whole matrix, so each is gathered, one at a time, and orthogonalised on
     every rank alike; momentum and weights stay sharded. torch's own step on DTensors leaves each product of
-    the iteration to DTensor's dispatch: several collectives a product, and other roundings than of the whole
-    matrix, in bf16 about a tenth of an update (torch 2.13).
+    the iteration to DTensor's dispatch: collectives in each of them, and other roundings than of the whole
+    matrix, which in bf16 are about 2 % of an update (96 x 64 on two ranks, torch 2.13).
     """
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from harness.stability.layout import SUM_SQUARES, Layout
 from harness.stability.loss_scale import LossScale
 from harness.stability.micro_batches import MicroBatches
 from harness.stability.optimizers import Optimizers
+from harness.stability.packing import Packet
 from harness.stability.rank_statistics import NUM_HOST_FIELDS, Fault, build_rank_statistics
 from harness.stability.record_builder import RecordBuilder
 from harness.stability.sources import RowTable
@@ -41,6 +42,8 @@ class Judged:
     rows: Tensor
     """`[W, P, 6]` float64: each rank's statistics, and the reduced gradient's sums of squares."""
     decision: Decision
+    packet: Packet
+    """What the record was made of."""
 
 
 class Judge:
@@ -63,7 +66,9 @@ class Judge:
         self._world_size = world_size
         self._is_sharded = config.parallel.strategy == "fsdp"
         device = self.layout.parameters[0].device
-        self._num_replicas = 1 if self._is_sharded else world_size
+        self._num_replicas, self._num_shards = world_size, 1
+        if self._is_sharded:
+            self._num_replicas, self._num_shards = config.parallel.mesh_shape(world_size, may_refit=True)
         guard = config.guard
         self._decider = Decider(guard, num_replicas=self._num_replicas)
         self.loss_scale = LossScale(
@@ -140,28 +145,35 @@ class Judge:
             "summary": decision.summary.cpu(),
             ROWS: rows.cpu(),
         }
-        builder = RecordBuilder(self.layout, num_replicas=self._num_replicas, checks=self._checks)
-        record = builder.build(step, packet, counts_tokens=True)
-        return Judged(record=record, rows=rows.cpu(), decision=decision)
+        record = self._built(step, packet)
+        return Judged(record=record, rows=rows.cpu(), decision=decision, packet=packet)
 
     @torch.no_grad()
-    def update(self, step: int, judged: Judged) -> None:
-        """Applies the step, or leaves it out. An update that is not finite is taken back, as the run did."""
-        record = judged.record
-        decision, _ = self._stepper.step(step, judged.decision, self.layout)
+    def update(self, step: int, judged: Judged) -> StepRecord:
+        """Applies the step, or leaves it out, and gives its record. An update that is not finite is taken
+        back, as the run did; which rank it was is not known where one process has all shards."""
+        decision, of_update = self._stepper.step(step, judged.decision, self.layout)
+        told = {name: tensor.cpu() for name, tensor in of_update.items()}
+        record = self._built(step, {**judged.packet, "summary": decision.summary.cpu(), **told})
         self.loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._stepper.fused_check.observe(step, skipped=record.skipped, clip_coef=record.clip_coef)
+        return record
+
+    def _built(self, step: int, packet: Packet) -> StepRecord:
+        builder = RecordBuilder(self.layout, num_replicas=self._num_replicas, checks=self._checks)
+        return builder.build(step, packet, counts_tokens=True)
 
     def _reduced_rows(self) -> list[Tensor]:
         """`[P, 5]` of what each rank's optimizer uses: the same on replicas, under FSDP2 its shards."""
         if not self._is_sharded:
             return [self.table.measure(extremes=False)] * self._world_size
         having = [p for p in self.layout.parameters if p.grad is not None]
-        parts = [_shards(p.grad, self._world_size) for p in having if p.grad is not None]
-        return [
+        parts = [_shards(p.grad, self._num_shards) for p in having if p.grad is not None]
+        of_a_copy = [
             self.table.spread(having, tensor_statistics([part[shard] for part in parts], extremes=False))
-            for shard in range(self._world_size)
+            for shard in range(self._num_shards)
         ]
+        return of_a_copy * self._num_replicas
 
 
 class RankShare:

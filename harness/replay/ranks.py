@@ -23,7 +23,7 @@ from harness.checkpoint.read_only import read_into, verified
 from harness.checkpoint.store import Saved
 from harness.config import FaultConfig, TrainConfig
 from harness.data import Batch, LossSum, fetch, find_quarantined, seed_everything
-from harness.dist import World
+from harness.dist import World, compile_model
 from harness.records import StepRecord
 from harness.replay.buffers import Buffers, restore_buffers, saved_buffers
 from harness.replay.judge import Judge, RankShare
@@ -98,8 +98,7 @@ class RanksInTurn:
         self.task = build_task(config, files=agree_on_files(config))
         self.faults = [fault for fault in faults if fault.kind not in PROCESS_FAULTS]
         self.model: nn.Module = self.task.model.to(device)
-        if config.loop.compile:
-            self.model.compile()
+        compile_model(self.model, config.loop)
         is_sharded = config.parallel.strategy == "fsdp"
         # The kernel in Triton needs CUDA, and is within a rounding of torch's.
         optim = dataclasses.replace(config.optim, fused="torch") if device.type == "cpu" else config.optim
@@ -201,17 +200,16 @@ class RanksInTurn:
         shares = [self._share(world.rank) for world in self.worlds]
         self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
-        if judged.record.skipped:
-            self._buffers = found
+        record = judged.record
         if apply:
-            self.judge.update(step, judged)
-            self.counters.count(judged.record)
+            record = self.judge.update(step, judged)
+            self.counters.count(record)
             self.counters.step = step + 1
-        else:
+        if record.skipped or not apply:
             self._buffers = found
         passes, self._passes = self._passes, None
         self.passes = passes
-        return Played(record=judged.record, rows=judged.rows, micro_batches=passes)
+        return Played(record=record, rows=judged.rows, micro_batches=passes)
 
     def injector(self, rank: int, faults: Sequence[FaultConfig]) -> FaultInjector:
         """A rank's faults, each of which strikes once; nothing is noted of them on the disk."""

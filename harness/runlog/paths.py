@@ -8,6 +8,7 @@ log/media/              images and graphs
 log/mirrors/            what each mirror has taken of the log
 log/side.log            what side processes have printed
 tensorboard/  wandb/    mirrors
+tokenizer/              of a run of task hf: the tokenizer that it was trained with
 checkpoints/            what `checkpoint_of` reads the names of
 incidents/              what is known of each incident, and stacks of all ranks of a run that hung
 summary.json            the end of the last attempt
@@ -51,6 +52,7 @@ __all__ = [
     "story_file",
     "summary_file",
     "tensorboard_dir",
+    "tokenizer_dir",
     "wandb_dir",
     "wandb_id_file",
     "writer_lock",
@@ -143,6 +145,11 @@ def side_output_file(run_dir: str | Path) -> Path:
 def tensorboard_dir(run_dir: str | Path) -> Path:
     """The folder of the event file, unless the settings name another."""
     return Path(run_dir) / "tensorboard"
+
+
+def tokenizer_dir(run_dir: str | Path) -> Path:
+    """The folder of the tokenizer of a run of task hf."""
+    return Path(run_dir) / "tokenizer"
 
 
 def wandb_dir(run_dir: str | Path) -> Path:

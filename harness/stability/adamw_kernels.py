@@ -19,6 +19,7 @@ This module imports `triton`: import it where there is a CUDA device, or with `T
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def adamw(
     with torch.cuda.device_of(bases[0]):
         if num_chunks:
             where = (table.segments, table.offsets, table.lengths, table.starts, len(sizes))
-            scalars = torch.tensor([lr, *betas, eps, weight_decay], dtype=torch.float32).tolist()
+            scalars = [ctypes.c_float(one).value for one in (lr, *betas, eps, weight_decay)]  # as fp32
             told = (bias_corrections, grad_scale, found_inf, partial, num_chunks)
             _step_chunk[(num_chunks,)](
                 *bases, *where, *told, *scalars,

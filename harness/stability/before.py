@@ -16,10 +16,13 @@ from harness.dist import local_part
 from harness.stability.layout import NUM_INF, NUM_NAN, Layout
 from harness.stability.statistics import tensor_statistics
 
-__all__ = ["UPDATE", "Before", "not_finite", "size_bytes", "step_selected"]
+__all__ = ["UPDATE", "WEIGHTS", "Before", "not_finite", "size_bytes", "step_selected", "weights_not_finite"]
 
 UPDATE = "update"
 """Name of what the ranks have said of an update, `[W, 2]`: what `not_finite` gave on each."""
+
+WEIGHTS = "weights"
+"""The same of the weights, looked at after a step whose loss was not finite."""
 
 CHUNK_BYTES = 256 << 20
 """Of parameters and state that are copied at once, where a copy of all of them is not needed."""
@@ -94,11 +97,19 @@ class Before:
 def not_finite(before: Sequence[Before], layout: Layout) -> Tensor:
     """`[2]` float64 on the device: how many parameters are not finite now, themselves or their moments, on
     this rank, and the row of the first; -1: none. Does not synchronise."""
+    return _first_bad([pair for each in before for pair in each.moved()], layout)
+
+
+def weights_not_finite(layout: Layout) -> Tensor:
+    """The same of the weights alone, of all parameters of the layout."""
+    return _first_bad([(p, local_part(p).detach()) for p in layout.parameters], layout)
+
+
+def _first_bad(moved: Sequence[tuple[nn.Parameter, Tensor]], layout: Layout) -> Tensor:
     device = layout.parameters[0].device
-    moved = [(layout.row_of[id(p)], one) for each in before for p, one in each.moved()]
     if not moved:
         return torch.tensor([0.0, -1.0], dtype=torch.float64).to(device)
-    rows = torch.tensor([row for row, _ in moved], pin_memory=device.type == "cuda")
+    rows = torch.tensor([layout.row_of[id(p)] for p, _ in moved], pin_memory=device.type == "cuda")
     rows = rows.to(device, non_blocking=True)
     bad = torch.zeros(len(layout), dtype=torch.float64, device=device)
     bad.index_add_(0, rows, _num_bad([one for _, one in moved]))

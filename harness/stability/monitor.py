@@ -6,6 +6,7 @@ This is the one place where the guard's numbers are read back.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from harness.dist.collectives import all_gather
 from harness.records import StepRecord
+from harness.stability.before import WEIGHTS, weights_not_finite
 from harness.stability.checks.all import Checks
 from harness.stability.checks.rows import ROWS
 from harness.stability.device_step import StepOutput
@@ -51,6 +53,8 @@ class _Pending:
     size_bytes: int
     rows_of_all: Tensor | None = None
     """`[W, P, 6]` on the host, of a skipped step that was settled."""
+    weights_of_all: Tensor | None = None
+    """`[W, 2]` on the host, `weights_not_finite` of each rank, of a step without a finite loss."""
     record: StepRecord | None = None
     """Where it was asked for already."""
     is_settled: bool = False
@@ -58,7 +62,8 @@ class _Pending:
     def packet(self) -> Packet:
         """The numbers, on the host. Waits for them."""
         packet = unpack(self.copy.wait(), self.spec)
-        return packet if self.rows_of_all is None else {**packet, ROWS: self.rows_of_all}
+        later = {ROWS: self.rows_of_all, WEIGHTS: self.weights_of_all}
+        return packet | {name: tensor for name, tensor in later.items() if tensor is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +152,10 @@ class Monitor:
         if is_skip(summary) and ROWS not in packet and self._can_gather(pending.rows):
             rows = all_gather(pending.rows.flatten(), group=self._group)
             pending.rows_of_all = rows.view(-1, *pending.rows.shape).cpu()
+        if is_skip(summary) and not math.isfinite(summary.loss):
+            # Broken weights make every loss NaN; those of a step that was left out are still there.
+            weights = all_gather(weights_not_finite(pending.layout), group=self._group)
+            pending.weights_of_all = weights.cpu()
         pending.is_settled = True
         return Settled(
             step=pending.step,

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from harness.records import Culprit, StepRecord
-from harness.stability.before import UPDATE
+from harness.stability.before import UPDATE, WEIGHTS
 from harness.stability.checks.all import Checks
 from harness.stability.checks.base import Arrived, Reading
 from harness.stability.checks.rows import ROWS, rows_of_rank
@@ -60,6 +60,9 @@ class _StepNumbers:
     """What the checks found that were measured in the step."""
     updates: list[list[float]]
     """By rank, how many parameters the update left not finite, and the row of the first; or nothing."""
+
+    weights: list[list[float]]
+    """The same of the weights that a step without a finite loss started from; or nothing."""
 
     @property
     def undone(self) -> bool:
@@ -122,7 +125,7 @@ def is_skip(summary: Summary) -> bool:
 
 def is_notable(summary: Summary, packet: Packet) -> bool:
     """Whether the record of a step has a reason, or may have one: checks have measured something."""
-    measured = packet.keys() - {"summary", "rank_statistics", UPDATE}
+    measured = packet.keys() - {"summary", "rank_statistics", UPDATE, WEIGHTS}
     return bool(is_skip(summary) or summary.is_spike or summary.norms_differ or measured)
 
 
@@ -143,7 +146,8 @@ class RecordBuilder:
         )
         readings = self._checks.read(packet, arrived)
         updates = packet[UPDATE].tolist() if UPDATE in packet else []
-        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings, updates)
+        weights = packet[WEIGHTS].tolist() if WEIGHTS in packet else []
+        numbers = _StepNumbers(summary, packet["rank_statistics"].numpy().copy(), readings, updates, weights)
         rank, parameter, micro_batch = self._blamed(numbers)
         found = {name: value for reading in readings for name, value in reading.fields.items()}
         found["replicas_differ"] = bool(summary.norms_differ) or "replicas_differ" in found
@@ -182,9 +186,9 @@ class RecordBuilder:
 
     def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
-        if numbers.undone:
-            first = next(r for r, (num_bad, _) in enumerate(numbers.updates) if num_bad)
-            return first, self._layout.names[int(numbers.updates[first][1])], None
+        for said in (numbers.updates, numbers.weights):
+            if any(num_bad for num_bad, _ in said):
+                return *self._first_bad(said), None
         rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
             row = int(numbers.row(rank)[PARAMETER])
@@ -197,8 +201,17 @@ class RecordBuilder:
         accusing = next((reading for reading in numbers.readings if reading.reason), None)
         return (accusing.rank, accusing.parameter, None) if accusing else (None, None, None)
 
+    def _first_bad(self, said: list[list[float]]) -> tuple[int, str]:
+        """The first rank that has something that is not finite, and in which parameter."""
+        rank = next(r for r, (num_bad, _) in enumerate(said) if num_bad)
+        return rank, self._layout.names[int(said[rank][1])]
+
+    def _broken_reason(self, numbers: _StepNumbers) -> str:
+        rank, name = self._first_bad(numbers.weights)
+        return f"{name} was not finite on rank {rank} before: an earlier update made it so"
+
     def _undone_reason(self, numbers: _StepNumbers) -> str:
-        rank, name, _ = self._blamed(numbers)
+        rank, name = self._first_bad(numbers.updates)
         num = int(max(num_bad for num_bad, _ in numbers.updates))
         more = f" and {num - 1} more" if num > 1 else ""
         what = f"the update left {name}{more} not finite, itself or its moments, on rank {rank}"
@@ -209,6 +222,7 @@ class RecordBuilder:
         reasons = [
             self._undone_reason(numbers) if numbers.undone else None,
             _skip_reason(numbers) if _has_reason_to_skip(numbers) else None,
+            self._broken_reason(numbers) if any(num_bad for num_bad, _ in numbers.weights) else None,
             describe_size(step, summary) if summary.is_spike else None,
             *(reading.reason for reading in numbers.readings),
         ]

@@ -52,7 +52,8 @@ def agree_on_files(config: TrainConfig) -> list[SourceFile] | None:
 
 
 def agree_on_data(task: Task, config: TrainConfig) -> dict[str, str]:
-    """The fingerprints of the training and the validation data, by part, once all ranks have the same ones.
+    """The fingerprints of the training and the validation data, by part, and what the task has pinned, once
+    all ranks have the same ones.
 
     Called by all ranks together; one collective on the host.
 
@@ -62,17 +63,22 @@ def agree_on_data(task: Task, config: TrainConfig) -> dict[str, str]:
     """
     parts = {"training": task.train_data, "validation": task.val_data}
     in_worker = config.data.num_workers > 0
-    by_rank = gather(lambda: {part: fingerprint(data, in_worker=in_worker) for part, data in parts.items()})
-    for part in parts:
-        _require_same(part, [fingerprints[part] for fingerprints in by_rank])
+    by_rank = gather(
+        lambda: (
+            {part: fingerprint(data, in_worker=in_worker) for part, data in parts.items()} | dict(task.pinned)
+        )
+    )
+    for name in by_rank[0]:
+        what = f"{name} data" if name in parts else name
+        _require_same(what, [fingerprints.get(name, "missing") for fingerprints in by_rank])
     return by_rank[0]
 
 
-def _require_same(part: str, by_rank: Sequence[str]) -> None:
+def _require_same(what: str, by_rank: Sequence[str]) -> None:
     for rank, theirs in enumerate(by_rank):
         if theirs != by_rank[0]:
             raise DataError(
-                f"the {part} data of rank 0 is {by_rank[0]}, and that of rank {rank} is {theirs}",
+                f"the {what} of rank 0 is {by_rank[0]}, and that of rank {rank} is {theirs}",
                 rule="every rank holds the same data, of which it is handed its share",
                 remedy="split by config.seed or by torch's, numpy's or Python's global generator, which are"
                 " seeded alike on all ranks; sort what is listed; compare the files of the machines, or give"

@@ -17,8 +17,17 @@ from torch.optim import Optimizer
 from harness import __version__, env, logs
 from harness.checkpoint import Checkpointer, Rng
 from harness.config import GuardConfig, TrainConfig
-from harness.data import Loader, Shares, Task, fetch, find_quarantined, seed_everything
+from harness.data import (
+    Loader,
+    Shares,
+    Task,
+    fetch,
+    find_quarantined,
+    num_signs,
+    seed_everything,
+)
 from harness.dist import (
+    Deferred,
     UnusedParameters,
     World,
     distribute,
@@ -51,6 +60,7 @@ from harness.training.journal import Journal, MainJournal, NodeJournal
 from harness.training.loop import Run, train_loop
 from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
 from harness.training.optim import build_optimizers
+from harness.training.parts import PartLosses
 from harness.training.precision import resolved_precision
 from harness.training.progress import Progress
 from harness.training.recompute import RecomputeCheck
@@ -132,13 +142,13 @@ def build_run(
     progress = progress or Progress()
     precision = resolved_precision(config, world.device)
     inputs = _agreed_inputs(config, world)
-    directory, steps_before = from_main(lambda: prepare_directory(config))
+    directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
-    model = _distributed(config, world, inputs.task.model)
+    model = _distributed(config, world, inputs)
     stepped = _optimizers(config, model)
     timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
-    held = [*stepped.values()]
-    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute])
+    held, parts = [*stepped.values()], PartLosses(inputs.task.parts)
+    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute, parts])
     guard.when_local_done(timer.local_done)
     loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
     counters = Counters()
@@ -162,7 +172,7 @@ def build_run(
     schedule = _settle_schedule(config, counters, steps_before=steps_before)
     attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
     runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
-    runner = replace(runner, recompute=recompute)
+    runner = replace(runner, recompute=recompute, note_loss=parts.add)
     black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
     # Last of what can fail: from here on somebody has to close it.
     journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
@@ -198,10 +208,10 @@ def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progr
     faults.begin_at(step, directory / "faults")
 
 
-def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
-    if config.loop.compile:
-        model.compile()
-    return distribute(model, config.parallel, world)
+def _distributed(config: TrainConfig, world: World, inputs: _Inputs) -> nn.Module:
+    """What was put off of the model's initialisation is made up for once it is sharded."""
+    model = inputs.task.model
+    return distribute(model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
 
 
 def _timer(model: nn.Module, world: World) -> StepTimer:
@@ -245,13 +255,18 @@ class _Inputs:
     quarantined: tuple[int, ...]
     """Samples that are never trained on, by index."""
     faults: FaultInjector
+    deferred: Deferred | None
+    """Within which the model was built, where its initialisation is put off."""
 
 
 def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
+    config.parallel.check_precision(resolved_precision(config, world.device))
     files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
+    deferred = Deferred() if config.parallel.meta_init else None
+    with nullcontext() if deferred is None else deferred:
+        task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
@@ -269,7 +284,12 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
         lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
     )
     return _Inputs(
-        task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
+        task=task,
+        callbacks=callbacks,
+        fingerprints=fingerprints,
+        faults=faults,
+        quarantined=quarantined,
+        deferred=deferred,
     )
 
 
@@ -286,7 +306,7 @@ def _train(
         run = build_run(config, world, stop, callbacks, watchdog.progress)
     start, ending, error = Start.of(run), Ending(status="finished"), None
     watchdog.note_end = (run.black_box.end_hung, lambda hang: note_hang(run, hang, start))
-    watchdog.progress.written_bytes = lambda: run.checkpointer.written_bytes
+    watchdog.progress.signs_of_life = lambda: num_signs() + run.checkpointer.written_bytes
     if world.device.type == "cuda":
         keep_flight_records(incidents_dir(run.directory))
     try:
@@ -435,6 +455,7 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         fingerprints=fingerprints,
         allow_change=config.data.allow_change,
+        pinned=tuple(task.pinned),
         quarantined=quarantined,
     )
 

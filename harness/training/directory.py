@@ -6,15 +6,20 @@ from pathlib import Path
 
 from harness.atomic import write_atomically
 from harness.config import LoopConfig, TrainConfig, check_same_run, dump_yaml, flatten, read_yaml
+from harness.data import Task
 from harness.errors import ConfigError
 from harness.runlog.attempts import newest_attempt, schedule_steps
 from harness.runlog.paths import CONFIG_FILE, config_file
+from harness.user_code import user_code
 
 __all__ = ["prepare_directory"]
 
 
-def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
+def prepare_directory(config: TrainConfig, task: Task | None = None) -> tuple[Path, int]:
     """Makes the run's directory, or checks that the one that is there is this run's; rank 0 only.
+
+    Args:
+        task: What keeps something there; None: nothing does.
 
     Returns:
         The directory, and the length of the learning-rate schedule in the attempt before; if there was none,
@@ -36,6 +41,9 @@ def prepare_directory(config: TrainConfig) -> tuple[Path, int]:
             _check_may_start(config, directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(saved, dump_yaml(config), sync=True)
+        if task is not None and task.keep is not None:
+            with user_code("the task's keep", rule="it writes into the run's directory"):
+                task.keep(directory)
     except OSError as error:
         raise ConfigError(
             f"cannot write to the run directory {directory}: {error.strerror}",

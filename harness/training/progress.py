@@ -8,6 +8,8 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
+from harness.data import num_signs
+
 __all__ = ["At", "Phase", "Progress"]
 
 _FORGOTTEN = 0.99
@@ -40,10 +42,6 @@ class At(NamedTuple):
     """`time.monotonic()`; it stands still while a machine is suspended."""
 
 
-def _nothing() -> int:
-    return 0
-
-
 class Progress:
     """One rank's. `enter` takes some microseconds, and synchronises nothing.
 
@@ -59,8 +57,9 @@ class Progress:
         """How often each phase has come to its end."""
         self.slowest_s: dict[Phase, float] = {}
         """The longest that it took lately."""
-        self.written_bytes: Callable[[], int] = _nothing
-        """What the thread has written that saves, for which this one may wait: a sign of life."""
+        self.signs_of_life: Callable[[], int] = num_signs
+        """A number that grows while something is done that takes long within a phase: data prepared, what
+        the thread that saves has written."""
 
     def enter(self, phase: Phase, step: int) -> None:
         """The phase before is over, and `phase` begins; on the training thread."""

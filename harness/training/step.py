@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ from harness.training.progress import Phase, Progress
 from harness.training.recompute import RecomputeCheck
 from harness.training.timer import StepTimer
 
-__all__ = ["MicroBatchGuard", "StepRunner"]
+__all__ = ["MicroBatchGuard", "StepRunner", "ignored"]
 
 
 class MicroBatchGuard(Protocol):
@@ -40,6 +40,10 @@ class MicroBatchGuard(Protocol):
 
     def watch_forward(self) -> AbstractContextManager[None]:
         """Around a forward pass."""
+
+
+def ignored(loss: LossSum) -> None:
+    """Takes no note of a loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,8 @@ class StepRunner:
     """Forward passes of each rank in a step."""
     recompute: RecomputeCheck | None = None
     """Has steps computed twice, now and then."""
+    note_loss: Callable[[LossSum], None] = ignored
+    """Called with the loss of each micro-batch that counts."""
 
     def run(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Runs forward and backward; returns the seconds of this rank's own computing (`StepTimer`). No
@@ -97,6 +103,7 @@ class StepRunner:
             ):
                 loss = self._forward_backward(step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
+                self.note_loss(loss)
         return self.timer.end()
 
     def _forward_backward(

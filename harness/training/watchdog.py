@@ -11,7 +11,8 @@ through the store every few seconds (`Heartbeats`). Nothing of it is a collectiv
                    not wait for others
     every rank     leaves, once rank 0 has noted how the run ended
 
-What a rank does begins anew with every few bytes that it writes of a checkpoint: a slow disk is no hang.
+What a rank does begins anew with every few bytes that it writes of a checkpoint, and with every few records
+of data that it prepares: neither a slow disk nor a large corpus is a hang.
 A rank that waits for one that works (a long evaluation, a slow disk) raises no alarm: the other one is
 behind, and within its own limit. Words are some seconds old, so besides nobody may have moved for some beats.
 What counts is time that the thread has lived through, so not while a process is stopped or a machine
@@ -140,7 +141,7 @@ class Watchdog:
             rank=self._heartbeats.rank,
             order=at.order,
             doing=str(at.phase) if at.phase in (Phase.START, Phase.END) else f"{at.phase} of step {at.step}",
-            age_s=self._mine.age_s(at.order, self.progress.written_bytes()),
+            age_s=self._mine.age_s(at.order, self.progress.signs_of_life()),
             limit_s=limit_s(self._config, self.progress, compiles=self._compiles),
             host=platform.node(),
             pid=os.getpid(),

@@ -109,8 +109,8 @@ MAY_SYNCHRONISE = {
     "harness/stability/audits/all.py",
     "harness/stability/reference.py",  # tensors on the CPU only, as in the next one
     "harness/stability/native.py",
-    "harness/stability/adamw_kernels.py",  # constants of the host, rounded
     "harness/training/evaluate.py",  # the one read of an evaluation
+    "harness/training/parts.py",  # of a record, on the host
     "harness/training/recompute.py",  # `read`, of what is on the host
     "harness/training/rerun.py",  # passes over the micro-batch of an incident
     "harness/training/trial_checks.py",  # a trial before the run

@@ -1,8 +1,9 @@
 """What `import harness` offers and costs."""
 
+import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import harness
@@ -34,6 +35,9 @@ def test_importing_the_package_loads_one_file() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["harness"]
 
 
+ALONE = ["xxhash"]
+"""What a checkpointer needs besides torch and numpy; a guard needs nothing."""
+
 PARTS_ALONE = """
 import sys, torch, numpy
 from torch.distributed import fsdp, checkpoint
@@ -62,5 +66,13 @@ def test_guard_and_checkpointer_alone_need_few_packages_besides_torch_and_numpy(
     guard, both = ({name.partition(".")[0] for name in line.split()} for line in said.splitlines())
     of_torch = {"torch", "triton", "colorama"}  # the last one it takes where it is installed
     foreign = set(packages_distributions()) - {"harness", "numpy"} - of_torch
-    assert guard & foreign <= {"yaml"}
-    assert both & foreign <= {"yaml", "safetensors", "xxhash"}
+    assert guard & foreign == set()
+    assert both & foreign == set(ALONE)
+    sizes = [file.size or 0 for name in ALONE for file in distribution(name).files or ()]
+    assert 0 < sum(sizes) < 5_000_000
+
+
+def test_the_documentation_names_what_has_to_be_installed_for_guard_and_checkpointer_alone() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "three-lines.md").read_text()
+    lines = re.findall(r"^pip install (?!--no-deps)([\w -]+?) +#", page, re.MULTILINE)
+    assert " ".join(lines).split() == ["torch", "numpy", *ALONE]

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from itertools import product
+from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.browser.actions import picture
-from tests.browser.conftest import Dashboard, watched_page
+from tests.browser.conftest import Dashboard
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+Scheme = Literal["light", "dark"]
+SCHEMES: tuple[Scheme, ...] = ("light", "dark")
+WIDTHS = (1440, 800, 400)
 ELEMENTS = "harness-runs, harness-monitor, harness-compare, harness-output"
 
 
-@pytest.fixture(params=[("light", 1440), ("dark", 800), ("light", 400)], ids=str)
-def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    scheme, width = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    with watched_page(context) as one:
-        yield one
-    context.close()
-
-
 def findings(page: Page) -> list[str]:
-    """Of our own elements; what surrounds them is Gradio's."""
-    results = axe.Axe().run(page, context={"include": [[one] for one in ELEMENTS.split(", ")]})
+    """Of our own elements, at every width, in light and dark; what surrounds them is Gradio's."""
     return [
-        f"{found['id']}: {node['html'][:200]}"
-        for found in results.response["violations"]
+        f"{width} {scheme} {found['id']}: {node['html'][:200]}"
+        for width, scheme in product(WIDTHS, SCHEMES)
+        for found in _violations(page, width, scheme)
         for node in found["nodes"]
     ]
+
+
+def _violations(page: Page, width: int, scheme: Scheme) -> list[dict[str, Any]]:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    expect(page.locator("body")).to_have_class(
+        re.compile(r"\bdark\b" if scheme == "dark" else r"^(?!.*\bdark\b)")
+    )
+    context = {"include": [[one] for one in ELEMENTS.split(", ")]}
+    violations: list[dict[str, Any]] = axe.Axe().run(page, context=context).response["violations"]
+    return violations
 
 
 def test_axe_finds_nothing(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:

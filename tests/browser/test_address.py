@@ -6,8 +6,11 @@ import re
 
 from playwright.sync_api import BrowserContext, Page, expect
 
+from harness.tracking import RunLog
 from tests.browser.actions import choose, go_to, open_run, picture
-from tests.browser.conftest import Dashboard, watched_page
+from tests.browser.conftest import Dashboard, Place, watched_page
+
+LAYERS = ("grad_norm", "weight_norm")
 
 
 def zoom(page: Page, title: str, left: float, right: float) -> None:
@@ -95,9 +98,55 @@ def test_the_list_of_runs_shows_the_run_that_was_shown_before_the_one_from_the_t
         expect(page.locator("#chosen-run input")).to_have_value(trained[1])
 
 
-def test_on_a_narrow_page_a_link_leads_to_its_tab(
+def test_on_a_narrow_page_tabs_are_in_a_menu_and_in_the_address_too(
     page: Page, dashboard: Dashboard, trained: tuple[str, str]
 ) -> None:
-    page.set_viewport_size({"width": 390, "height": 800})
+    page.set_viewport_size({"width": 400, "height": 800})
     page.goto(f"{dashboard.address}#tab=Compare&compare={trained[0]}&compare={trained[1]}")
-    expect(page.locator("harness-compare .h-parting")).to_be_visible()
+    parting = page.locator("harness-compare .h-parting")
+    expect(parting).to_be_visible()
+    page.locator(".overflow-menu > button").click()
+    page.locator(".overflow-dropdown").get_by_role("button", name="Training", exact=True).click()
+    expect(page.get_by_role("button", name="Kill", exact=True)).to_be_visible()
+    expect(page).to_have_url(re.compile("tab=Training"))
+    page.reload()
+    expect(page.get_by_role("button", name="Kill", exact=True)).to_be_visible()
+    page.go_back()
+    expect(parting).to_be_visible()
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.get_by_role("button", name=trained[0], exact=True).click()
+    expect(picture(page, "loss").locator("canvas").first).to_be_visible()
+    expect(page).to_have_url(re.compile("tab=Monitoring"))
+
+
+def test_a_link_shows_the_same_statistic_layer_metrics_and_story(
+    page: Page, context: BrowserContext, dashboard: Dashboard, place: Place
+) -> None:
+    with RunLog(place.runs / "linked") as log:
+        for step in range(10):
+            log.write("step", {"train/loss": 1.0, "my/metric": 2.0, "my/other": 2.0}, step=step)
+            log.write("layers", {name: {"a.weight": 1.0, "b.weight": 2.0} for name in LAYERS}, step=step)
+        log.write("event", {"name": "incident", "kind": "loss spike", "reason": "it rose"}, step=4)
+        log.end("finished")
+    monitor = open_run(page, dashboard, "linked")
+    monitor.get_by_label("statistic of the layers").select_option(LAYERS[1])
+    height = monitor.locator(".h-heat").evaluate("(heat) => heat.clientHeight")
+    monitor.locator(".h-heat").click(position={"x": 20, "y": 0.75 * height})
+    monitor.get_by_text("More metrics").click()
+    monitor.get_by_label("search all metrics").fill("metric")
+    monitor.get_by_label("search all metrics").press("Enter")
+    monitor.locator(".h-incidents tbody tr").click()
+    expect(monitor.locator(".h-story")).to_contain_text("it rose")
+    with watched_page(context) as colleague:
+        colleague.goto(page.url)
+        monitor = colleague.locator("harness-monitor")
+        expect(monitor.get_by_label("statistic of the layers")).to_have_value(LAYERS[1])
+        expect(picture(colleague, f"b.weight: {LAYERS[1]}")).to_be_visible()
+        expect(monitor.locator(".h-heat-mark")).to_be_visible()
+        expect(picture(colleague, "my/metric")).to_be_visible()
+        expect(picture(colleague, "my/other")).to_have_count(0)
+        expect(monitor.locator(".h-story")).to_contain_text("it rose")
+        monitor.get_by_role("button", name="Close the story").click()
+        expect(colleague).not_to_have_url(re.compile("incident="))
+        colleague.go_back()
+        expect(monitor.locator(".h-story")).to_contain_text("it rose")

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import product
+from typing import Literal
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from harness.tracking import RunLog
-from tests.browser.actions import open_run, picture
+from tests.browser.actions import go_to, open_run, picture
 from tests.browser.conftest import Dashboard, Place
 from tests.browser.test_table import write_run
 
-LABELS = "(figure) => [...figure.querySelectorAll('.u-axis')].map((one) => one.getBoundingClientRect().width)"
+WIDTHS = (1440, 800, 400)
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+# Whether something is drawn in a curve's blue, for each thousandth of the plot's width; below its upper edge.
+BLUE_COLUMNS = """(canvas) => {
+  const over = canvas.closest('.uplot').querySelector('.u-over').getBoundingClientRect();
+  const all = canvas.getBoundingClientRect();
+  const scale = canvas.width / all.width;
+  const [left, top] = [Math.round((over.left - all.left) * scale), Math.round((over.top - all.top) * scale)];
+  const [width, height] = [Math.round(over.width * scale), Math.round(over.height * scale)];
+  const { data } = canvas.getContext('2d').getImageData(left, top, width, height);
+  const isBlue = (at) => data[at + 3] > 100 && data[at + 2] > data[at] + 60;
+  const column = (x) => [...Array(height).keys()].some((y) => isBlue(4 * (y * width + x)));
+  return [...Array(1000).keys()].map((share) => column(Math.floor((share * width) / 1000)));
+}"""
 
 
 @pytest.fixture
@@ -38,21 +53,33 @@ def moving(place: Place) -> Iterator[str]:
 def test_no_click_and_no_key_on_a_live_table_is_lost(
     page: Page, dashboard: Dashboard, place: Place, moving: str
 ) -> None:
-    for number in range(3):
+    """200 of each, on a desk, a tablet and a phone, in light and dark, while figures are new every time."""
+    for number in range(2):
         write_run(place, f"still/{number}", [1.0])
     page.goto(dashboard.address)
-    boxes = [page.get_by_label(f"compare still/{number}", exact=True) for number in range(3)]
-    expect(boxes[2]).to_be_visible()
     row = page.locator('tr[data-run="moving"]').element_handle()
-    for click in range(100):
-        boxes[click % 3].click(timeout=2000)
-        assert boxes[click % 3].is_checked() == (click // 3 % 2 == 0), click
-    boxes[0].focus()
-    for press in range(100):
+    boxes = [page.get_by_label(f"compare still/{number}", exact=True) for number in range(2)]
+    steps = page.locator('tr[data-run="moving"] .h-progress-cell')
+    num_clicks = num_presses = 0
+    for width, scheme in product(WIDTHS, SCHEMES):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        before = steps.inner_text()
+        boxes[0].scroll_into_view_if_needed()
+        for turn in range(17):
+            page.evaluate("document.querySelector('harness-runs').poll.soon()")
+            for box in boxes:
+                box.click(timeout=2000)
+                assert box.is_checked() == (turn % 2 == 0), (width, scheme, turn)
+                page.keyboard.press("Space")
+                assert box.is_checked() == (turn % 2 == 1), (width, scheme, turn)
+                page.keyboard.press("Space")
+            num_clicks, num_presses = num_clicks + 2, num_presses + 4
         page.keyboard.press("Space")
-        assert boxes[0].is_checked() == (press % 2 == 0), press
-    page.wait_for_timeout(2500)
-    assert boxes[0].evaluate("(box) => document.activeElement === box")
+        boxes[0].click()
+        expect(steps).not_to_have_text(before)
+        assert boxes[0].evaluate("(box) => document.activeElement === box")
+    assert (num_clicks, num_presses) == (204, 408)
     assert row is not None
     assert row.evaluate("(row) => row.isConnected")  # the very row, though its figures are new
 
@@ -151,6 +178,41 @@ def test_a_log_axis_says_what_it_has_no_place_for(page: Page, dashboard: Dashboa
     expect(picture(page, "loss")).to_contain_text("left out without a logarithm: 2")
 
 
+def test_a_curve_has_a_gap_where_a_value_has_no_place(page: Page, dashboard: Dashboard, place: Place) -> None:
+    """No line leads through it, and a value between two gaps is a point."""
+    losses = [1.0] * 40 + [0.0] * 40 + [1.0] + [0.0] * 39 + [1.0] * 80
+    write_run(place, "gaps", losses)
+    monitor = open_run(page, dashboard, "gaps")
+    loss = picture(page, "loss")
+    monitor.get_by_label("log axes").check()
+    expect(loss).to_contain_text("left out without a logarithm: 79")
+    drawn = loss.locator("canvas").evaluate(BLUE_COLUMNS)
+    assert drawn[100]
+    assert drawn[700]
+    assert not any(drawn[230:370])  # steps 40 to 80
+    assert any(drawn[390:410])  # step 80
+    assert not any(drawn[430:570])
+
+
+def test_what_is_selected_in_the_output_stays_selected(page: Page, dashboard: Dashboard) -> None:
+    page.goto(f"{dashboard.address}#tab=Training")
+    lines = [f"step {number}\n" for number in range(50)]
+
+    def answer(route: Route) -> None:
+        route.fulfill(json={"text": lines.pop(0), "offset": 50 - len(lines)})
+
+    page.route("**/api/output?*", answer)
+    page.locator("harness-output").evaluate("(it) => { it.run = 'x'; }")
+    printed = page.locator("harness-output pre")
+    expect(printed).to_contain_text("step 0")
+    printed.evaluate("(pre) => getSelection().setBaseAndExtent(pre.firstChild, 0, pre.firstChild, 6)")
+    for _ in range(2):
+        seen = printed.inner_text()
+        page.locator("harness-output").evaluate("(it) => it.poll.soon()")
+        expect(printed).not_to_have_text(seen)
+    assert page.evaluate("getSelection().toString()") == "step 0"
+
+
 def test_a_picture_is_read_by_keyboard(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:
     open_run(page, dashboard, trained[0])
     loss = picture(page, "loss")
@@ -160,12 +222,21 @@ def test_a_picture_is_read_by_keyboard(page: Page, dashboard: Dashboard, trained
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     expect(loss.locator(".u-legend .u-value").first).to_have_text("3")
+    page.keyboard.press("+")
+    expect(loss).not_to_have_attribute("data-last", "11")
+    last = loss.get_attribute("data-last") or ""
+    page.keyboard.press("-")
+    expect(loss).not_to_have_attribute("data-last", last)
+    page.keyboard.press("Escape")
+    expect(loss).to_have_attribute("data-last", "11")
     heat = page.locator(".h-heat")
     heat.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.locator(".h-heat-mark")).to_be_visible()
     expect(picture(page, "token_embedding.weight: grad_norm")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".h-heat-tip")).to_contain_text("token_embedding.weight, step 8: grad_norm")
 
 
 def test_figures_of_a_server_that_is_gone_are_said_to_be_old(
@@ -174,6 +245,33 @@ def test_figures_of_a_server_that_is_gone_are_said_to_be_old(
     monitor = open_run(page, dashboard, trained[0])
     page.route("**/api/**", lambda route: route.abort())
     expect(monitor).to_have_attribute("data-old", "true")
-    expect(monitor.locator("> .h-note")).to_contain_text("what is shown is of")
+    words = monitor.locator("> .h-note")
+    expect(words).to_contain_text("the server does not answer; what is shown is of")
+    monitor.locator("summary").last.scroll_into_view_if_needed()
+    expect(words).to_be_in_viewport()
     page.unroute("**/api/**")
     expect(monitor).not_to_have_attribute("data-old", "true")
+    go_to(page, "Runs")
+    page.route("**/api/**", lambda route: route.abort())
+    expect(page.locator("harness-runs").get_by_role("status")).to_contain_text("what is shown is of")
+
+
+def test_an_empty_folder_says_what_to_do_first(page: Page, dashboard: Dashboard) -> None:
+    empty = {"runs": [], "now": 0, "folder": "runs", "reading": 0}
+    page.route("**/api/runs?*", lambda route: route.fulfill(json=empty))
+    page.goto(dashboard.address)
+    expect(page.locator("harness-runs").get_by_role("status")).to_contain_text(
+        "start one in the tab Training"
+    )
+    go_to(page, "Monitoring")
+    expect(page.locator("harness-monitor > .h-note")).to_contain_text("start one in the tab Training")
+
+
+def test_pictures_turn_dark_with_the_page(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:
+    open_run(page, dashboard, trained[0])
+    canvas = picture(page, "loss").locator("canvas")
+    light = canvas.evaluate("(it) => it.toDataURL()")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        "(light) => document.querySelector('figure[data-plot=loss] canvas').toDataURL() !== light", arg=light
+    )

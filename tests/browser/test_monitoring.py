@@ -35,6 +35,10 @@ PEAKS = """(canvas) => {
     .filter((x) => [...Array(height).keys()].some((y) => isBlue(4 * (y * width + x))))
     .map((x) => x / width);
 }"""
+NUM_PAINTED = """(canvas) => {
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  return data.filter((value, at) => at % 4 === 3 && value > 0).length;
+}"""
 
 
 @pytest.fixture
@@ -81,6 +85,58 @@ def test_layers_lead_to_their_history(page: Page, dashboard: Dashboard, trained:
     expect(monitor.locator(".h-heat-box")).to_have_attribute("data-columns", "6")
     monitor.locator(".h-heat").click(position={"x": 20, "y": 2})
     expect(picture(page, "token_embedding.weight: grad_norm")).to_have_attribute("data-points", "6")
+
+
+def test_the_heat_map_is_cleared_where_nothing_was_measured(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    """Of other steps, and of another run."""
+    num_layers = 200  # more than there is room to name
+    for name, has_layers in (("heat/layers", True), ("heat/none", False)):
+        with RunLog(place.runs / name) as log:
+            for step in range(101):
+                log.write("step", {"train/loss": 1.0}, step=step)
+                if has_layers and step % 20 == 0:
+                    values = {f"layer.{number}": 1.0 + number for number in range(num_layers)}
+                    log.write("layers", {"grad_norm": values}, step=step)
+            log.end("finished")
+    monitor = open_run(page, dashboard, "heat/layers")
+    heat = monitor.locator(".h-heat")
+    names = monitor.locator(".h-heat-rows span")
+    assert heat.evaluate(NUM_PAINTED) > 0
+    expect(names.first).to_have_text("layer.0")
+    page.evaluate("location.hash += '&zoom=3-7'")
+    expect(monitor.locator(".h-heat-tip")).to_have_text("no grad_norm was measured in these steps")
+    assert heat.evaluate(NUM_PAINTED) == 0
+    expect(names).to_have_count(0)
+    heat.focus()
+    page.keyboard.press("ArrowDown")
+    expect(monitor.locator(".h-heat-tip")).to_have_text("no grad_norm was measured in these steps")
+    monitor.get_by_role("button", name="Whole run").click()
+    expect(names.first).to_have_text("layer.0")
+    assert heat.evaluate(NUM_PAINTED) > 0
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.get_by_role("button", name="heat/none", exact=True).click()
+    expect(monitor).to_have_attribute("data-run", "heat/none")
+    expect(heat).not_to_be_visible()
+    assert heat.evaluate(NUM_PAINTED) == 0
+
+
+def test_the_last_picture_of_a_run_is_there_before_the_server_has_answered(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    open_run(page, dashboard, trained[0])
+    loss = picture(page, "loss").locator("canvas").first
+    expect(loss).to_be_visible()
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.get_by_role("button", name=trained[1], exact=True).click()
+    expect(page.locator("harness-monitor h2")).to_contain_text(trained[1])
+    page.route("**/api/run?*", lambda route: None)  # which never answers
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.get_by_role("button", name=trained[0], exact=True).click()
+    expect(page.locator("harness-monitor h2")).to_contain_text(trained[0])
+    expect(loss).to_be_visible()
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_the_x_axis_counts_tokens_or_hours(

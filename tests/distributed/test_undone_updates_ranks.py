@@ -58,3 +58,27 @@ def _train(rank: int, world_size: int, wrap: str, optimizer: str) -> list[Any]:
 def test_what_one_ranks_update_breaks_is_made_on_none(wrap: str, optimizer: str) -> None:
     sound, undone = ["apply", False, None, None, True], ["skip", True, 1, "2.weight", False]
     assert run_ranks(_train, 2, wrap, optimizer) == [[sound, undone, sound]] * 2
+
+
+def _broken_by_fused(rank: int, world_size: int, wrap: str) -> tuple[str, Any, Any, bool]:
+    model = make_model(width=8)
+    if wrap == "fsdp":
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world_size,)))
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else model
+    guard = StepGuard(wrapped, AdamW(model.parameters(), lr=1e-2, fused=True), lag_steps=0)
+    for step in range(2):
+        inputs, targets = batch(step, rank)
+        loss = nn.functional.mse_loss(wrapped(inputs), targets)
+        loss.backward()
+        guard.step(loss)
+        model.zero_grad()
+        if step == 0 and (rank == 1 or wrap == "ddp"):
+            local_part(model[2].weight.detach()).view(-1)[-1:] = torch.nan
+    record = guard.drain(wait=True)[-1]
+    return record.verdict, record.rank, record.parameter, "an earlier update made it so" in str(record.reason)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_weights_that_a_fused_optimizer_has_broken_are_named_with_the_next_loss(wrap: str) -> None:
+    rank = 1 if wrap == "fsdp" else 0
+    assert run_ranks(_broken_by_fused, 2, wrap) == [("skip", rank, "2.weight", True)] * 2

@@ -50,12 +50,17 @@ def test_a_guarded_step_of_it_does_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("undo", ["auto", "never"])
-def test_unfused_sgd_and_muon_do_not_wait_for_the_device_either(undo: str) -> None:
+def test_optimizers_that_keep_nothing_on_the_host_do_not_wait_for_the_device_either(undo: str) -> None:
     model = make_model().cuda()
     matrices, vectors = (
         [p for p in model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False)
     )
-    optimizers = [torch.optim.Muon(matrices, lr=1e-2), torch.optim.SGD(vectors, lr=1e-2, momentum=0.9)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=1e-2),
+        torch.optim.SGD(vectors[:1], lr=1e-2, momentum=0.9),
+        torch.optim.AdamW(vectors[1:2], lr=1e-3, capturable=True),
+        torch.optim.RMSprop(vectors[2:], lr=1e-3, capturable=True),
+    ]
     guard = StepGuard(model, optimizers, lag_steps=9, sample_every=0, undo=undo)
     inputs = torch.randn(5, 4, device="cuda")
     for step in range(4):

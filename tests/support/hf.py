@@ -9,7 +9,7 @@ from typing import Any
 from harness.config import DataConfig, LoopConfig, TrainConfig
 from tests.support.runs import corpus
 
-__all__ = ["MODELS", "chats", "hf_config"]
+__all__ = ["MODELS", "chat_tokenizer", "chats", "hf_config"]
 
 _SHAPE = {
     "hidden_size": 16,
@@ -24,6 +24,32 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen": {"model_type": "qwen3", **_SHAPE, "head_dim": 8, "tie_word_embeddings": True},
     "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> Any:
+    """A byte-level BPE with a chat template, in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello answer and yes user assistant"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_start|>", chat_template=CHATML
+    )
 
 
 def chats(path: Path, *, count: int = 40) -> Path:

@@ -46,7 +46,7 @@ def test_a_section_knows_the_name_under_which_its_keys_stand() -> None:
     holders = {"": config, "faults": config.faults[0], "tracking.alerts": config.tracking.alerts[0]}
     named = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sections = {name: value for name, value in named.items() if dataclasses.is_dataclass(value)}
-    assert len(sections) == 12
+    assert len(sections) == 13
     assert {name: section.SECTION for name, section in {**sections, **holders}.items()} == {
         name: name for name in {**sections, **holders}
     }

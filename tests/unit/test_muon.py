@@ -11,6 +11,7 @@ from torch import nn
 from harness.config import ModelConfig, MuonConfig, OptimConfig
 from harness.errors import ConfigError
 from harness.models import build_model
+from harness.replay import replay
 from harness.runlog.reader import open_run
 from harness.training import optim, train
 from harness.training.muon import hidden_matrices
@@ -84,3 +85,10 @@ def test_releases_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     for version, release in (("2.9.1", (2, 9)), ("2.13.0+cpu", (2, 13)), ("2.14.0a0+git1", (2, 14))):
         monkeypatch.setattr(torch, "__version__", version)
         assert optim._torch_release() == release
+
+
+def test_a_replay_takes_the_steps_that_muon_took(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, "--optim.name=muon", "--faults=[{step: 7, kind: nan}]"))
+    found = replay(tmp_path / "runs/tiny", 7)
+    assert found.reproduced
+    assert found.parting.is_same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import WatchdogConfig
+from harness.config import TrainConfig, WatchdogConfig
+from harness.data import still_working
+from harness.data.corpus import list_files, prepare
 from harness.errors import TaskError
 from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
 from harness.training.stacks import arose_waiting, innermost, is_debugged, waits_for_others, write_stacks
+from harness.training.watchdog import Watchdog
+from tests.support.distributed import run_ranks
+from tests.support.runs import corpus
 
 ON_TIME = RankState(rank=0, order=5, doing="training", age_s=1.0, limit_s=10.0, host="a", pid=1, beat=1)
 
@@ -169,3 +175,26 @@ def test_a_thread_in_a_debugger_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     while not seen:
         time.sleep(0.01)
     assert seen == [True]
+
+
+def _prepares_data(rank: int, world_size: int, folder: str) -> None:
+    config = TrainConfig(runs_dir=folder, watchdog=WatchdogConfig(min_step_s=0.6))
+    with Watchdog(config) as watchdog:
+
+        def age_s() -> float:
+            return float(json.loads(watchdog._heartbeats.word)["age_s"])
+
+        while age_s() < 0.2:
+            time.sleep(0.01)
+        silent_s = age_s()
+        still_working()
+        while age_s() >= silent_s:
+            time.sleep(0.01)
+
+
+def test_while_data_is_prepared_only_silence_counts(tmp_path: Path) -> None:
+    run_ranks(_prepares_data, 1, str(tmp_path))
+    files = list_files([str(corpus(tmp_path / "text", num_files=20))])
+    before = Progress().signs_of_life()
+    prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
+    assert Progress().signs_of_life() >= before + len(files)

@@ -90,6 +90,26 @@ function placeOf(step, axis) {
   return x[low] + share * (x[next] - x[low]);
 }
 
+// Pictures are drawn with the colours of the page, which change when the reader's screen turns dark.
+const charts = new Set();
+let wasDark = isDark();
+new MutationObserver(() => {
+  if (isDark() === wasDark) return;
+  wasDark = isDark();
+  charts.forEach((chart) => chart.last && chart.draw(...chart.last));
+}).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+
+function isDark() {
+  return document.body.classList.contains("dark");
+}
+
+// Values between two gaps, through which no line leads. `undefined` is where another curve has a value and this one has not.
+function lonely(u, index) {
+  const values = u.data[index];
+  const known = [...values.keys()].filter((at) => values[at] !== undefined);
+  return known.filter((at, place) => values[at] != null && values[known[place - 1]] == null && values[known[place + 1]] == null);
+}
+
 export class Chart {
   // plot: { title, lines: [{ name, label }], log, threshold: { value, label } }; onzoom(range), null for all of it.
   constructor(plot, { onzoom, sync = "run", log = false }) {
@@ -100,7 +120,7 @@ export class Chart {
     this.marks = [];
     this.nonfinite = [];
     this.key = "";
-    this.body = element("div", { class: "h-chart-body", tabindex: 0, role: "group", "aria-label": `${plot.title}; arrows move along it, Escape shows all of it`, onkeydown: (event) => this.press(event), ondblclick: () => this.onzoom(null) });
+    this.body = element("div", { class: "h-chart-body", tabindex: 0, role: "group", "aria-label": `${plot.title}; arrows move along it, + and - zoom, Escape shows all of it`, onkeydown: (event) => this.press(event), ondblclick: () => this.onzoom(null) });
     this.gaps = element("span", { class: "h-note h-gaps" });
     this.toggle = element("button", { class: "h-mini", type: "button", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
     this.node = element(
@@ -111,6 +131,7 @@ export class Chart {
     );
     this.observer = new ResizeObserver(() => this.u && this.u.setSize({ width: this.width(), height: HEIGHT }));
     this.observer.observe(this.node);
+    charts.add(this);
   }
 
   get names() {
@@ -149,7 +170,7 @@ export class Chart {
       return curve.nonfinite.map(([at, nan, inf]) => ({ x: view.xs[curve.x].x[at], nan, inf, label: line.label }));
     });
     this.axis = axis;
-    const key = JSON.stringify([series.map((one) => one.label), this.log, view.axis, document.body.classList.contains("dark")]);
+    const key = JSON.stringify([series.map((one) => one.label), this.log, view.axis, isDark()]);
     if (key !== this.key || !this.u) {
       this.clear();
       this.key = key;
@@ -178,16 +199,16 @@ export class Chart {
       if (curve.high) {
         bands.push({ series: [series.length, series.length + 1], fill: colour + "33" });
         for (const [side, values] of [["max", curve.high], ["min", curve.low]]) {
-          series.push({ label: `${line.label} ${side}`, stroke: colour + "66", width: 0.5, spanGaps: true, points: { show: false } });
+          series.push({ label: `${line.label} ${side}`, stroke: colour + "66", width: 0.5, points: { show: false } });
           columns.push(scale(values));
         }
       }
       const sparse = curve.mean.length < 60;
       if (smoothing > 0) {
-        series.push({ label: `${line.label} raw`, stroke: colour + "55", width: 1, spanGaps: true, points: { show: false } });
+        series.push({ label: `${line.label} raw`, stroke: colour + "55", width: 1, points: { show: false } });
         columns.push(scale(curve.mean));
       }
-      series.push({ label: line.label, stroke: colour, width, spanGaps: true, points: { show: sparse, size: 4, fill: colour } });
+      series.push({ label: line.label, stroke: colour, width, points: { show: sparse, size: 4, fill: colour, filter: (u, at, isShown) => (isShown ? null : lonely(u, at)) } });
       columns.push(scale(smoothing > 0 ? smoothed(curve.mean, smoothing) : curve.mean));
       tables.push(columns);
     });
@@ -279,11 +300,28 @@ export class Chart {
     const { u } = this;
     if (!u) return;
     if (event.key === "Escape") this.onzoom(null);
+    if ("+-".includes(event.key)) this.zoomBy(event.key === "+" ? 0.5 : 2);
     const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 20, PageUp: -20 }[event.key];
     if (!by) return;
     event.preventDefault();
     const at = Math.min(u.data[0].length - 1, Math.max(0, (u.cursor.idx ?? (by > 0 ? -1 : u.data[0].length)) + by));
     u.setCursor({ left: u.valToPos(u.data[0][at], "x"), top: u.over.clientHeight / 2 });
+  }
+
+  // Shows so many times the steps that are shown, around the cursor.
+  zoomBy(times) {
+    const { steps } = this.axis;
+    const [first, last] = [steps[0], steps[steps.length - 1]];
+    const x = this.u.data[0][this.u.cursor.idx ?? Math.floor(this.u.data[0].length / 2)];
+    const half = Math.max(1, (times * (last - first)) / 2);
+    const centre = this.stepAt(x);
+    this.onzoom([Math.max(0, Math.floor(centre - half)), Math.ceil(centre + half)]);
+  }
+
+  // The step that belongs to a place on the axis.
+  stepAt(value) {
+    const index = this.axis.x.findIndex((one) => one >= value);
+    return this.axis.steps[index < 0 ? this.axis.steps.length - 1 : index];
   }
 
   zoom(u) {
@@ -292,11 +330,8 @@ export class Chart {
     const to = u.posToIdx(u.select.left + u.select.width);
     const x = u.data[0];
     u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
-    const stepAt = (value) => {
-      const index = this.axis.x.findIndex((one) => one >= value);
-      return this.axis.steps[index < 0 ? this.axis.steps.length - 1 : index];
-    };
-    this.onzoom([stepAt(x[from]), Math.max(stepAt(x[to]), stepAt(x[from]) + 1)]);
+    const first = this.stepAt(x[from]);
+    this.onzoom([first, Math.max(this.stepAt(x[to]), first + 1)]);
   }
 
   clear() {
@@ -307,6 +342,7 @@ export class Chart {
 
   remove() {
     this.observer.disconnect();
+    charts.delete(this);
     this.clear();
     this.node.remove();
   }

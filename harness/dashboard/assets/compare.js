@@ -3,9 +3,9 @@
 import { allShown, show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 import { Chart, colourOf } from "./chart.js";
-import { badge, clock, element, number, table, update } from "./format.js";
+import { badge, element, number, table, update } from "./format.js";
 import { axisList, axisOf, rangeOf, setOptions, smoothingOf, smoothingRange } from "./inputs.js";
-import { repeat } from "./page.js";
+import { repeat, sayFresh, sayOld } from "./page.js";
 
 const METRICS = ["TRAIN_LOSS", "VAL_LOSS", "GRAD_NORM", "LR", "TRAIN_ACCURACY", "TOKENS_PER_S"];
 const POINTS = 800;
@@ -26,6 +26,7 @@ class Comparison extends HTMLElement {
     this.options = element("datalist", { id: "h-metrics" });
     this.added = element("span", {});
     this.difference = element("input", { type: "checkbox", onchange: () => this.note({ difference: this.difference.checked ? "1" : null }) });
+    this.logs = element("input", { type: "checkbox", onchange: () => this.note({ "compare-log": this.logs.checked ? "1" : null }) });
     this.reset = element("button", { class: "h-button", type: "button", onclick: () => this.zoom(null) }, "Whole runs");
     this.words = element("div", { class: "h-note", role: "status" });
     this.legend = element("div", { class: "h-bar h-colours" });
@@ -36,6 +37,7 @@ class Comparison extends HTMLElement {
       { class: "h-bar" },
       this.axis,
       element("label", {}, "smoothing ", this.smoothing),
+      element("label", {}, this.logs, " log axes"),
       element("label", {}, "baseline ", this.baseline),
       element("label", {}, this.difference, " less the baseline"),
       this.choice,
@@ -44,7 +46,7 @@ class Comparison extends HTMLElement {
       this.reset,
     );
     this.append(element("section", { class: "h-compare" }, this.words, this.legend, bar, this.grid, this.about));
-    this.addEventListener("harness-trouble", (event) => this.sayOld(event.detail));
+    this.addEventListener("harness-trouble", (event) => sayOld(this, this.words, event.detail));
     this.stopFollowing = whenMoved(() => this.follow());
     this.poll = repeat(this, 2500, () => this.refresh());
     this.telling = repeat(this, 10000, () => this.tell());
@@ -64,6 +66,9 @@ class Comparison extends HTMLElement {
     this.smoothing.value = smoothingOf(shown("compare-smoothing"));
     this.difference.checked = shown("difference") === "1";
     this.within = rangeOf(shown("compare-zoom"));
+    const hasLogs = shown("compare-log") === "1";
+    if (hasLogs !== this.hasLogs) this.charts.forEach((chart) => chart.setLog(hasLogs));
+    this.hasLogs = this.logs.checked = hasLogs;
     this.reset.disabled = !this.within;
     this.poll?.soon();
   }
@@ -119,8 +124,7 @@ class Comparison extends HTMLElement {
     setOptions(this.baseline, asked.runs, asked.baseline);
     this.showAdded(asked.added);
     this.unanswered = await this.askCurves(asked);
-    delete this.dataset.old;
-    this.freshAt = Date.now();
+    sayFresh(this);
     this.asked = asked;
     this.draw(asked);
     if (this.told?.order !== asked.order.join("\n")) this.telling.soon();
@@ -187,7 +191,7 @@ class Comparison extends HTMLElement {
       chart = null;
     }
     if (!chart) {
-      chart = new Chart({ title: metric, lines }, { onzoom: (range) => this.zoom(range), sync: "compare" });
+      chart = new Chart({ title: metric, lines }, { onzoom: (range) => this.zoom(range), sync: "compare", log: this.hasLogs });
       chart.node.dataset.runs = key;
       this.charts.set(metric, chart);
       this.grid.append(chart.node);
@@ -228,7 +232,8 @@ class Comparison extends HTMLElement {
       const values = parting.values.map((value) => String(value)).join(" and ");
       return element("p", { class: "h-parting" }, `${first} and ${second} part at step ${parting.step}: ${parting.metric} is ${values}`);
     });
-    const swatches = runs.map((run, index) => element("span", { class: "h-swatch" }, element("i", { style: `background:${colourOf(index)}` }), run, " ", badge(answer.states[order.indexOf(run)] ?? "gone")));
+    const named = (run) => element("span", { class: "h-swatch" }, element("i", { style: `background:${colourOf(runs.indexOf(run))}` }), run);
+    const swatches = runs.map((run) => element("span", { class: "h-swatch" }, named(run), badge(answer.states[order.indexOf(run)] ?? "gone")));
     const shownAs = (value) => (value === undefined || value === null ? "–" : value);
     const rows = answer.settings.map(({ name, values }) => [name, ...values.map(shownAs)]);
     const last = answer.metrics.map(({ name, values }) => [name, ...values.map(number)]);
@@ -238,18 +243,12 @@ class Comparison extends HTMLElement {
       "div",
       {},
       ...partings,
-      element("details", { open: true }, element("summary", {}, "settings that differ"), rows.length ? table(["setting", ...order], rows) : "none"),
-      element("details", {}, element("summary", {}, "last values"), table(["metric", ...order], last)),
+      element("details", { open: true }, element("summary", {}, "settings that differ"), rows.length ? table(["setting", ...order.map(named)], rows) : "none"),
+      element("details", {}, element("summary", {}, "last values"), table(["metric", ...order.map(named)], last)),
     );
     update(this.about, about);
   }
 
-  // What is shown stays, and is said to be old.
-  sayOld(why) {
-    const since = this.freshAt ? `; what is shown is of ${clock(this.freshAt / 1000).slice(11)}` : "";
-    this.words.textContent = `${why}${since}`;
-    this.dataset.old = "true";
-  }
 }
 
 // What the points of a curve stand for: a step each, or all from one step to the next one; of the last nobody knows.

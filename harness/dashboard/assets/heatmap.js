@@ -26,7 +26,7 @@ function colour(share) {
 export class HeatMap {
   constructor({ onpick }) {
     this.onpick = onpick;
-    this.canvas = element("canvas", { class: "h-heat", tabindex: 0, role: "img", "aria-label": "statistic of every parameter over steps; arrows choose a row, Enter shows its history", onkeydown: (event) => this.press(event) });
+    this.canvas = element("canvas", { class: "h-heat", tabindex: 0, role: "img", "aria-label": "statistic of every parameter over steps; arrows choose a row and a step, Enter shows the row's history", onkeydown: (event) => this.press(event) });
     this.mark = element("div", { class: "h-heat-mark", hidden: true });
     this.rows = element("div", { class: "h-heat-rows", "aria-hidden": "true" });
     this.scale = element("div", { class: "h-heat-scale" });
@@ -42,15 +42,25 @@ export class HeatMap {
   clear() {
     this.view = null;
     this.picked = null;
-    this.empty();
+    this.chosen = null;
+    this.empty(TIP);
   }
 
-  empty() {
+  // Nothing of another run or of other steps stays; `words` say why.
+  empty(words) {
     this.canvas.width = this.canvas.width; // which clears it
+    this.canvas.style.height = 0;
     this.mark.hidden = true;
     this.rows.replaceChildren();
     this.scale.replaceChildren();
-    this.tip.textContent = TIP;
+    this.tip.textContent = words;
+  }
+
+  // The layer that the address names; a row that arrows have marked since stays.
+  choose(layer) {
+    if (layer === this.chosen) return;
+    this.chosen = this.picked = layer;
+    if (this.view?.steps.length) this.markRow();
   }
 
   // The row that is marked, by the name of its layer: another statistic may have others.
@@ -69,7 +79,8 @@ export class HeatMap {
     const columns = view.steps.length;
     this.node.dataset.rows = rows;
     this.node.dataset.columns = columns;
-    if (!rows || !columns) return this.empty();
+    if (!rows || !columns) return this.empty(`no ${view.statistic} was measured in these steps`);
+    if (!this.scale.firstChild) this.tip.textContent = TIP;
     const logs = view.values.map((row) => row.map((value) => (value > 0 ? Math.log10(value) : null)));
     let low = Infinity;
     let high = -Infinity;
@@ -98,20 +109,23 @@ export class HeatMap {
   // The row whose history is shown.
   pick(row) {
     this.row = row;
+    this.chosen = this.picked;
     this.markRow();
     this.onpick(this.view.names[row]);
   }
 
   press(event) {
-    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    const last = (this.view?.names.length ?? 0) - 1;
-    if (last < 0) return;
-    if (by) {
-      event.preventDefault();
-      this.row = Math.min(last, Math.max(0, (this.row ?? (by > 0 ? -1 : last + 1)) + by));
-      this.markRow();
-      this.showTip({ row: this.row, column: this.view.steps.length - 1 });
-    } else if (event.key === "Enter" && this.row != null) this.pick(this.row);
+    if (!this.view?.names.length || !this.view.steps.length) return;
+    if (event.key === "Enter" && this.row != null) return this.pick(this.row);
+    const by = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const moved = (from, step, length) => Math.min(length - 1, Math.max(0, from + step));
+    const { names, steps } = this.view;
+    this.row = this.row == null ? (by[0] < 0 ? names.length - 1 : 0) : moved(this.row, by[0], names.length);
+    this.column = moved(this.column ?? steps.length - 1, by[1], steps.length);
+    this.markRow();
+    this.showTip({ row: this.row, column: this.column });
   }
 
   markRow() {
@@ -134,7 +148,11 @@ export class HeatMap {
     };
     const ends = Number.isFinite(low) ? [number(10 ** low), bar, `${number(10 ** high)} (logarithmic)`] : ["no value above zero"];
     this.scale.replaceChildren(element("span", {}, `${statistic}: `), ...ends, swatch(ZERO), "zero", swatch(NON_FINITE), "not finite");
-    this.rows.replaceChildren(...(height / names.length >= NAMED_ROW ? names.map((name) => element("span", { title: name }, name)) : []));
+    // Where rows are lower than their names, only every second, or third, is named.
+    const each = Math.ceil(NAMED_ROW / (height / names.length));
+    const named = names.map((name, row) => [name, row]).filter(([, row]) => row % each === 0);
+    this.rows.replaceChildren(...named.map(([name, row]) => element("span", { title: name, style: `grid-row: ${row + 1} / span ${Math.min(each, names.length - row)}` }, name)));
+    this.rows.style.gridTemplateRows = `repeat(${names.length}, minmax(0, 1fr))`;
     this.rows.style.height = `${height}px`;
   }
 
@@ -148,6 +166,7 @@ export class HeatMap {
 
   showTip(place) {
     if (!place) return;
+    this.column = place.column;
     const { names, steps, values, nonfinite, statistic } = this.view;
     const value = nonfinite[place.row].includes(place.column) ? "not finite" : number(values[place.row][place.column]);
     this.tip.textContent = `${names[place.row]}, step ${steps[place.column]}: ${statistic} ${value}`;

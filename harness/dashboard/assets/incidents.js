@@ -6,6 +6,7 @@ import { element, number, table, update } from "./format.js";
 const FIRST = 10;
 const SAMPLES_SHOWN = 8;
 const AROUND = 30;
+const GROUPS_SHOWN = 12;
 const HEADS = ["step", "kind", "rank", "parameter", "micro-batch", "NaN", "Inf", "samples", "guard", "reason"];
 
 // Indices of the samples to blame; of logs before these were kept, positions in the order of the data.
@@ -20,59 +21,74 @@ function samplesOf(incident) {
   return Array.isArray(incident.samples) ? `positions ${incident.samples[0]} to ${incident.samples[1] - 1}` : "–";
 }
 
+// What incidents are counted by.
+function groupOf({ kind, parameter }) {
+  return [kind || "incident", parameter].filter(Boolean).join(" in ");
+}
+
 export class Incidents {
-  // onpick(range): steps around the incident that was chosen.
+  // onpick(step, range): the incident that was chosen, and the steps around it; nulls when its story is closed.
   constructor({ onpick }) {
     this.onpick = onpick;
-    this.showsAll = false;
-    this.groups = element("p", { class: "h-note" });
+    this.groups = element("div", { class: "h-bar" });
     this.list = element("div", { class: "h-incident-box" });
     this.more = element("button", { class: "h-button", type: "button", onclick: () => this.unfold() });
-    this.story = element("pre", { class: "h-story", hidden: true, tabindex: 0, "aria-label": "story of the incident" });
+    this.text = element("pre", { class: "h-story", tabindex: 0, role: "region", "aria-label": "story of the incident" });
+    this.close = element("button", { class: "h-button", type: "button", onclick: () => this.pick(null) }, "Close the story");
+    this.story = element("div", { hidden: true }, this.text, this.close);
     this.node = element("div", {}, this.groups, this.list, this.more, this.story);
+    this.clear();
   }
 
   clear() {
     this.showsAll = false;
+    this.group = null;
+    this.told = null;
     this.story.hidden = true;
+    this.groups.replaceChildren();
     this.list.replaceChildren();
   }
 
   unfold() {
     this.showsAll = !this.showsAll;
-    this.draw(this.run, this.incidents);
+    this.draw(this.run, this.incidents, this.total);
   }
 
-  draw(run, incidents) {
-    this.run = run;
-    this.incidents = incidents;
-    const newest = incidents.slice().reverse();
-    this.groups.textContent = incidents.length ? this.summary() : "none";
-    this.more.hidden = incidents.length <= FIRST;
-    this.more.textContent = this.showsAll ? `the newest ${FIRST}` : `all ${number(incidents.length)}`;
-    const rows = newest.slice(0, this.showsAll ? newest.length : FIRST).map((one) => this.row(one));
-    const fresh = incidents.length ? table(HEADS, rows, { class: "h-table h-incidents" }) : element("div", {});
+  // incidents: the newest ones, oldest first; total: how many there have been.
+  draw(run, incidents, total) {
+    Object.assign(this, { run, incidents, total });
+    const newest = incidents.filter((one) => this.group === null || groupOf(one) === this.group).reverse();
+    update(this.groups, element("div", { class: "h-bar" }, this.groupButtons()));
+    this.more.hidden = newest.length <= FIRST;
+    this.more.textContent = this.showsAll ? `the newest ${FIRST}` : `all ${number(newest.length)}`;
+    const fresh = table(HEADS, newest.slice(0, this.showsAll ? newest.length : FIRST).map((one) => this.row(one)), { class: "h-table h-incidents" });
     fresh.querySelectorAll("tbody tr").forEach((line, at) => {
       const one = newest[at];
       line.dataset.key = `${one.step} ${one.kind} ${one.time}`;
+      if (one.step != null && one.step === this.told) line.setAttribute("aria-current", "true");
+      line.addEventListener("click", () => one.step != null && getSelection().isCollapsed && this.pick(one.step));
     });
     if (this.list.firstChild) update(this.list.firstChild, fresh);
     else this.list.append(fresh);
   }
 
-  // How often each kind has struck each parameter.
-  summary() {
+  // How often each kind has struck each parameter; a press leaves only those in the table.
+  groupButtons() {
     const counts = new Map();
-    for (const { kind, parameter } of this.incidents) {
-      const name = [kind || "incident", parameter].filter(Boolean).join(" in ");
-      counts.set(name, (counts.get(name) ?? 0) + 1);
-    }
-    const all = [...counts].sort((a, b) => b[1] - a[1]).map(([name, count]) => `${number(count)} × ${name}`);
-    return all.slice(0, 6).join(", ") + (all.length > 6 ? ` and ${all.length - 6} other kinds` : "");
+    for (const one of this.incidents) counts.set(groupOf(one), (counts.get(groupOf(one)) ?? 0) + 1);
+    const choose = (name) => {
+      this.group = this.group === name ? null : name;
+      this.draw(this.run, this.incidents, this.total);
+    };
+    const button = ([name, count]) =>
+      element("button", { class: "h-button", type: "button", "data-key": name, "aria-pressed": String(this.group === name), onclick: () => choose(name) }, `${number(count)} × ${name}`);
+    const left = this.total - this.incidents.length;
+    const words = left > 0 ? [element("span", { class: "h-note" }, `of the newest ${number(this.incidents.length)}; ${number(left)} before them`)] : [];
+    return [...[...counts].sort((a, b) => b[1] - a[1]).slice(0, GROUPS_SHOWN).map(button), ...words];
   }
 
   row(one) {
-    const step = one.step == null ? "–" : element("button", { type: "button", class: "h-link", title: "zoom there and read its story", onclick: () => this.pick(one) }, String(one.step));
+    const step = one.step == null ? "–" : element("button", { type: "button", class: "h-link", title: "zoom there and read its story" }, String(one.step));
     return [
       step,
       one.kind || "",
@@ -87,12 +103,24 @@ export class Incidents {
     ];
   }
 
-  async pick(one) {
-    this.onpick([Math.max(0, one.step - AROUND), one.step + AROUND]);
-    this.story.hidden = false;
-    this.story.textContent = "reading…";
-    const { story } = await ask("story", { run: this.run, step: one.step }).catch(() => ({ story: null }));
-    const hint = `No story of step ${one.step} is kept: harness replay ${this.run} --step ${one.step} writes one.`;
-    this.story.textContent = `${one.reason || one.summary || one.kind || ""}\n\n${story || hint}`;
+  pick(step) {
+    this.onpick(step, step === null ? null : [Math.max(0, step - AROUND), step + AROUND]);
+    this.tell(step);
+  }
+
+  // Opens the story of the incident at a step; null closes it.
+  async tell(step) {
+    if (step === this.told || (step !== null && !this.incidents)) return;
+    this.told = step;
+    this.story.hidden = step === null;
+    this.draw(this.run, this.incidents, this.total);
+    if (step === null) return;
+    this.text.textContent = "reading…";
+    const { run } = this;
+    const { story } = await ask("story", { run, step }).catch(() => ({ story: null }));
+    if (run !== this.run || step !== this.told) return;
+    const one = this.incidents.find((incident) => incident.step === step) ?? {};
+    const hint = `No story of step ${step} is kept: harness replay ${run} --step ${step} writes one.`;
+    this.text.textContent = `step ${step}: ${one.reason || one.summary || one.kind || ""}\n\n${story || hint}`;
   }
 }

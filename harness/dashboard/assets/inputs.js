@@ -20,6 +20,10 @@ export function rangeOf(text) {
   return found && found.slice(1).map(Number).sort((a, b) => a - b);
 }
 
+export function stepOf(text) {
+  return /^\d{1,15}$/.test(text ?? "") ? Number(text) : null;
+}
+
 // Puts options into a list, only where they are others: a list that is open stays so.
 export function setOptions(list, values, chosen = list.value) {
   if ([...list.options].map((option) => option.value).join("\n") !== values.join("\n"))

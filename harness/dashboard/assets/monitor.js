@@ -3,45 +3,16 @@
 import { show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
 import { Chart, marksOf } from "./chart.js";
-import { ago, badge, bytes, clock, duration, element, number, table, update } from "./format.js";
+import { ago, element, table, update } from "./format.js";
 import { HeatMap } from "./heatmap.js";
 import { Incidents } from "./incidents.js";
-import { axisList, axisOf, rangeOf, setOptions, smoothingOf, smoothingRange } from "./inputs.js";
+import { axisList, axisOf, rangeOf, setOptions, smoothingOf, smoothingRange, stepOf } from "./inputs.js";
 import { ledgerBar } from "./ledger.js";
-import { repeat, tellRun } from "./page.js";
+import { repeat, sayFresh, sayOld, tellRun } from "./page.js";
+import { plotsOf } from "./plots.js";
+import { checkpointsOf, eventsOf, lastValuesOf, ranksOf, summaryOf } from "./summary.js";
 
-// The pictures of a run; `names` are those of metrics as the server gives them.
-const PLOTS = ({ metric, prefix }, maxNorm) => [
-  { title: "loss", lines: [{ name: metric.TRAIN_LOSS, label: "training" }, { name: metric.VAL_LOSS, label: "held out", colour: "#ff725c" }] },
-  { title: "accuracy", lines: [{ name: metric.TRAIN_ACCURACY, label: "training" }, { name: metric.VAL_ACCURACY, label: "held out", colour: "#ff725c" }] },
-  { title: "learning rate", lines: [{ name: metric.LR, label: "learning rate" }] },
-  {
-    title: "gradient norm",
-    lines: [{ name: metric.GRAD_NORM, label: "before clipping" }, { name: metric.GRAD_NORM_CLIPPED, label: "after clipping", colour: "#3ca951" }],
-    threshold: { value: maxNorm },
-    log: true,
-  },
-  { title: "NaN and Inf in gradients", lines: [{ name: metric.NUM_NAN, label: "NaN" }, { name: metric.NUM_INF, label: "Inf", colour: "#ff725c" }] },
-  { title: "skipped steps", lines: [{ name: metric.SKIPS, label: "skips" }] },
-  { title: "clipped share", lines: [{ name: metric.CLIP_FRAC, label: "share of steps clipped" }] },
-  { title: "spike score", lines: [{ name: metric.SPIKE_SCORE, label: "robust z" }] },
-  { title: "loss scale", lines: [{ name: metric.LOSS_SCALE, label: "loss scale" }], log: true },
-  { title: "tokens per second", lines: [{ name: metric.TOKENS_PER_S, label: "tokens/s" }] },
-  { title: "model FLOP utilisation", lines: [{ name: metric.MFU_FRAC, label: "MFU" }] },
-  {
-    title: "time per step (s)",
-    lines: [
-      { name: metric.STEP_S, label: "step" },
-      { name: metric.COMPUTE_S, label: "compute" },
-      { name: metric.DATA_WAIT_S, label: "waiting for data" },
-      { name: metric.CHECKPOINT_BLOCKED_S, label: "blocked by checkpoints" },
-    ],
-  },
-  ...["compute_s", "data_wait_s", "loss", "grad_norm"].map((name) => ({
-    title: `ranks: ${name.replace("_s", " (s)").replace("_", " ")}`,
-    lines: ["max", "mean", "min"].map((part) => ({ name: `${prefix.RANKS}${name}/${part}`, label: part })),
-  })),
-];
+const MAX_SEEN = 6;
 
 class Monitor extends HTMLElement {
   connectedCallback() {
@@ -51,31 +22,34 @@ class Monitor extends HTMLElement {
     this.charts = [];
     this.requested = null;
     this.turn = 0;
+    this.seen = new Map(); // the last answers about some views of runs
     this.head = element("div", { class: "h-head" });
     this.note = element("div", { class: "h-note", role: "status" });
     this.grid = element("div", { class: "h-grid" });
+    this.rest = element("div", { class: "h-grid" });
     this.system = element("div", { class: "h-grid" });
     this.more = element("div", { class: "h-grid" });
     this.ledger = element("div", {});
-    this.incidents = new Incidents({ onpick: (range) => this.zoom(range) });
+    this.incidents = new Incidents({ onpick: (incident, range) => this.settle({ incident, ...(range && { zoom: range.join("-") }) }, { isPlace: true }) });
     this.checkpoints = element("div", {});
     this.events = element("div", {});
     this.ranks = element("div", {});
     this.lastValues = element("div", {});
     this.configuration = element("div", {});
     this.layerChart = element("div", { class: "h-grid" });
-    this.heat = new HeatMap({ onpick: (name) => this.pick(name) });
-    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.requestRefresh() });
+    this.heat = new HeatMap({ onpick: (layer) => this.settle({ layer }, { isPlace: true }) });
+    this.statistic = element("select", { class: "h-input", "aria-label": "statistic of the layers", onchange: () => this.settle({ statistic: this.statistic.value }) });
     this.parts = {};
     const section = (title, open, ...nodes) => (this.parts[title] = element("details", { open, class: "h-section", ontoggle: () => this.isIncomplete() && this.requestRefresh() }, element("summary", {}, title), ...nodes));
-    this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.showMore() });
+    this.search = element("input", { class: "h-input", type: "search", placeholder: "search all metrics", "aria-label": "search all metrics", onchange: () => this.settle({ metrics: this.search.value || null }) });
     this.append(
       this.head,
       this.note,
       this.controls(),
       this.ledger,
-      section("Incidents", true, this.incidents.node),
       this.grid,
+      section("Incidents", true, this.incidents.node),
+      this.rest,
       section("Layers", true, this.statistic, this.heat.node, this.layerChart),
       section("Ranks, last step", false, this.ranks),
       section("Checkpoints", false, this.checkpoints),
@@ -85,7 +59,7 @@ class Monitor extends HTMLElement {
       section("Last values", false, this.lastValues),
       section("Configuration", false, this.configuration),
     );
-    this.addEventListener("harness-trouble", (event) => this.sayOld(event.detail));
+    this.addEventListener("harness-trouble", (event) => sayOld(this, this.note, event.detail));
     this.poll = repeat(this, 1200, () => this.refresh());
     this.stopFollowing = whenMoved(() => this.follow());
     this.follow();
@@ -107,7 +81,7 @@ class Monitor extends HTMLElement {
     this.data = null;
     if (id && id !== shown("run")) {
       // Chosen from the list, which says so already.
-      show({ run: id, zoom: null }, { isPlace: Boolean(this.dataset.run) });
+      show({ run: id, zoom: null, incident: null }, { isPlace: Boolean(this.dataset.run) });
       tellRun(id);
     }
     this.readSettings();
@@ -117,7 +91,9 @@ class Monitor extends HTMLElement {
     this.charts = [];
     for (const node of [this.head, this.ledger, this.checkpoints, this.events, this.ranks, this.lastValues, this.configuration, this.layerChart, this.statistic]) node.replaceChildren();
     delete this.configuration.dataset.attempts;
+    delete this.dataset.ready;
     this.dataset.run = id || "";
+    this.showSeen();
     this.requestRefresh();
   }
 
@@ -154,7 +130,18 @@ class Monitor extends HTMLElement {
   }
 
   readSettings() {
-    this.settings = { axis: axisOf(shown("axis")), smoothing: smoothingOf(shown("smoothing")), within: rangeOf(shown("zoom")) };
+    const before = this.viewKey();
+    this.settings = {
+      axis: axisOf(shown("axis")),
+      smoothing: smoothingOf(shown("smoothing")),
+      within: rangeOf(shown("zoom")),
+      incident: stepOf(shown("incident")),
+      statistic: shown("statistic") ?? "grad_norm",
+      layer: shown("layer"),
+      metrics: shown("metrics") ?? "",
+    };
+    this.search.value = this.settings.metrics;
+    if (this.settings.metrics) this.parts["More metrics"].open = true;
     this.axis.value = this.settings.axis;
     this.smoothing.value = this.settings.smoothing;
     this.reset.disabled = !this.settings.within;
@@ -163,6 +150,11 @@ class Monitor extends HTMLElement {
       this.hasLogs = this.logs.checked = log;
       this.charts.forEach((chart) => chart.setLog(log || chart.plot.log || false));
     }
+    if (!this.data) return;
+    this.makeCharts();
+    this.heat.choose(this.settings.layer);
+    this.incidents.tell(this.settings.incident);
+    if (this.viewKey() !== before) this.showSeen();
   }
 
   settle(values, options) {
@@ -173,13 +165,6 @@ class Monitor extends HTMLElement {
 
   zoom(within) {
     this.settle({ zoom: within && within.join("-") }, { isPlace: true });
-  }
-
-  // Figures that are not new are said to be old, where the eye is.
-  sayOld(why) {
-    const since = this.freshAt ? `; what is shown is of ${clock(this.freshAt / 1000).slice(11)}` : "";
-    this.note.textContent = `${why}${since}`;
-    this.dataset.old = "true";
   }
 
   // Something else is to be seen: an answer that is under way is not the last word.
@@ -199,16 +184,41 @@ class Monitor extends HTMLElement {
     this.names ??= await ask("names");
     this.requested = this.visibleParts();
     const { axis, within } = this.settings;
+    const key = this.viewKey();
     const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
     if (run !== this.wanted) return;
-    this.freshAt = Date.now();
+    sayFresh(this);
     tellRun(run);
-    delete this.dataset.old;
     this.note.textContent = this.data ? this.words() : "";
     this.age();
     if (answer.unchanged) return;
-    this.data = answer;
     this.version = turn === this.turn ? answer.version : null;
+    this.remember(key, answer);
+    await this.render(run, answer);
+  }
+
+  // Pictures that have been seen are there at once when they are asked for again, and then brought up to date.
+  remember(key, answer) {
+    this.seen.delete(key);
+    this.seen.set(key, { answer, requested: this.requested, at: this.freshAt });
+    if (this.seen.size > MAX_SEEN) this.seen.delete(this.seen.keys().next().value);
+  }
+
+  showSeen() {
+    const seen = this.seen.get(this.viewKey());
+    if (!seen) return;
+    this.requested = seen.requested;
+    this.freshAt = seen.at;
+    this.render(this.wanted, seen.answer).catch(() => {}); // the refresh that follows says why
+  }
+
+  viewKey() {
+    const { axis, within } = this.settings;
+    return JSON.stringify([this.wanted, axis, within]);
+  }
+
+  async render(run, answer) {
+    this.data = answer;
     this.dataset.state = answer.state;
     this.renderSummary();
     this.makeCharts();
@@ -223,11 +233,13 @@ class Monitor extends HTMLElement {
   hideEmpty() {
     const { data, names } = this;
     const full = {
+      Incidents: data.incidents.length,
       Layers: data.statistics.length,
       "Ranks, last step": Object.keys(data.ranks || {}).length,
       Checkpoints: data.checkpoints.length,
       "Host and devices": data.names.some((name) => name.startsWith(names.prefix.SYSTEM)),
       Events: data.events.length,
+      "Last values": Object.keys(data.last).length,
     };
     for (const [title, content] of Object.entries(full)) this.parts[title].hidden = !content;
   }
@@ -259,9 +271,9 @@ class Monitor extends HTMLElement {
   // What can be seen, and only that is asked for: a closed section costs nothing.
   visibleParts() {
     const charts = this.data ? this.charts.filter((chart) => chart.node.parentElement.offsetParent !== null) : [];
-    const names = charts.length ? charts.flatMap((chart) => chart.names) : PLOTS(this.names).flatMap((plot) => plot.lines.map((line) => line.name));
+    const names = charts.length ? charts.flatMap((chart) => chart.names) : plotsOf(this.names).flatMap((plot) => plot.lines.map((line) => line.name));
     const hasLayers = this.heat.node.closest("details").open;
-    return { name: [...new Set(names)], statistic: hasLayers ? this.statistic.value || "grad_norm" : null };
+    return { name: [...new Set(names)], statistic: hasLayers ? this.chosenStatistic() : null };
   }
 
   // Whether something can be seen that was not asked for.
@@ -272,54 +284,17 @@ class Monitor extends HTMLElement {
   }
 
   renderSummary() {
-    const { data } = this;
-    const { event, metric } = this.names;
-    const nonfinite = data.nonfinite_steps;
-    const steps = data.last_step == null ? 0 : data.last_step + 1;
-    const share = data.total_steps ? Math.min(1, steps / data.total_steps) : null;
-    const last = (name) => number(data.last[name]);
-    const fact = (label, value, more = "") => element("div", { class: `h-fact ${more}` }, element("span", {}, label), element("b", {}, value));
-    const head = element(
-      "div",
-      { class: "h-head" },
-      element("h2", {}, this.wanted, " ", badge(data.state)),
-      element(
-        "div",
-        { class: "h-facts" },
-        fact("steps", number(steps) + (data.total_steps ? ` / ${number(data.total_steps)}` : "")),
-        fact("loss", last(metric.TRAIN_LOSS)),
-        fact("held out", last(metric.VAL_LOSS)),
-        fact("best held out", number(data.best_val_loss)),
-        fact("gradient norm", last(metric.GRAD_NORM)),
-        fact("tokens/s", last(metric.TOKENS_PER_S)),
-        fact("skips", last(metric.SKIPS)),
-        fact("steps with NaN or Inf", (nonfinite.is_exact ? "" : "≥ ") + number(nonfinite.num)),
-        fact("incidents", number(data.event_counts[event.INCIDENT] || 0)),
-        fact("outlier batches", number(data.event_counts[event.OUTLIER] || 0)),
-        fact("rollbacks", number(data.event_counts[event.ROLLBACK] || 0)),
-        fact("attempts", number(data.attempts)),
-        fact("running for", duration(data.updated - data.started)),
-        fact("started", clock(data.started)),
-        fact("last record", data.updated == null ? "–" : ago(Date.now() / 1000 - data.updated), "h-age"),
-        fact("host", data.host || "–"),
-      ),
-      element("div", { class: "h-note" }, data.command.join(" ")),
-      share == null ? "" : element("progress", { max: 1, value: share, class: "h-wide", "aria-label": `${(100 * share).toFixed(0)} % of its steps` }),
-    );
-    update(this.head, head);
+    const { data, names } = this;
+    update(this.head, summaryOf(this.wanted, data, names));
     this.hideEmpty();
     this.note.textContent = this.words();
     if (data.ledger) refill(this.ledger, ledgerBar(data.ledger));
-    this.incidents.draw(this.wanted, data.incidents);
-    this.renderCheckpoints();
-    refill(
-      this.events,
-      table(["time", "event", "step", "what"], data.events.slice().reverse().map((one) => [clock(one.time), one.name, one.step ?? "–", one.text + (one.abandoned ? " (on a branch that was replaced)" : "")])),
-    );
-    refill(this.lastValues, table(["metric", "value"], Object.entries(data.last).map(([name, value]) => [name, number(value)])));
-    const ranks = Object.entries(data.ranks || {});
-    const world = Math.max(0, ...ranks.map(([, row]) => row.length));
-    refill(this.ranks, table(["rank", ...ranks.map(([name]) => name)], [...Array(world).keys()].map((rank) => [rank, ...ranks.map(([, row]) => number(row[rank]))])));
+    this.incidents.draw(this.wanted, data.incidents, data.event_counts[names.event.INCIDENT] || 0);
+    this.incidents.tell(this.settings.incident);
+    refill(this.checkpoints, checkpointsOf(data));
+    refill(this.events, eventsOf(data));
+    refill(this.lastValues, lastValuesOf(data));
+    refill(this.ranks, ranksOf(data));
   }
 
   // A new attempt may have set something else.
@@ -335,18 +310,6 @@ class Monitor extends HTMLElement {
     this.configuration.dataset.attempts = this.data.attempts;
   }
 
-  renderCheckpoints() {
-    const rows = this.data.checkpoints.slice().reverse().map((one) => [
-      one.num_steps,
-      element("span", { class: `h-health h-${one.health}` }, one.health),
-      bytes(one.size_bytes),
-      one.seconds == null ? "–" : `${number(one.seconds)} s`,
-      one.blocked_s == null ? "–" : `${number(one.blocked_s)} s`,
-      clock(one.time),
-    ]);
-    refill(this.checkpoints, rows.length ? table(["after steps", "health", "size", "written in", "training blocked", "time"], rows) : element("p", { class: "h-note" }, "none"));
-  }
-
   addChart(plot, parent) {
     const chart = new Chart(plot, { onzoom: (range) => this.zoom(range), log: this.logs.checked });
     this.charts.push(chart);
@@ -360,15 +323,36 @@ class Monitor extends HTMLElement {
       if (known.has(plot.title)) return;
       this.addChart(plot, parent);
     };
-    for (const plot of PLOTS(this.names, this.data.max_norm)) make(plot, this.grid);
+    for (const plot of plotsOf(this.names, this.data.max_norm)) make(plot, plot.isMain ? this.grid : this.rest);
     for (const name of this.data.names.filter((one) => one.startsWith(prefix.SYSTEM)).slice(0, 60))
       make({ title: name.slice(prefix.SYSTEM.length), lines: [{ name, label: name.split("/").pop() }] }, this.system);
-    this.showMore(false);
+    this.makeLayerChart();
+    this.showMore();
   }
 
-  showMore(redraw = true) {
+  // The one that the address names, if the run has it.
+  chosenStatistic() {
+    const { statistics } = this.data ?? { statistics: [] };
+    return !statistics.length || statistics.includes(this.settings.statistic) ? this.settings.statistic : statistics[0];
+  }
+
+  // The history of the layer that is chosen in the heat map.
+  makeLayerChart() {
+    const { layer } = this.settings;
+    const statistic = this.chosenStatistic();
+    const name = layer && `${this.names.prefix.LAYERS}${statistic}/${layer}`;
+    const there = this.charts.find((chart) => chart.plot.layer);
+    if (there && there.names[0] !== name) {
+      there.remove();
+      this.charts.splice(this.charts.indexOf(there), 1);
+    }
+    if (name && there?.names[0] !== name)
+      this.addChart({ title: `${layer}: ${statistic}`, lines: [{ name, label: statistic }], log: true, layer: true }, this.layerChart);
+  }
+
+  showMore() {
     const shown = new Set(this.charts.flatMap((chart) => (chart.plot.more ? [] : chart.names)));
-    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = this.settings.metrics.toLowerCase().split(/\s+/).filter(Boolean);
     const names = this.data ? this.data.names.filter((name) => !shown.has(name) && words.every((word) => name.toLowerCase().includes(word))).slice(0, 24) : [];
     for (const chart of this.charts.filter((one) => one.plot.more && !names.includes(one.names[0]))) {
       chart.remove();
@@ -376,7 +360,6 @@ class Monitor extends HTMLElement {
     }
     const present = new Set(this.charts.filter((one) => one.plot.more).map((one) => one.names[0]));
     for (const name of names.filter((one) => !present.has(one))) this.addChart({ title: name, lines: [{ name, label: name.split("/").pop() }], more: true }, this.more);
-    if (redraw) this.requestRefresh();
   }
 
   drawCharts() {
@@ -387,18 +370,12 @@ class Monitor extends HTMLElement {
 
   drawLayers() {
     const { layers, statistics } = this.data;
-    setOptions(this.statistic, statistics, this.statistic.value || "grad_norm");
+    setOptions(this.statistic, statistics, this.chosenStatistic());
+    this.heat.choose(this.settings.layer);
     this.heat.node.hidden = !statistics.length;
     if (layers && statistics.length) this.heat.draw(layers);
   }
 
-  pick(layer) {
-    const name = `${this.names.prefix.LAYERS}${this.statistic.value}/${layer}`;
-    this.charts.filter((chart) => chart.plot.layer).forEach((chart) => chart.remove());
-    this.charts = this.charts.filter((chart) => !chart.plot.layer);
-    this.addChart({ title: `${layer}: ${this.statistic.value}`, lines: [{ name, label: this.statistic.value }], log: true, layer: true }, this.layerChart);
-    this.requestRefresh();
-  }
 }
 
 // Puts a part in the place of what was there; what is the same stays itself.

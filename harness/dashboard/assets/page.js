@@ -2,6 +2,7 @@
 
 import { show, shown, whenMoved } from "./address.js";
 import { ask } from "./api.js";
+import { clock } from "./format.js";
 
 const PAUSE_MS = 250;
 const LONGEST_WAIT_MS = 10000;
@@ -42,6 +43,18 @@ export function repeat(node, everyMs, work) {
   };
 }
 
+// Figures that are not new stay, and are said to be old, with the time, in a line that stays on the screen.
+export function sayOld(host, note, why) {
+  const since = host.freshAt ? `; what is shown is of ${clock(host.freshAt / 1000).slice(11)}` : "";
+  note.textContent = `${why}${since}`;
+  host.dataset.old = "true";
+}
+
+export function sayFresh(host) {
+  host.freshAt = Date.now();
+  delete host.dataset.old;
+}
+
 // Tabs that a narrow page has no room for are in a menu.
 const TABS = '[role="tab"], .overflow-dropdown button';
 
@@ -63,7 +76,7 @@ export function turnTo(title) {
 // The page turns to a run at once; Gradio, which only tells its list of runs, follows.
 export function open(run) {
   const monitor = document.querySelector("harness-monitor");
-  show({ tab: "Monitoring", run, zoom: null }, { isPlace: true });
+  show({ tab: "Monitoring", run, zoom: null, incident: null }, { isPlace: true });
   monitor?.follow();
   ask("run", { run }).catch(() => {}); // its log is read while the page turns
   turnTo("Monitoring");

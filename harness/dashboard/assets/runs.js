@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { allShown, show, shown, whenMoved } from "./address.js";
 import { ago, badge, element, number, update } from "./format.js";
-import { open, repeat, turnTo } from "./page.js";
+import { open, repeat, sayFresh, sayOld, turnTo } from "./page.js";
 
 const COLUMNS = [
   ["name", "run"],
@@ -37,7 +37,7 @@ class Runs extends HTMLElement {
     this.words = element("span", { class: "h-note", role: "status" });
     this.table = element("div", { class: "h-scroll", tabindex: 0 });
     this.append(element("div", { class: "h-bar" }, this.search, this.grouping, this.compareButton, this.words), this.table);
-    this.addEventListener("harness-trouble", (event) => (this.words.textContent = event.detail));
+    this.addEventListener("harness-trouble", (event) => sayOld(this, this.words, event.detail));
     this.stopFollowing = whenMoved(() => this.follow());
     this.poll = repeat(this, 2000, () => this.refresh());
     this.follow();
@@ -64,6 +64,7 @@ class Runs extends HTMLElement {
   async refresh() {
     this.names ??= await ask("names");
     const answer = await ask("runs");
+    sayFresh(this);
     this.runs = answer.runs;
     this.now = answer.now;
     this.words.textContent = answer.runs.length

@@ -14,7 +14,7 @@ from harness.errors import ConfigError
 from harness.records import Finding
 from harness.stability.audits.all import AuditsCheck
 from harness.stability.audits.forward import ForwardWatch
-from harness.stability.before import UPDATE
+from harness.stability.before import UPDATE, WEIGHTS
 from harness.stability.checks.attention import AttentionCheck
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.cadence import is_look
@@ -78,7 +78,7 @@ class Checks:
         self._has_said_unseen = self._forward is None
         of_forward = [make(config, self._forward or ForwardWatch()) for make in OF_FORWARD]
         for check in (*(make(config) for make in BUNDLED), *of_forward, *users):
-            if check.name in self._checks or check.name in ("rank_statistics", "summary", UPDATE):
+            if check.name in self._checks or check.name in ("rank_statistics", "summary", UPDATE, WEIGHTS):
                 raise ConfigError(f"two checks are called {check.name!r}", rule="each has a name of its own")
             self._checks[check.name] = check
 

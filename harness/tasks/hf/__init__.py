@@ -14,6 +14,7 @@ from harness import env
 from harness.config import TrainConfig
 from harness.data import Task
 from harness.errors import ConfigError
+from harness.runlog.paths import tokenizer_dir
 from harness.tasks.hf.settings import (
     LoraSettings,
     ModelSettings,
@@ -61,13 +62,14 @@ def build(
         )
     from harness.tasks.hf.data import load_data
     from harness.tasks.hf.model import TokenLoss, add_adapters, check_documents_apart, load_model
-    from harness.tasks.hf.tokenizer import load_tokenizer
+    from harness.tasks.hf.tokenizer import keep_tokenizer, load_tokenizer, tokenizer_digest
 
     # Unset, tokenizers warn in each loader worker, none of which tokenises.
     env.set_default("TOKENIZERS_PARALLELISM", "true")
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
     made_of: tuple[SourceSettings | None, ...] = sources or (None,)
-    used = load_tokenizer(tokenizer, model, made_of, cache_dir=cache_dir)
+    kept = tokenizer_dir(Path(config.runs_dir, config.name))
+    used = load_tokenizer(tokenizer, model, made_of, cache_dir=cache_dir, kept=kept)
     data = load_data(
         config.data, made_of, used, packing=packing, answers_only=answers_only, cache_dir=cache_dir
     )
@@ -84,6 +86,8 @@ def build(
         bytes_per_token=data.bytes_per_token,
         accuracy_of="next token",
         parts=data.labels if len(data.labels) > 1 else (),
+        pinned={"tokenizer": tokenizer_digest(used)},
+        keep=lambda directory: keep_tokenizer(used, tokenizer_dir(directory)),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from harness import env
 from harness.config import DataConfig
 from harness.errors import DataError
 from harness.tasks.hf.encode import Encoder
@@ -50,12 +51,11 @@ def load_data(
     """
     labels = _labels(sources)
     used, digest = tokenizer_digest(tokenizer), xxhash.xxh3_64()
-    stores: list[TokenStore] = []
-    train: list[Part] = []
-    val: list[Part] = []
-    for number, source in enumerate(sources):
+
+    def prepared(number: int) -> TokenStore:
+        source = sources[number]
         kind = ["auto", ""] if source is None else [source.kind, source.column]
-        store = prepare_tokens(
+        return prepare_tokens(
             [identity(source), kind, used, answers_only],
             records(source),
             Encoder(tokenizer, source, answers_only=answers_only),
@@ -63,13 +63,20 @@ def load_data(
             cache_dir=cache_dir,
             label=labels[number],
         )
+
+    # Each rank of a machine begins with another source, so that several are prepared at once.
+    first = env.launched().local_rank % len(sources)
+    by_number = {number: prepared(number) for number in (*range(first, len(sources)), *range(first))}
+    stores = [by_number[number] for number in range(len(sources))]
+    train: list[Part] = []
+    val: list[Part] = []
+    for number, (source, store) in enumerate(zip(sources, stores, strict=True)):
         use = "split" if source is None else source.use
         weight = 0.0 if source is None else source.weight
         rows = prepare_rows(
             store, length=config.sequence_length, packing=packing, use=use, val_frac=config.val_frac
         )
         digest.update(f"{store.digest} {use} {weight}".encode())
-        stores.append(store)
         train.append(Part(store, rows[0], number, weight))
         val.append(Part(store, rows[1], number))
     told = f"{packing}-{config.sequence_length}-{config.val_frac}-{digest.hexdigest()}"

@@ -12,6 +12,7 @@ from harness import env
 from harness.checkpoint import export
 from harness.config import TrainConfig, checked_arguments
 from harness.errors import CheckpointError, ConfigError
+from harness.runlog.paths import tokenizer_dir
 from harness.tasks import hf
 from harness.tasks.hf.model import add_adapters, load_model
 from harness.tasks.hf.settings import LoraSettings, TokenizerSettings
@@ -33,7 +34,7 @@ def export_model(
 
     Args:
         config: Of a run of `--task hf`.
-        checkpoints: The folder of its checkpoints.
+        checkpoints: The folder of its checkpoints, beside which the run's tokenizer is.
         step: Of the checkpoint; the newest if not given.
         adapters_only: LoRA's adapters as peft saves them; otherwise they are merged into the model.
         max_shard_bytes: Limit of a file.
@@ -57,6 +58,7 @@ def export_model(
         arguments["model"],
         arguments.get("sources") or (None,),
         cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir(),
+        kept=tokenizer_dir(checkpoints.parent),
     )
     model = add_adapters(load_model(arguments["model"], vocab_size=len(tokenizer)), lora)
     output.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,7 @@ def add_adapters(model: Any, settings: LoraSettings) -> Any:
         return model
     with needs("peft", extra="hf"):
         from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -90,6 +91,8 @@ def add_adapters(model: Any, settings: LoraSettings) -> Any:
         target_modules=list(settings.targets) or "all-linear",
         modules_to_save=list(settings.train_also) or None,
         task_type="CAUSAL_LM",
+        # GPT-2's linear layers, whose weights lie the other way round.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
         return get_peft_model(model, config)
@@ -130,7 +133,7 @@ def check_documents_apart(model: nn.Module, *, length: int) -> None:
 
 
 class TokenLoss:
-    """Summed cross entropy of the targets that count, and in evaluation of each source by itself."""
+    """Summed cross entropy of the targets that count, and of each of several sources by itself."""
 
     def __init__(self, num_sources: int) -> None:
         self._num_sources = num_sources
@@ -139,20 +142,23 @@ class TokenLoss:
         logits = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits
-        loss = cross_entropy(logits, batch["targets"])
-        if torch.is_grad_enabled() or self._num_sources < 2:
-            return loss
-        return LossSum(loss.total, loss.count, loss.correct, self._by_source(logits, batch))
+        if self._num_sources < 2:
+            return cross_entropy(logits, batch["targets"])
+        return self._of_sources(logits, batch)
 
-    def _by_source(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Float64 `[num_sources, 2]`: total and count of each."""
+    def _of_sources(self, logits: Tensor, batch: Batch) -> LossSum:
+        """With float64 `[num_sources, 2]`, total and count of each."""
         targets = batch["targets"]
         losses = F.cross_entropy(
-            logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )
-        rows = torch.stack([losses.sum(1, dtype=torch.float64), (targets != IGNORED).sum(1).double()], 1)
-        sums = torch.zeros(self._num_sources, 2, dtype=torch.float64, device=logits.device)
-        return sums.index_add_(0, batch["source"], rows)
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
+        with torch.no_grad():
+            counted = (targets != IGNORED).sum(1)
+            rows = torch.stack([losses.sum(1, dtype=torch.float64), counted.double()], 1)
+            sums = torch.zeros(self._num_sources, 2, dtype=torch.float64, device=logits.device)
+            sums.index_add_(0, batch["source"], rows)
+            correct = (logits.argmax(dim=-1) == targets).sum()
+        return LossSum(losses.sum(), counted.sum(), correct, sums)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from harness.data.alive import still_working
 from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import val_limit
 from harness.errors import DataError
@@ -176,6 +177,7 @@ def _write(folder: Path, part: str, rows: Iterable[list[Segment]]) -> None:
             stack.enter_context(open(folder / f"{part}-{name}.bin", "wb")) for name in ("segments", "ends")
         )
         for row in rows:
+            still_working()
             num_segments += len(row)
             segments.write(np.array(row, dtype=np.int64).tobytes())
             ends.write(np.int64(num_segments).tobytes())

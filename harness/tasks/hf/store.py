@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from harness.data.alive import still_working
 from harness.data.prepared import prepared_folder, sync_file
 from harness.data.split import content_rank
 from harness.errors import DataError
@@ -138,6 +139,7 @@ def _write(folder: Path, documents: Iterable[Encoded], dtype: np.dtype[Any], lab
             for name in ("tokens", "counted", "ends", "ranks")
         }
         for document in documents:
+            still_working()
             tokens = np.array(document.tokens, dtype=dtype).tobytes()
             counted = document.counted
             all_count = all_count and counted is None

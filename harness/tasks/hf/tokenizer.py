@@ -1,21 +1,26 @@
-"""The tokenizer: by name, of the model's folder, or trained on the sources."""
+"""The tokenizer: the run's own, or else by name, of the model's folder, or trained on the sources.
+
+A run keeps the one that it began with in its directory: what is trained on files is another one when they
+have changed, and so may be what a name stands for.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from harness.data.prepared import prepared_folder
+from harness.data.prepared import build_folder, prepared_folder
 from harness.errors import ConfigError, needs
 from harness.tasks.hf.encode import text_of
 from harness.tasks.hf.readers import identity, records
 from harness.tasks.hf.settings import ModelSettings, SourceSettings, TokenizerSettings
 
-__all__ = ["load_tokenizer", "tokenizer_digest"]
+__all__ = ["keep_tokenizer", "load_tokenizer", "tokenizer_digest"]
 
 _TRAINED_ON_CHARS = 4 << 20
 _END, _PAD = "<|end|>", "<|pad|>"
@@ -34,18 +39,20 @@ def load_tokenizer(
     sources: Sequence[SourceSettings | None],
     *,
     cache_dir: Path,
+    kept: Path | None = None,
 ) -> Any:
-    """The tokenizer that the settings ask for.
+    """The tokenizer of a run, or the one that the settings ask for.
 
     Args:
         cache_dir: Where one that is trained is kept between runs.
+        kept: Folder of `keep_tokenizer`, whose tokenizer is taken if it is there.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or the kept one cannot be read.
         DataError: the sources cannot be read, or `cache_dir` cannot be written.
     """
-    with needs("transformers", extra="hf"):
-        from transformers import AutoTokenizer
+    if kept is not None and kept.is_dir():
+        return _from_folder(kept)
     name = settings.name or model.name
     if settings.train_vocab_size:
         name = str(_trained(settings.train_vocab_size, sources, cache_dir))
@@ -55,14 +62,7 @@ def load_tokenizer(
             rule="a model of a config has none of its own",
             remedy="set task_args.tokenizer.name or task_args.tokenizer.train_vocab_size",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=None if settings.name else model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
-            rule="it is a folder that a tokenizer was saved in, or a name on the Hub",
-            remedy="check task_args.tokenizer.name; without a network, name a folder",
-        ) from error
+    tokenizer = _of_name(name, None if settings.name else model.revision)
     if settings.chat_template:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
@@ -70,7 +70,20 @@ def load_tokenizer(
             raise ConfigError(
                 f"cannot read the chat template {settings.chat_template}: {error.strerror}"
             ) from error
-    return tokenizer
+    # As it comes back from a folder: what goes on later has this very one.
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _from_folder(Path(folder))
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves it as `folder`, whole or not at all, unless there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not folder.is_dir():
+        build_folder(folder, tokenizer.save_pretrained)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -79,6 +92,34 @@ def tokenizer_digest(tokenizer: Any) -> str:
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     special = sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items())
     return xxhash.xxh3_64_hexdigest(json.dumps([content, str(tokenizer.chat_template), special]).encode())
+
+
+def _of_name(name: str, revision: str | None) -> Any:
+    try:
+        return _auto_tokenizer().from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            rule="it is a folder that a tokenizer was saved in, or a name on the Hub",
+            remedy="check task_args.tokenizer.name; without a network, name a folder",
+        ) from error
+
+
+def _from_folder(folder: Path) -> Any:
+    try:
+        return _auto_tokenizer().from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            rule="a run is trained and exported with the tokenizer that it began with",
+            remedy="bring the files back; if there is no checkpoint yet, delete the folder",
+        ) from error
+
+
+def _auto_tokenizer() -> Any:
+    with needs("transformers", extra="hf"):
+        from transformers import AutoTokenizer
+    return AutoTokenizer
 
 
 def _trained(vocab_size: int, sources: Sequence[SourceSettings | None], cache_dir: Path) -> Path:
