@@ -278,7 +278,7 @@ def test_other_random_numbers_than_remembered_are_named(tmp_path: Path) -> None:
     assert "are what it remembers" in story(found)
     path = incident_dir(directory, found.history.step) / "rank-0.json"
     box = json.loads(path.read_text())
-    box["steps"][-1]["rng"]["torch"] = "another"
+    box["steps"][0]["rng"]["torch"] = "another"
     path.write_text(json.dumps(box))
     again = replay(directory, steps_before=3)
     assert str(again.remembered.differs).endswith("begins with other random numbers on rank 0 (torch's)")
