@@ -150,8 +150,8 @@ class TokenLoss:
         """With float64 `[num_sources, 2]`, total and count of each."""
         targets = batch["targets"]
         losses = F.cross_entropy(
-            logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
         with torch.no_grad():
             counted = (targets != IGNORED).sum(1)
             rows = torch.stack([losses.sum(1, dtype=torch.float64), counted.double()], 1)
