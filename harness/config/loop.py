@@ -31,6 +31,11 @@ class LoopConfig:
     CUDA and fp32 on CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    compile_unit: Literal["model", "block"] = "model"
+    """What is compiled as one. block: each element of the model's lists of layers by itself; alike ones share
+    their code, so that a deep model compiles in the time of one layer."""
+    compile_backend: str = "inductor"
+    """What torch.compile makes of it: inductor, or aot_eager where no compiler is found."""
     eval_every: int = 100
     """Steps between evaluations; 0: only at the end."""
     eval_samples: int = 256

@@ -136,6 +136,8 @@ class TrainConfig:
             "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
         )
         self._check_model_fits_task()
+        if self.loop.precision != "auto":
+            self.parallel.check_precision(self.loop.precision)
 
     def _check_model_fits_task(self) -> None:
         wanted = {"text": ("decoder",), "images": ("cnn", "mlp")}.get(self.task)
@@ -159,13 +161,16 @@ class TrainConfig:
 
         Args:
             may_be_uneven: Whether the number of ranks may change from attempt to attempt: then they may have
-                unequal shares of the global batch, and faults may be of ranks that are gone.
+                unequal shares of the global batch, another mesh than the configured one, and faults of ranks
+                that are gone.
 
         Raises:
-            ConfigError: the global batch cannot be split, a fault strikes a step, rank or micro-batch that
-                does not exist, or the debug mode is asked for in several processes.
+            ConfigError: the global batch cannot be split, the mesh does not fit, a fault strikes a step, rank
+                or micro-batch that does not exist, or the debug mode is asked for in several processes.
         """
         self._check_batch(world_size, may_be_uneven=may_be_uneven)
+        if self.parallel.strategy == "fsdp":
+            self.parallel.mesh_shape(world_size, may_refit=may_be_uneven)
         for fault in self.faults:
             last_step = self.loop.steps - 1
             require(fault, "step", fault.step <= last_step, f"the run's steps are 0 to {last_step}")

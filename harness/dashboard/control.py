@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +40,8 @@ RUN_LIST = "h-run-list"
 SMALL: dict[str, Any] = {"scale": 0, "min_width": 130, "size": "md"}
 """A button as wide as its label, beside fields."""
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
+LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
+"""What is chosen while an earlier choice is being answered counts too; by default it would be dropped."""
 MAX_PROCESSES = 1024
 OPEN_SECTIONS = ("", "loop", "optim")
 VALID = "This configuration is valid."
@@ -89,8 +92,13 @@ class Form:
         values = form.values_of(config)
         return [_shown(values[key]) for key in self.keys]
 
+    def script(self, function: str) -> str:
+        """A function of `assets/form.js` on all values, for an event that has them as its inputs."""
+        keys = json.dumps(self.keys)
+        return f"async (...values) => (await import('/own/form.js')).{function}({keys}, values)"
 
-def configuration_tab(access: Access) -> Form:
+
+def configuration_tab(page: gr.Blocks, access: Access) -> Form:
     """The form, the YAML that it stands for, and the configurations to start from."""
     with gr.Row(elem_classes="h-buttons"):
         preset = gr.Dropdown(
@@ -118,15 +126,18 @@ def configuration_tab(access: Access) -> Form:
         gr.Info(_text(f"saved as {path}"))
         return gr.update(choices=form.presets())
 
-    check = functools.partial(_check, fields)
-    for component in fields.components:
-        event = component.blur if isinstance(component, gr.Textbox) else component.input
-        event(check, fields.components, [verdict, text], **QUIET, trigger_mode="always_last")
+    check, shown = functools.partial(_check, fields), [verdict, text]
+    edited = [one.blur if isinstance(one, gr.Textbox) else one.input for one in fields.components]
+    gr.on(edited, check, fields.components, shown, **LATEST)
+    typed = [one.input for one in fields.components]
+    gr.on(typed, None, fields.components, None, js=fields.script("keep"))
     preset.focus(lambda: gr.update(choices=form.presets()), None, preset, **QUIET)
     load = _reporting_errors(lambda chosen: fields.show(form.preset(chosen)))
-    loaded = preset.input(load, preset, fields.components, **QUIET)
-    loaded.then(check, fields.components, [verdict, text], **QUIET)
+    loaded = preset.input(load, preset, fields.components, **LATEST)
+    loaded.then(check, fields.components, shown, **QUIET, js=fields.script("keep"))
     save.click(_needing_control(access, save_preset), [name, overwrite, *fields.components], preset, **QUIET)
+    opened = page.load(None, fields.components, fields.components, js=fields.script("kept"))
+    opened.then(check, fields.components, shown, **QUIET)
     return fields
 
 
@@ -145,7 +156,7 @@ def training_tab(run_index: RunIndex, access: Access, fields: Form) -> gr.Dropdo
     _fork_row(run_index, access, chosen, output)
     output.render()
     _command_row(fields, processes)
-    chosen.input(lambda run: run, chosen, output, **QUIET)
+    chosen.input(lambda run: run, chosen, output, **LATEST)
     return chosen
 
 

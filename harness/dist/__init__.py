@@ -11,10 +11,12 @@ from harness.dist.agreement import (
     report_once,
 )
 from harness.dist.connections import Connections
+from harness.dist.deferred import Deferred
 from harness.dist.flight_recorder import keep_flight_records, write_flight_records
 from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
-from harness.dist.parallel import distribute, gradient_sync, plain
+from harness.dist.mesh import REPLICATE, SHARD, open_mesh
+from harness.dist.parallel import compile_model, distribute, gradient_sync, plain
 from harness.dist.ras import write_ras_report
 from harness.dist.sharded_muon import ShardedMuon
 from harness.dist.shards import local_part
@@ -25,7 +27,10 @@ from harness.dist.waiting import time_collectives
 from harness.dist.world import World, open_world
 
 __all__ = [
+    "REPLICATE",
+    "SHARD",
     "Connections",
+    "Deferred",
     "Heartbeats",
     "HostGroup",
     "ShardedMuon",
@@ -35,6 +40,7 @@ __all__ = [
     "any_rank",
     "barrier",
     "broadcast_from_main",
+    "compile_model",
     "distribute",
     "from_main",
     "gather",
@@ -43,6 +49,7 @@ __all__ = [
     "keep_flight_records",
     "local_part",
     "on_all_ranks",
+    "open_mesh",
     "open_world",
     "plain",
     "report_once",

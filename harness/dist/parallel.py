@@ -1,31 +1,68 @@
-"""How a model is spread over the processes: plain, DDP or FSDP2."""
+"""How a model is spread over the processes: plain, DDP or FSDP2; what is computed again; what is compiled.
+
+The order matters. Activation checkpointing goes around a block, so that what is computed again is in the block's
+compiled code; FSDP2 goes around both, so that parameters are gathered outside of it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config import ParallelConfig
+from harness.config import LoopConfig, ParallelConfig
+from harness.dist.activations import checkpoint_activations
+from harness.dist.deferred import Deferred
+from harness.dist.mesh import open_mesh
 from harness.dist.world import World
+from harness.errors import ConfigError
 
-__all__ = ["distribute", "gradient_sync", "plain"]
+__all__ = ["compile_model", "distribute", "gradient_sync", "plain"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def distribute(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.Module:
-    """Moves `model` to the world's device and wraps it as configured.
+def distribute(
+    model: nn.Module,
+    parallel: ParallelConfig,
+    world: World,
+    *,
+    loop: LoopConfig | None = None,
+    deferred: Deferred | None = None,
+) -> nn.Module:
+    """Compiles `model` as `loop` says, moves it to the world's device and wraps it as configured, in place.
 
-    FSDP2 shards by the blocks in the model's outermost `ModuleList`s, which is where repeated layers stand, and
-    then the rest as a whole; the model is changed in place.
+    The unit of activation checkpointing, of compilation by blocks and of FSDP2 is a block: an element of the model's
+    outermost `ModuleList`s, which is where repeated layers stand. FSDP2 then shards the rest as a whole. It moves
+    block by block: no device holds the whole model.
+
+    Args:
+        deferred: Within which it was built; what was put off is made up for.
+
+    Raises:
+        ConfigError: there are no blocks, and they are needed; the mesh does not fit the world.
     """
-    _move(model, world.device)
+    if deferred is not None:
+        deferred.name(model)
+    blocks = _blocks(model)
+    if parallel.activation_checkpointing != "none":
+        _require_blocks(blocks, f"parallel.activation_checkpointing is {parallel.activation_checkpointing!r}")
+        blocks = checkpoint_activations(model, blocks, parallel.activation_checkpointing)
+    if loop is not None:
+        compile_model(model, loop, blocks=blocks)
     if parallel.strategy == "fsdp":
-        return _shard(model)
+        _shard(model, blocks, parallel, world)
+        if deferred is not None:
+            deferred.materialise(model, world.device)
+        _move(model, world.device)
+        return model
+    _move(model, world.device)
     if world.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -35,6 +72,22 @@ def distribute(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.M
         find_unused_parameters=parallel.find_unused,
         gradient_as_bucket_view=True,
     )
+
+
+def compile_model(model: nn.Module, loop: LoopConfig, *, blocks: list[nn.Module] | None = None) -> None:
+    """Has `model`, or each of its blocks, compiled when it is called first; nothing without `loop.compile`.
+
+    Raises:
+        ConfigError: there are no blocks.
+    """
+    if not loop.compile:
+        return
+    units = [model]
+    if loop.compile_unit == "block":
+        units = _blocks(model) if blocks is None else blocks
+        _require_blocks(units, "loop.compile_unit is 'block'")
+    for unit in units:
+        unit.compile(backend=loop.compile_backend)
 
 
 @contextmanager
@@ -61,17 +114,27 @@ def _move(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def _shard(model: nn.Module) -> nn.Module:
-    mesh = torch.distributed.device_mesh.init_device_mesh(
-        next(model.parameters()).device.type, (torch.distributed.get_world_size(),)
-    )
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def _shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelConfig, world: World) -> None:
+    """From the inside out: each block, then what is left."""
+    mesh = open_mesh(parallel, world)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does that, operation by operation
+    if "bf16" in (parallel.param_dtype, parallel.reduce_dtype):
+        param_dtype, reduce_dtype = _DTYPES[parallel.param_dtype], _DTYPES[parallel.reduce_dtype]
+        policy = dataclasses.replace(policy, param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for unit in (*blocks, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):  # torch 2.13
         # Else ranks that used different experts of a mixture would reduce buffers of different sizes.
         model.set_reduce_scatter_unused_params(True)
-    return model
+
+
+def _require_blocks(blocks: list[nn.Module], setting: str) -> None:
+    if not blocks:
+        raise ConfigError(
+            f"{setting}, and the model has no blocks",
+            rule="its repeated layers stand in a torch.nn.ModuleList",
+            remedy="put them into one, or leave the setting away",
+        )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["local_part"]
+__all__ = ["copy_own_part", "local_part"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -19,3 +19,15 @@ def local_part(tensor: Tensor) -> Tensor:
     if type(tensor) in _PLAIN:  # torch's isinstance takes ten times as long
         return tensor
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def copy_own_part(whole: Tensor, tensor: Tensor) -> None:
+    """Copies of `whole` what this rank holds of a DTensor into it; of any other tensor all. No communication."""
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):
+                length = whole.size(placement.dim)
+                per_rank = -(-length // tensor.device_mesh.size(axis))
+                start = min(tensor.device_mesh.get_local_rank(axis) * per_rank, length)
+                whole = whole.narrow(placement.dim, start, min(per_rank, length - start))
+    local_part(tensor).copy_(whole)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.dist.agreement import gather
 from harness.errors import ConfigError
+from harness.wrappers import without_wrappers
 
 __all__ = ["UnusedParameters"]
 
@@ -35,7 +36,7 @@ class UnusedParameters:
         self._ready: set[torch.Tensor] = set()
         if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
             named = model.module.named_parameters()
-            self._names = {parameter: name for name, parameter in named if parameter.requires_grad}
+            self._names = {p: without_wrappers(name) for name, p in named if p.requires_grad}
         for parameter in self._names:
             parameter.register_post_accumulate_grad_hook(self._ready.add)
 

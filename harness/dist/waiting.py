@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 __all__ = ["time_collectives"]
 
@@ -23,7 +24,15 @@ def time_collectives(model: nn.Module, note: Callable[[float], None]) -> None:
             group: Any = module._get_fsdp_state()._fsdp_param_group
             if group is not None:
                 module.set_custom_all_gather(_Timed(group._all_gather_comm, note))  # type: ignore[arg-type]
-                module.set_custom_reduce_scatter(_Timed(group._reduce_scatter_comm, note))  # type: ignore[arg-type]
+                reduce_scatter = _Timed(group._reduce_scatter_comm, note)
+                module.set_custom_reduce_scatter(reduce_scatter)  # type: ignore[arg-type]
+                if _has_replicas(module):
+                    module.set_all_reduce_hook(reduce_scatter.note_since)
+
+
+def _has_replicas(module: nn.Module) -> bool:
+    parameter = next(module.parameters())
+    return isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1
 
 
 class _Timed:
@@ -31,6 +40,7 @@ class _Timed:
 
     def __init__(self, inner: Any, note: Callable[[float], None]) -> None:
         self._inner, self._note = inner, note
+        self._ended = 0.0
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
         memory: Tensor = self._inner.allocate(*args, **kwargs)
@@ -39,5 +49,10 @@ class _Timed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         work = self._inner(*args, **kwargs)
-        self._note(time.perf_counter() - start)
+        self._ended = time.perf_counter()
+        self._note(self._ended - start)
         return work
+
+    def note_since(self, reduced: Tensor) -> None:
+        """The all-reduce over the copies of the model, which follows at once, has ended."""
+        self._note(time.perf_counter() - self._ended)

@@ -66,7 +66,9 @@ class Judge:
         self._world_size = world_size
         self._is_sharded = config.parallel.strategy == "fsdp"
         device = self.layout.parameters[0].device
-        self._num_replicas = 1 if self._is_sharded else world_size
+        self._num_replicas, self._num_shards = world_size, 1
+        if self._is_sharded:
+            self._num_replicas, self._num_shards = config.parallel.mesh_shape(world_size, may_refit=True)
         guard = config.guard
         self._decider = Decider(guard, num_replicas=self._num_replicas)
         self.loss_scale = LossScale(
@@ -166,11 +168,12 @@ class Judge:
         if not self._is_sharded:
             return [self.table.measure(extremes=False)] * self._world_size
         having = [p for p in self.layout.parameters if p.grad is not None]
-        parts = [_shards(p.grad, self._world_size) for p in having if p.grad is not None]
-        return [
+        parts = [_shards(p.grad, self._num_shards) for p in having if p.grad is not None]
+        of_a_copy = [
             self.table.spread(having, tensor_statistics([part[shard] for part in parts], extremes=False))
-            for shard in range(self._world_size)
+            for shard in range(self._num_shards)
         ]
+        return of_a_copy * self._num_replicas
 
 
 class RankShare:

@@ -23,7 +23,7 @@ from harness.checkpoint.read_only import read_into, verified
 from harness.checkpoint.store import Saved
 from harness.config import FaultConfig, TrainConfig
 from harness.data import Batch, LossSum, fetch, find_quarantined, seed_everything
-from harness.dist import World
+from harness.dist import World, compile_model
 from harness.records import StepRecord
 from harness.replay.buffers import Buffers, restore_buffers, saved_buffers
 from harness.replay.judge import Judge, RankShare
@@ -98,8 +98,7 @@ class RanksInTurn:
         self.task = build_task(config, files=agree_on_files(config))
         self.faults = [fault for fault in faults if fault.kind not in PROCESS_FAULTS]
         self.model: nn.Module = self.task.model.to(device)
-        if config.loop.compile:
-            self.model.compile()
+        compile_model(self.model, config.loop)
         is_sharded = config.parallel.strategy == "fsdp"
         # The kernel in Triton needs CUDA, and is within a rounding of torch's.
         optim = dataclasses.replace(config.optim, fused="torch") if device.type == "cpu" else config.optim

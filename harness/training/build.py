@@ -27,6 +27,7 @@ from harness.data import (
     seed_everything,
 )
 from harness.dist import (
+    Deferred,
     UnusedParameters,
     World,
     distribute,
@@ -143,7 +144,7 @@ def build_run(
     inputs = _agreed_inputs(config, world)
     directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
     config, micro_batch_before = keep_micro_batch(config, world, directory)
-    model = _distributed(config, world, inputs.task.model)
+    model = _distributed(config, world, inputs)
     stepped = _optimizers(config, model)
     timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
     held, parts = [*stepped.values()], PartLosses(inputs.task.parts)
@@ -207,10 +208,10 @@ def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progr
     faults.begin_at(step, directory / "faults")
 
 
-def _distributed(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
-    if config.loop.compile:
-        model.compile()
-    return distribute(model, config.parallel, world)
+def _distributed(config: TrainConfig, world: World, inputs: _Inputs) -> nn.Module:
+    """What was put off of the model's initialisation is made up for once it is sharded."""
+    model = inputs.task.model
+    return distribute(model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
 
 
 def _timer(model: nn.Module, world: World) -> StepTimer:
@@ -254,13 +255,18 @@ class _Inputs:
     quarantined: tuple[int, ...]
     """Samples that are never trained on, by index."""
     faults: FaultInjector
+    deferred: Deferred | None
+    """Within which the model was built, where its initialisation is put off."""
 
 
 def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Makes them; whatever is wrong with one is raised on every rank."""
     agree_on_settings(config)
+    config.parallel.check_precision(resolved_precision(config, world.device))
     files = agree_on_files(config)
-    task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
+    deferred = Deferred() if config.parallel.meta_init else None
+    with nullcontext() if deferred is None else deferred:
+        task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
     on_all_ranks(lambda: _check_names(config.guard))
     callbacks = on_all_ranks(lambda: load_callbacks(config))
     from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
@@ -278,7 +284,12 @@ def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
         lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
     )
     return _Inputs(
-        task=task, callbacks=callbacks, fingerprints=fingerprints, faults=faults, quarantined=quarantined
+        task=task,
+        callbacks=callbacks,
+        fingerprints=fingerprints,
+        faults=faults,
+        quarantined=quarantined,
+        deferred=deferred,
     )
 
 

@@ -103,6 +103,7 @@ MAY_SYNCHRONISE = {
     "harness/stability/checks/precision.py",
     "harness/stability/checks/replicas.py",
     "harness/stability/checks/rows.py",
+    "harness/stability/checks/samples.py",
     "harness/stability/checks/state.py",
     "harness/stability/checks/targets.py",
     "harness/stability/audits/all.py",

@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -583,3 +583,55 @@ def test_a_dataset_of_datasets_has_a_fingerprint_of_what_was_done_to_it() -> Non
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
     assert isinstance(rows._fingerprint, str), users_of("_fingerprint")
     assert rows.select([0, 1])._fingerprint != rows._fingerprint
+
+
+def _functions_of(run: Callable[[], object]) -> list[Any]:
+    """The operators that `run` calls."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    functions: list[Any] = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            functions.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Seeing():
+        run()
+    return functions
+
+
+def test_initialisation_is_seen_operation_by_operation() -> None:
+    from torch.utils import _pytree
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    linear: Any = nn.Linear(2, 2, device="meta")
+    has(linear, "_apply")
+    assert linear.weight.untyped_storage()._cdata != linear.bias.untyped_storage()._cdata
+    (function,) = _functions_of(lambda: nn.init.normal_(linear.weight))
+    assert torch.Tag.nondeterministic_seeded in function.tags
+    assert function._schema.arguments[0].alias_info.is_write, users_of("OpOverload._schema")
+
+    def unseen() -> None:
+        with _disable_current_modes():
+            torch.empty(2)
+
+    assert _functions_of(unseen) == []
+    leaves, structure = _pytree.tree_flatten(((1, [2]), {"a": 3}))
+    assert _pytree.tree_unflatten(leaves, structure) == ((1, [2]), {"a": 3})
+
+
+def test_operators_of_attention_and_the_checkpoint_wrapper() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    query = torch.randn(1, 1, 4, 8, requires_grad=True)
+    seen = _functions_of(lambda: nn.functional.scaled_dot_product_attention(query, query, query))
+    assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default in seen
+    for name in (
+        "_scaled_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ):
+        has(getattr(torch.ops.aten, name), "default")
+    assert sorted(checkpoint_wrapper(nn.Linear(2, 2)).state_dict()) == ["bias", "weight"]

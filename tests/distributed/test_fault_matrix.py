@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config import FaultConfig
+from harness.config import FaultConfig, LoopConfig, ParallelConfig
 from harness.data import LossSum
-from harness.dist import gradient_sync, plain
+from harness.dist import Deferred, World, distribute, gradient_sync
 from harness.records import StepRecord
 from harness.stability import StepGuard
 from harness.training.faults import FaultInjector
@@ -38,10 +39,14 @@ MICRO_BATCHES, TOKENS, WARM = 3, 64, 40
 SETTINGS: dict[str, Any] = {"spike": "skip", "spike_warmup": 24, "lag_steps": 0}
 
 
-def cells(world_size: int) -> list[FaultConfig]:
+def cells(world_size: int, *, every: int = 1, prefix: str = "") -> list[FaultConfig]:
     """All faults for a world, each at a step of its own, in the order of the steps.
 
     Of four ranks a third: any three of kind, target, rank and micro-batch still meet in every combination.
+
+    Args:
+        every: Of these, one in so many.
+        prefix: What stands before the names of the layers.
     """
     sizes = (len(KINDS), len(TARGETS), world_size, MICRO_BATCHES)
     everything = itertools.product(*map(range, sizes))
@@ -52,12 +57,36 @@ def cells(world_size: int) -> list[FaultConfig]:
             rank=rank,
             kind=KINDS[kind],
             target=TARGETS[target][0],
-            parameter=TARGETS[target][1],
+            parameter=None if TARGETS[target][1] is None else f"{prefix}{TARGETS[target][1]}",
             micro_batch=micro,
             scale=1e4,
         )
-        for i, (kind, target, rank, micro) in enumerate(chosen)
+        for i, (kind, target, rank, micro) in enumerate(chosen[::every])
     ]
+
+
+SHARDED: dict[str, ParallelConfig] = {
+    "hsdp": ParallelConfig(strategy="fsdp", replicate=2),
+    "all": ParallelConfig(strategy="fsdp", meta_init=True, activation_checkpointing="full"),
+}
+"""As the trainer spreads a model; `all` is compiled by blocks besides."""
+
+
+def _layers() -> list[nn.Module]:
+    return [nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)]
+
+
+class Chain(nn.Module):
+    """As the other models here, with a block in a list, and the names of their parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(_layers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
 
 
 class Trainee:
@@ -65,17 +94,23 @@ class Trainee:
 
     def __init__(self, wrap: str, rank: int, world_size: int, faults: list[FaultConfig]) -> None:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1))
+        deferred = Deferred() if wrap in SHARDED and SHARDED[wrap].meta_init else None
+        with nullcontext() if deferred is None else deferred:
+            model: Any = Chain() if wrap in SHARDED else nn.Sequential(*_layers())
         self.model: nn.Module = model
+        self.faults = FaultInjector(faults, model=model, rank=rank)
         if wrap == "ddp":
             self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         elif wrap == "fsdp":
             fully_shard(model[2])
             fully_shard(model)
+        elif wrap in SHARDED:
+            world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
+            loop = LoopConfig(compile=wrap == "all", compile_unit="block", compile_backend="aot_eager")
+            distribute(model, SHARDED[wrap], world, loop=loop, deferred=deferred)
         self.rank, self.world_size = rank, world_size
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.guard = StepGuard(self.model, self.optimizer, ladder=False, **SETTINGS)
-        self.faults = FaultInjector(faults, model=plain(self.model), rank=rank)
 
     def step(self, data: int, *, fault: FaultConfig | None = None) -> StepRecord:
         """A step on the batch numbered `data`, with a fault or without."""
@@ -108,7 +143,7 @@ def _data(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
 def run_matrix(rank: int, world_size: int, wrap: str) -> list[str]:
     """Runs all cells; returns what was wrong in any of them."""
     logging.getLogger("harness").setLevel(logging.ERROR)
-    faults = cells(world_size)
+    faults = cells(world_size, every=7, prefix="parts.") if wrap in SHARDED else cells(world_size)
     trainee, twin = (Trainee(wrap, rank, world_size, faults) for _ in range(2))
     complaints: list[str] = []
     for step in range(WARM):
@@ -147,7 +182,9 @@ def _wrong(fault: FaultConfig, record: StepRecord) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("wrap", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("wrap", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4), ("all", 2)]
+)
 def test_every_fault_is_left_out_and_named(wrap: str, world_size: int) -> None:
     assert run_ranks(run_matrix, world_size, wrap, timeout_s=120) == [[]] * world_size
 

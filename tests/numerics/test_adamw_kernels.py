@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from harness.errors import ConfigError
 from harness.stability import StepGuard, adamw_kernels
 from harness.stability.triton_adamw import TritonAdamW
+from tests.support.distributed import run_ranks
 from tests.support.guarded import batch, make_model, snapshot, worst_difference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,3 +259,32 @@ def test_the_kernel_compiles_for_an_h100_with_vectors_and_exact_divisions() -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def _sharded(rank: int, world_size: int) -> list[str]:
+    """What differs between Triton's and torch's after three steps over shards, of which one is empty."""
+    models = [make_model(width=7) for _ in range(2)]
+    for model in models:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world_size,)))
+    ours, theirs = models
+    optimizers = [
+        TritonAdamW(ours.parameters(), lr=1e-2),
+        torch.optim.AdamW(theirs.parameters(), lr=1e-2, fused=True),
+    ]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            inputs, targets = batch(step, rank)
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            _step(optimizer, scale=2.0, skip=float(step == 1))
+            optimizer.zero_grad()
+    pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    return [
+        name
+        for (name, one), other in pairs
+        if not torch.allclose(one.to_local(), other.to_local(), rtol=1e-5, atol=1e-6)
+    ]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="two ranks on one GPU are tests/gpu's")
+def test_shards_are_stepped_as_torch_steps_them() -> None:
+    assert run_ranks(_sharded, 2) == [[], []]

@@ -10,7 +10,7 @@ import contextlib
 import random
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,16 @@ from harness.training import Callback
 from harness.training.callbacks import Training
 from tests.support.own_tasks import own_config, run_loop
 
-__all__ = ["CASES", "Case", "bad_attention", "first_incident", "flip_bit", "replayed", "train_cause"]
+__all__ = [
+    "CASES",
+    "Case",
+    "bad_attention",
+    "first_incident",
+    "flip_bit",
+    "replayed",
+    "train_cause",
+    "train_causes",
+]
 
 BAD = (13, 29)
 NUM_SAMPLES = 48
@@ -346,6 +355,12 @@ def train_cause(rank: int, size: int, folder: str, name: str) -> None:
     with _world(case), contextlib.suppress(HarnessError):
         run_loop(own_config(Path(folder), task, *settings), world, callbacks)
     _Strikes.case = None
+
+
+def train_causes(rank: int, size: int, folder: str, names: Sequence[str]) -> None:
+    """One rank of a run for each cause, in a folder of its name."""
+    for name in names:
+        train_cause(rank, size, str(Path(folder) / name), name)
 
 
 def first_incident(directory: Path) -> int | None:

@@ -22,7 +22,9 @@ from harness.replay.ranks import RanksInTurn
 from harness.replay.story import story
 from harness.replay.trace import Tracer
 from harness.runlog import events
+from harness.runlog.names import EventName
 from harness.runlog.paths import incident_dir
+from harness.runlog.reader import open_run
 from harness.runlog.writer import RunLog
 from tests.support import broken_tasks
 from tests.support.own_tasks import Points, own_config, points_task, run_loop
@@ -239,3 +241,44 @@ def test_an_incident_of_the_machines_is_not_taken_for_a_step(tmp_path: Path) -> 
         assert history.step == 1
         assert history.incident is not None
         assert history.incident.kind == "spike"
+
+
+@pytest.mark.parametrize("step", [9, 13])
+def test_a_run_that_was_rolled_back_is_replayed_on_either_branch(step: int, tmp_path: Path) -> None:
+    """Faults at steps 8 and 9 roll the run back, over data; one at step 13 is of the new branch."""
+    struck = [f"{{step: {at}, rank: 0, kind: nan, target: loss}}" for at in (8, 9, 13)]
+    more = [
+        "--loop.steps=16",
+        "--loop.micro_batch=4",
+        "--optim.name=adamw",
+        "--checkpoint.every=2",
+        "--checkpoint.keep_last=20",
+        "--checkpoint.healthy_after=1",
+        "--guard.max_consecutive_skips=1",
+        "--guard.lag_steps=0",
+        "--guard.rollback_skip_steps=3",
+        "--guard.max_skip_frac=1",
+        f"--faults=[{', '.join(struck)}]",
+    ]
+    run_loop(own_config(tmp_path, broken_tasks.sound, *more))
+    directory = tmp_path / "runs" / "own"
+    assert len(list(open_run(directory).events(EventName.ROLLBACK))) == 1
+    found = replay(directory, step, steps_before=6)
+    assert found.reproduced, found.differences
+    assert found.parting.is_same
+    assert found.remembered.num_steps > 1
+    assert found.remembered.differs is None
+
+
+def test_other_random_numbers_than_remembered_are_named(tmp_path: Path) -> None:
+    train_task(0, 1, str(tmp_path), "poisoned", "fp32")
+    directory = tmp_path / "runs" / "own"
+    found = replay(directory, steps_before=3)
+    assert (found.remembered.num_steps, found.remembered.differs) == (found.history.step + 1, None)
+    assert "are what it remembers" in story(found)
+    path = incident_dir(directory, found.history.step) / "rank-0.json"
+    box = json.loads(path.read_text())
+    box["steps"][-1]["rng"]["torch"] = "another"
+    path.write_text(json.dumps(box))
+    again = replay(directory, steps_before=3)
+    assert str(again.remembered.differs).endswith("begins with other random numbers on rank 0 (torch's)")
