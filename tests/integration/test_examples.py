@@ -12,6 +12,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "image_classifier": "sklearn",
     "trainer": "transformers",
+    "causal_lm": "datasets",
+    "accelerate_loop": "transformers",
     "sft": "trl",
     "lightning_module": "lightning",
 }
@@ -21,6 +23,8 @@ SAID = {
     "image_classifier": ["a new run", "accuracy 0.9"],
     "diffusion": ["applied 59 of 60 steps", "finite: True"],
     "trainer": ["finite: True"],
+    "causal_lm": ["Perplexity: 1", "finite: True"],
+    "accelerate_loop": ["epoch 2: ", "skipped: [9]", "finite: True"],
     "sft": ["finite: True"],
     "lightning_module": ["finite: True"],
 }
