@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import html
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -92,13 +91,8 @@ class Form:
         values = form.values_of(config)
         return [_shown(values[key]) for key in self.keys]
 
-    def script(self, function: str) -> str:
-        """A function of `assets/form.js` on all values, for an event that has them as its inputs."""
-        keys = json.dumps(self.keys)
-        return f"async (...values) => (await import('/own/form.js')).{function}({keys}, values)"
 
-
-def configuration_tab(page: gr.Blocks, access: Access) -> Form:
+def configuration_tab(access: Access) -> Form:
     """The form, the YAML that it stands for, and the configurations to start from."""
     with gr.Row(elem_classes="h-buttons"):
         preset = gr.Dropdown(
@@ -126,18 +120,15 @@ def configuration_tab(page: gr.Blocks, access: Access) -> Form:
         gr.Info(_text(f"saved as {path}"))
         return gr.update(choices=form.presets())
 
-    check, shown = functools.partial(_check, fields), [verdict, text]
-    edited = [one.blur if isinstance(one, gr.Textbox) else one.input for one in fields.components]
-    gr.on(edited, check, fields.components, shown, **LATEST)
-    typed = [one.input for one in fields.components]
-    gr.on(typed, None, fields.components, None, js=fields.script("keep"))
+    check = functools.partial(_check, fields)
+    for component in fields.components:
+        event = component.blur if isinstance(component, gr.Textbox) else component.input
+        event(check, fields.components, [verdict, text], **QUIET, trigger_mode="always_last")
     preset.focus(lambda: gr.update(choices=form.presets()), None, preset, **QUIET)
     load = _reporting_errors(lambda chosen: fields.show(form.preset(chosen)))
     loaded = preset.input(load, preset, fields.components, **LATEST)
-    loaded.then(check, fields.components, shown, **QUIET, js=fields.script("keep"))
+    loaded.then(check, fields.components, [verdict, text], **QUIET)
     save.click(_needing_control(access, save_preset), [name, overwrite, *fields.components], preset, **QUIET)
-    opened = page.load(None, fields.components, fields.components, js=fields.script("kept"))
-    opened.then(check, fields.components, shown, **QUIET)
     return fields
 
 

@@ -90,7 +90,7 @@ def _page(run_index: RunIndex, access: Access, tensorboard: TensorBoard) -> gr.B
             with gr.Tab("Compare", id="compare"):
                 custom_element("harness-compare")
             with gr.Tab("Configuration", id="configuration"):
-                fields = configuration_tab(page, access)
+                fields = configuration_tab(access)
             with gr.Tab("Training", id="training"):
                 controlled = training_tab(run_index, access, fields)
             with gr.Tab("TensorBoard", id="tensorboard"):

@@ -57,21 +57,6 @@ def test_the_form_is_kept_in_configs_and_taken_up_again(form: Page, place: Place
     expect(form.locator(".cm-content").first).to_contain_text("steps: 77")
 
 
-def test_an_edited_form_survives_a_reload(form: Page) -> None:
-    steps = form.locator('[id="field-loop.steps"]').locator("input, textarea")
-    fill(form, "optim.lr", "0.5")
-    choose(form, '[id="field-resume"]', "must")
-    form.get_by_label("deterministic").check()
-    steps.press_sequentially("7")  # and not left yet
-    typed = steps.input_value()
-    form.reload()
-    expect(steps).to_have_value(typed)
-    expect(form.locator(".cm-content").first).to_contain_text("lr: 0.5")
-    expect(form.locator(".cm-content").first).to_contain_text(f"steps: {typed}")
-    expect(form.locator('[id="field-resume"] input')).to_have_value("must")
-    expect(form.get_by_label("deterministic")).to_be_checked()
-
-
 def test_a_file_that_appears_in_configs_can_be_started_from(form: Page, place: Place) -> None:
     (place.path / "configs").mkdir(exist_ok=True)
     (place.path / "configs" / "late.yaml").write_text("loop: {steps: 5}\n")
