@@ -46,6 +46,7 @@ class Metric:
     CHECKPOINT_BLOCKED_S: Final = "time/checkpoint_blocked_s"
     TOKENS_PER_S: Final = "speed/tokens_per_s"
     MFU_FRAC: Final = "speed/mfu_frac"
+    HFU_FRAC: Final = "speed/hfu_frac"
 
     CPU_FRAC: Final = "system/cpu_frac"
     PROCESS_CPU_CORES: Final = "system/process_cpu_cores"

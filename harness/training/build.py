@@ -73,7 +73,7 @@ from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
 from harness.training.tasks import build_task
 from harness.training.timer import StepTimer
-from harness.training.utilisation import peak_flops
+from harness.training.utilisation import utilisation_of
 from harness.training.watchdog import Watchdog
 from harness.user_code import check_modules
 
@@ -363,7 +363,7 @@ def _open_journal(
     """This rank's journal; the main one says how the attempt begins."""
     if not world.is_main:
         return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
-    step, flops, peak = attempt.counters.step, inputs.task.flops_per_token, peak_flops(world.device)
+    step, recomputes = attempt.counters.step, config.parallel.activation_checkpointing == "full"
     about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
     about["schedule_steps"] = attempt.counters.schedule_steps
     about[NOTED] = max(attempt.micro_batch_before, attempt.loader.shares.micro_batch)
@@ -375,7 +375,7 @@ def _open_journal(
         config,
         first_step=step,
         about={**about, "versions": versions, "data": inputs.fingerprints},
-        mfu_per_speed=flops / (peak * world.world_size) if flops and peak else None,
+        utilisation=utilisation_of(inputs.task, recomputes_blocks=recomputes, world=world),
         step_indices=attempt.loader.step_indices,
         progress=progress,
         # A rank 0 that was cut off from its launcher's others has to notice that first.

@@ -35,6 +35,7 @@ from harness.training.counters import Counters, incident_kind
 from harness.training.ledger import LedgerKeeper
 from harness.training.progress import Progress
 from harness.training.summary import Ending
+from harness.training.utilisation import Utilisation
 
 __all__ = ["Journal", "MainJournal", "NodeJournal", "rank_values", "ranks_are_due"]
 
@@ -102,7 +103,7 @@ class MainJournal(Journal):
         *,
         first_step: int,
         about: Mapping[str, Any],
-        mfu_per_speed: float | None,
+        utilisation: Utilisation | None,
         step_indices: Callable[[int, int | None, int | None], Sequence[int]],
         progress: Progress,
         wait_s: float = 0.0,
@@ -114,7 +115,7 @@ class MainJournal(Journal):
             first_step: The step that comes next; what the log holds of it and later ones is abandoned.
             about: What to note about this attempt.
             wait_s: How long the process of an attempt before may still write.
-            mfu_per_speed: Model FLOPs utilisation at one token per second, where it is known.
+            utilisation: At one token per second, where it is known.
             progress: What this rank is doing, of which the ledger is kept.
         """
         tracking = config.tracking
@@ -128,7 +129,7 @@ class MainJournal(Journal):
         self._console = Console(tracking.progress, first_step=first_step, num_steps=config.loop.steps)
         self._every = tracking.log_every
         self._num_steps = config.loop.steps
-        self._mfu_per_speed = mfu_per_speed
+        self._utilisation = utilisation
         self._step_indices = step_indices
         self._window_s = 0.0
         self._window_tokens = 0
@@ -140,8 +141,10 @@ class MainJournal(Journal):
         in_flight = run.in_flight[record.step]
         lr = run.learning_rate(record.step)
         values = step_values(record, run.counters, lr=lr, step_s=in_flight.step_s) | dict(record.measured)
-        if self._mfu_per_speed is not None:
-            values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._mfu_per_speed
+        if self._utilisation is not None:
+            values[Metric.MFU_FRAC] = values[Metric.TOKENS_PER_S] * self._utilisation.mfu
+            if self._utilisation.hfu != self._utilisation.mfu:
+                values[Metric.HFU_FRAC] = values[Metric.TOKENS_PER_S] * self._utilisation.hfu
         self._log.write("step", values, step=record.step)
         is_notable = record.reason is not None
         if is_notable or ranks_are_due(len(record.per_rank), record.step, every=self._every):

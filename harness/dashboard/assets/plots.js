@@ -16,7 +16,7 @@ export const plotsOf = ({ metric, prefix }, maxNorm) => [
   { title: "spike score", lines: [{ name: metric.SPIKE_SCORE, label: "robust z" }] },
   { title: "loss scale", lines: [{ name: metric.LOSS_SCALE, label: "loss scale" }], log: true },
   { title: "tokens per second", lines: [{ name: metric.TOKENS_PER_S, label: "tokens/s" }] },
-  { title: "model FLOP utilisation", lines: [{ name: metric.MFU_FRAC, label: "MFU" }] },
+  { title: "model FLOP utilisation", lines: [{ name: metric.MFU_FRAC, label: "MFU" }, { name: metric.HFU_FRAC, label: "HFU, with what is recomputed" }] },
   {
     title: "time per step (s)",
     lines: [
