@@ -31,11 +31,13 @@ if ((has_gpu)); then
   # 32,768 tokens a step; a bare step has neither guard nor clipping.
   part "cost of a 124M step" 180 "$PYTHON" scripts/bench_loop.py --name loop-124m --segments 6 --steps 15 \
     -- --config gpt2_124m
+  part "beside other trainers" 120 "$PYTHON" scripts/bench_trainers.py --turns 4 --steps 15 -- --config gpt2_124m
   part "cost of a 1B step" 120 "$PYTHON" scripts/bench_loop.py --name loop-1b --segments 5 --steps 8 \
     -- --config llama_1b --parallel.strategy=auto --loop.global_batch=8 --loop.micro_batch=null
 else
   part "cost of the guard" 600 "$PYTHON" scripts/bench_monitor.py
   part "cost of the loop" 600 "$PYTHON" scripts/bench_loop.py --segments 10 --steps 20
+  part "beside other trainers" 900 "$PYTHON" scripts/bench_trainers.py --turns 4 --steps 10
 fi
 
 if [[ -n "${OUT:-}" ]]; then
