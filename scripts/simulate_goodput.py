@@ -160,10 +160,14 @@ EXCHANGES = 8
 
 
 def costs_at(num_gpus: int) -> Costs:
-    """`start_s` was seen once, of a killed worker of a tiny model on two busy cores (docs/benchmarks/hosts.md);
-    `detect_s` is `parallel.silent_s`. `save_s` is 1 s to copy 10 GB on each writing rank to the host (0.28 s for
-    3 GB, docs/benchmarks/checkpoint.md), and its exchanges; `commit_s` is 10 GB at 170 MB/s, a rank's share of
-    a file system, and a manifest of 405 B parameters in 512 shards. `step_s` is of the order of Llama 3's."""
+    """What is known of a job of so many GPUs, and what is assumed.
+
+    `start_s` was seen once, of a killed worker of a tiny model on two busy cores (docs/benchmarks/hosts.md);
+    `detect_s` is `parallel.silent_s`. `save_s` is 1 s to copy 10 GB on each writing rank to the host (0.28 s
+    for 3 GB, docs/benchmarks/checkpoint.md), and its exchanges; `commit_s` is 10 GB at 170 MB/s, a rank's
+    share of a file system, and a manifest of 405 B parameters in 512 shards. `step_s` is of the order of
+    Llama 3's.
+    """
     save_s = 1.0 + EXCHANGES * (num_gpus - 1) * MESSAGE_S
     return Costs(
         start_s=134.0, step_s=5.0, save_s=save_s, commit_s=60.0 + 9.0, detect_s=15.0, steps_between=1
