@@ -72,14 +72,14 @@ def _put_in_train_mode(model: nn.Module) -> None:
     if model.training:
         return
     model.train()
-    frozen = [module for module in model.modules() if _is_frozen(module)]
-    for module in frozen:
+    frozen = {name: module for name, module in model.named_modules() if _is_frozen(module)}
+    for module in frozen.values():
         module.eval()
-    logger.info(
-        "the task's model came in eval mode and is put in train mode, but for %d modules without a trainable"
-        " parameter",
-        len(frozen),
-    )
+    outermost = [name or "the model" for name in frozen if name.rpartition(".")[0] not in frozen or not name]
+    if outermost:
+        more = f" and {len(outermost) - 3} more" if len(outermost) > 3 else ""
+        left = f", but for what has no trainable parameter: {', '.join(outermost[:3])}{more}"
+    logger.info("the task's model came in eval mode and is put in train mode%s", left if outermost else "")
 
 
 def _is_frozen(module: nn.Module) -> bool:
