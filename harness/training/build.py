@@ -43,7 +43,7 @@ from harness.dist import (
 from harness.errors import HarnessError
 from harness.parent import missing_settings
 from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir, incidents_dir
+from harness.runlog.paths import checkpoints_dir, faults_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
 from harness.stability.checks.all import Checks, load_checks
 from harness.stability.detectors import configured_rule
@@ -205,7 +205,7 @@ def build_run(
 
 def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
     progress.resume(step)
-    faults.begin_at(step, directory / "faults")
+    faults.begin_at(step, faults_dir(directory))
 
 
 def _distributed(config: TrainConfig, world: World, inputs: _Inputs) -> nn.Module:
