@@ -19,7 +19,8 @@ __all__ = ["SHELLS", "Completed", "completed_commands", "run"]
 _DESCRIPTION = (
     "Print a script for your shell. bash: harness completion bash > "
     "~/.local/share/bash-completion/completions/harness; zsh: harness completion zsh > a folder of "
-    "$fpath/_harness; fish: harness completion fish > ~/.config/fish/completions/harness.fish"
+    "$fpath/_harness, before compinit; fish: harness completion fish > "
+    "~/.config/fish/completions/harness.fish"
 )
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][\w.-]*\w)(?: (?:\{([^}]*)\}))?")
 
@@ -91,6 +92,9 @@ _BASH_RUNS = (
 )
 
 
+_COMPLETE_BY = "-o bashdefault -o default -F _harness"
+
+
 def _bash(commands: Mapping[str, Completed]) -> str:
     values = [
         f"    {shlex.quote(f'{name} {option}')}) words={shlex.quote(' '.join(words))} ;;"
@@ -124,7 +128,7 @@ def _bash(commands: Mapping[str, Completed]) -> str:
             "  esac; fi",
             '  COMPREPLY=($(compgen -W "$words" -- "$current"))',
             "}",
-            "complete -o bashdefault -o default -F _harness harness",
+            f"complete {_COMPLETE_BY} harness",
         ]
     )
 
@@ -134,12 +138,14 @@ def _others(command: Completed) -> str:
 
 
 def _zsh(commands: Mapping[str, Completed]) -> str:
-    """As bash completes, which zsh can do too."""
+    """As bash completes, which zsh can do too. To be sourced after compinit, or found by it as _harness."""
     return "\n".join(
         [
             "#compdef harness",
             "autoload -U +X bashcompinit && bashcompinit",
             _bash(commands),
+            # Loaded by compinit, the script itself is what the first Tab calls.
+            f"if [[ ${{funcstack[1]}} == _harness ]]; then _bash_complete {_COMPLETE_BY}; fi",
         ]
     )
 

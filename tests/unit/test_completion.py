@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,39 @@ def fish(program: str, folder: Path) -> list[str]:
     *offered, last = subprocess.check_output(command, text=True, cwd=folder, env=environment).splitlines()
     assert last == str(folder)  # the shell stays where it was
     return offered
+
+
+COMPINIT = "autoload -Uz compinit && compinit -u -D"
+
+
+@pytest.mark.parametrize("start", ["fpath=($PWD $fpath); " + COMPINIT, COMPINIT + "; source ./_harness"])
+def test_the_first_tab_in_zsh_completes(scripts: dict[str, str], start: str, tmp_path: Path) -> None:
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    (tmp_path / "_harness").write_text(scripts["zsh"] + "\n")
+    make_runs(tmp_path)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "HOME": str(tmp_path)})
+    try:
+        os.write(terminal, f"{start}; echo rea''dy\n".encode())
+        assert is_shown(terminal, b"ready\r")
+        os.write(terminal, b"harness show m\t")
+        assert is_shown(terminal, rb"my\ run")
+    finally:
+        os.close(terminal)  # which ends the shell
+        os.waitpid(pid, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def is_shown(terminal: int, text: bytes, *, timeout_s: float = 60) -> bool:
+    """Whether a terminal shows `text` before long."""
+    shown, until = b"", time.monotonic() + timeout_s
+    while text not in shown and time.monotonic() < until:
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 1 << 16)
+    return text in shown
 
 
 @pytest.mark.parametrize("shell", SHELLS)
