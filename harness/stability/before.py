@@ -102,9 +102,10 @@ def not_finite(before: Sequence[Before], layout: Layout) -> Tensor:
     return _first_bad([pair for each in before for pair in each.moved()], layout)
 
 
-def weights_not_finite(layout: Layout) -> Tensor:
-    """The same of the weights alone, of all parameters of the layout."""
-    return _first_bad([(p, local_part(p).detach()) for p in layout.parameters], layout)
+def weights_not_finite(layout: Layout, parts: Sequence[Tensor] | None = None) -> Tensor:
+    """The same of the weights alone, of all parameters of the layout; or of `parts`, one of each."""
+    found = [local_part(p).detach() for p in layout.parameters] if parts is None else parts
+    return _first_bad(list(zip(layout.parameters, found, strict=True)), layout)
 
 
 def _first_bad(moved: Sequence[tuple[nn.Parameter, Tensor]], layout: Layout) -> Tensor:
