@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from harness import env
@@ -49,7 +50,8 @@ def build_task(config: TrainConfig, *, files: Sequence[SourceFile] | None = None
     seed_everything(config.seed)
     task = _built(config, files)
     if config.loop.float8:
-        use_float8(task.model)
+        on_cuda = config.parallel.device != "cpu" and torch.cuda.is_available()
+        use_float8(task.model, torch.device("cuda" if on_cuda else "cpu"))
     return task
 
 
