@@ -8,6 +8,7 @@ figure, and nothing is in it that they do not do.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -88,7 +89,7 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
     """
     config.check_world(num_ranks)
     with Deferred() if config.parallel.meta_init else nullcontext():
-        task = build_task(config)
+        task = _built_anew(config)
     shares = Shares.of(config.loop.global_batch, num_ranks, at_most=config.loop.micro_batch)
     batch = fetch(task.train_data, [index % len(task.train_data) for index in range(shares.micro_batch)])
     precision = resolved_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -112,6 +113,12 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
             stays = num_ranks > 1 and not is_sharded
             _run(step, [*optimizers.values()], live, undo=config.guard.undo, gradients_stay=stays)
     return _forecast(step, [*optimizers.values()], live, num_ranks=num_ranks)
+
+
+def _built_anew(config: TrainConfig) -> Task:
+    """The task without what a run of that name has kept: it may be one of other settings."""
+    with tempfile.TemporaryDirectory() as empty:
+        return build_task(dataclasses.replace(config, runs_dir=empty))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
