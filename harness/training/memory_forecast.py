@@ -8,6 +8,7 @@ figure, and nothing is in it that they do not do.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -120,12 +121,15 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
 
 
 def _task_without_values(config: TrainConfig) -> Task:
-    """A model may be larger than this machine's memory: parameters get none, if its code allows for that."""
-    try:
-        with Deferred():
+    """A model may be larger than this machine's memory: parameters get none, if its code allows for that. What a
+    run of that name has kept is left alone: it may be one of other settings."""
+    with tempfile.TemporaryDirectory() as empty:
+        config = dataclasses.replace(config, runs_dir=empty)
+        try:
+            with Deferred():
+                return build_task(config)
+        except (HarnessError, RuntimeError):  # where something else is wrong it is said again
             return build_task(config)
-    except (HarnessError, RuntimeError):  # where something else is wrong it is said again
-        return build_task(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
