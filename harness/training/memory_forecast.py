@@ -121,10 +121,14 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
 
 
 def _task_without_values(config: TrainConfig) -> Task:
-    """A model may be larger than this machine's memory: parameters get none, if its code allows for that. What a
-    run of that name has kept is left alone: it may be one of other settings."""
+    """A model may be larger than this machine's memory: parameters get none, if its code allows for that.
+
+    What a run of that name has kept is left alone: it may be one of other settings.
+    """
     with tempfile.TemporaryDirectory() as empty:
         config = dataclasses.replace(config, runs_dir=empty)
+        if config.task == "hf":  # transformers unties a tied head where tensors have no memory
+            return build_task(config)
         try:
             with Deferred():
                 return build_task(config)
