@@ -66,6 +66,7 @@ class Before:
             for p in group["params"]
             if p.grad is not None and (among is None or id(p) in among)
         ]
+        # Containers of its own: which tensors stood there, for an optimizer may put others in their place.
         self._states = [_items(dict(_state_of(optimizer, p))) for p in self.parameters]
         self._groups = [_items({k: v for k, v in g.items() if k != "params"}) for g in optimizer.param_groups]
         held = [*self.parameters, *_tensors(self._states), *_tensors(self._groups)]
@@ -89,6 +90,7 @@ class Before:
         for lives, copies in self._pairs:
             if lives[0].device != undo_t.device:
                 continue  # numbers in tensors on the host, a rate say
+            # Into the copies, then one kernel for all of them back: `where` has no form for lists.
             for live, copy in zip(lives, copies, strict=True):
                 torch.where(undo_t, copy, live, out=copy)
             _copy(copies, lives)
@@ -102,7 +104,7 @@ class Before:
             for key in [key for key in state if key not in before]:
                 del state[key]
             state.update(before)
-            if not before:
+            if not before:  # there was no entry, and the number of entries is looked at
                 getattr(self.optimizer, "state", {}).pop(parameter, None)
         for group, before in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(before)
@@ -165,6 +167,7 @@ def _first_bad(moved: Sequence[_Moved], layout: Layout) -> Tensor:
         return torch.tensor([0.0, -1.0], dtype=torch.float64).to(device)
     rows = torch.tensor([layout.row_of[id(one.parameter)] for one in moved], pin_memory=device.type == "cuda")
     rows = rows.to(device, non_blocking=True)
+    # Added up by row, as a parameter comes more than once (itself, its moments); `argmax` is the first row.
     bad = torch.zeros(len(layout), dtype=torch.float64, device=device)
     bad.index_add_(0, rows, _num_newly_bad(moved))
     is_bad = bad > 0

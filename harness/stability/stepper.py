@@ -136,6 +136,7 @@ class OptimizerStepper:
         plans = [self._plan(optimizer, decision) for optimizer in self._optimizers.unwrapped]
         kept, rest = [one for one in plans if one.undoes], [one for one in plans if not one.undoes]
         packet: Packet = {}
+        # First those that may be taken back: fused ones then read in `found_inf` what became of them.
         if kept:
             before = self._copied(kept)
             self._step_each(step, kept, decision, is_last=not rest)
@@ -151,7 +152,7 @@ class OptimizerStepper:
         if way == "host":
             self._warn_once(optimizer)
         elif way == "select" and decision.is_on_host:
-            way = "host"  # for nothing
+            way = "host"  # the decision is there already: reading it costs nothing, selecting a copy
         if self._stateless[id(optimizer)].is_to_make_state():
             way = "host"
         # Where the host reads it for nothing, on all ranks then, a step that is left out needs no copy.
@@ -185,7 +186,7 @@ class OptimizerStepper:
             for one in plans:
                 if one.way == "select":
                     _scale_gradients(one.optimizer, decision.grad_scale_t)
-                    if one.undoes:
+                    if one.undoes:  # all of it has been copied, and is selected once the ranks have spoken
                         one.optimizer.step()
                     else:
                         step_selected(one.optimizer, decision.skip_t)
@@ -205,6 +206,7 @@ class OptimizerStepper:
         here = torch.where(decision.skip_t, torch.zeros_like(here), here)
         of_ranks = all_gather(here, group=self._group)
         decision = decision.taken_back(of_ranks[:, 0].sum() > 0, stops=self._nonfinite == "stop")
+        # Another read costs nothing where this step has waited for the device anyway; else nobody reads it.
         is_read = decision.is_on_host or any(plan.way == "host" for plan in plans)
         is_skip = is_read and bool(decision.skip_t)
         for plan, one in zip(plans, before, strict=True):

@@ -282,3 +282,15 @@ def test_other_random_numbers_than_remembered_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(box))
     again = replay(directory, steps_before=3)
     assert str(again.remembered.differs).endswith("begins with other random numbers on rank 0 (torch's)")
+
+
+def test_a_run_is_replayed_with_what_lies_in_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLog(tmp_path / "moved" / "run") as log:
+        log.write("run", {"config": {"name": "other", "runs_dir": "runs"}, "world_size": 1}, step=0)
+        log.write("step", {"train/loss": 1.0, "train/grad_norm": 1.0}, step=0)
+    monkeypatch.chdir(tmp_path / "moved" / "run")
+    for directory in (tmp_path / "moved" / "run", Path(), Path("..", "run")):
+        config = read_history(directory, 0).config
+        assert Path(config.runs_dir, config.name) == tmp_path / "moved" / "run"
