@@ -4,7 +4,9 @@ A program per chunk of a parameter: it reads parameter, gradient and both moment
 gradient, and leaves partial sums of the squared update and weights. A second kernel adds the chunks' in a
 fixed order, so the same step gives the same bits every time.
 
-The formula is that of torch's fused AdamW, in fp32 whatever the parameters' dtype:
+The formula is that of torch's fused AdamW on CUDA, in fp32 whatever the parameters' dtype; so are 1 - beta
+and beta^t, of betas in fp32 (torch 2.13). Elsewhere torch takes 1 - beta in double: at beta2 = 0.999 its
+second moment is 217 units in the last place away, and so is its correction, by which it is divided.
 
     g = gradient / grad_scale
     p = p - lr * weight_decay * p

@@ -32,7 +32,7 @@ from harness.data import Batch, Shares, Task, fetch
 from harness.dist import Deferred, distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
 from harness.errors import ConfigError, HarnessError
-from harness.stability.before import Before
+from harness.stability.before import Before, is_undone
 from harness.training.optim import build_optimizers
 from harness.training.precision import autocast, resolved_precision
 from harness.training.tasks import build_task
@@ -172,10 +172,9 @@ def _run(
 ) -> None:
     """
     Args:
-        undo: Whose updates the guard may take back, from a copy.
+        undo: The guard's: whose updates it may take back, from a copy.
         gradients_stay: They are views of DDP's buckets.
     """
-    are_kept = {"always": optimizers, "auto": [o for o in optimizers if not o.defaults.get("fused")]}
     if gradients_stay:
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -183,7 +182,7 @@ def _run(
         live.note_all([*step.model.parameters(), *step.model.buffers(), *step.batch.values()])
         for _ in range(_STEPS):
             step.run()
-            before = [Before(optimizer) for optimizer in are_kept.get(undo, ())]
+            before = [Before(optimizer) for optimizer in optimizers if is_undone(optimizer, undo)]
             for optimizer in optimizers:
                 optimizer.step()
             del before
