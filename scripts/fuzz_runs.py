@@ -3,8 +3,9 @@
     python scripts/fuzz_runs.py --damages 2000 --seed 0
 
 A row per question of docs/benchmarks/fuzz.md: how many runs it was asked of, how many answers were an error
-in words, how many were a traceback, and the longest answer. Times are this process's. What has been asked is
-written after every hundred runs, so that a process that is ended early leaves what it has.
+in words, how many were a traceback, and the longest answer. Times are this process's; `harness runs` reads a
+hundred runs for one answer. What has been asked is written after every hundred runs, so that a process that
+is ended early leaves what it has.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ compiled code; FSDP2 goes around both, so that parameters are gathered outside o
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,10 +121,12 @@ def _move(model: nn.Module, device: torch.device) -> None:
 def _shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelConfig, world: World) -> None:
     """From the inside out: each block, then what is left."""
     mesh = open_mesh(parallel, world)
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does that, operation by operation
-    if "bf16" in (parallel.param_dtype, parallel.reduce_dtype):
-        param_dtype, reduce_dtype = _DTYPES[parallel.param_dtype], _DTYPES[parallel.reduce_dtype]
-        policy = dataclasses.replace(policy, param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    policy = MixedPrecisionPolicy(
+        # None: each parameter's own, which is bf16 where the model is. Gradients would be reduced in that too.
+        param_dtype=torch.bfloat16 if parallel.param_dtype == "bf16" else None,
+        reduce_dtype=_DTYPES[parallel.reduce_dtype],
+        cast_forward_inputs=False,  # autocast does that, operation by operation
+    )
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):  # torch 2.13

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from harness.config import TrainConfig
 from harness.records import StepRecord
 from harness.stability.attach import layout_of
-from harness.stability.before import WEIGHTS, Before, weights_not_finite
+from harness.stability.before import WEIGHTS, Before, is_undone, weights_not_finite
 from harness.stability.checks.all import Checks
 from harness.stability.checks.rows import ROWS
 from harness.stability.layout import SUM_SQUARES, Layout
@@ -79,6 +79,7 @@ class Judge:
             device=device,
             enabled=precision == "fp16",
         )
+        self._undo = guard.undo
         self._stepper = OptimizerStepper(held, guard, device=device)
         self._checks = Checks(guard)
         self._extremes_every = guard.extremes_every
@@ -166,9 +167,10 @@ class Judge:
     def try_update(self, step: int, judged: Judged) -> StepRecord:
         """The record that `update` would give. Weights, optimizers and what else a guard keeps are left as
         they are; gradients may be clipped."""
-        if judged.record.skipped:
+        optimizers = self._held.unwrapped
+        if judged.record.skipped or not any(is_undone(optimizer, self._undo) for optimizer in optimizers):
             return judged.record
-        before = [Before(optimizer) for optimizer in self._held.unwrapped]
+        before = [Before(optimizer) for optimizer in optimizers]
         try:
             return self._stepped(step, judged)[1]
         finally:

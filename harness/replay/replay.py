@@ -242,7 +242,10 @@ def _notes(history: History, ranks: RanksInTurn) -> list[str]:
             notes.append(f"the {part} data was {known} in the run, and is {now or 'missing'} in the replay")
     parallel = history.config.parallel
     if "bf16" in (parallel.param_dtype, parallel.reduce_dtype):
-        notes.append("FSDP2 gathered parameters or reduced gradients in bf16, the replay holds them in fp32")
+        notes.append(
+            "FSDP2 gathered parameters (and with them the residual stream) or reduced gradients in bf16,"
+            " the replay holds them in fp32"
+        )
     if history.config.callbacks:
         notes.append(f"callbacks are not called: {', '.join(history.config.callbacks)}")
     return notes

@@ -153,10 +153,10 @@ def _git_revision() -> str | None:
     """Of the folder that the program was started in."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
+    return answer.stdout.strip()
 
 
 def _samples_of(

@@ -8,6 +8,7 @@ figure, and nothing is in it that they do not do.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from harness.data import Batch, Shares, Task, fetch
 from harness.dist import Deferred, distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
 from harness.errors import ConfigError, HarnessError
-from harness.stability.before import Before
+from harness.stability.before import Before, is_undone
 from harness.training.optim import build_optimizers
 from harness.training.precision import autocast, resolved_precision
 from harness.training.tasks import build_task
@@ -120,12 +121,19 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
 
 
 def _task_without_values(config: TrainConfig) -> Task:
-    """A model may be larger than this machine's memory: parameters get none, if its code allows for that."""
-    try:
-        with Deferred():
+    """A model may be larger than this machine's memory: parameters get none, if its code allows for that.
+
+    What a run of that name has kept is left alone: it may be one of other settings.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        config = dataclasses.replace(config, runs_dir=empty)
+        if config.task == "hf":  # transformers unties a tied head where tensors have no memory
             return build_task(config)
-    except (HarnessError, RuntimeError):  # where something else is wrong it is said again
-        return build_task(config)
+        try:
+            with Deferred():
+                return build_task(config)
+        except (HarnessError, RuntimeError):  # where something else is wrong it is said again
+            return build_task(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +172,9 @@ def _run(
 ) -> None:
     """
     Args:
-        undo: Whose updates the guard may take back, from a copy.
+        undo: The guard's: whose updates it may take back, from a copy.
         gradients_stay: They are views of DDP's buckets.
     """
-    are_kept = {"always": optimizers, "auto": [o for o in optimizers if not o.defaults.get("fused")]}
     if gradients_stay:
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -175,7 +182,7 @@ def _run(
         live.note_all([*step.model.parameters(), *step.model.buffers(), *step.batch.values()])
         for _ in range(_STEPS):
             step.run()
-            before = [Before(optimizer) for optimizer in are_kept.get(undo, ())]
+            before = [Before(optimizer) for optimizer in optimizers if is_undone(optimizer, undo)]
             for optimizer in optimizers:
                 optimizer.step()
             del before

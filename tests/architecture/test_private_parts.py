@@ -631,6 +631,7 @@ def test_operators_of_attention_and_the_checkpoint_wrapper() -> None:
     assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default in seen
     for name in (
         "_scaled_mm",
+        "_grouped_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",

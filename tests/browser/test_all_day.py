@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 from collections.abc import Iterator
 from itertools import product
@@ -130,6 +132,49 @@ def test_incidents_are_counted_folded_and_lead_to_their_place_and_story(
     assert box.evaluate("(box) => box.scrollHeight > box.clientHeight")
 
 
+def test_the_group_that_is_chosen_can_be_released_though_others_are_more_frequent_by_now(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    with RunLog(place.runs / "groups") as log:
+        log.write("step", {"train/loss": 1.0}, step=0)
+        for number in range(12):
+            log.write("event", {"name": "incident", "kind": f"kind {number}"}, step=number)
+        log.sync()
+        monitor = open_run(page, dashboard, "groups")
+        chosen = monitor.get_by_role("button", name="1 × kind 11", exact=True)
+        chosen.click()
+        rows = monitor.locator(".h-incidents tbody tr")
+        expect(rows).to_have_count(1)
+        for step in (12, 13):
+            log.write("event", {"name": "incident", "kind": "another"}, step=step)
+        log.end("finished")
+    expect(monitor.get_by_role("button", name="2 × another")).to_be_visible()
+    expect(chosen).to_have_attribute("aria-pressed", "true")
+    chosen.click()
+    expect(rows).to_have_count(10)
+    expect(chosen).to_have_count(0)  # one of the many again
+
+
+def test_a_story_tells_of_every_incident_of_its_step_and_why_it_cannot_be_read(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    with RunLog(place.runs / "twice") as log:
+        log.write("step", {"train/loss": 1.0}, step=0)
+        for kind in ("loss spike", "gradient spike"):
+            log.write("event", {"name": "incident", "kind": kind, "reason": f"the {kind}"}, step=0)
+        log.end("finished")
+    monitor = open_run(page, dashboard, "twice")
+    page.route("**/api/story?*", lambda route: route.fulfill(status=502, body="{}"))
+    row, story = monitor.locator(".h-incidents tbody tr").last, monitor.locator(".h-story")
+    row.click()
+    expect(story).to_contain_text("step 0: the loss spike; the gradient spike")
+    expect(story).to_contain_text("cannot be read: the server answered 502")
+    expect(story).not_to_contain_text("is kept")
+    page.unroute("**/api/story?*")
+    row.click()
+    expect(story).to_contain_text("No story of step 0 is kept")
+
+
 def test_close_marks_leave_the_picture_to_the_curve(page: Page, dashboard: Dashboard, troubled: str) -> None:
     open_run(page, dashboard, troubled)
     red = """(canvas) => {
@@ -213,6 +258,13 @@ def test_what_is_selected_in_the_output_stays_selected(page: Page, dashboard: Da
     assert page.evaluate("getSelection().toString()") == "step 0"
 
 
+def pressed(keys: str) -> dict[str, object]:
+    """A press of keys such as Control+-, for the page alone: the browser itself does nothing."""
+    modifier, key = keys.split("+", 1)
+    held = {"Control": "ctrlKey", "Meta": "metaKey", "Alt": "altKey"}[modifier]
+    return {"key": key, held: True, "bubbles": True, "cancelable": True}
+
+
 def test_a_picture_is_read_by_keyboard(page: Page, dashboard: Dashboard, trained: tuple[str, str]) -> None:
     open_run(page, dashboard, trained[0])
     loss = picture(page, "loss")
@@ -229,7 +281,13 @@ def test_a_picture_is_read_by_keyboard(page: Page, dashboard: Dashboard, trained
     expect(loss).not_to_have_attribute("data-last", last)
     page.keyboard.press("Escape")
     expect(loss).to_have_attribute("data-last", "11")
+    for key in ("Control++", "Control+-", "Meta+-", "Alt+-", "Alt+ArrowLeft"):  # the browser's own
+        loss.locator(".h-chart-body").dispatch_event("keydown", pressed(key))
+    expect(page).not_to_have_url(re.compile("zoom="))
+    expect(loss.locator(".u-legend .u-value").first).to_have_text("3")
     heat = page.locator(".h-heat")
+    heat.dispatch_event("keydown", pressed("Alt+ArrowDown"))
+    expect(page.locator(".h-heat-mark")).not_to_be_visible()
     heat.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -254,6 +312,24 @@ def test_figures_of_a_server_that_is_gone_are_said_to_be_old(
     go_to(page, "Runs")
     page.route("**/api/**", lambda route: route.abort())
     expect(page.locator("harness-runs").get_by_role("status")).to_contain_text("what is shown is of")
+
+
+def test_a_run_whose_folder_is_gone_is_said_to_be_gone_with_the_time_of_what_is_shown(
+    page: Page, dashboard: Dashboard, place: Place
+) -> None:
+    write_run(place, "gone", [1.0, 2.0])
+    monitor = open_run(page, dashboard, "gone")
+    shutil.rmtree(place.runs / "gone")
+    words = monitor.locator("> .h-note")
+    expect(words).to_contain_text(
+        re.compile(r"^there is no run 'gone'.*; what is shown is of \d\d:\d\d:\d\d$")
+    )
+    expect(monitor).to_have_attribute("data-old", "true")
+    monitor.locator("summary").last.scroll_into_view_if_needed()
+    expect(words).to_be_in_viewport()
+    expect(picture(page, "loss").locator("canvas")).to_have_count(1)  # what there was stays
+    go_to(page, "Runs")
+    expect(page.locator('harness-runs tr[data-run="gone"]')).to_have_count(0)
 
 
 def test_an_empty_folder_says_what_to_do_first(page: Page, dashboard: Dashboard) -> None:

@@ -136,7 +136,7 @@ def test_no_value_is_read_between_backward_and_optimizer(name: str, monkeypatch:
     assert reads == [[] if name == "adagrad" else ["tolist"], [], []]
 
 
-@pytest.mark.parametrize(("undo", "reads"), [("never", ["tolist"]), ("auto", ["tolist", "__bool__"])])
+@pytest.mark.parametrize(("undo", "reads"), [("never", ["tolist"]), ("always", ["tolist", "__bool__"])])
 def test_an_optimizer_that_counts_on_the_host_costs_one_read_and_its_undoing_another(
     undo: str, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,9 +122,9 @@ def test_an_installed_package_adds_a_command(installed: None, capsys: pytest.Cap
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
     assert re.search(r"^  greet +of greeting$", usage, re.MULTILINE)
-    assert "train      train a model" in usage  # its own commands are not replaced
+    assert re.search(r"^  train +train a model", usage, re.MULTILINE)  # its own commands are not replaced
     assert main(["greeet"]) == 2
-    assert capsys.readouterr().err.rstrip().endswith("verify, greet")
+    assert capsys.readouterr().err.rstrip().endswith(", greet")
 
 
 def points(config: TrainConfig) -> Task:

@@ -312,3 +312,15 @@ def test_a_micro_batch_by_itself_is_what_it_was_in_its_step(tmp_path: Path) -> N
     probe = Probe(ranks)
     losses = [probe.run(one).loss for one in played.micro_batches]
     assert sum(losses) / played.record.num_tokens == pytest.approx(played.record.loss, rel=1e-6)
+
+
+def test_a_run_is_replayed_with_what_lies_in_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLog(tmp_path / "moved" / "run") as log:
+        log.write("run", {"config": {"name": "other", "runs_dir": "runs"}, "world_size": 1}, step=0)
+        log.write("step", {"train/loss": 1.0, "train/grad_norm": 1.0}, step=0)
+    monkeypatch.chdir(tmp_path / "moved" / "run")
+    for directory in (tmp_path / "moved" / "run", Path(), Path("..", "run")):
+        config = read_history(directory, 0).config
+        assert Path(config.runs_dir, config.name) == tmp_path / "moved" / "run"

@@ -1,6 +1,6 @@
 // One picture of some metrics over steps: bands, smoothing, marks for events and for values that are no numbers.
 
-import { element, number, tick } from "./format.js";
+import { element, isBrowsers, number, tick } from "./format.js";
 
 // As many as runs can be compared: none comes twice.
 const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#6cc5b0", "#9c6b4e", "#ff8ab7", "#97bbf5", "#7f7f17", "#d64a9e", "#8a8f98"];
@@ -298,7 +298,7 @@ export class Chart {
   // Moves the cursor by arrows; the legend tells the values there.
   press(event) {
     const { u } = this;
-    if (!u) return;
+    if (!u || isBrowsers(event)) return;
     if (event.key === "Escape") this.onzoom(null);
     if ("+-".includes(event.key)) this.zoomBy(event.key === "+" ? 0.5 : 2);
     const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 20, PageUp: -20 }[event.key];

@@ -68,6 +68,11 @@ function updateChildren(parent, fresh) {
   });
 }
 
+// Keys that are the browser's own: its zoom, its way back.
+export function isBrowsers(event) {
+  return event.ctrlKey || event.metaKey || event.altKey;
+}
+
 export function bytes(value) {
   if (value == null) return "–";
   const unit = value >= 1e9 ? [1e9, "GB"] : value >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];

@@ -1,6 +1,6 @@
 // Every layer over steps as one picture; a click on a row says which layer it was.
 
-import { element, number } from "./format.js";
+import { element, isBrowsers, number } from "./format.js";
 
 // Five anchors of the viridis palette (Nathaniel Smith and Stéfan van der Walt, CC0), in between them lines.
 const PALETTE = [
@@ -115,7 +115,7 @@ export class HeatMap {
   }
 
   press(event) {
-    if (!this.view?.names.length || !this.view.steps.length) return;
+    if (!this.view?.names.length || !this.view.steps.length || isBrowsers(event)) return;
     if (event.key === "Enter" && this.row != null) return this.pick(this.row);
     const by = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key];
     if (!by) return;

@@ -44,6 +44,7 @@ export class Incidents {
     this.showsAll = false;
     this.group = null;
     this.told = null;
+    this.isUnread = false;
     this.story.hidden = true;
     this.groups.replaceChildren();
     this.list.replaceChildren();
@@ -82,9 +83,13 @@ export class Incidents {
     };
     const button = ([name, count]) =>
       element("button", { class: "h-button", type: "button", "data-key": name, "aria-pressed": String(this.group === name), onclick: () => choose(name) }, `${number(count)} × ${name}`);
+    const most = [...counts].sort((a, b) => b[1] - a[1]);
+    const shown = most.filter(([name], place) => place < GROUPS_SHOWN || name === this.group);
+    // What is pressed can be released, though others are more frequent by now, or it is among the newest no more.
+    if (this.group !== null && !counts.has(this.group)) shown.push([this.group, 0]);
     const left = this.total - this.incidents.length;
     const words = left > 0 ? [element("span", { class: "h-note" }, `of the newest ${number(this.incidents.length)}; ${number(left)} before them`)] : [];
-    return [...[...counts].sort((a, b) => b[1] - a[1]).slice(0, GROUPS_SHOWN).map(button), ...words];
+    return [...shown.map(button), ...words];
   }
 
   row(one) {
@@ -110,17 +115,20 @@ export class Incidents {
 
   // Opens the story of the incident at a step; null closes it.
   async tell(step) {
-    if (step === this.told || (step !== null && !this.incidents)) return;
+    if ((step === this.told && !this.isUnread) || (step !== null && !this.incidents)) return;
+    if (step !== this.told) this.text.textContent = "reading…";
     this.told = step;
+    this.isUnread = false;
     this.story.hidden = step === null;
     this.draw(this.run, this.incidents, this.total);
     if (step === null) return;
-    this.text.textContent = "reading…";
     const { run } = this;
-    const { story } = await ask("story", { run, step }).catch(() => ({ story: null }));
+    const { story, error } = await ask("story", { run, step }).catch((error) => ({ error }));
     if (run !== this.run || step !== this.told) return;
-    const one = this.incidents.find((incident) => incident.step === step) ?? {};
+    this.isUnread = Boolean(error); // and asked for again
+    const reasons = this.incidents.filter((one) => one.step === step).map((one) => one.reason || one.summary || one.kind || "");
     const hint = `No story of step ${step} is kept: harness replay ${run} --step ${step} writes one.`;
-    this.text.textContent = `step ${step}: ${one.reason || one.summary || one.kind || ""}\n\n${story || hint}`;
+    const words = error ? `The story cannot be read: ${error.message}.` : story || hint;
+    this.text.textContent = `step ${step}: ${[...new Set(reasons)].join("; ")}\n\n${words}`;
   }
 }

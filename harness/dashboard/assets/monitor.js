@@ -182,25 +182,26 @@ class Monitor extends HTMLElement {
     const run = this.wanted;
     const { turn } = this;
     this.names ??= await ask("names");
-    this.requested = this.visibleParts();
+    const requested = this.visibleParts();
     const { axis, within } = this.settings;
     const key = this.viewKey();
-    const answer = await ask("run", { run, seen: this.version, ...this.requested, axis, first: within?.[0], last: within?.[1], points: 400 });
-    if (run !== this.wanted) return;
+    const answer = await ask("run", { run, seen: this.version, ...requested, axis, first: within?.[0], last: within?.[1], points: 400 });
+    if (!answer.unchanged) this.remember(key, { answer, requested, at: Date.now() });
+    if (key !== this.viewKey()) return; // something else is to be seen by now
     sayFresh(this);
     tellRun(run);
     this.note.textContent = this.data ? this.words() : "";
     this.age();
     if (answer.unchanged) return;
     this.version = turn === this.turn ? answer.version : null;
-    this.remember(key, answer);
+    this.requested = requested;
     await this.render(run, answer);
   }
 
   // Pictures that have been seen are there at once when they are asked for again, and then brought up to date.
-  remember(key, answer) {
+  remember(key, seen) {
     this.seen.delete(key);
-    this.seen.set(key, { answer, requested: this.requested, at: this.freshAt });
+    this.seen.set(key, seen);
     if (this.seen.size > MAX_SEEN) this.seen.delete(this.seen.keys().next().value);
   }
 
