@@ -144,7 +144,7 @@ class _Reporter:
     def _checkpoint(self, step: int) -> str | None:
         """The newest one that is committed, at or before the step."""
         folder = checkpoints_dir(self._directory)
-        names = [checkpoint_of(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file()]
+        names = [checkpoint_of(path.name) for path in folder.glob("*") if (path / MANIFEST).is_file()]
         before = [name for name in names if name is not None and name.step <= step]
         return str(max(before)) if before else None
 
