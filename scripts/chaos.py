@@ -263,7 +263,8 @@ def under_fire(
                 chaos.run(run, most_kills=num_kills)
                 compare(folder, f"{strategy}-whole", run)
             num_runs += 1
-            print(f"{run}: equal after {chaos.kills.total()} kills so far", flush=True)
+            ended = "finished" if plan.in_place else "equal"
+            print(f"{run}: {ended} after {chaos.kills.total()} kills so far", flush=True)
         times = _times(chaos)
     row = {
         "kills": chaos.kills.total(),

@@ -68,16 +68,16 @@ class ParallelConfig:
             "set --parallel.replicate 1",
         )
         for field, off in (
-            ("replicate", 1),
-            ("shard", 0),
-            ("param_dtype", "fp32"),
-            ("reduce_dtype", "fp32"),
-            ("meta_init", False),
+            ("replicate", (1,)),
+            ("shard", (0, -1)),
+            ("param_dtype", ("fp32",)),
+            ("reduce_dtype", ("fp32",)),
+            ("meta_init", (False,)),
         ):
             require(
                 self,
                 field,
-                self.strategy == "fsdp" or getattr(self, field) == off,
+                self.strategy == "fsdp" or getattr(self, field) in off,
                 f"only FSDP2 does that, and parallel.strategy is {self.strategy}",
                 "set --parallel.strategy fsdp",
             )

@@ -23,7 +23,7 @@ from harness.dist.mesh import open_mesh
 from harness.dist.world import World
 from harness.errors import ConfigError
 
-__all__ = ["compile_model", "distribute", "gradient_sync", "plain"]
+__all__ = ["compile_model", "distribute", "gradient_sync", "hands_out_buffers", "plain"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -106,6 +106,11 @@ def gradient_sync(model: nn.Module, *, on: bool) -> Iterator[None]:
 def plain(model: nn.Module) -> nn.Module:
     """The model itself, without DDP around it; FSDP2 has no wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def hands_out_buffers(model: nn.Module) -> bool:
+    """Whether a step's first forward pass gives every rank the buffers of rank 0."""
+    return isinstance(model, DistributedDataParallel) and bool(model.will_sync_module_buffers())
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -153,8 +153,8 @@ class Judge:
         """Applies the step, or leaves it out, and gives its record. An update that is not finite is taken
         back, as the run did; which rank it was is not known where one process has all shards."""
         decision, of_update = self._stepper.step(step, judged.decision, self.layout)
-        told = {name: tensor.cpu() for name, tensor in of_update.items()}
-        record = self._built(step, {**judged.packet, "summary": decision.summary.cpu(), **told})
+        update_packet = {name: tensor.cpu() for name, tensor in of_update.items()}
+        record = self._built(step, {**judged.packet, "summary": decision.summary.cpu(), **update_packet})
         self.loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._stepper.fused_check.observe(step, skipped=record.skipped, clip_coef=record.clip_coef)
         return record

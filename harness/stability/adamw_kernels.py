@@ -121,9 +121,9 @@ def adamw(
         if num_chunks:
             where = (table.segments, table.offsets, table.lengths, table.starts, len(sizes))
             scalars = [ctypes.c_float(one).value for one in (lr, *betas, eps, weight_decay)]  # as fp32
-            told = (bias_corrections, grad_scale, found_inf, partial, num_chunks)
+            step_inputs = (bias_corrections, grad_scale, found_inf, partial, num_chunks)
             _step_chunk[(num_chunks,)](
-                *bases, *where, *told, *scalars,
+                *bases, *where, *step_inputs, *scalars,
                 BLOCK=block, ALIGNED=table.is_aligned, num_warps=WARPS,
             )  # fmt: skip
         _add_chunks[(len(sizes),)](partial, table.first_chunk, result, num_chunks, ROWS=256)

@@ -48,6 +48,7 @@ class Before:
             for p in group["params"]
             if p.grad is not None and (among is None or id(p) in among)
         ]
+        # Shallow: which tensors stood there, for an optimizer may put others in their place.
         self._states = [dict(_state_of(optimizer, p)) for p in self.parameters]
         self._groups = [{k: v for k, v in g.items() if _is_number(v)} for g in optimizer.param_groups]
         tensors = [value for state in self._states for value in state.values() if isinstance(value, Tensor)]
@@ -60,6 +61,7 @@ class Before:
         moved no number. Does not synchronise."""
         for parameter, before in zip(self.parameters, self._states, strict=True):
             self._hold_in_place(_state_of(self.optimizer, parameter), before)
+        # Into the copies, then one kernel for all of them back: `where` has no form for lists.
         for live, copy in zip(self._live, self._copies, strict=True):
             torch.where(undo_t, copy, live, out=copy)
         _copy(self._copies, self._live)
@@ -72,7 +74,7 @@ class Before:
             for key in [key for key in state if key not in before]:
                 del state[key]
             state.update(before)
-            if not before:
+            if not before:  # there was no entry, and the number of entries is looked at
                 getattr(self.optimizer, "state", {}).pop(parameter, None)
         for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(numbers)
@@ -111,6 +113,7 @@ def _first_bad(moved: Sequence[tuple[nn.Parameter, Tensor]], layout: Layout) -> 
         return torch.tensor([0.0, -1.0], dtype=torch.float64).to(device)
     rows = torch.tensor([layout.row_of[id(p)] for p, _ in moved], pin_memory=device.type == "cuda")
     rows = rows.to(device, non_blocking=True)
+    # Added up by row, as a parameter comes more than once (itself, its moments); `argmax` is the first row.
     bad = torch.zeros(len(layout), dtype=torch.float64, device=device)
     bad.index_add_(0, rows, _num_bad([one for _, one in moved]))
     is_bad = bad > 0

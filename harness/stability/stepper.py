@@ -123,6 +123,7 @@ class OptimizerStepper:
         plans = [self._plan(optimizer, decision) for optimizer in self._optimizers.unwrapped]
         kept, rest = [one for one in plans if one.undoes], [one for one in plans if not one.undoes]
         packet: Packet = {}
+        # First those that may be taken back: fused ones then read in `found_inf` what became of them.
         if kept:
             before = [Before(one.optimizer) for one in kept]
             self._step_each(step, kept, decision, is_last=not rest)
@@ -138,7 +139,7 @@ class OptimizerStepper:
         if way == "host":
             self._warn_once(optimizer)
         elif way == "select" and decision.is_on_host:
-            way = "host"  # for nothing
+            way = "host"  # the decision is there already: reading it costs nothing, selecting a copy
         if self._stateless[id(optimizer)].is_to_make_state():
             way = "host"
         undoes = self._undo == "always" or (self._undo == "auto" and not is_fused)
@@ -153,7 +154,7 @@ class OptimizerStepper:
             for one in plans:
                 if one.way == "select":
                     _scale_gradients(one.optimizer, decision.grad_scale_t)
-                    if one.undoes:
+                    if one.undoes:  # all of it has been copied, and is selected once the ranks have spoken
                         one.optimizer.step()
                     else:
                         step_selected(one.optimizer, decision.skip_t)
@@ -173,6 +174,7 @@ class OptimizerStepper:
         here = torch.where(decision.skip_t, torch.zeros_like(here), here)
         of_ranks = all_gather(here, group=self._group)
         decision = decision.taken_back(of_ranks[:, 0].sum() > 0, stops=self._nonfinite == "stop")
+        # Another read costs nothing where this step has waited for the device anyway; else nobody reads it.
         is_read = decision.is_on_host or any(plan.way == "host" for plan in plans)
         is_skip = is_read and bool(decision.skip_t)
         for plan, one in zip(plans, before, strict=True):

@@ -212,8 +212,8 @@ class PrometheusMirror(Mirror):
         """A metric with its help, type and samples; all of them bear the run's name."""
         lines = [f"# HELP harness_{name} {help_text}", f"# TYPE harness_{name} {kind}"]
         for value, labels in samples:
-            told = {"run": self._run.name, **labels}
-            words = ",".join(f'{label}="{_escaped(text)}"' for label, text in told.items())
+            all_labels = {"run": self._run.name, **labels}
+            words = ",".join(f'{label}="{_escaped(text)}"' for label, text in all_labels.items())
             lines.append(f"harness_{name}{{{words}}} {_number(value)}")
         return "\n".join([*lines, ""])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ MIN_CURVE_WIDTH = 5
 LOOK_AT_SIZE_EVERY_S = 0.1
 UNLIMITED = 1 << 30
 NORMAL_SIZE = (80, 24)
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 OWN_SCREEN, FORMER_SCREEN, CLEAR = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l", "\x1b[H\x1b[J"
 
 
@@ -135,11 +138,33 @@ def _size(stream: TextIO) -> tuple[int, int]:
 @contextlib.contextmanager
 def _own_screen(stream: TextIO) -> Iterator[None]:
     """A screen of its own, as editors have; what was on the terminal comes back afterwards."""
-    stream.write(OWN_SCREEN)
+    with _ending_in_order():
+        try:
+            stream.write(OWN_SCREEN)
+            yield
+        finally:
+            stream.write(FORMER_SCREEN)
+            stream.flush()
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Signals that would end the program at once end it by an exception; one that is ignored stays so."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        former = {number: signal.getsignal(number) for number in ENDINGS}
+    former = {number: handler for number, handler in former.items() if handler is signal.SIG_DFL}
     try:
+        for number in former:
+            signal.signal(number, _end)
         yield
     finally:
-        stream.write(FORMER_SCREEN)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)  # as shells call it
 
 
 def _draw_over(run: Run, stream: TextIO) -> None:

@@ -11,22 +11,27 @@ import dataclasses
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.config import TrainConfig
-from harness.data import Batch, Shares, Task, fetch, run_loss
+from harness.data import Batch, Shares, Task, fetch
 from harness.dist import Deferred, distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
-from harness.errors import ConfigError
+from harness.errors import ConfigError, HarnessError
 from harness.stability.before import Before
 from harness.training.optim import build_optimizers
 from harness.training.precision import autocast, resolved_precision
@@ -77,7 +82,7 @@ class MemoryForecast:
 
 
 def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
-    """What rank 0 of `num_ranks` will hold; a micro-batch is made, and nothing is written.
+    """What rank 0 of `num_ranks` will hold. Data is prepared as for a run, and a micro-batch is made.
 
     Precision auto is taken for bf16 where there is CUDA here, as in a run. What a compiled model saves is not
     known: it is run as it stands.
@@ -88,12 +93,12 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
         HarnessError: whatever is wrong with task or data.
     """
     config.check_world(num_ranks)
-    with Deferred() if config.parallel.meta_init else nullcontext():
-        task = _built_anew(config)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, device="cpu"))
+    task = _task_without_values(config)
     shares = Shares.of(config.loop.global_batch, num_ranks, at_most=config.loop.micro_batch)
     batch = fetch(task.train_data, [index % len(task.train_data) for index in range(shares.micro_batch)])
     precision = resolved_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    fakes = FakeTensorMode()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # constants of the model or its loss
     _make_fake(task.model, fakes)
     is_sharded = config.parallel.strategy == "fsdp"
     optim = dataclasses.replace(config.optim, fused="torch")  # a kernel in Triton takes no fake tensors
@@ -115,10 +120,18 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
     return _forecast(step, [*optimizers.values()], live, num_ranks=num_ranks)
 
 
-def _built_anew(config: TrainConfig) -> Task:
-    """The task without what a run of that name has kept: it may be one of other settings."""
+def _task_without_values(config: TrainConfig) -> Task:
+    """A model may be larger than this machine's memory: parameters get none, if its code allows for that.
+
+    What a run of that name has kept may be of other settings, and is not used.
+    """
     with tempfile.TemporaryDirectory() as empty:
-        return build_task(dataclasses.replace(config, runs_dir=empty))
+        config = dataclasses.replace(config, runs_dir=empty)
+        try:
+            with Deferred():
+                return build_task(config)
+        except (HarnessError, RuntimeError):  # where something else is wrong it is said again
+            return build_task(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +149,7 @@ class _Step:
         for index in range(self.num_passes):
             is_last = index == self.num_passes - 1
             with gradient_sync(self.model, on=is_last), autocast(torch.device("cpu"), self.precision):
-                loss = run_loss(self.task, self.model, self.batch).total
+                loss = self.task.loss(self.model, self.batch).total
             loss.backward()
 
 
@@ -144,9 +157,9 @@ class _Step:
 def _values_are_not_read() -> Iterator[None]:
     try:
         yield
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise ConfigError(
-            f"the model, its loss or the optimizer reads a value of a tensor ({error.func})",
+            f"the model, its loss or the optimizer asks for values of tensors ({error.func})",
             rule="memory can be predicted where nothing depends on values",
             remedy="start a short run, and look at the memory in its log",
         ) from error

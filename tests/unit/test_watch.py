@@ -20,7 +20,7 @@ import pytest
 
 from harness.runlog.reader import open_run
 from harness.tracking import RunLog
-from harness.tracking.watch import CLEAR, FORMER_SCREEN, frame
+from harness.tracking.watch import CLEAR, FORMER_SCREEN, _own_screen, frame
 from tests.support.runs import ROOT
 
 NAME = "quickstart"
@@ -68,6 +68,7 @@ def test_name_step_and_loss_stay_at_every_size_and_while_it_changes(run_dir: Pat
     try:
         for columns, lines in SIZES:
             resize(ours, columns, lines)
+            watching.send_signal(signal.SIGWINCH)  # as a terminal does to those that it controls
             last_line = re.escape(CLEAR) + ".*step 45"
             screen = said_until(ours, last_line).rsplit(CLEAR, 1)[1].split("\r\n")
             text = "\n".join(screen)
@@ -83,6 +84,37 @@ def test_name_step_and_loss_stay_at_every_size_and_while_it_changes(run_dir: Pat
     finally:
         watching.kill()
         watching.wait()
+        os.close(ours)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_gives_the_terminal_back(run_dir: Path, ending: signal.Signals) -> None:
+    ours, theirs = pty.openpty()
+    resize(ours, *SIZES[0])
+    program = "import sys; from harness.tracking.watch import watch_run; watch_run(sys.argv[1], every_s=30)"
+    watching = subprocess.Popen([sys.executable, "-c", program, run_dir], stdout=theirs, cwd=ROOT)
+    os.close(theirs)
+    try:
+        said_until(ours, re.escape(CLEAR) + ".*step 45")
+        watching.send_signal(ending)
+        said_until(ours, re.escape(FORMER_SCREEN) + ".*step 45")
+        assert watching.wait(timeout=30) == 128 + ending
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(ours)
+
+
+def test_handlers_of_signals_come_back_and_what_is_ignored_stays_ignored(run_dir: Path) -> None:
+    ours, theirs = pty.openpty()
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `nohup`
+    try:
+        with os.fdopen(theirs, "w") as stream, _own_screen(stream):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, former)
         os.close(ours)
 
 
