@@ -68,7 +68,8 @@ def _as_on_cuda(tensors: Sequence[Tensor], *, extremes: bool = True) -> Tensor:
         finite = tensor.isfinite()
         values = tensor.where(finite, 0).double()
         counts = [tensor.isnan().sum(), tensor.isinf().sum(), (tensor == 0).sum()]
-        rows.append(torch.stack([values.square().sum(), values.abs().max(), *counts]))
+        largest = values.abs().max() if len(values) else values.sum()
+        rows.append(torch.stack([values.square().sum(), largest, *counts]))
     return torch.stack(rows)
 
 
