@@ -155,9 +155,12 @@ def not_finite(before: Sequence[Before], layout: Layout) -> Tensor:
     return _first_bad([moved for each in before for moved in each.moved()], layout)
 
 
-def weights_not_finite(layout: Layout) -> Tensor:
-    """The same of the weights alone, of all parameters of the layout, whatever they were before."""
-    return _first_bad([_Moved(p, local_part(p), None) for p in layout.parameters], layout)
+def weights_not_finite(layout: Layout, parts: Sequence[Tensor] | None = None) -> Tensor:
+    """The same of the weights alone, of all parameters of the layout, whatever they were before; or of
+    `parts`, one of each."""
+    found = [local_part(p) for p in layout.parameters] if parts is None else parts
+    moved = [_Moved(p, now, None) for p, now in zip(layout.parameters, found, strict=True)]
+    return _first_bad(moved, layout)
 
 
 def _first_bad(moved: Sequence[_Moved], layout: Layout) -> Tensor:

@@ -22,7 +22,7 @@ from harness.training.recompute import aside
 from tests.support.distributed import run_ranks
 from tests.support.own_tasks import own_config, points_task, run_loop
 
-SETTINGS = ("--loop.steps=3", "--loop.micro_batch=2", "--parallel.strategy=ddp")
+SETTINGS = ("--loop.steps=3", "--loop.micro_batch=1", "--parallel.strategy=ddp")
 
 
 class Drifting(nn.Module):
@@ -58,8 +58,8 @@ def trained(
 
 
 def unequal_shares(rank: int, size: int, folder: str) -> list[Any]:
-    """6 samples in micro-batches of 2: rank 1 has one micro-batch, and makes a blank pass before it."""
-    few = "--loop.global_batch=6"
+    """5 samples in micro-batches of 1: rank 1 has one micro-batch less, and makes a blank pass before it."""
+    few = "--loop.global_batch=5"
     return [
         trained(rank, size, folder, "plain", few),
         trained(rank, size, folder, "twice", few, "--incidents.recompute_every=1"),
