@@ -136,6 +136,13 @@ class TrainConfig:
             "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
         )
         self._check_model_fits_task()
+        require(
+            self.parallel,
+            "meta_init",
+            not self.parallel.meta_init or self.task != "hf",
+            "task hf cannot put initialisation off: transformers unties a tied head that has no memory",
+            "leave it out: pretrained weights are in memory anyway",
+        )
         if self.loop.precision != "auto":
             self.parallel.check_precision(self.loop.precision)
 

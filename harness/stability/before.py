@@ -181,11 +181,15 @@ def _first_bad(moved: Sequence[_Moved], layout: Layout) -> Tensor:
 def _num_newly_bad(moved: Sequence[_Moved]) -> Tensor:
     """`[n]` float64: how many more NaN and Inf there are than before. A mask's -inf is there on purpose."""
     now = _num_bad([one.now.detach() for one in moved])
-    is_known_good = now.device.type == "cpu" and not now.any()  # on the host that is read for nothing
-    if is_known_good or all(one.before is None for one in moved):
+    if _is_known_good(now) or all(one.before is None for one in moved):
         return now
     before = [one.now.detach().new_empty(0) if one.before is None else one.before for one in moved]
     return (now - _num_bad(before)).clamp(min=0)
+
+
+def _is_known_good(num_bad: Tensor) -> bool:
+    """Whether nothing is bad, where that is read for nothing: on the CPU."""
+    return num_bad.device.type == "cpu" and not num_bad.any()
 
 
 def step_selected(optimizer: Any, skip_t: Tensor) -> None:

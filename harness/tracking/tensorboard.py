@@ -126,11 +126,6 @@ class TensorBoardMirror(Mirror):
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time, step=step, session_log=start))
 
-    def _forget_from(self, step: int, time: float) -> None:
-        """TensorBoard drops what it shows of this step and later ones."""
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time, step=step, session_log=start))
-
     def _free_tag(self, tag: str, record_kind: str) -> str:
         """TensorBoard shows one kind of data under a tag, that which came first, and drops any other."""
         kind = _KINDS.get(record_kind, "scalar")

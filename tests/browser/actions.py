@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import Dashboard
 
-__all__ = ["choose", "fill", "go_to", "hover", "open_run", "picture", "shown", "toast"]
+__all__ = ["choose", "fill", "go_to", "hover", "open_run", "picture", "shown", "toast", "wait_on"]
 
 
 def open_run(page: Page, dashboard: Dashboard, run: str) -> Locator:
@@ -36,6 +38,14 @@ def fill(page: Page, key: str, value: str) -> None:
     box = page.locator(f'[id="field-{key}"]').locator("input, textarea")
     box.fill(value)
     box.blur()
+
+
+def wait_on(page: Page, is_so: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    """Waits for something that the page's own events bring about: requests that are held, for one."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        page.wait_for_timeout(50)
 
 
 def toast(page: Page) -> Locator:

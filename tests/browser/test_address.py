@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from playwright.sync_api import BrowserContext, Page, expect
+import pytest
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from harness.tracking import RunLog
-from tests.browser.actions import choose, go_to, open_run, picture
+from tests.browser.actions import choose, go_to, open_run, picture, wait_on
 from tests.browser.conftest import Dashboard, Place, watched_page
 
 LAYERS = ("grad_norm", "weight_norm")
@@ -72,6 +73,48 @@ def test_back_and_forward_go_through_runs_zooms_and_tabs(
     expect(picture(page, "loss")).to_have_attribute("data-first", "0")
     page.go_forward()
     expect(picture(page, "loss")).not_to_have_attribute("data-first", "0")
+
+
+def test_an_answer_about_what_was_shown_before_is_not_drawn_over_what_is_shown_now(
+    page: Page, dashboard: Dashboard, trained: tuple[str, str]
+) -> None:
+    open_run(page, dashboard, trained[0])
+    loss = picture(page, "loss")
+    expect(loss).to_have_attribute("data-first", "0")
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if "first=" in route.request.url:
+            held.append(route)
+        else:
+            route.abort()
+
+    page.route("**/api/run?*", hold)
+    zoom(page, "loss", 0.4, 0.8)
+    wait_on(page, lambda: bool(held))
+    page.go_back()
+    with page.expect_request("**/api/run?*"):  # which follows on the answer
+        held[0].continue_()
+    expect(loss).to_have_attribute("data-first", "0")
+    page.go_forward()
+    expect(loss).not_to_have_attribute("data-first", "0")  # from the answer that came too late
+
+
+@pytest.mark.parametrize("address", ["", "#tab=Compare"])
+def test_a_tab_that_is_chosen_before_the_scripts_have_come_stays(
+    page: Page, dashboard: Dashboard, address: str
+) -> None:
+    late: list[Route] = []
+    page.route("**/own/dashboard.js", lambda route: late.append(route))
+    page.goto(dashboard.address + address)
+    training = page.get_by_role("tab", name="Training", exact=True)
+    training.click()
+    expect(training).to_have_attribute("aria-selected", "true")
+    wait_on(page, lambda: bool(late))
+    late[0].continue_()
+    expect(page).to_have_url(re.compile("tab=Training"))
+    expect(training).to_have_attribute("aria-selected", "true")
+    expect(page.locator("harness-output pre")).to_be_visible()
 
 
 def test_monitoring_without_a_choice_shows_the_newest_run(

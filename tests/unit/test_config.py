@@ -228,3 +228,8 @@ def test_a_negated_boolean_is_answered_with_how_it_is_written(spelling: str) -> 
     positive = spelling.replace("no_", "").replace("no-", "")
     with pytest.raises(ConfigError, match=rf"Write --{positive} false"):
         parse_arguments([f"--{spelling}"])
+
+
+def test_what_transformers_builds_is_not_put_off() -> None:
+    with pytest.raises(ConfigError, match="unties a tied head"):
+        parse_arguments(["--task=hf", "--parallel.strategy=fsdp", "--parallel.meta_init"])

@@ -6,6 +6,7 @@ import { clock } from "./format.js";
 
 const PAUSE_MS = 250;
 const LONGEST_WAIT_MS = 10000;
+const FIRST_TAB = "Runs"; // in front until another is chosen
 
 // Calls `work` now and again every `everyMs`, from one begin to the next, while `node` is on the screen; never twice
 // at the same time, and with a pause in between however long it takes.
@@ -62,6 +63,11 @@ function tabCalled(title) {
   return [...document.querySelectorAll(TABS)].find((tab) => tab.textContent.trim() === title);
 }
 
+// Title of the tab in front, if there is one yet.
+function front() {
+  return [...document.querySelectorAll(TABS)].find(isInFront)?.textContent.trim();
+}
+
 function isInFront(tab) {
   return tab.getAttribute("aria-selected") === "true" || tab.classList.contains("selected");
 }
@@ -96,7 +102,7 @@ export function followTabs() {
   let isMoving = false;
   const turn = () => {
     isMoving = true;
-    const isThere = turnTo(shown("tab") ?? "Runs");
+    const isThere = turnTo(shown("tab") ?? FIRST_TAB);
     isMoving = false;
     return isThere;
   };
@@ -108,6 +114,8 @@ export function followTabs() {
   const began = performance.now();
   const wait = setInterval(() => {
     const isLate = performance.now() - began > LONGEST_WAIT_MS;
+    // Another than the first one has been chosen before this script had come.
+    if ((front() ?? FIRST_TAB) !== FIRST_TAB) show({ tab: front() }, { isPlace: true });
     if (turn()) clearInterval(wait);
     else if (isLate) {
       clearInterval(wait);
