@@ -109,7 +109,9 @@ class Chaos:
     def run_in_place(self, name: str, *, most_kills: int) -> None:
         """The same under one agent, which starts killed ranks again by itself."""
         restarting = [*FORKING, f"--max-restarts={2 * most_kills}", PROGRAM]
-        process = start([*restarting, *arguments(self.folder, name, self.strategy, self.plan)])
+        # Into a file: nobody reads a pipe meanwhile, and one that is full stops the run.
+        output = self.folder / f"{name}.txt"
+        process = start([*restarting, *arguments(self.folder, name, self.strategy, self.plan)], output=output)
         self._forked_ranks(process)
         began = time.time()
         while self.kills.total() < most_kills:
@@ -124,9 +126,9 @@ class Chaos:
             self.kills[victim] += 1
             self.lives.append(Life(name, began, time.time() - began, 0.0))
             began = time.time()
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        process.wait(TIMEOUT_S)
         if process.returncode:
-            raise AssertionError(f"{name} failed by itself:\n{output}")
+            raise AssertionError(f"{name} failed by itself:\n{output.read_text()}")
         self.lives.append(Life(name, began, time.time() - began))
 
     def _forked_ranks(self, process: subprocess.Popen[str]) -> list[int]:
@@ -263,7 +265,8 @@ def under_fire(
                 chaos.run(run, most_kills=num_kills)
                 compare(folder, f"{strategy}-whole", run)
             num_runs += 1
-            print(f"{run}: equal after {chaos.kills.total()} kills so far", flush=True)
+            ended = "finished" if plan.in_place else "equal"
+            print(f"{run}: {ended} after {chaos.kills.total()} kills so far", flush=True)
         times = _times(chaos)
     row = {
         "kills": chaos.kills.total(),

@@ -15,7 +15,7 @@ import importlib.metadata
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,21 +42,32 @@ def main(parts: Sequence[str]) -> int:
     for first in range(0, len(cells), AT_ONCE):
         found |= _outcomes(cells[first : first + AT_ONCE])
         print(f"{len(found)} of {len(cells)}", flush=True)
-    rows = {cell.name: _row(outcome) for cell, outcome in found.items()}
+        if not parts:
+            _write(found)
+    detected, right, counted = _counted(found)
+    return int(len(detected) < WANTED * len(counted) or len(right) < len(detected))
+
+
+def _counted(found: Mapping[Cell, Outcome]) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
+    """Those detected, those of them with the right rank, and those that change training."""
     counted = [one for one in found.values() if one.was_injected and one.changes]
     detected = [one for one in counted if one.is_detected]
     right = [one for one in detected if one.is_right_rank]
+    return detected, right, counted
+
+
+def _write(found: Mapping[Cell, Outcome]) -> None:
+    """What there is so far: a trial that is cut keeps it."""
+    detected, right, counted = _counted(found)
     summary = {
         "cells": len(found),
         "change training": len(counted),
         "of these detected": len(detected),
         "of these right rank": len(right),
     }
-    print(summary)
-    if not parts:
-        about = {"lm-resiliency": importlib.metadata.version("lm-resiliency"), "ranks": WORLD_SIZE, **summary}
-        write_results("exam", rows, device=torch.device("cpu"), about=about)
-    return int(len(detected) < WANTED * len(counted) or len(right) < len(detected))
+    rows = {cell.name: _row(outcome) for cell, outcome in found.items()}
+    about = {"lm-resiliency": importlib.metadata.version("lm-resiliency"), "ranks": WORLD_SIZE, **summary}
+    write_results("exam", rows, device=torch.device("cpu"), about=about)
 
 
 def _outcomes(cells: Sequence[Cell]) -> dict[Cell, Outcome]:

@@ -3,7 +3,9 @@
     python scripts/fuzz_runs.py --damages 2000 --seed 0
 
 A row per question of docs/benchmarks/fuzz.md: how many runs it was asked of, how many answers were an error
-in words, how many were a traceback, and the longest answer. Times are this process's.
+in words, how many were a traceback, and the longest answer. Times are this process's; `harness runs` reads a
+hundred runs for one answer. What has been asked is written after every hundred runs, so that a process that
+is ended early leaves what it has.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from tests.support.damage import damaged_run, sound_run  # noqa: E402  (the repository has to be on the path first)
+from results import write_results  # noqa: E402  (the repository has to be on the path first)
+
+from tests.support.damage import damaged_run, sound_run  # noqa: E402
 from tests.support.readers import Question, Readers  # noqa: E402
 
 HANG_S = 120.0
@@ -82,7 +86,8 @@ def fuzz_folder(tally: Tally, seeds: range) -> Counter[str]:
         rows = readers.table()
         if set(rows) != set(readers.run_index.names()) or rows["sound"]["last_step"] != 23:
             raise AssertionError(f"the table of seeds {seeds} lacks a run")
-        tally.ask("harness runs", readers.all_runs(), f"seeds {seeds}")
+        for question in readers.folder_questions():
+            tally.ask(question.name, question, f"seeds {seeds}")
         return Counter(row["state"] for row in rows.values())
 
 
@@ -103,22 +108,20 @@ def main() -> None:
     parser.add_argument("--no-results", action="store_true", help="write no docs/benchmarks/fuzz.md")
     options = parser.parse_args()
     tally, states, began = Tally(), Counter[str](), time.monotonic()
-    last = options.seed + options.damages
-    for first in range(options.seed, last, FOLDER):
-        states += fuzz_folder(tally, range(first, min(first + FOLDER, last)))
-        print(
-            f"{first + FOLDER - options.seed} runs, {sum(tally.tracebacks.values())} tracebacks", flush=True
-        )
-    if not options.no_results:
-        from results import write_results
-
-        about = {
-            "damaged runs": options.damages,
-            "seed": options.seed,
-            "unreadable rows": states["unreadable"],
-            "minutes": round((time.monotonic() - began) / 60, 1),
-        }
-        write_results("fuzz", tally.rows(), device=torch.device("cpu"), about=about)
+    end = options.seed + options.damages
+    for first in range(options.seed, end, FOLDER):
+        last = min(first + FOLDER, end)
+        states += fuzz_folder(tally, range(first, last))
+        num_runs = last - options.seed
+        print(f"{num_runs} runs, {sum(tally.tracebacks.values())} tracebacks", flush=True)
+        if not options.no_results:
+            about = {
+                "damaged runs": num_runs,
+                "seed": options.seed,
+                "unreadable rows": states["unreadable"],
+                "minutes": round((time.monotonic() - began) / 60, 1),
+            }
+            write_results("fuzz", tally.rows(), device=torch.device("cpu"), about=about)
     sys.exit(bool(tally.tracebacks))
 
 

@@ -165,7 +165,7 @@ def host_work(num_ranks: int) -> dict[str, float]:
         "rank 0: log bytes": round(due * len(line)),
         "listeners: heartbeats ms / 5 s": 1e3 * seconds(lambda: [RankState(**json.loads(w)) for w in words]),
         "listeners: heartbeat bytes / 5 s": sum(map(len, words)),
-        "store: requests / s": round((2 * num_ranks + 6) / BEAT_S, 1),
+        "store: requests / s": round((2 * num_ranks + 3) / BEAT_S, 1),
     }
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,8 +242,9 @@ def lora(steps: int, said: Said) -> None:
 
 
 def rl(steps: int, said: Said) -> None:
-    """Acts without a graph and draws actions, then takes several updates on what it has seen."""
-    policy = _mlp(16, 32, 4, act=nn.Tanh)
+    """Acts without a graph and draws actions, with dropout, then takes several updates on what it has
+    seen."""
+    policy = nn.Sequential(_mlp(16, 32, act=nn.Tanh), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4))
     optimizer = _adamw(policy)
     with StepGuard(policy, optimizer) as guard:
         for _ in range(steps // 4):
@@ -370,6 +372,65 @@ def masked_language_model(steps: int, said: Said) -> None:
             said.drain(guard)
 
 
+def masked_micro_batches(steps: int, said: Said) -> None:
+    """Eight micro-batches of 4 x 64 tokens, each with its own number of masked ones, by a plain loss."""
+    model = Reader()
+    optimizer = _adamw(model)
+    with StepGuard(model, optimizer) as guard:
+        for _ in range(steps):
+            for _ in range(8):
+                tokens = torch.randint(1, 32, (4, 64))
+                is_masked = torch.rand(4, 64) < 0.15
+                logits = model(tokens.masked_fill(is_masked, 0))
+                targets = tokens.masked_fill(~is_masked, -100)
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                (loss / 8).backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+            said.drain(guard)
+
+
+def repeated_on_purpose(steps: int, said: Said, *, size: int, times: int) -> None:
+    """`size` batches, all of them `times` times, and then others: updates of a policy on its rollouts. With
+    as many times as steps, a few batches to be overfitted."""
+    model = _mlp(16, 32, 4)
+    optimizer = _adamw(model)
+    batches: list[Tensor] = []
+    with StepGuard(model, optimizer) as guard:
+        for step in range(steps):
+            if step % (size * times) == 0:
+                batches = list(torch.randn(size, 8, 16))
+            loss = model(batches[step % size]).square().mean()
+            loss.backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+            said.drain(guard)
+
+
+class Shifting(nn.Module):
+    """Takes labels and shifts them by itself, as the decoder of an encoder-decoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reader()
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.inner(nn.functional.pad(labels[:, :-1], (1, 0)))
+
+
+def shifts_by_itself(steps: int, said: Said) -> None:
+    model = Shifting()
+    optimizer = _adamw(model)
+    with StepGuard(model, optimizer) as guard:
+        for _ in range(steps):
+            tokens = torch.randint(0, 32, (8, 24))
+            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+            said.drain(guard)
+
+
 def epochs_of_single_samples(steps: int, said: Said) -> None:
     """Forty samples in batches of one, shuffled in each epoch by a DataLoader."""
     samples = list(torch.randn(40, 16))
@@ -392,20 +453,33 @@ LOOPS: dict[str, Callable[[int, Said], None]] = {
     "WGAN, clamped through .data": lambda steps, said: gan(steps, said, clamp=True),
     "frozen backbone": frozen_backbone,
     "LoRA": lora,
-    "RL-like": rl,
+    "RL-like, dropout": rl,
     "batch norm, dropout, evaluations": batch_norm,
     "ragged batches and accumulation": ragged,
     "warm-up from 0, thawed half-way, average of weights": warm_up_from_zero,
     "language model, ragged micro-batches of an epoch": language_model,
     "masked language model, smoothed labels": masked_language_model,
+    "masked language model, eight micro-batches": masked_micro_batches,
+    "decoder that shifts labels by itself": shifts_by_itself,
     "epochs of forty single samples": epochs_of_single_samples,
+    "PPO, four epochs of one batch": partial(repeated_on_purpose, size=1, times=4),
+    "GRPO, eight batches twice": partial(repeated_on_purpose, size=8, times=2),
+    "four batches four times": partial(repeated_on_purpose, size=4, times=4),
+    "three batches overfitted": partial(repeated_on_purpose, size=3, times=10**6),
 }
 
 
 def alarms(steps: int) -> list[str]:
     """Every loop, and what was said of it."""
     torch.set_num_threads(1)
-    lines = [f"## Sound loops, {steps} steps each", "", "| loop | findings |", "|---|---|"]
+    lines = [
+        f"## Sound loops, {steps} steps each",
+        "",
+        f"{_machine()}.",
+        "",
+        "| loop | findings |",
+        "|---|---|",
+    ]
     for name, loop in LOOPS.items():
         torch.manual_seed(SEED)
         said = Said()

@@ -41,11 +41,11 @@ def main(names: list[str]) -> int:
     rows: dict[str, dict[str, object]] = {}
     for first in range(0, len(wanted), AT_ONCE):
         rows |= _rows(wanted[first : first + AT_ONCE])
-    right = sum(row["right"] == "yes" for row in rows.values())
-    print(f"{right} of {len(rows)}")
-    if not names:
-        about = {"ranks": WORLD_SIZE, "right": f"{right} of {len(rows)}"}
-        write_results("causes", rows, device=torch.device("cpu"), about=about)
+        right = sum(row["right"] == "yes" for row in rows.values())
+        print(f"{right} of {len(rows)}", flush=True)
+        if not names:  # what there is so far: a trial that is cut keeps it
+            about = {"ranks": WORLD_SIZE, "right": f"{right} of {len(rows)}"}
+            write_results("causes", rows, device=torch.device("cpu"), about=about)
     return int(right < WANTED and not names)
 
 

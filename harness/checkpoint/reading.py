@@ -40,6 +40,7 @@ class OnDisk:
 
     def donor(self, rank: int) -> int:
         """The saved rank whose own state `rank` takes over."""
+        # Where more ranks load than have saved: each starts from some rank's state rather than from none.
         return rank % self.manifest.world_size
 
     def holds(self, part: Adapter) -> bool:
@@ -72,6 +73,7 @@ class OnDisk:
             Damaged: a file cannot be read.
         """
         infos = {name: self.manifest.tensors[name] for name in targets}
+        # DCP's planner only: its loader reads a format of its own, and from several ranks by collectives.
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(targets), _metadata(infos))
         for item in planner.create_local_plan().items:
@@ -82,6 +84,8 @@ class OnDisk:
         chunk, dtype = _chunk(info, item), info.torch_dtype
         if not chunk.sizes:
             return read_elements(self.folder / chunk.file, dtype, chunk.start, 1).view(())
+        # Rows lie one after the other in the file, so a range of them is one read; what is narrower than
+        # a row (a tensor sharded by another dimension) is cut out in memory.
         row = math.prod(chunk.sizes[1:])
         first, num_rows = item.storage_offsets[0], item.lengths[0]
         start = chunk.start + first * row * dtype.itemsize

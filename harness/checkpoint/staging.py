@@ -95,5 +95,5 @@ def _can_be_nonfinite(part: Part) -> bool:
 def _to_host(extremes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not extremes:
         return {}
-    together = torch.stack([extreme.double() for extreme in extremes.values()]).cpu()
-    return dict(zip(extremes, together, strict=True))
+    on_host = torch.stack([extreme.double() for extreme in extremes.values()]).cpu()
+    return dict(zip(extremes, on_host, strict=True))

@@ -19,7 +19,8 @@ __all__ = ["SHELLS", "Completed", "completed_commands", "run"]
 _DESCRIPTION = (
     "Print a script for your shell. bash: harness completion bash > "
     "~/.local/share/bash-completion/completions/harness; zsh: harness completion zsh > a folder of "
-    "$fpath/_harness; fish: harness completion fish > ~/.config/fish/completions/harness.fish"
+    "$fpath/_harness, before compinit; fish: harness completion fish > "
+    "~/.config/fish/completions/harness.fish"
 )
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][\w.-]*\w)(?: (?:\{([^}]*)\}))?")
 
@@ -75,6 +76,25 @@ def completed_commands() -> dict[str, Completed]:
     return commands | {name: Completed(what="", options={}) for name in added_commands()}
 
 
+# Names of folders are data: compgen -W would run a $(...) in one, and split one at its blanks.
+_BASH_RUNS = (
+    "_harness_runs() {",
+    "  local folder name quoted",
+    "  COMPREPLY=()",
+    "  for folder in runs/*/; do",
+    "    name=${folder#runs/} name=${name%/}",
+    '    quoted=$(printf %q "$name")',
+    '    if [[ -d $folder && ( $name == "$current"* || $quoted == "$current"* ) ]]; then',
+    '      COMPREPLY+=("$quoted")',
+    "    fi",
+    "  done",
+    "}",
+)
+
+
+_COMPLETE_BY = "-o bashdefault -o default -F _harness"
+
+
 def _bash(commands: Mapping[str, Completed]) -> str:
     values = [
         f"    {shlex.quote(f'{name} {option}')}) words={shlex.quote(' '.join(words))} ;;"
@@ -86,13 +106,14 @@ def _bash(commands: Mapping[str, Completed]) -> str:
         f"    {name}) words={shlex.quote(' '.join(command.options))} ;;" for name, command in commands.items()
     ]
     others = [
-        f"    {name}) words={_others(command)} ;;"
+        f"    {name}) {_others(command)} ;;"
         for name, command in commands.items()
         if command.words or command.takes_runs
     ]
     return "\n".join(
         [
             "# bash completion of harness",
+            *_BASH_RUNS,
             "_harness() {",
             '  local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}"',
             '  local command="${COMP_WORDS[1]}" words=',
@@ -107,33 +128,42 @@ def _bash(commands: Mapping[str, Completed]) -> str:
             "  esac; fi",
             '  COMPREPLY=($(compgen -W "$words" -- "$current"))',
             "}",
-            "complete -o bashdefault -o default -F _harness harness",
+            f"complete {_COMPLETE_BY} harness",
         ]
     )
 
 
 def _others(command: Completed) -> str:
-    if command.takes_runs:
-        return '"$(cd runs 2>/dev/null && echo *)"'
-    return shlex.quote(" ".join(command.words))
+    return "_harness_runs; return" if command.takes_runs else f"words={shlex.quote(' '.join(command.words))}"
 
 
 def _zsh(commands: Mapping[str, Completed]) -> str:
-    """As bash completes, which zsh can do too."""
+    """As bash completes, which zsh can do too. To be sourced after compinit, or found by it as _harness."""
     return "\n".join(
         [
             "#compdef harness",
             "autoload -U +X bashcompinit && bashcompinit",
             _bash(commands),
+            # Loaded by compinit, the script itself is what the first Tab calls.
+            f"if [[ ${{funcstack[1]}} == _harness ]]; then _bash_complete {_COMPLETE_BY}; fi",
         ]
     )
+
+
+_FISH_RUNS = (
+    "function __harness_runs",
+    "    for folder in runs/*/",
+    "        string replace -r '^runs/(.*)/$' '$1' -- $folder",
+    "    end",
+    "end",
+)
 
 
 def _fish(commands: Mapping[str, Completed]) -> str:
     def line(condition: str, *more: str) -> str:
         return f"complete -c harness -n {shlex.quote(condition)} {' '.join(more)}"
 
-    lines = ["# fish completion of harness"]
+    lines = ["# fish completion of harness", *_FISH_RUNS]
     for name, command in commands.items():
         lines.append(line("__fish_use_subcommand", "-f", "-a", name, "-d", _quoted(command.what)))
         within = f"__fish_seen_subcommand_from {name}"
@@ -141,7 +171,7 @@ def _fish(commands: Mapping[str, Completed]) -> str:
             listed = ("-x", "-a", _quoted(" ".join(words))) if words else ()
             lines.append(line(within, "-l", option.removeprefix("--"), *listed))
         if command.takes_runs:
-            lines.append(line(within, "-f", "-a", "'(cd runs 2>/dev/null; and echo * | string split \" \")'"))
+            lines.append(line(within, "-f", "-a", "'(__harness_runs)'"))
         if command.words:
             lines.append(line(within, "-f", "-a", _quoted(" ".join(command.words))))
     return "\n".join(lines)

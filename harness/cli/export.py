@@ -13,7 +13,7 @@ from harness.cli.errors import reporting
 from harness.cli.output import say_paths
 from harness.config import TrainConfig
 from harness.errors import ConfigError, TrackingError
-from harness.runlog.paths import config_file
+from harness.runlog.paths import config_file, export_dir
 
 __all__ = ["run"]
 
@@ -157,4 +157,4 @@ def _max_shard_bytes(options: argparse.Namespace) -> int | None:
 
 
 def _default(directory: Path, name: str) -> Path:
-    return directory / "export" / name
+    return export_dir(directory) / name

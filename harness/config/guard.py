@@ -44,8 +44,8 @@ class GuardConfig:
     or 0: never."""
     undo: Literal["auto", "always", "never"] = "auto"
     """Whose update is taken back, and the step counted as skipped, if it leaves weights or moments that are
-    not finite though the gradient was: of optimizers that are not fused (auto), of all, of none. It takes a
-    copy of their weights and state while they step, and one read of both (docs/stability.md)."""
+    not finite though the gradient was: Muon's (auto), of all optimizers, of none. It takes a copy of their
+    weights and state while they step, and one read of both (docs/stability.md)."""
     max_consecutive_skips: int = 3
     """More skipped steps in a row than this roll the run back where that is possible, else end it."""
     max_skip_frac: float = 0.25

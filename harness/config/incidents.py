@@ -35,7 +35,8 @@ class IncidentsConfig:
     rerun: Literal["off", "on"] = "off"
     """Run the culprit's micro-batch of an incident again on the spot, on all ranks at the same step: with the
     same kernels, deterministic ones, fp32, other attention; docs/incidents.md. Micro-batches are held in host
-    memory until their step's verdict is known. At most 4 incidents in 100 steps, and half a minute each."""
+    memory until their step's verdict is known. At most 4 incidents in 100 steps, and of each as many
+    variations as take about half a minute."""
     recompute_every: int = 0
     """Steps between steps that are computed twice on each rank, which has to give the same bits; 0: never.
     Finds arithmetic that is wrong now and then, and the rank; costs a step's forward and backward pass each

@@ -30,7 +30,7 @@ class ParallelConfig:
     what goes into a layer. selective: all but the results of matrix products, convolutions and attention."""
     param_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which FSDP2 gathers parameters for forward and backward; shards and optimizer stay fp32.
-    bf16 halves what is sent and held, and needs loop.precision bf16."""
+    bf16 halves what is sent and held, has the residual stream in bf16 too, and needs loop.precision bf16."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which FSDP2 reduces gradients."""
     meta_init: bool = False
@@ -68,16 +68,16 @@ class ParallelConfig:
             "set --parallel.replicate 1",
         )
         for field, off in (
-            ("replicate", 1),
-            ("shard", 0),
-            ("param_dtype", "fp32"),
-            ("reduce_dtype", "fp32"),
-            ("meta_init", False),
+            ("replicate", (1,)),
+            ("shard", (0, -1)),
+            ("param_dtype", ("fp32",)),
+            ("reduce_dtype", ("fp32",)),
+            ("meta_init", (False,)),
         ):
             require(
                 self,
                 field,
-                self.strategy == "fsdp" or getattr(self, field) == off,
+                self.strategy == "fsdp" or getattr(self, field) in off,
                 f"only FSDP2 does that, and parallel.strategy is {self.strategy}",
                 "set --parallel.strategy fsdp",
             )

@@ -52,8 +52,8 @@ class TrainConfig:
     debug: bool = False
     """One process, synchronous, anomaly detection on, every check every step, a debugger on an incident."""
     dry_run: int = 0
-    """Only say how much memory one of so many ranks would need, and start nothing. In one process, whatever
-    the number."""
+    """Only prepare the data, say how much memory one of so many ranks would need, and start nothing. In one
+    process, whatever the number."""
     task: str = "text"
     """text, images, hf, or `package.module:function` for a task of your own."""
     task_args: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +136,13 @@ class TrainConfig:
             "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
         )
         self._check_model_fits_task()
+        require(
+            self.parallel,
+            "meta_init",
+            not self.parallel.meta_init or self.task != "hf",
+            "task hf cannot put initialisation off: transformers unties a tied head that has no memory",
+            "leave it out: pretrained weights are in memory anyway",
+        )
         if self.loop.precision != "auto":
             self.parallel.check_precision(self.loop.precision)
 

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from harness.atomic import sync_folder
 from harness.errors import DataError
 from harness.locks import locked
 
-__all__ = ["build_folder", "prepared_folder", "sync_file"]
+__all__ = ["build_folder", "prepared_folder", "put_aside", "sync_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def prepared_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
     Args:
         folder: Its name says what is in it: one of another content has another name.
-        build: Writes the files into the empty folder that it is given, and syncs them.
+        build: Writes the files into the empty folder that it is given.
 
     Raises:
         DataError: it cannot be written; or what `build` raises.
@@ -41,7 +42,7 @@ def prepared_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes `folder` by `build`, whole or not at all; of several processes one alone may do it.
+    """Makes `folder` by `build`, whole and on disk or not at all; of several processes one alone may do it.
 
     Raises:
         OSError: it cannot be written; or what `build` raises.
@@ -52,11 +53,33 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
     unfinished.mkdir()
     try:
         build(unfinished)
+        _sync(unfinished)
         unfinished.rename(folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     logger.info("prepared %s", folder)
+
+
+def put_aside(folder: Path) -> None:
+    """Gives a damaged `folder` a name beside it, where it replaces what was put aside before.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_file(file: BinaryIO) -> None:

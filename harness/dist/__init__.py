@@ -16,7 +16,7 @@ from harness.dist.flight_recorder import keep_flight_records, write_flight_recor
 from harness.dist.heartbeats import Heartbeats
 from harness.dist.hostgroup import HostGroup
 from harness.dist.mesh import REPLICATE, SHARD, open_mesh
-from harness.dist.parallel import compile_model, distribute, gradient_sync, plain
+from harness.dist.parallel import compile_model, distribute, gradient_sync, hands_out_buffers, plain
 from harness.dist.ras import write_ras_report
 from harness.dist.sharded_muon import ShardedMuon
 from harness.dist.shards import local_part
@@ -45,6 +45,7 @@ __all__ = [
     "from_main",
     "gather",
     "gradient_sync",
+    "hands_out_buffers",
     "has_group",
     "keep_flight_records",
     "local_part",

@@ -147,9 +147,11 @@ class Deferred:
 
     def _without_memory(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         """What is registered instead of a parameter; None: the parameter itself."""
+        # Subclasses may keep more than their values: those have memory at once.
         if type(parameter) is not nn.Parameter or self.view(parameter) or parameter.layout != torch.strided:
             return None
         original, bare = self._registered.get(id(parameter), (None, None))
+        # A tied parameter is registered twice and has to stay one; an id alone may be another's by now.
         if original is None or original() is not parameter:
             with _disable_current_modes():
                 shape = torch.empty_strided(
@@ -176,6 +178,7 @@ class _Recording(TorchDispatchMode):
         if not any(views) and _META not in [leaf for leaf in leaves if isinstance(leaf, torch.device)]:
             return function(*args, **kwargs)
         written = _written(function, args, kwargs)
+        # What goes into memory (a buffer made of a parameter), or to Python, has to have its value now.
         if any(self._deferred.view(tensor) is None for tensor in written) or _gives_numbers(function):
             return self._with_values(function, leaves, structure)
         try:
@@ -190,6 +193,7 @@ class _Recording(TorchDispatchMode):
         ]
         if written or any(results):
             self._note(function, (leaves, structure), written, results)
+        # `x.normal_()` gives x itself: the operation was given a stand-in on the meta device.
         return output if not written else _same_objects(output, bare, leaves)
 
     def _with_values(self, function: Any, leaves: list[Any], structure: Any) -> Any:
@@ -224,6 +228,7 @@ class _Recording(TorchDispatchMode):
 
     def _draw(self, operation: Operation, leaves: list[Any]) -> None:
         """Brings the generator to where the operation leaves it."""
+        # How many numbers are drawn may depend on what is read (`poisson(rate)`); else anything will do.
         if operation.reads:
             real = self._deferred.values(leaves)
         else:

@@ -6,8 +6,11 @@ gathered and scattered in every layer goes over its fast links, and between mach
 
 from __future__ import annotations
 
+import datetime
 import logging
+from typing import cast
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from harness import env
@@ -42,7 +45,22 @@ def open_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
     kind = world.device.type
     if replicate == 1:
         return init_device_mesh(kind, (shard,), mesh_dim_names=(SHARD,))
-    return init_device_mesh(kind, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+    rows = [list(range(first, first + shard)) for first in range(0, world.world_size, shard)]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    names = (REPLICATE, SHARD)
+    groups = [
+        _own_group(groups, name, parallel.timeout_s)
+        for name, groups in zip(names, (columns, rows), strict=True)
+    ]
+    return DeviceMesh.from_group(groups, kind, mesh=rows, mesh_dim_names=names)
+
+
+def _own_group(groups: list[list[int]], name: str, timeout_s: float) -> dist.ProcessGroup:
+    """That of this rank. `init_device_mesh` would make them with torch's default timeout."""
+    own, _ = dist.new_subgroups_by_enumeration(
+        groups, timeout=datetime.timedelta(seconds=timeout_s), group_desc=f"mesh_{name}"
+    )
+    return cast(dist.ProcessGroup, own)
 
 
 def _is_refitted(parallel: ParallelConfig, replicate: int, shard: int) -> bool:

@@ -6,7 +6,6 @@ compiled code; FSDP2 goes around both, so that parameters are gathered outside o
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from harness.dist.mesh import open_mesh
 from harness.dist.world import World
 from harness.errors import ConfigError
 
-__all__ = ["compile_model", "distribute", "gradient_sync", "plain"]
+__all__ = ["compile_model", "distribute", "gradient_sync", "hands_out_buffers", "plain"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -108,6 +107,11 @@ def plain(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def hands_out_buffers(model: nn.Module) -> bool:
+    """Whether a step's first forward pass gives every rank the buffers of rank 0."""
+    return isinstance(model, DistributedDataParallel) and bool(model.will_sync_module_buffers())
+
+
 def _move(model: nn.Module, device: torch.device) -> None:
     """Tensors without data, which memory is forecast with, cannot be moved: what is there already is left alone."""
     if any(tensor.device != device for tensor in itertools.chain(model.parameters(), model.buffers())):
@@ -117,10 +121,12 @@ def _move(model: nn.Module, device: torch.device) -> None:
 def _shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelConfig, world: World) -> None:
     """From the inside out: each block, then what is left."""
     mesh = open_mesh(parallel, world)
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does that, operation by operation
-    if "bf16" in (parallel.param_dtype, parallel.reduce_dtype):
-        param_dtype, reduce_dtype = _DTYPES[parallel.param_dtype], _DTYPES[parallel.reduce_dtype]
-        policy = dataclasses.replace(policy, param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    policy = MixedPrecisionPolicy(
+        # None: each parameter's own, which is bf16 where the model is. Gradients would be reduced in that too.
+        param_dtype=torch.bfloat16 if parallel.param_dtype == "bf16" else None,
+        reduce_dtype=_DTYPES[parallel.reduce_dtype],
+        cast_forward_inputs=False,  # autocast does that, operation by operation
+    )
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):  # torch 2.13

@@ -42,11 +42,11 @@ class Probe(NamedTuple):
 
     what: str
     measure: Callable[[Site], Any]
-    """On every rank by itself; the result has to be picklable, but for one that `together` takes. OSError and
-    RuntimeError are findings."""
+    """On every rank by itself; the result has to be picklable, but for one that `measure_collectively` takes.
+    OSError and RuntimeError are findings."""
     judge: Callable[[Sequence[Any]], list[Finding]]
     """Of the measurements by rank."""
-    together: Callable[[Site, Any], Any] | None = None
+    measure_collectively: Callable[[Site, Any], Any] | None = None
     """What takes collectives, once no rank has failed alone: made of what `measure` gave on this rank, and
     judged in its place."""
 

@@ -31,13 +31,13 @@ def examine(site: Site, probes: Sequence[Probe] = PROBES) -> list[Finding]:
 
 def _apply(probe: Probe, site: Site) -> list[Finding]:
     own = _attempt(lambda: probe.measure(site))
-    if probe.together is not None:
+    if probe.measure_collectively is not None:
         # A rank that has failed would leave the others waiting in a collective.
         failed = _failed(probe, gather(lambda: own if isinstance(own, _Unmeasured) else None))
         if failed:
             return failed
-        together, alone = probe.together, own
-        own = _attempt(lambda: together(site, alone))
+        collectively, alone = probe.measure_collectively, own
+        own = _attempt(lambda: collectively(site, alone))
     measured = gather(lambda: own)
     return _failed(probe, measured) or probe.judge(measured)
 

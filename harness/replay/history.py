@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Mapping
@@ -149,14 +150,19 @@ def _about(run: Run, attempt: int) -> dict[str, Any]:
 
 
 def _config(about: Mapping[str, Any], directory: Path) -> TrainConfig:
-    """The attempt's configuration: the run's file tells of the newest one only."""
-    logged = about.get("config")
+    """The attempt's configuration: the run's file tells of the newest one only.
+
+    It names the directory that is read, wherever the run was trained: a task may have kept something there.
+    """
+    directory, logged = directory.resolve(), about.get("config")
     if not isinstance(logged, Mapping):
-        return TrainConfig.from_file(config_file(directory))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(dict(logged), file, allow_unicode=True)
-        file.flush()
-        return TrainConfig.from_file(file.name)
+        config = TrainConfig.from_file(config_file(directory))
+    else:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            yaml.safe_dump(dict(logged), file, allow_unicode=True)
+            file.flush()
+            config = TrainConfig.from_file(file.name)
+    return dataclasses.replace(config, runs_dir=str(directory.parent), name=directory.name)
 
 
 def _bad_elements(run: Run, step: int, attempt: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ Legend: W ranks, P parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from harness.config import TrainConfig
 from harness.records import StepRecord
 from harness.stability.attach import layout_of
+from harness.stability.before import WEIGHTS, Before, is_undone, weights_not_finite
 from harness.stability.checks.all import Checks
 from harness.stability.checks.rows import ROWS
 from harness.stability.layout import SUM_SQUARES, Layout
@@ -61,7 +63,7 @@ class Judge:
         world_size: int,
         precision: str,
     ) -> None:
-        held = Optimizers(optimizers)
+        self._held = held = Optimizers(optimizers)
         self.layout: Layout = layout_of(model, held)
         self._world_size = world_size
         self._is_sharded = config.parallel.strategy == "fsdp"
@@ -77,6 +79,7 @@ class Judge:
             device=device,
             enabled=precision == "fp16",
         )
+        self._undo = guard.undo
         self._stepper = OptimizerStepper(held, guard, device=device)
         self._checks = Checks(guard)
         self._extremes_every = guard.extremes_every
@@ -146,18 +149,50 @@ class Judge:
             ROWS: rows.cpu(),
         }
         record = self._built(step, packet)
+        if record.skipped and not math.isfinite(record.loss):
+            packet[WEIGHTS] = self._weights().cpu()
+            record = self._built(step, packet)
         return Judged(record=record, rows=rows.cpu(), decision=decision, packet=packet)
 
     @torch.no_grad()
     def update(self, step: int, judged: Judged) -> StepRecord:
         """Applies the step, or leaves it out, and gives its record. An update that is not finite is taken
         back, as the run did; which rank it was is not known where one process has all shards."""
-        decision, of_update = self._stepper.step(step, judged.decision, self.layout)
-        told = {name: tensor.cpu() for name, tensor in of_update.items()}
-        record = self._built(step, {**judged.packet, "summary": decision.summary.cpu(), **told})
+        decision, record = self._stepped(step, judged)
         self.loss_scale.update(overflowed_t=decision.overflowed_t, skip_t=decision.skip_t)
         self._stepper.fused_check.observe(step, skipped=record.skipped, clip_coef=record.clip_coef)
         return record
+
+    @torch.no_grad()
+    def try_update(self, step: int, judged: Judged) -> StepRecord:
+        """The record that `update` would give. Weights, optimizers and what else a guard keeps are left as
+        they are; gradients may be clipped."""
+        optimizers = self._held.unwrapped
+        if judged.record.skipped or not any(is_undone(optimizer, self._undo) for optimizer in optimizers):
+            return judged.record
+        before = [Before(optimizer) for optimizer in optimizers]
+        try:
+            return self._stepped(step, judged)[1]
+        finally:
+            for one in before:
+                one.put_back()
+
+    def _stepped(self, step: int, judged: Judged) -> tuple[Decision, StepRecord]:
+        decision, of_update = self._stepper.step(step, judged.decision, self.layout)
+        update_packet = {name: tensor.cpu() for name, tensor in of_update.items()}
+        packet = {**judged.packet, "summary": decision.summary.cpu(), **update_packet}
+        return decision, self._built(step, packet)
+
+    def _weights(self) -> Tensor:
+        """`[W, 2]`: `weights_not_finite` of each rank."""
+        if not self._is_sharded:
+            return weights_not_finite(self.layout).expand(self._world_size, -1)
+        parts = [_shards(p.detach(), self._num_shards) for p in self.layout.parameters]
+        of_a_copy = [
+            weights_not_finite(self.layout, [part[shard] for part in parts])
+            for shard in range(self._num_shards)
+        ]
+        return torch.stack(of_a_copy * self._num_replicas)
 
     def _built(self, step: int, packet: Packet) -> StepRecord:
         builder = RecordBuilder(self.layout, num_replicas=self._num_replicas, checks=self._checks)

@@ -13,7 +13,15 @@ from harness.replay.compare import Parting
 from harness.replay.spike import Carriers
 from harness.replay.trace import Operation
 
-__all__ = ["Judgement", "has_diverged", "judge_cause", "judge_sound", "judge_spike", "judge_sum"]
+__all__ = [
+    "Judgement",
+    "has_diverged",
+    "judge_cause",
+    "judge_sound",
+    "judge_spike",
+    "judge_sum",
+    "judge_update",
+]
 
 GREW = 10.0
 """Times its lowest value so far that a loss or a norm is at, when training has diverged."""
@@ -114,6 +122,12 @@ def judge_sum(causes: Sequence[Cause], arms: Sequence[Arm], *, reproduced: bool)
         why = unsteady or "the same kernels on the same numbers were not finite here once, and are finite now"
         return _judged("kernel", "likely", why)
     return _judged("precision", "likely", "only the sum over the micro-batches is not finite")
+
+
+def judge_update() -> Judgement:
+    """To whom it points that the update of a finite gradient is taken back in the replay too."""
+    why = "the gradients are finite, and what the optimizer makes of them is not"
+    return _judged("optimization", "likely", why)
 
 
 def judge_spike(carriers: Carriers, arms: Sequence[Arm], *, diverged: str = "") -> Judgement:

@@ -88,7 +88,7 @@ class Probe:
             and fault.target != "batch"
         ]
         share = ranks.judge.share(micro_batch.step, micro_batch.rank)
-        runner = build_runner(
+        built = build_runner(
             ranks.config,
             ranks.worlds[micro_batch.rank],
             ranks.task,
@@ -98,6 +98,7 @@ class Probe:
             precision=precision or ranks.precision,
             progress=Progress(),
         )
+        runner = dataclasses.replace(built, num_passes=1)  # no blank ones, which would draw random numbers
         with ranks.as_found_by(micro_batch):
             with within():
                 runner.run(micro_batch.step, [data])

@@ -25,9 +25,9 @@ from harness.config import FaultConfig, TrainConfig
 from harness.data import Batch, LossSum, fetch, find_quarantined, seed_everything
 from harness.dist import World, compile_model
 from harness.records import StepRecord
-from harness.replay.buffers import Buffers, restore_buffers, saved_buffers
 from harness.replay.judge import Judge, RankShare
 from harness.training.agreed import agree_on_data, agree_on_files
+from harness.training.buffers import SavedBuffers
 from harness.training.build import build_loader, build_runner
 from harness.training.counters import Counters
 from harness.training.faults import FaultInjector
@@ -55,7 +55,7 @@ class MicroBatch:
     samples: tuple[int, ...]
     """Indices in the data set, in the order of the batch."""
     rng: State
-    buffers: Buffers
+    buffers: SavedBuffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +118,13 @@ class RanksInTurn:
         ]
         self._injectors = [self.injector(world.rank, self.faults) for world in self.worlds]
         self._rng = [self._first_rng(rank) for rank in range(world_size)]
-        self._buffers = [saved_buffers(self.model)] * world_size
+        self._buffers = [SavedBuffers(self.model)] * world_size
         self._first_buffers = self._buffers[0]
         self.passes: list[MicroBatch] = []
         """The micro-batches of the last step."""
         self._passes: list[MicroBatch] | None = None
+        self._num_blank = 0
+        """Passes to come that are no micro-batch's."""
         self._rank, self._step = 0, 0
 
     @property
@@ -183,7 +185,7 @@ class RanksInTurn:
         for rank, loader in enumerate(self.loaders):
             read_into(saved, manifest, {"loader": loader, "rng": Rng()}, rank=rank)
             self._rng[rank] = Rng().state_dict()
-        self._buffers = [saved_buffers(self.model)] * self.world_size
+        self._buffers = [SavedBuffers(self.model)] * self.world_size
         for rank, injector in enumerate(self._injectors):
             late = [fault for fault in self.faults if fault.step >= self.step]
             self._injectors[rank] = self.injector(rank, late) if late != self.faults else injector
@@ -192,7 +194,8 @@ class RanksInTurn:
         """Runs the next step; all ranks' forward and backward passes, the decision and the update.
 
         Args:
-            apply: False leaves weights, optimizer and buffers as they are, and the step the next one.
+            apply: False leaves weights, optimizer and buffers as they are, and the step the next one; whether
+                the update would have been taken back is found out all the same.
         """
         step = self.step
         set_learning_rate(self.optimizers, self.learning_rate(step))
@@ -200,9 +203,8 @@ class RanksInTurn:
         shares = [self._share(world.rank) for world in self.worlds]
         self.judge.combine()
         judged = self.judge.decide(step, shares, nominal_tokens=self.nominal_tokens)
-        record = judged.record
+        record = (self.judge.update if apply else self.judge.try_update)(step, judged)
         if apply:
-            record = self.judge.update(step, judged)
             self.counters.count(record)
             self.counters.step = step + 1
         if record.skipped or not apply:
@@ -220,7 +222,7 @@ class RanksInTurn:
     @contextmanager
     def as_found_by(self, micro_batch: MicroBatch) -> Iterator[None]:
         """Generators and buffers as they were before a forward pass; afterwards no gradient is left."""
-        restore_buffers(self.model, micro_batch.buffers)
+        micro_batch.buffers.put_back()
         Rng().load_state_dict(dict(micro_batch.rng))
         self._zero_grad()
         try:
@@ -238,9 +240,9 @@ class RanksInTurn:
         self._rank, self._step = rank, step
         # DDP's ranks take over rank 0's buffers as they begin a step.
         is_replica = self.config.parallel.strategy != "fsdp" and rank > 0
-        restore_buffers(self.model, self._first_buffers if is_replica else self._buffers[rank])
+        (self._first_buffers if is_replica else self._buffers[rank]).put_back()
         if rank == 0:
-            self._first_buffers = saved_buffers(self.model)
+            self._first_buffers = SavedBuffers(self.model)
         Rng().load_state_dict(dict(self._rng[rank]))
         self._zero_grad()
         share = self.judge.share(step, rank)
@@ -254,12 +256,14 @@ class RanksInTurn:
             self.precision,
             Progress(),
         )
-        runner.run(step, self.loaders[rank].next())
+        batches = self.loaders[rank].next()
+        self._num_blank = runner.num_passes - len(batches)
+        runner.run(step, batches)
         share.finish()
         self.judge.add()
         self._rng[rank] = Rng().state_dict()
         self._buffers = [
-            saved_buffers(self.model) if other == rank else one for other, one in enumerate(self._buffers)
+            SavedBuffers(self.model) if other == rank else one for other, one in enumerate(self._buffers)
         ]
         return share
 
@@ -270,7 +274,9 @@ class RanksInTurn:
 
     def _loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """The task's loss; on the way notes what goes into it."""
-        if self._passes is not None:
+        if self._num_blank > 0:
+            self._num_blank -= 1
+        elif self._passes is not None:
             number = sum(one.rank == self._rank for one in self._passes)
             loader = self.loaders[self._rank]
             first = loader.position - self.config.loop.global_batch
@@ -282,7 +288,7 @@ class RanksInTurn:
                     batch=batch,
                     samples=tuple(loader.step_indices(first, self._rank, number)),
                     rng=Rng().state_dict(),
-                    buffers=saved_buffers(model),
+                    buffers=SavedBuffers(model),
                 )
             )
         return self.task.loss(model, batch)

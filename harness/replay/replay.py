@@ -20,7 +20,15 @@ from harness.replay.arms import Arm, run_arms
 from harness.replay.cause import Cause, find_causes, find_unwritten
 from harness.replay.compare import Difference, Parting, Passed, differences, parting
 from harness.replay.history import History, read_history
-from harness.replay.judgement import Judgement, has_diverged, judge_cause, judge_sound, judge_spike, judge_sum
+from harness.replay.judgement import (
+    Judgement,
+    has_diverged,
+    judge_cause,
+    judge_sound,
+    judge_spike,
+    judge_sum,
+    judge_update,
+)
 from harness.replay.probe import Probe
 from harness.replay.ranks import MicroBatch, Played, RanksInTurn
 from harness.replay.remembered import Remembered
@@ -160,6 +168,8 @@ def _explain(result: Replay, probe: Probe, earlier: Sequence[MicroBatch], before
         else:
             unwritten = _again(result, probe, bad_ranks[0])
             result.judgement = judge_sum(unwritten, result.arms, reproduced=result.reproduced)
+    elif record.undone:
+        result.judgement = judge_update()
     elif incident is not None and not (is_large and result.reproduced):
         unwritten = _again(result, probe, incident.rank)
         result.judgement = judge_sound(unwritten, way=result.parting, notes=result.notes, arms=result.arms)
@@ -232,7 +242,10 @@ def _notes(history: History, ranks: RanksInTurn) -> list[str]:
             notes.append(f"the {part} data was {known} in the run, and is {now or 'missing'} in the replay")
     parallel = history.config.parallel
     if "bf16" in (parallel.param_dtype, parallel.reduce_dtype):
-        notes.append("FSDP2 gathered parameters or reduced gradients in bf16, the replay holds them in fp32")
+        notes.append(
+            "FSDP2 gathered parameters (and with them the residual stream) or reduced gradients in bf16,"
+            " the replay holds them in fp32"
+        )
     if history.config.callbacks:
         notes.append(f"callbacks are not called: {', '.join(history.config.callbacks)}")
     return notes

@@ -12,11 +12,10 @@ from harness.atomic import write_atomically
 from harness.replay.cause_story import carriers_data, carriers_text, cause_data, cause_text, judgement_text
 from harness.replay.remembered import Remembered
 from harness.replay.replay import Replay
-from harness.runlog.paths import incident_dir
+from harness.runlog.incident_files import REPLAY
+from harness.runlog.paths import STORY, incident_dir
 
 __all__ = ["as_data", "story", "write_story"]
-
-STORY, DATA = "story.md", "replay.json"
 
 
 def story(replay: Replay) -> str:
@@ -86,7 +85,7 @@ def write_story(replay: Replay) -> list[Path]:
     """
     folder = incident_dir(replay.directory, replay.history.step)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {STORY: story(replay), DATA: json.dumps(as_data(replay), indent=2) + "\n"}
+    texts = {STORY: story(replay), REPLAY: json.dumps(as_data(replay), indent=2) + "\n"}
     for name, text in texts.items():
         write_atomically(folder / name, text, sync=False)
     return [folder / name for name in texts]

@@ -35,7 +35,7 @@ from harness.errors import TrackingError
 from harness.files import list_folder, read_file
 from harness.records import Culprit, ParameterRow, RankRow
 from harness.runlog.codec import to_plain, with_nonfinite
-from harness.runlog.paths import incident_dir, incidents_dir
+from harness.runlog.paths import STORY, incident_step, incidents_dir, is_hang
 
 __all__ = [
     "BATCH",
@@ -62,15 +62,13 @@ __all__ = [
     "write_rng",
 ]
 
-INCIDENT, REPLAY, STORY = "incident.json", "replay.json", "story.md"
+INCIDENT, REPLAY = "incident.json", "replay.json"
 RANK, RNG = "rank-{}.json", "rng-rank-{}.json"
 STACKS, BATCH = "stacks-rank-{}.txt", "batch-rank-{}.safetensors"
 MEMORY, SNAPSHOT, TRACE = "memory-rank-{}.json", "memory-rank-{}.pickle", "trace-rank-{}.json.gz"
 
 LONGEST_BYTES = 256 << 20
 _VERSION = 1
-_FOLDER = re.compile(r"step-([0-9]{8,18})")
-_HANG = re.compile(r"hang-[0-9]{8}-[0-9]{6}")
 _RANK_FILE = re.compile(r"rank-([0-9]{1,9})\.json")
 
 RngStates = dict[str, Any]
@@ -197,14 +195,13 @@ def rank_path(folder: Path, name: str, rank: int) -> Path:
 def incident_steps(run_dir: str | Path, *, within: Path | None = None) -> list[int]:
     """The steps of which a folder is kept, in order; whatever is in it."""
     names = list_folder(incidents_dir(run_dir), within=within).folders
-    steps = (int(match[1]) for name in names if (match := _FOLDER.fullmatch(name)))
-    return sorted(step for step in steps if incident_dir(run_dir, step).name in names)
+    return sorted(step for name in names if (step := incident_step(name)) is not None)
 
 
 def hang_folders(run_dir: str | Path) -> list[Path]:
     """The folders with the stacks of a run that hung, the oldest first."""
     folder = incidents_dir(run_dir)
-    return [folder / name for name in list_folder(folder).folders if _HANG.fullmatch(name)]
+    return [folder / name for name in list_folder(folder).folders if is_hang(name)]
 
 
 def ranks_in(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where in a run's directory what lies, and the names of checkpoints.
+"""Where in a run's directory what lies, and the names of checkpoints' and incidents' folders.
 
 config.yaml             the resolved configuration
 log/                    segments of the append-only log
@@ -11,15 +11,18 @@ tensorboard/  wandb/    mirrors
 tokenizer/              of a run of task hf: the tokenizer that it was trained with
 checkpoints/            what `checkpoint_of` reads the names of
 incidents/              what is known of each incident, and stacks of all ranks of a run that hung
+faults/                 of a rehearsal: a note for each fault that has struck
 summary.json            the end of the last attempt
 curves.png              the picture of the run
-report.html  export.csv what people have asked for
+report.html  export.csv what people have asked for; so is
+export/                 weights of a checkpoint
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +35,19 @@ __all__ = [
     "MANIFEST",
     "MEDIA_BYTES",
     "NODES",
+    "STORY",
     "CheckpointName",
     "checkpoint_of",
     "checkpoints_dir",
     "config_file",
+    "export_dir",
     "export_file",
+    "faults_dir",
+    "hang_dir",
     "incident_dir",
+    "incident_step",
     "incidents_dir",
+    "is_hang",
     "log_dir",
     "media_bytes",
     "media_dir",
@@ -68,9 +77,12 @@ MANIFEST = "manifest.json"
 """In a checkpoint's folder: the file without which it is none."""
 HEALTHY = "healthy"
 """In a checkpoint's folder: the empty file that says that it has proved itself."""
+STORY = "story.md"
+"""In an incident's folder: what a replay has found, as Markdown."""
 MEDIA_BYTES = 64 << 20
 """Longest image or graph beside the log; mirrors hold it in memory."""
-_CHECKPOINT = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
+_STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
+_HANG, _HANG_TIME = re.compile(r"hang-[0-9]{8}-[0-9]{6}"), "hang-%Y%m%d-%H%M%S"
 
 
 class CheckpointName(NamedTuple):
@@ -87,7 +99,7 @@ class CheckpointName(NamedTuple):
 
 def checkpoint_of(name: str) -> CheckpointName | None:
     """Reads the name of a folder; None if no committed checkpoint is called so."""
-    match = _CHECKPOINT.fullmatch(name)
+    match = _STEP.fullmatch(name)
     named = CheckpointName(int(match[1]), int(match[2] or 0)) if match else None
     return named if str(named) == name else None
 
@@ -169,12 +181,33 @@ def incidents_dir(run_dir: str | Path) -> Path:
 
 def incident_dir(run_dir: str | Path, step: int) -> Path:
     """What is known of the step numbered `step`: what its ranks remembered, and what a replay found."""
-    return incidents_dir(run_dir) / f"step-{step:08d}"
+    return incidents_dir(run_dir) / str(CheckpointName(step))
+
+
+def incident_step(name: str) -> int | None:
+    """Reads the name of a folder; None if no incident's is called so."""
+    named = checkpoint_of(name)
+    return None if named is None or named.copy else named.step
+
+
+def hang_dir(run_dir: str | Path) -> Path:
+    """Where stacks go of a run that is found to hang now, in this machine's time."""
+    return incidents_dir(run_dir) / time.strftime(_HANG_TIME)
+
+
+def is_hang(name: str) -> bool:
+    """Whether a folder's name is one of `hang_dir`."""
+    return _HANG.fullmatch(name) is not None
+
+
+def faults_dir(run_dir: str | Path) -> Path:
+    """What faults of a rehearsal have struck: a note for each."""
+    return Path(run_dir) / "faults"
 
 
 def story_file(run_dir: str | Path, step: int) -> Path:
     """What a replay of a step has found, as Markdown."""
-    return incident_dir(run_dir, step) / "story.md"
+    return incident_dir(run_dir, step) / STORY
 
 
 def summary_file(run_dir: str | Path) -> Path:
@@ -190,6 +223,11 @@ def picture_file(run_dir: str | Path) -> Path:
 def report_file(run_dir: str | Path) -> Path:
     """The HTML report, unless another place was asked for."""
     return Path(run_dir) / "report.html"
+
+
+def export_dir(run_dir: str | Path) -> Path:
+    """The exported weights, unless another place was asked for."""
+    return Path(run_dir) / "export"
 
 
 def export_file(run_dir: str | Path, format: str) -> Path:

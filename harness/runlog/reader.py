@@ -127,6 +127,7 @@ class Run(Digest):
     def stretches(self) -> list[tuple[int, int]]:
         """First and last steps of consecutive stretches that cover the timeline, of about equally many points
         each: some MB of log."""
+        # By points, not by steps: a step in which all layers were logged weighs thousands of plain ones.
         most = max(1, self.log_bytes() // STRETCH_BYTES)
         steps, weights, last = [_NO_STEPS], [_NO_STEPS], 0
         for name in self.names():
@@ -156,7 +157,7 @@ class Run(Digest):
         for name in self.names():
             entries = self._own_entries(name)
             touched = entries[(entries["first_step"] <= last) & (entries["last_step"] >= first)]
-            if self._traces[name].width == 1:
+            if self._traces[name].width == 1:  # an entry is a point still: nothing to read again
                 parts[name] = _parts_of(touched)
             else:
                 unread.add(name)
@@ -233,7 +234,7 @@ class Run(Digest):
 
     def _add(self, name: str, attempt: int, series: Series, block: int) -> None:
         super()._add(name, attempt, series, block)
-        if name in self._columns:
+        if name in self._columns:  # else it is read, this part too, when it is asked for
             self._columns[name].append((attempt, series))
 
     def _parts(self, name: str) -> Parts:
@@ -252,6 +253,8 @@ class Run(Digest):
         sizes = {each: trace.num_points * POINT_BYTES for each, trace in self._traces.items()}
         names = [each for each in self.names() if self._traces[each].width > 1]
         clock = [CLOCK] if self._is_samples(name) else []
+        # A pass over the log costs the same for one metric as for many, and who asks for one asks for the
+        # next by name: an export does.
         columns: dict[str, Parts] = {}
         for each in [name, *clock, *(n for n in names if n > name), *names]:
             if each in (name, CLOCK) or sum(sizes[n] for n in columns) + sizes[each] <= COLUMNS_BYTES:

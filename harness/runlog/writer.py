@@ -176,7 +176,7 @@ def _last_attempt(folder: Path) -> int:
 
 
 def _writer_lock(run_dir: Path, wait_s: float) -> ProcessLock:
-    ends, is_told = time.monotonic() + wait_s, False
+    ends, has_warned = time.monotonic() + wait_s, False
     while True:
         try:
             return ProcessLock(writer_lock(run_dir))
@@ -191,7 +191,7 @@ def _writer_lock(run_dir: Path, wait_s: float) -> ProcessLock:
                     wait_s > 0
                 )  # two parts of a job that lost sight of each other may meet
                 raise error from None
-            if not is_told:
+            if not has_warned:
                 logger.warning("waiting for the end of %s, which writes this run's log", held)
-                is_told = True
+                has_warned = True
         time.sleep(_PAUSE_S)

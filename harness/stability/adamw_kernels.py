@@ -4,7 +4,9 @@ A program per chunk of a parameter: it reads parameter, gradient and both moment
 gradient, and leaves partial sums of the squared update and weights. A second kernel adds the chunks' in a
 fixed order, so the same step gives the same bits every time.
 
-The formula is that of torch's fused AdamW, in fp32 whatever the parameters' dtype:
+The formula is that of torch's fused AdamW on CUDA, in fp32 whatever the parameters' dtype; so are 1 - beta
+and beta^t, of betas in fp32 (torch 2.13). Elsewhere torch takes 1 - beta in double: at beta2 = 0.999 its
+second moment is 217 units in the last place away, and so is its correction, by which it is divided.
 
     g = gradient / grad_scale
     p = p - lr * weight_decay * p
@@ -121,9 +123,9 @@ def adamw(
         if num_chunks:
             where = (table.segments, table.offsets, table.lengths, table.starts, len(sizes))
             scalars = [ctypes.c_float(one).value for one in (lr, *betas, eps, weight_decay)]  # as fp32
-            told = (bias_corrections, grad_scale, found_inf, partial, num_chunks)
+            step_inputs = (bias_corrections, grad_scale, found_inf, partial, num_chunks)
             _step_chunk[(num_chunks,)](
-                *bases, *where, *told, *scalars,
+                *bases, *where, *step_inputs, *scalars,
                 BLOCK=block, ALIGNED=table.is_aligned, num_warps=WARPS,
             )  # fmt: skip
         _add_chunks[(len(sizes),)](partial, table.first_chunk, result, num_chunks, ROWS=256)

@@ -74,6 +74,15 @@ class _StepNumbers:
         """The rank to blame: the one that went bad in the earliest micro-batch, the lowest of several."""
         return self.bad[0] if self.bad else None
 
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether weights that were broken before explain the step: they break every rank's loss, from its
+        first micro-batch on. A mask's -inf breaks none."""
+        is_everywhere = len(self.bad) == len(self.per_rank) and bool(
+            (self.per_rank[:, MICRO_BATCH] <= 0).all()
+        )
+        return is_everywhere and any(num_bad for num_bad, _ in self.weights)
+
     @cached_property
     def bad(self) -> list[int]:
         """The ranks that went bad by themselves, by micro-batch and rank."""
@@ -186,9 +195,10 @@ class RecordBuilder:
 
     def _blamed(self, numbers: _StepNumbers) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-batch of what is wrong with a step, as far as they are known."""
-        for said in (numbers.updates, numbers.weights):
-            if any(num_bad for num_bad, _ in said):
-                return *self._first_bad(said), None
+        if numbers.undone:
+            return *self._first_bad(numbers.updates), None
+        if numbers.is_of_weights:
+            return *self._first_bad(numbers.weights), None
         rank = numbers.culprit if numbers.culprit is not None else numbers.outstanding
         if rank is not None:
             row = int(numbers.row(rank)[PARAMETER])
@@ -222,7 +232,7 @@ class RecordBuilder:
         reasons = [
             self._undone_reason(numbers) if numbers.undone else None,
             _skip_reason(numbers) if _has_reason_to_skip(numbers) else None,
-            self._broken_reason(numbers) if any(num_bad for num_bad, _ in numbers.weights) else None,
+            self._broken_reason(numbers) if numbers.is_of_weights else None,
             describe_size(step, summary) if summary.is_spike else None,
             *(reading.reason for reading in numbers.readings),
         ]

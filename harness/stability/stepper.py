@@ -20,7 +20,14 @@ from harness.config import GuardConfig
 from harness.dist import ShardedMuon
 from harness.dist.collectives import all_gather
 from harness.errors import ConfigError
-from harness.stability.before import UPDATE, Before, not_finite, size_bytes, step_selected
+from harness.stability.before import (
+    UPDATE,
+    Before,
+    is_undone,
+    not_finite,
+    share_bytes,
+    step_selected,
+)
 from harness.stability.fused_check import FusedCheck
 from harness.stability.layout import Layout
 from harness.stability.optimizers import Optimizers
@@ -45,9 +52,10 @@ CAPTURABLE = {
 }
 """The same, where `capturable` is set: their step counts are on the device then."""
 
-MAX_SELECTED_BYTES = 2 << 30
-"""Of parameters and state up to which copying and selecting, some seven passes, is taken for cheaper than a
-wait for the device and the launches that it no longer hides: 2 ms at 4 TB/s. An estimate, not measured."""
+MAX_SELECTED_BYTES = 1 << 30
+"""Of a rank's parameters, and as much state, up to which copying and selecting, some seven passes, is taken
+for cheaper than a wait for the device and the launches that it no longer hides: 2 ms at 4 TB/s. An estimate,
+not measured."""
 
 Way = Literal["device", "select", "host"]
 """How an optimizer gets the verdict: it reads it, its step is selected or taken back, the host reads it."""
@@ -79,9 +87,10 @@ class OptimizerStepper:
     optimizer creates state: fused SGD leaves momentum uninitialised in a step that it skips. How an optimizer
     is set up is read anew in every step.
 
-    `undo` says whose updates are taken back if they leave anything not finite: of all that are not fused
-    (auto), of all, or of none. They are stepped first, so that the fused ones are told. All ranks ask one
-    another, so all take the step back or none.
+    `undo` says whose updates are taken back if they leave anything not finite: Muon's (auto), of all, or of
+    none. They are stepped first, so that the others are told. All ranks ask one another, so all take the step
+    back or none. Muon over shards has collectives in its step, so all that is asked of it are its class and
+    parameters, which are equal on all ranks; its hooks run in steps that are left out on a device too.
 
     Args:
         group: The ranks that train together; None: this one alone.
@@ -102,6 +111,7 @@ class OptimizerStepper:
         self._undo, self._nonfinite = config.undo, config.nonfinite
         self.fused_check = FusedCheck(device)
         self._warned_of: set[str] = set()
+        self._has_told_size = self._undo != "always"
         self.reset()
         for optimizer in optimizers.unwrapped:
             if not self._is_fused(optimizer) and self._unfused_way(optimizer) == "host":
@@ -110,6 +120,9 @@ class OptimizerStepper:
     def reset(self) -> None:
         """Forgets which parameters have optimizer state, because the optimizers hold others now."""
         self._stateless = {id(optimizer): _Stateless(optimizer) for optimizer in self._optimizers.unwrapped}
+        self._share_bytes = {
+            id(optimizer): share_bytes(optimizer) for optimizer in self._optimizers.unwrapped
+        }
 
     def step(self, step: int, decision: Decision, layout: Layout) -> tuple[Decision, Packet]:
         """Steps the optimizers, or not. Synchronises only where the class says so.
@@ -123,8 +136,9 @@ class OptimizerStepper:
         plans = [self._plan(optimizer, decision) for optimizer in self._optimizers.unwrapped]
         kept, rest = [one for one in plans if one.undoes], [one for one in plans if not one.undoes]
         packet: Packet = {}
+        # First those that may be taken back: fused ones then read in `found_inf` what became of them.
         if kept:
-            before = [Before(one.optimizer) for one in kept]
+            before = self._copied(kept)
             self._step_each(step, kept, decision, is_last=not rest)
             decision, packet = self._undo_not_finite(kept, before, decision, layout)
         if rest:
@@ -138,11 +152,30 @@ class OptimizerStepper:
         if way == "host":
             self._warn_once(optimizer)
         elif way == "select" and decision.is_on_host:
-            way = "host"  # for nothing
+            way = "host"  # the decision is there already: reading it costs nothing, selecting a copy
         if self._stateless[id(optimizer)].is_to_make_state():
             way = "host"
-        undoes = self._undo == "always" or (self._undo == "auto" and not is_fused)
+        # Where the host reads it for nothing, on all ranks then, a step that is left out needs no copy.
+        is_left_out = decision.is_on_host and bool(decision.skip_t)
+        undoes = is_undone(optimizer, self._undo) and not is_left_out
         return _Plan(optimizer=optimizer, way=way, is_fused=is_fused, undoes=undoes)
+
+    def _copied(self, plans: Sequence[_Plan]) -> list[Before]:
+        """What they find, and once how much that is."""
+        try:
+            before = [Before(one.optimizer) for one in plans]
+        except (torch.OutOfMemoryError, NotImplementedError) as error:
+            names = ", ".join(type(one.optimizer).__name__ for one in plans)
+            raise ConfigError(
+                f"what {names} may change cannot be copied: {error}",
+                rule=f"guard.undo is {self._undo}: while they step, weights and state are held twice",
+                remedy="--guard.undo never",
+            ) from error
+        if not (self._has_told_size or any(self._stateless[id(one.optimizer)].makes_state for one in plans)):
+            self._has_told_size = True
+            num_gib = sum(one.size_bytes for one in before) / 2**30
+            logger.warning("guard.undo is always: %.3g GiB are copied in each step", num_gib)
+        return before
 
     def _step_each(self, step: int, plans: Sequence[_Plan], decision: Decision, *, is_last: bool) -> None:
         by_device = [one.optimizer for one in plans if one.way == "device"]
@@ -153,7 +186,7 @@ class OptimizerStepper:
             for one in plans:
                 if one.way == "select":
                     _scale_gradients(one.optimizer, decision.grad_scale_t)
-                    if one.undoes:
+                    if one.undoes:  # all of it has been copied, and is selected once the ranks have spoken
                         one.optimizer.step()
                     else:
                         step_selected(one.optimizer, decision.skip_t)
@@ -173,6 +206,7 @@ class OptimizerStepper:
         here = torch.where(decision.skip_t, torch.zeros_like(here), here)
         of_ranks = all_gather(here, group=self._group)
         decision = decision.taken_back(of_ranks[:, 0].sum() > 0, stops=self._nonfinite == "stop")
+        # Another read costs nothing where this step has waited for the device anyway; else nobody reads it.
         is_read = decision.is_on_host or any(plan.way == "host" for plan in plans)
         is_skip = is_read and bool(decision.skip_t)
         for plan, one in zip(plans, before, strict=True):
@@ -184,11 +218,13 @@ class OptimizerStepper:
 
     def _unfused_way(self, optimizer: Any) -> Way:
         """How an optimizer that reads no verdict gets it on a device, once it has its state."""
-        step = _step_function(optimizer)
+        is_muon = isinstance(optimizer, Muon)
+        step = _step_function(type(optimizer) if is_muon else optimizer)
         is_capturable = step in CAPTURABLE and all(g.get("capturable") for g in optimizer.param_groups)
-        if not (step in SELECTED or is_capturable) or _has_step_hooks(optimizer):
+        if not (step in SELECTED or is_capturable) or (not is_muon and _has_step_hooks(optimizer)):
             return "host"
-        is_cheaper = self._undo != "never" or size_bytes(optimizer) <= MAX_SELECTED_BYTES
+        is_small = self._share_bytes[id(optimizer)] <= MAX_SELECTED_BYTES
+        is_cheaper = is_small or is_undone(optimizer, self._undo)
         return "select" if is_cheaper else "host"
 
     def _is_fused(self, optimizer: Any) -> bool:
@@ -221,6 +257,8 @@ class _Stateless:
         self._optimizer = optimizer
         self._seen: tuple[object, ...] = ()
         self._missing: list[nn.Parameter] = []
+        self.makes_state = False
+        """What `is_to_make_state` has said last."""
 
     def is_to_make_state(self) -> bool:
         """Whether the step at hand creates state."""
@@ -231,7 +269,8 @@ class _Stateless:
             self._seen = seen
             stateful = [g for g in groups if not (isinstance(self._optimizer, SGD) and g["momentum"] == 0)]
             self._missing = [p for group in stateful for p in group["params"] if not state.get(p)]
-        return any(p.grad is not None for p in self._missing)
+        self.makes_state = any(p.grad is not None for p in self._missing)
+        return self.makes_state
 
 
 def _tell_scheduler(optimizer: Any) -> None:

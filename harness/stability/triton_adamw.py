@@ -35,17 +35,33 @@ class TritonAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **{**settings, "fused": True})
-        refused = [name for name in REFUSED for group in self.param_groups if group[name]]
-        if refused or any(isinstance(group["lr"], Tensor) for group in self.param_groups):
-            raise ConfigError(
-                f"AdamW in Triton with {refused[0] if refused else 'a learning rate in a tensor'}",
-                rule="its kernel knows neither amsgrad, maximize and differentiable nor a rate on the device",
-                remedy="use torch.optim.AdamW(fused=True)",
-            )
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                _refuse_gaps(parameter)
         self._measured: list[tuple[list[nn.Parameter], Tensor]] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ConfigError: `TritonAdamW`; the group is not added.
+        """
+        _refuse_settings({**self.defaults, **param_group})
+        super().add_param_group({**param_group, "fused": True})
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                _refuse_gaps(parameter)
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, of any AdamW's state: step counts go to the device, whatever wrote it.
+
+        Raises:
+            ConfigError: `TritonAdamW`; nothing is loaded.
+        """
+        groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        for group in groups:
+            _refuse_settings(group)
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -114,6 +130,17 @@ def _alike(tensor: Tensor, parameter: Tensor) -> Tensor:
     if local.dtype == like.dtype and local.stride() == like.stride():
         return tensor
     return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+
+
+def _refuse_settings(group: dict[str, Any]) -> None:
+    """Refuses settings of a group that the kernel does not know."""
+    refused = [name for name in REFUSED if group.get(name)]
+    if refused or isinstance(group["lr"], Tensor):
+        raise ConfigError(
+            f"AdamW in Triton with {refused[0] if refused else 'a learning rate in a tensor'}",
+            rule="its kernel knows neither amsgrad, maximize and differentiable nor a rate on the device",
+            remedy="use torch.optim.AdamW(fused=True)",
+        )
 
 
 def _refuse_gaps(parameter: nn.Parameter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakSet
@@ -10,10 +11,13 @@ from torch import nn
 
 from harness.errors import ConfigError
 from harness.stability.attach import layout_of
+from harness.stability.layout import Layout
 from harness.stability.optimizers import Optimizers
 from harness.stability.sources import GradientSource
 
 __all__ = ["Watch", "guarded_parameters"]
+
+logger = logging.getLogger(__name__)
 
 
 class Watch:
@@ -74,11 +78,18 @@ class Watch:
         self.layout = layout_of(self._model, self._optimizers)
 
     def claim(self) -> None:
-        """Makes the parameters of the layout this watch's, and closes whatever watched any of them before.
-        Until then `follow` finds them changed: an error on the way must not let the next step pass."""
+        """Makes the parameters of the layout this watch's, and closes what watched any of them before, with a
+        warning. Until then `follow` finds them changed: an error on the way must not let the next step pass.
+        """
         self._signature = self._signature_of_layout
         for other in list(_watches):
-            if other is not self and other.layout.row_of.keys() & self.layout.row_of.keys():
+            names = [other.layout.names[row] for row in _shared_rows(other.layout, self.layout)]
+            if other is not self and names:
+                logger.warning(
+                    "an earlier guard is closed: a later one watches %s too; to step both optimizers, make"
+                    " one guard of them: StepGuard(model, [a, b])",
+                    _listed(names),
+                )
                 other.close("a later guard watches its parameters")
         _watches.add(self)
 
@@ -90,6 +101,11 @@ def guarded_parameters() -> set[int]:
 
 _watches: WeakSet[Watch] = WeakSet()
 """Those that are open."""
+
+
+def _shared_rows(layout: Layout, other: Layout) -> list[int]:
+    """The rows of a layout whose parameters are in the other one too."""
+    return [row for key, row in layout.row_of.items() if key in other.row_of]
 
 
 def _listed(names: Sequence[str], num: int = 3) -> str:

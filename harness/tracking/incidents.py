@@ -16,7 +16,7 @@ from harness.runlog.incident_files import (
     read_incident,
     read_rank,
 )
-from harness.runlog.paths import incident_dir
+from harness.runlog.paths import incident_dir, incident_step
 from harness.tracking.text import number, printable, table
 
 __all__ = ["incidents_table", "show_incident"]
@@ -168,15 +168,17 @@ def _ranks(rows: Sequence[RankRow]) -> str:
 
 
 def _files(folder: Path) -> str:
-    lines = [f"rank {rank}: {_told(folder, rank)}" for rank in ranks_in(folder)[:_MOST_RANKS]]
+    lines = [f"rank {rank}: {_rank_text(folder, rank)}" for rank in ranks_in(folder)[:_MOST_RANKS]]
     if (folder / STORY).exists():
         lines.append(f"what a replay has found: {folder / STORY}")
     else:
-        lines.append(f"find out more: harness replay {folder.parent.parent} --step {int(folder.name[5:])}")
+        lines.append(
+            f"find out more: harness replay {folder.parent.parent} --step {incident_step(folder.name)}"
+        )
     return "\n".join(lines)
 
 
-def _told(folder: Path, rank: int) -> str:
+def _rank_text(folder: Path, rank: int) -> str:
     try:
         mine = read_rank(folder, rank)
     except TrackingError as error:

@@ -195,7 +195,10 @@ class PrometheusMirror(Mirror):
             yield self._family("rank_skew_ratio", "gauge", what, [_Sample(max(row) / min(row))])
             slowest = [_Sample(row.index(max(row)))]
             yield self._family(
-                "slowest_rank", "gauge", "Rank that computed longest in the newest step.", slowest
+                "slowest_rank",
+                "gauge",
+                "Rank that computed longest in the newest step that tells of ranks.",
+                slowest,
             )
 
     def _ledger_families(self) -> Iterator[str]:
@@ -212,8 +215,8 @@ class PrometheusMirror(Mirror):
         """A metric with its help, type and samples; all of them bear the run's name."""
         lines = [f"# HELP harness_{name} {help_text}", f"# TYPE harness_{name} {kind}"]
         for value, labels in samples:
-            told = {"run": self._run.name, **labels}
-            words = ",".join(f'{label}="{_escaped(text)}"' for label, text in told.items())
+            all_labels = {"run": self._run.name, **labels}
+            words = ",".join(f'{label}="{_escaped(text)}"' for label, text in all_labels.items())
             lines.append(f"harness_{name}{{{words}}} {_number(value)}")
         return "\n".join([*lines, ""])
 
@@ -221,9 +224,12 @@ class PrometheusMirror(Mirror):
 _BY_RANK = {
     "compute_s": (
         "rank_compute_seconds",
-        "Computing of a rank in the newest step, without waiting for others.",
+        "Computing of a rank in the newest step that tells of ranks, without waiting for others.",
     ),
-    "data_wait_s": ("rank_data_wait_seconds", "Waiting of a rank for its batch in the newest step."),
+    "data_wait_s": (
+        "rank_data_wait_seconds",
+        "Waiting of a rank for its batch in the newest step that tells of ranks.",
+    ),
 }
 
 

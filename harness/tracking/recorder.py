@@ -1,7 +1,8 @@
 """What is written of a run, whoever trains it.
 
 `harness train` has a `Journal`, a loop of somebody's own an `ExperimentTracker`; both write here, under the
-names of `harness.runlog.names`.
+names of `harness.runlog.names`: what both know of a step, an evaluation or a checkpoint is called the same in
+both logs.
 """
 
 from __future__ import annotations

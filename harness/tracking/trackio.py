@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.errors import needs
 from harness.runlog.codec import Record
+from harness.runlog.names import EventName
 from harness.runlog.paths import media_bytes
 from harness.runlog.scalars import scalars_of
 from harness.tracking.mirror import Mirror, MirroredRun, StartAgain, shown_name
@@ -138,7 +139,7 @@ class TrackioMirror(Mirror):
         its_id = f"{self._mirrored.id}/{min(record.values, default='')}/{record.time!r}"
         if record.kind == "system":
             self._samples.append((_time(record), its_id, dict(scalars_of(record))))
-        elif record.values.get("name") == "alert":
+        elif record.values.get("name") == EventName.ALERT:
             level = str(record.values.get("level"))
             self._alert(record, its_id, level={"info": "info", "error": "error"}.get(level, "warn"))
 

@@ -11,8 +11,9 @@ from harness.errors import ConfigError, DataError
 
 __all__ = ["LONGEST_S", "agree_on_data", "agree_on_files", "agree_on_settings"]
 
-LONGEST_S = 3600.0
-"""How long ranks wait for each other where one lists, prepares or searches data: longer than in a step."""
+LONGEST_S = 86400.0
+"""How long ranks wait for each other where one lists, prepares or searches data. Machines may differ by hours
+in what they have to prepare; the watchdog tells one that works from one that hangs."""
 
 # What a machine may have for itself.
 _LOCAL = ("data.cache_dir", "data.num_workers", "parallel.threads", "runs_dir", "tracking.")
@@ -39,7 +40,7 @@ def agree_on_settings(config: TrainConfig) -> None:
 def agree_on_files(config: TrainConfig) -> list[SourceFile] | None:
     """The files of the text as rank 0 lists them; None for tasks other than text.
 
-    Called by all ranks together; waits for an hour, for a million files on a network take longer than
+    Called by all ranks together; waits for a day at most, for a million files on a network take longer than
     `parallel.timeout_s`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Buffers during an evaluation: as a checkpoint of this moment holds them, and afterwards as they were."""
+"""A model's buffers, copied and put back: after an evaluation, and after passes that are made again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.dist import broadcast_from_main, local_part
 
-__all__ = ["buffers_of_rank_0", "constant_buffers"]
+__all__ = ["SavedBuffers", "buffers_of_rank_0", "constant_buffers"]
 
 _LARGE_BYTES = 1 << 16
 _MAX_COPIED_BYTES = 1 << 30
@@ -22,27 +22,56 @@ _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by bytes per element: values are moved as bits."""
 
 
+class SavedBuffers:
+    """A model's buffers as they are now: which tensors they are, and their values.
+
+    Nothing that is written here counts as a change (`Tensor._version`). Left as they are: the values of
+    `constant_buffers`, and of tensors that cannot be written through, such as expanded ones, inference
+    tensors and subclasses. Does not synchronise.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+        constants = set(map(id, constant_buffers(model).values()))
+        self._writable = [one for one in _writable_buffers(model) if id(one.buffer) not in constants]
+        self._copies = [one.bits.clone() for one in self._writable]
+
+    @property
+    def of_checkpoints(self) -> list[Tensor]:
+        """The bits, in their place, of those that a checkpoint holds; of a DTensor every rank has its own."""
+        return [one.bits for one in self._writable if one.is_saved and not isinstance(one.buffer, DTensor)]
+
+    def take_from_main(self) -> None:
+        """Takes rank 0's values instead, as DDP does before a step's first forward pass. All ranks call it
+        together: a collective."""
+        broadcast_from_main(self._copies)
+
+    def have_changed(self) -> bool:
+        """Whether buffers or values are others now. Reads them on the host."""
+        if any(table.get(name) is not one for table, before in self._tables for name, one in before.items()):
+            return True
+        pairs = zip(self._writable, self._copies, strict=True)
+        return any(not torch.equal(one.bits, copy) for one, copy in pairs)
+
+    def put_back(self) -> None:
+        """Makes buffers and their values what they were; may be done again."""
+        for table, before in self._tables:
+            table.clear()  # of what was registered, or put in the place of another, meanwhile
+            table.update(before)
+        for one, copy in zip(self._writable, self._copies, strict=True):
+            one.bits.copy_(copy)
+
+
 @contextmanager
 def buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
-    """Within it the buffers that a checkpoint holds have rank 0's values; afterwards all have their own back.
-
-    Nothing that is written here counts as a change (`Tensor._version`). Left as they are: `constant_buffers`,
-    and tensors that cannot be written through, such as expanded ones, inference tensors and subclasses.
-    """
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    constants = set(map(id, constant_buffers(model).values()))
-    writable = [one for one in _writable_buffers(model) if id(one.buffer) not in constants]
-    copies = [one.bits.clone() for one in writable]
-    # Of a DTensor every rank holds its own part.
-    broadcast_from_main(one.bits for one in writable if one.is_saved and not isinstance(one.buffer, DTensor))
+    """Within it the buffers that a checkpoint holds have rank 0's values; afterwards all have their own back
+    (`SavedBuffers`)."""
+    saved = SavedBuffers(model)
+    broadcast_from_main(saved.of_checkpoints)
     try:
         yield
     finally:
-        for table, before in tables:
-            table.clear()  # of what was registered, or put in the place of another, meanwhile
-            table.update(before)
-        for one, copy in zip(writable, copies, strict=True):
-            one.bits.copy_(copy)
+        saved.put_back()
 
 
 def constant_buffers(model: nn.Module) -> dict[str, Tensor]:

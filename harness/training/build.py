@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from harness import __version__, env, logs
+from harness import env, logs
 from harness.checkpoint import Checkpointer, Rng
-from harness.config import GuardConfig, TrainConfig
-from harness.data import (
-    Loader,
-    Shares,
-    Task,
-    fetch,
-    find_quarantined,
-    num_signs,
-    seed_everything,
-)
+from harness.config import TrainConfig
+from harness.data import Loader, Shares, Task, num_signs, seed_everything
 from harness.dist import (
-    Deferred,
     UnusedParameters,
     World,
     distribute,
     from_main,
     keep_flight_records,
-    on_all_ranks,
     open_world,
     plain,
     report_once,
@@ -42,23 +31,21 @@ from harness.dist import (
 )
 from harness.errors import HarnessError
 from harness.parent import missing_settings
-from harness.runlog import events
-from harness.runlog.paths import checkpoints_dir, incidents_dir
+from harness.runlog.paths import checkpoints_dir, faults_dir, incidents_dir
 from harness.stability import Ladder, StepGuard
-from harness.stability.checks.all import Checks, load_checks
-from harness.stability.detectors import configured_rule
 from harness.stop import StopRequest
-from harness.training.agreed import LONGEST_S, agree_on_data, agree_on_files, agree_on_settings
 from harness.training.black_box import BlackBox, open_black_box
-from harness.training.callbacks import Callback, Callbacks, load_callbacks
+from harness.training.callbacks import Callback, Callbacks
 from harness.training.counters import Counters
 from harness.training.debug import Debugger, debugging, with_every_check
 from harness.training.directory import prepare_directory
 from harness.training.end import Start, end_run, judge_restart, note_hang
-from harness.training.faults import FaultInjector, describe, possible_faults
-from harness.training.journal import Journal, MainJournal, NodeJournal
+from harness.training.faults import FaultInjector
+from harness.training.inputs import Inputs, agreed_inputs
+from harness.training.journal import Journal
 from harness.training.loop import Run, train_loop
-from harness.training.micro_batch import NOTED, keep_micro_batch, say_shares
+from harness.training.micro_batch import keep_micro_batch
+from harness.training.opening import Attempt, open_journal
 from harness.training.optim import build_optimizers
 from harness.training.parts import PartLosses
 from harness.training.precision import resolved_precision
@@ -71,18 +58,12 @@ from harness.training.silent import RunChecks
 from harness.training.step import MicroBatchGuard, StepRunner
 from harness.training.straggler import Stragglers
 from harness.training.summary import Ending, TrainResult
-from harness.training.tasks import build_task
 from harness.training.timer import StepTimer
-from harness.training.utilisation import utilisation_of
 from harness.training.watchdog import Watchdog
-from harness.user_code import check_modules
 
 __all__ = ["build_loader", "build_run", "build_runner", "set_determinism", "train"]
 
 logger = logging.getLogger(__name__)
-
-_END_S = 15.0
-"""How long a process may take to end once the others are gone."""
 
 
 def train(
@@ -131,168 +112,6 @@ def train(
             return _train(config, world, stopping, callbacks, tell, watchdog)
 
 
-def build_run(
-    config: TrainConfig,
-    world: World,
-    stop: StopRequest,
-    callbacks: Sequence[Callback] = (),
-    progress: Progress | None = None,
-) -> Run:
-    """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
-    progress = progress or Progress()
-    precision = resolved_precision(config, world.device)
-    inputs = _agreed_inputs(config, world)
-    directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
-    config, micro_batch_before = keep_micro_batch(config, world, directory)
-    model = _distributed(config, world, inputs)
-    stepped = _optimizers(config, model)
-    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
-    held, parts = [*stepped.values()], PartLosses(inputs.task.parts)
-    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute, parts])
-    guard.when_local_done(timer.local_done)
-    loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
-    counters = Counters()
-    ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
-    called = Callbacks([*inputs.callbacks, *callbacks])
-    checkpointer = _checkpointer(config, directory)
-    saved = {
-        "model": plain(model),
-        **stepped,
-        "loader": loader,
-        "guard": guard,
-        "ladder": ladder,
-        "counters": counters,
-        "callbacks": called,
-        "rng": Rng(),
-    }
-    # Each rank draws its own dropout; initialisation, above, was the same on all.
-    seed_everything(config.seed + 1 + world.rank)
-    resumed_from = checkpointer.load(saved)
-    _begin_at(counters.step, directory, inputs.faults, progress)
-    schedule = _settle_schedule(config, counters, steps_before=steps_before)
-    attempt = _Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
-    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
-    runner = replace(runner, recompute=recompute, note_loss=parts.add)
-    black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
-    # Last of what can fail: from here on somebody has to close it.
-    journal = _opened_on_all_ranks(lambda: _open_journal(config, world, directory, inputs, attempt, progress))
-    called.own = _own_callbacks(config, world, journal, runner, black_box)
-    run = Run(
-        config=config,
-        world=world,
-        directory=directory,
-        task=inputs.task,
-        model=model,
-        optimizers=held,
-        loader=loader,
-        runner=runner,
-        guard=guard,
-        ladder=ladder,
-        checkpointer=checkpointer,
-        saved=saved,
-        counters=counters,
-        saved_step=-1 if resumed_from is None else counters.step,
-        journal=journal,
-        stop=stop,
-        precision=precision,
-        schedule_steps=counters.schedule_steps,
-        callbacks=called,
-        progress=progress,
-        black_box=black_box,
-    )
-    return run
-
-
-def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
-    progress.resume(step)
-    faults.begin_at(step, directory / "faults")
-
-
-def _distributed(config: TrainConfig, world: World, inputs: _Inputs) -> nn.Module:
-    """What was put off of the model's initialisation is made up for once it is sharded."""
-    model = inputs.task.model
-    return distribute(model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
-
-
-def _timer(model: nn.Module, world: World) -> StepTimer:
-    timer = StepTimer(world.device)
-    time_collectives(model, timer.waited)
-    return timer
-
-
-def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
-    is_sharded = config.parallel.strategy == "fsdp"
-    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
-
-
-def _own_callbacks(
-    config: TrainConfig, world: World, journal: Journal, runner: StepRunner, black_box: BlackBox
-) -> list[Callback]:
-    return [
-        *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
-        journal,
-        black_box,
-        Stragglers(config.straggler, world, journal),
-        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
-        *([Debugger()] if config.debug else []),
-    ]
-
-
-def _checkpointer(config: TrainConfig, directory: Path) -> Checkpointer:
-    folder = checkpoints_dir(directory)
-    return Checkpointer.from_config(folder, config.checkpoint, timeout_s=config.parallel.timeout_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
-    """What a run is made of besides its settings, found equal on all ranks before anything is written."""
-
-    task: Task
-    callbacks: Sequence[Callback]
-    """Those that the configuration names."""
-    fingerprints: dict[str, str]
-    """Of the data sets."""
-    quarantined: tuple[int, ...]
-    """Samples that are never trained on, by index."""
-    faults: FaultInjector
-    deferred: Deferred | None
-    """Within which the model was built, where its initialisation is put off."""
-
-
-def _agreed_inputs(config: TrainConfig, world: World) -> _Inputs:
-    """Makes them; whatever is wrong with one is raised on every rank."""
-    agree_on_settings(config)
-    config.parallel.check_precision(resolved_precision(config, world.device))
-    files = agree_on_files(config)
-    deferred = Deferred() if config.parallel.meta_init else None
-    with nullcontext() if deferred is None else deferred:
-        task = on_all_ranks(lambda: build_task(config, files=files), timeout_s=LONGEST_S)
-    on_all_ranks(lambda: _check_names(config.guard))
-    callbacks = on_all_ranks(lambda: load_callbacks(config))
-    from_main(lambda: check_modules(config.tracking.mirrors, key="tracking.mirrors"))
-    fingerprints = agree_on_data(task, config)
-    faults = on_all_ranks(
-        lambda: FaultInjector(
-            possible_faults(config, rank=world.rank, world_size=world.world_size),
-            model=task.model,
-            rank=world.rank,
-            sample=lambda: fetch(task.train_data, [0]),
-        )
-    )
-    listed = config.data.quarantine
-    quarantined = from_main(
-        lambda: find_quarantined(task.train_data, listed), timeout_s=LONGEST_S if listed else None
-    )
-    return _Inputs(
-        task=task,
-        callbacks=callbacks,
-        fingerprints=fingerprints,
-        faults=faults,
-        quarantined=quarantined,
-        deferred=deferred,
-    )
-
-
 def _train(
     config: TrainConfig,
     world: World,
@@ -327,6 +146,118 @@ def _train(
     return end_run(run, ending, error, start)
 
 
+def build_run(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+) -> Run:
+    """Makes all parts of a run and restores its newest checkpoint; whatever fails, fails on every rank."""
+    progress = progress or Progress()
+    precision = resolved_precision(config, world.device)
+    inputs = agreed_inputs(config, world)
+    directory, steps_before = from_main(lambda: prepare_directory(config, inputs.task))
+    config, micro_batch_before = keep_micro_batch(config, world, directory)
+    model = _distributed(config, world, inputs)
+    stepped = _optimizers(config, model)
+    timer, recompute = _timer(model, world), RecomputeCheck(config.incidents.recompute_every)
+    held, parts = [*stepped.values()], PartLosses(inputs.task.parts)
+    guard = StepGuard.from_config(model, held, config.guard, precision=precision, checks=[recompute, parts])
+    guard.when_local_done(timer.local_done)
+    loader = build_loader(config, world, inputs.task, inputs.fingerprints, inputs.quarantined)
+    counters = Counters()
+    ladder = Ladder(config.guard, rollback=lambda record: roll_back(run, record))
+    called = Callbacks([*inputs.callbacks, *callbacks])
+    checkpointer = _checkpointer(config, directory)
+    saved = {
+        "model": plain(model),
+        **stepped,
+        "loader": loader,
+        "guard": guard,
+        "ladder": ladder,
+        "counters": counters,
+        "callbacks": called,
+        "rng": Rng(),
+    }
+    # Each rank draws its own dropout; initialisation, above, was the same on all.
+    seed_everything(config.seed + 1 + world.rank)
+    resumed_from = checkpointer.load(saved)
+    _begin_at(counters.step, directory, inputs.faults, progress)
+    schedule = _settle_schedule(config, counters, steps_before=steps_before)
+    attempt = Attempt(counters, resumed_from, schedule, loader, precision, micro_batch_before)
+    runner = build_runner(config, world, inputs.task, model, guard, inputs.faults, precision, progress, timer)
+    runner = replace(runner, recompute=recompute, note_loss=parts.add)
+    black_box = open_black_box(config, world, progress, directory, loader, inputs.task.train_data)
+    # Last of what can fail: from here on somebody has to close it.
+    journal = open_journal(config, world, directory, inputs, attempt, progress)
+    called.own = _own_callbacks(config, world, journal, runner, black_box)
+    run = Run(
+        config=config,
+        world=world,
+        directory=directory,
+        task=inputs.task,
+        model=model,
+        optimizers=held,
+        loader=loader,
+        runner=runner,
+        guard=guard,
+        ladder=ladder,
+        checkpointer=checkpointer,
+        saved=saved,
+        counters=counters,
+        saved_step=-1 if resumed_from is None else counters.step,
+        journal=journal,
+        stop=stop,
+        precision=precision,
+        schedule_steps=counters.schedule_steps,
+        callbacks=called,
+        progress=progress,
+        black_box=black_box,
+    )
+    return run
+
+
+def _begin_at(step: int, directory: Path, faults: FaultInjector, progress: Progress) -> None:
+    progress.resume(step)
+    faults.begin_at(step, faults_dir(directory))
+
+
+def _distributed(config: TrainConfig, world: World, inputs: Inputs) -> nn.Module:
+    """What was put off of the model's initialisation is made up for once it is sharded."""
+    model = inputs.task.model
+    return distribute(model, config.parallel, world, loop=config.loop, deferred=inputs.deferred)
+
+
+def _timer(model: nn.Module, world: World) -> StepTimer:
+    timer = StepTimer(world.device)
+    time_collectives(model, timer.waited)
+    return timer
+
+
+def _optimizers(config: TrainConfig, model: nn.Module) -> dict[str, Optimizer]:
+    is_sharded = config.parallel.strategy == "fsdp"
+    return build_optimizers(model, config.optim, config.muon, is_sharded=is_sharded)
+
+
+def _own_callbacks(
+    config: TrainConfig, world: World, journal: Journal, runner: StepRunner, black_box: BlackBox
+) -> list[Callback]:
+    return [
+        *([Rerunner(config, runner, black_box)] if config.incidents.rerun == "on" else []),
+        journal,
+        black_box,
+        Stragglers(config.straggler, world, journal),
+        *([RunChecks(config, journal)] if config.guard.silent_errors == "on" else []),
+        *([Debugger()] if config.debug else []),
+    ]
+
+
+def _checkpointer(config: TrainConfig, directory: Path) -> Checkpointer:
+    folder = checkpoints_dir(directory)
+    return Checkpointer.from_config(folder, config.checkpoint, timeout_s=config.parallel.timeout_s)
+
+
 def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: int) -> str:
     """Notes the length of the learning-rate schedule for good, and tells what it means for this attempt."""
     length_before = counters.schedule_steps or steps_before
@@ -336,72 +267,6 @@ def _settle_schedule(config: TrainConfig, counters: Counters, *, steps_before: i
     return describe_schedule(
         config, step=counters.step, length=counters.schedule_steps, length_before=length_before
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """How this attempt begins."""
-
-    counters: Counters
-    resumed_from: int | None
-    schedule: str
-    """What the learning-rate schedule means for it, in words."""
-    loader: Loader
-    precision: str
-    micro_batch_before: int
-    """Samples of the largest one that has fitted into memory in earlier attempts."""
-
-
-def _open_journal(
-    config: TrainConfig,
-    world: World,
-    directory: Path,
-    inputs: _Inputs,
-    attempt: _Attempt,
-    progress: Progress,
-) -> Journal:
-    """This rank's journal; the main one says how the attempt begins."""
-    if not world.is_main:
-        return NodeJournal(directory, config) if world.local_rank == 0 else Journal()
-    step, recomputes = attempt.counters.step, config.parallel.activation_checkpointing == "full"
-    about = {"world_size": world.world_size, "device": str(world.device), "host": platform.node()}
-    about["schedule_steps"] = attempt.counters.schedule_steps
-    about[NOTED] = max(attempt.micro_batch_before, attempt.loader.shares.micro_batch)
-    # What decides about the last bits, for a replay.
-    about |= {"precision": attempt.precision, "threads": torch.get_num_threads()}
-    versions = {"harness": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    journal = MainJournal(
-        directory,
-        config,
-        first_step=step,
-        about={**about, "versions": versions, "data": inputs.fingerprints},
-        utilisation=utilisation_of(inputs.task, recomputes_blocks=recomputes, world=world),
-        step_indices=attempt.loader.step_indices,
-        progress=progress,
-        # A rank 0 that was cut off from its launcher's others has to notice that first.
-        wait_s=config.parallel.silent_s + _END_S if env.is_restartable() else 0.0,
-    )
-    say_shares(attempt.loader.shares)
-    if attempt.resumed_from is not None:
-        journal.event(events.Resume(checkpoint=attempt.resumed_from), step)
-        journal.say(f"going on at step {step} of {config.loop.steps}")
-    if step < config.loop.steps:
-        journal.say(attempt.schedule)
-    for fault in config.faults:
-        journal.event(events.Fault(what=describe(fault)), fault.step)
-    return journal
-
-
-def _opened_on_all_ranks(open_journal: Callable[[], Journal]) -> Journal:
-    """This rank's; closed again if another rank cannot open its own, else log, lock and side process stay."""
-    opened: list[Journal] = []
-    try:
-        on_all_ranks(lambda: opened.append(open_journal()))
-    except HarnessError as error:
-        for journal in opened:
-            journal.close(Ending.of_error(error))
-        raise
-    return opened[0]
 
 
 def build_runner(
@@ -458,13 +323,6 @@ def build_loader(
         pinned=tuple(task.pinned),
         quarantined=quarantined,
     )
-
-
-def _check_names(guard: GuardConfig) -> None:
-    """Makes what the guard will be made of once, so that a wrong name or value is said before anything is
-    written."""
-    configured_rule(guard)
-    Checks(guard, load_checks(guard))
 
 
 def set_determinism(config: TrainConfig) -> None:

@@ -17,11 +17,11 @@ _MULTIPLE = 16
 """Of both sides of a weight, which the device's kernels ask for."""
 
 
-def use_float8(model: nn.Module) -> None:
+def use_float8(model: nn.Module, device: torch.device) -> None:
     """Has linear layers of the model's blocks compute in float8, with a scale for each tensor and call.
 
     Weights, gradients and checkpoints are as before. The head stays as it is: the loss would suffer most
-    there. Without a GPU that has float8 (compute capability 8.9) the rounding is emulated, which is slow.
+    there. On a device without float8 (CUDA's compute capability 8.9) the rounding is emulated, which is slow.
 
     Raises:
         ConfigError: no layer is fit for it.
@@ -43,10 +43,11 @@ def use_float8(model: nn.Module) -> None:
             rule=f"linear layers in a torch.nn.ModuleList, both sides a multiple of {_MULTIPLE}",
             remedy="leave it out for this model",
         )
-    has_float8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    has_float8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     convert_to_float8_training(
         model,
-        config=Float8LinearConfig(emulate=not has_float8),
+        # Padded, since a micro-batch may have any number of tokens, and kernels ask for multiples there too.
+        config=Float8LinearConfig(emulate=not has_float8, pad_inner_dim=True),
         module_filter_fn=lambda _, name: name in fit,
     )
     logger.info("%d linear layers compute in float8%s", len(fit), "" if has_float8 else ", emulated")

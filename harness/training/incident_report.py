@@ -144,7 +144,7 @@ class _Reporter:
     def _checkpoint(self, step: int) -> str | None:
         """The newest one that is committed, at or before the step."""
         folder = checkpoints_dir(self._directory)
-        names = [checkpoint_of(path.name) for path in folder.glob("step-*") if (path / MANIFEST).is_file()]
+        names = [checkpoint_of(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file()]
         before = [name for name in names if name is not None and name.step <= step]
         return str(max(before)) if before else None
 
@@ -153,10 +153,10 @@ def _git_revision() -> str | None:
     """Of the folder that the program was started in."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
+    return answer.stdout.strip()
 
 
 def _samples_of(

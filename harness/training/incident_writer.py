@@ -50,7 +50,7 @@ from harness.runlog.incident_files import (
 )
 from harness.runlog.paths import incident_dir
 from harness.training.rng_states import HeldRng, digest
-from harness.training.step_profiler import Trace
+from harness.training.step_profiler import ProfiledStep
 
 __all__ = ["Found", "HeldStep", "IncidentWriter"]
 
@@ -157,14 +157,14 @@ class IncidentWriter:
         except Exception as error:  # noqa: BLE001  (said; the error that is under way counts for more)
             logger.warning("what memory was taken by could not be written down: %s", error)
 
-    def write_trace(self, trace: Trace) -> None:
+    def write_trace(self, profiled: ProfiledStep) -> None:
         """Writes a profiler's trace.
 
         Raises:
             OSError: the disk is full, gone or read-only.
         """
-        path = rank_path(self._folder(trace.step), TRACE, self._rank)
-        trace.profiler.export_chrome_trace(str(path))
+        path = rank_path(self._folder(profiled.step), TRACE, self._rank)
+        profiled.profiler.export_chrome_trace(str(path))
         self._require_size(path)
         if self._sweeps:
             self._sweep(path.parent)

@@ -146,8 +146,8 @@ class MainJournal(Journal):
             if self._utilisation.hfu != self._utilisation.mfu:
                 values[Metric.HFU_FRAC] = values[Metric.TOKENS_PER_S] * self._utilisation.hfu
         self._log.write("step", values, step=record.step)
-        is_notable = record.reason is not None
-        if is_notable or ranks_are_due(len(record.per_rank), record.step, every=self._every):
+        num_ranks, is_notable = len(record.per_rank), record.reason is not None
+        if ranks_are_due(num_ranks, record.step, every=self._every, is_notable=is_notable):
             self._log.write("ranks", rank_values(record), step=record.step)
         if record.per_parameter or record.sampled:
             self._log.write("layers", layer_values(record), step=record.step)
@@ -294,13 +294,15 @@ def layer_values(record: StepRecord) -> dict[str, dict[str, float]]:
     return values
 
 
-def ranks_are_due(num_ranks: int, step: int, *, every: int) -> bool:
-    """Whether the log takes what the ranks said of themselves in a step: of thousands, in some steps only.
+def ranks_are_due(num_ranks: int, step: int, *, every: int, is_notable: bool = False) -> bool:
+    """Whether the log takes what the ranks said of themselves in a step: of thousands, in some steps and in
+    notable ones only; of a single one, of which the step's own numbers are, never.
 
     Args:
         every: `tracking.log_every`.
     """
-    return num_ranks > 1 and (num_ranks <= MOST_RANKS_EACH_STEP or (step + 1) % every == 0)
+    is_due = is_notable or num_ranks <= MOST_RANKS_EACH_STEP or (step + 1) % every == 0
+    return num_ranks > 1 and is_due
 
 
 def rank_values(record: StepRecord) -> dict[str, list[float]]:

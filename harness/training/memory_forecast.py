@@ -8,25 +8,31 @@ figure, and nothing is in it that they do not do.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.config import TrainConfig
-from harness.data import Batch, Shares, Task, fetch, run_loss
+from harness.data import Batch, Shares, Task, fetch
 from harness.dist import Deferred, distribute, gradient_sync, local_part
 from harness.dist.fake import fake_world
-from harness.errors import ConfigError
-from harness.stability.before import Before
+from harness.errors import ConfigError, HarnessError
+from harness.stability.before import Before, is_undone
 from harness.training.optim import build_optimizers
 from harness.training.precision import autocast, resolved_precision
 from harness.training.tasks import build_task
@@ -76,7 +82,7 @@ class MemoryForecast:
 
 
 def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
-    """What rank 0 of `num_ranks` will hold; a micro-batch is made, and nothing is written.
+    """What rank 0 of `num_ranks` will hold. Data is prepared as for a run, and a micro-batch is made.
 
     Precision auto is taken for bf16 where there is CUDA here, as in a run. What a compiled model saves is not
     known: it is run as it stands.
@@ -87,12 +93,12 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
         HarnessError: whatever is wrong with task or data.
     """
     config.check_world(num_ranks)
-    with Deferred() if config.parallel.meta_init else nullcontext():
-        task = build_task(config)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, device="cpu"))
+    task = _task_without_values(config)
     shares = Shares.of(config.loop.global_batch, num_ranks, at_most=config.loop.micro_batch)
     batch = fetch(task.train_data, [index % len(task.train_data) for index in range(shares.micro_batch)])
     precision = resolved_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    fakes = FakeTensorMode()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # constants of the model or its loss
     _make_fake(task.model, fakes)
     is_sharded = config.parallel.strategy == "fsdp"
     optim = dataclasses.replace(config.optim, fused="torch")  # a kernel in Triton takes no fake tensors
@@ -114,6 +120,22 @@ def forecast_memory(config: TrainConfig, *, num_ranks: int) -> MemoryForecast:
     return _forecast(step, [*optimizers.values()], live, num_ranks=num_ranks)
 
 
+def _task_without_values(config: TrainConfig) -> Task:
+    """A model may be larger than this machine's memory: parameters get none, if its code allows for that.
+
+    What a run of that name has kept is left alone: it may be one of other settings.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        config = dataclasses.replace(config, runs_dir=empty)
+        if config.task == "hf":  # transformers unties a tied head where tensors have no memory
+            return build_task(config)
+        try:
+            with Deferred():
+                return build_task(config)
+        except (HarnessError, RuntimeError):  # where something else is wrong it is said again
+            return build_task(config)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
     """Forward and backward of one rank."""
@@ -129,7 +151,7 @@ class _Step:
         for index in range(self.num_passes):
             is_last = index == self.num_passes - 1
             with gradient_sync(self.model, on=is_last), autocast(torch.device("cpu"), self.precision):
-                loss = run_loss(self.task, self.model, self.batch).total
+                loss = self.task.loss(self.model, self.batch).total
             loss.backward()
 
 
@@ -137,9 +159,9 @@ class _Step:
 def _values_are_not_read() -> Iterator[None]:
     try:
         yield
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise ConfigError(
-            f"the model, its loss or the optimizer reads a value of a tensor ({error.func})",
+            f"the model, its loss or the optimizer asks for values of tensors ({error.func})",
             rule="memory can be predicted where nothing depends on values",
             remedy="start a short run, and look at the memory in its log",
         ) from error
@@ -150,10 +172,9 @@ def _run(
 ) -> None:
     """
     Args:
-        undo: Whose updates the guard may take back, from a copy.
+        undo: The guard's: whose updates it may take back, from a copy.
         gradients_stay: They are views of DDP's buckets.
     """
-    are_kept = {"always": optimizers, "auto": [o for o in optimizers if not o.defaults.get("fused")]}
     if gradients_stay:
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -161,7 +182,7 @@ def _run(
         live.note_all([*step.model.parameters(), *step.model.buffers(), *step.batch.values()])
         for _ in range(_STEPS):
             step.run()
-            before = [Before(optimizer) for optimizer in are_kept.get(undo, ())]
+            before = [Before(optimizer) for optimizer in optimizers if is_undone(optimizer, undo)]
             for optimizer in optimizers:
                 optimizer.step()
             del before

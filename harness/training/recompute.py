@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from harness.checkpoint import Rng
 from harness.data import Batch
-from harness.dist import plain
+from harness.dist import hands_out_buffers, plain
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.fingerprint import fingerprint, sum_of_bits
+from harness.training.buffers import SavedBuffers
 
 __all__ = ["RecomputeCheck", "Runner", "aside"]
 
@@ -31,8 +32,8 @@ class Runner(Protocol):
     def once(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """Forward and backward passes of a step; the seconds of this rank's own computing."""
 
-    def locally(self, step: int, batch: Batch) -> object:
-        """Those of a micro-batch, whose gradient stays on this rank."""
+    def again(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """The same passes, with gradients that stay on this rank."""
 
 
 class RecomputeCheck(Check):
@@ -52,14 +53,15 @@ class RecomputeCheck(Check):
     def twice(self, runner: Runner, step: int, micro_batches: Sequence[Batch]) -> float:
         """What `runner.run` does, and then again; returns the seconds of the first time."""
         model = plain(runner.model)
-        rng, buffers = Rng().state_dict(), _copies(model)
+        rng, buffers = Rng().state_dict(), SavedBuffers(model)
+        if hands_out_buffers(runner.model):
+            buffers.take_from_main()
         with _noting(model) as first:
             compute_s = runner.once(step, micro_batches)
         with aside(model), _noting(model) as second:
             Rng().load_state_dict(rng)
-            _write(model, buffers)
-            for batch in micro_batches:
-                runner.locally(step, batch)
+            buffers.put_back()
+            runner.again(step, micro_batches)
         self._differs = torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).long()
         return compute_s
 
@@ -89,20 +91,21 @@ class RecomputeCheck(Check):
 
 
 @contextmanager
-def aside(model: nn.Module) -> Iterator[None]:
-    """Within it gradients are none; afterwards gradients, buffers and generators are what they were."""
-    rng, buffers = Rng().state_dict(), _copies(model)
+def aside(model: nn.Module) -> Iterator[SavedBuffers]:
+    """Within it gradients are none; afterwards generators, gradients and buffers are what they were. Gives
+    the buffers as they are before."""
+    rng, buffers = Rng().state_dict(), SavedBuffers(model)
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     try:
-        yield
+        yield buffers
     finally:
+        Rng().load_state_dict(rng)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        _write(model, buffers)
-        Rng().load_state_dict(rng)
+        buffers.put_back()
 
 
 @contextmanager
@@ -125,13 +128,3 @@ def _noting(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copies(model: nn.Module) -> list[Tensor]:
-    return [buffer.detach().clone() for buffer in model.buffers()]
-
-
-@torch.no_grad()
-def _write(model: nn.Module, copies: Sequence[Tensor]) -> None:
-    for buffer, copy in zip(model.buffers(), copies, strict=True):
-        buffer.copy_(copy)

@@ -6,21 +6,25 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from harness.checkpoint import Rng
 from harness.config import TrainConfig
 from harness.data import Batch
 from harness.dist import local_part, plain
+from harness.errors import LostRankError
 from harness.records import StepRecord
 from harness.stability.checks.fingerprint import sum_of_bits
 from harness.training.black_box import BlackBox
 from harness.training.callbacks import Callback, Training
+from harness.training.counters import incident_kind
 from harness.training.incident_writer import HeldStep
+from harness.training.progress import Phase
 from harness.training.recompute import aside
 from harness.training.step import StepRunner
 from harness.training.variations import deterministic_algorithms, eager, filled, plain_attention
@@ -30,10 +34,12 @@ __all__ = ["RerunArm", "Rerunner", "what_it_says"]
 logger = logging.getLogger(__name__)
 
 AGAIN, FILLED, PRECISE = "the same again", "uninitialised memory filled with NaN", "fp32"
+NOT_COMPILED = "not compiled"
 REPEATS = 2
 MOST_S = 30.0
-"""Of the slowest rank, by the time that it has said its steps take; fewer variations are run where it is less
-than all of them need."""
+"""Of the slowest rank, if each variation took what it has said that the step took: so many are run. No bound,
+for attention without a fused kernel, and fp32, may take several times as long; the number has to be equal on
+all ranks."""
 _MOST_IN_WINDOW = 4
 _WINDOW_STEPS = 100
 
@@ -50,6 +56,8 @@ class RerunArm:
     is_bad: bool
     bits: int
     """Checksum of loss and gradients."""
+    moves_buffers: bool = False
+    """The pass leaves other buffers than it found."""
     problem: str = ""
 
     def __str__(self) -> str:
@@ -64,6 +72,7 @@ class Rerunner(Callback):
     Every rank runs its own micro-batch of that number, at the same step: whether and how often follows from
     the record, which is equal on all ranks, and nothing is reduced. What is left are lines in `rank-R.json`.
     The verdict of a step comes `guard.lag_steps` steps later, so the weights may not be the same any more.
+    Overflows of fp16's loss scale, which are no fault, are left out.
     """
 
     def __init__(self, config: TrainConfig, runner: StepRunner, black_box: BlackBox) -> None:
@@ -73,19 +82,30 @@ class Rerunner(Callback):
         self._variations = _variations(config, runner.precision)
 
     def on_step(self, run: Training, record: StepRecord) -> None:
-        if record.reason is None or record.micro_batch is None or not self._may_run(record):
+        if record.reason is None or record.micro_batch is None or incident_kind(record) == "fp16 overflow":
+            return
+        if not self._may_run(record):
             return
         held = self._black_box.held(record.step)
         if held is None or not held.batches:
             return
         self._done.append(record.step)
-        batch = held.batches[min(record.micro_batch, len(held.batches) - 1)]
-        arms = [
-            self._arm(record.step, held, batch, *variation)
-            for variation in self._variations[: self._num_runs(record)]
-        ]
-        steps_later = run.counters.step - record.step - 1
-        says = what_it_says(arms, steps_later=steps_later, was_bad=_was_bad(record))
+        number = min(record.micro_batch, len(held.batches) - 1)
+        arms = []
+        for variation in self._variations[: self._num_runs(record)]:
+            self._runner.progress.enter(Phase.RECORDS, record.step)
+            arms.append(self._arm(record.step, held, held.batches[number], *variation))
+        self._runner.progress.enter(Phase.RECORDS, record.step)
+        says = what_it_says(
+            arms,
+            steps_later=_num_updates_since(record, run.counters.step),
+            was_bad=_was_bad(record, run.world.rank, number),
+            # The generators are those of the step's begin, where blank passes come first. Buffers of a step
+            # that was skipped are those that it found, but on ranks that were handed those of rank 0.
+            is_same_pass=number == 0
+            and self._runner.num_passes == len(held.batches)
+            and not (run.world.rank and arms[0].moves_buffers),
+        )
         held.rerun = (says, *map(str, arms))
         if record.rank == run.world.rank:
             logger.warning("step %d again, on rank %d: %s", record.step, run.world.rank, says)
@@ -104,7 +124,7 @@ class Rerunner(Callback):
         runner = self._runner if precision is None else replace(self._runner, precision=precision)
         model = plain(runner.model)
         try:
-            with aside(model), within():
+            with aside(model) as found, within():
                 Rng().load_state_dict(held.rng.state_dict())
                 loss = runner.locally(step, batch)
                 gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
@@ -116,15 +136,23 @@ class Rerunner(Callback):
                     loss=per_token,
                     is_bad=not bool(torch.stack(bad).all()),
                     bits=hash(tuple(bits.tolist())),
+                    moves_buffers=found.have_changed(),
                 )
-        except RuntimeError as error:  # a kernel that has no deterministic form, say
-            first = str(error).splitlines()[0]
+        except (LostRankError, dist.DistError):
+            raise
+        except Exception as error:  # noqa: BLE001  (a kernel without a deterministic form, no memory, a user's own)
+            first = (str(error).splitlines() or [type(error).__name__])[0]
             return RerunArm(name=name, loss=math.nan, is_bad=False, bits=0, problem=first)
 
 
-def what_it_says(arms: list[RerunArm], *, steps_later: int, was_bad: bool) -> str:
-    """What follows from the variations, as far as it does with weights that may be of `steps_later` steps
-    later; `was_bad`: loss or gradient were not finite in the step itself."""
+def what_it_says(arms: list[RerunArm], *, steps_later: int, was_bad: bool, is_same_pass: bool) -> str:
+    """What follows from the variations.
+
+    Args:
+        steps_later: By so many updates the weights may be of later.
+        was_bad: This micro-batch of this rank left a loss or gradient that was not finite in the step itself.
+        is_same_pass: Random numbers and buffers are those of the step's own pass.
+    """
     ran = [arm for arm in arms if not arm.problem]
     again = [arm for arm in ran if arm.name == AGAIN]
     weights = "the same weights" if steps_later == 0 else f"weights of up to {steps_later} steps later"
@@ -140,9 +168,11 @@ def what_it_says(arms: list[RerunArm], *, steps_later: int, was_bad: bool) -> st
     if not again[0].is_bad:
         if FILLED in others:
             return "it is not finite where memory that nobody has written holds NaN: a kernel"
-        if was_bad and steps_later == 0:
+        if was_bad and is_same_pass and steps_later == 0:
             return "on the same weights it is finite now: hardware, or a kernel that fails now and then"
         return f"with {weights} it is finite" + (", which leaves it open" if was_bad else "")
+    if NOT_COMPILED in others:
+        others = [NOT_COMPILED]  # as are those that come after it
     if others:
         kind = "the precision" if others == [PRECISE] else "a kernel"
         return f"with {weights} it is not finite again, but finite with {' and '.join(others)}: {kind}"
@@ -150,17 +180,36 @@ def what_it_says(arms: list[RerunArm], *, steps_later: int, was_bad: bool) -> st
 
 
 def _variations(config: TrainConfig, precision: str) -> list[tuple[str, Within, str | None]]:
-    """The most telling first."""
-    found: list[tuple[str, Within, str | None]] = [(AGAIN, nullcontext, None)] * REPEATS
-    found.append((FILLED, filled, None))
-    found.append(("deterministic algorithms", deterministic_algorithms, None))
-    if config.loop.compile:
-        found.append(("not compiled", eager, None))
+    """The most telling first. Of a compiled model all but the first are run as it was written: each would be
+    compiled anew otherwise, for minutes."""
+    again: list[tuple[str, Within, str | None]] = [(AGAIN, nullcontext, None)] * REPEATS
+    changed: list[tuple[str, Within, str | None]] = [(FILLED, filled, None)]
+    changed.append(("deterministic algorithms", deterministic_algorithms, None))
     if precision != "fp32":
-        found.append((PRECISE, nullcontext, "fp32"))
-    found.append(("attention by plain matrix products", plain_attention, None))
-    return found
+        changed.append((PRECISE, nullcontext, "fp32"))
+    changed.append(("attention by plain matrix products", plain_attention, None))
+    if not config.loop.compile:
+        return [*again, *changed]
+    as_written = [(name, _eager(within), wanted) for name, within, wanted in changed]
+    return [*again, (NOT_COMPILED, eager, None), *as_written]
 
 
-def _was_bad(record: StepRecord) -> bool:
-    return bool(record.num_nan or record.num_inf) or not math.isfinite(record.loss)
+def _eager(within: Within) -> Within:
+    @contextmanager
+    def both() -> Iterator[None]:
+        with eager(), within():
+            yield
+
+    return both
+
+
+def _was_bad(record: StepRecord, rank: int, micro_batch: int) -> bool:
+    """Whether it was this micro-batch of this rank, and no sum or other one, that was not finite first."""
+    row = record.per_rank[rank]
+    is_finite = not (row.num_nan or row.num_inf) and math.isfinite(row.loss)
+    return not is_finite and (rank, micro_batch) in [(one.rank, one.micro_batch) for one in record.culprits]
+
+
+def _num_updates_since(record: StepRecord, step: int) -> int:
+    """By how many updates the weights may be later than those of the record's step, before `step`."""
+    return step - record.step - record.skipped

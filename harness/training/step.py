@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.data import Batch, LossSum, Task, run_loss, to_device
-from harness.dist import UnusedParameters, gradient_sync
+from harness.dist import UnusedParameters, gradient_sync, plain
 from harness.errors import ConfigError
 from harness.training.faults import FaultInjector
 from harness.training.precision import autocast
@@ -81,10 +81,19 @@ class StepRunner:
             return self.recompute.twice(self, step, micro_batches)
         return self.once(step, micro_batches)
 
-    def locally(self, step: int, batch: Batch) -> LossSum:
-        """A micro-batch of which the guard hears nothing and whose gradient stays on this rank."""
-        with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
-            return self._forward_backward(step, batch, watched=False)
+    def locally(self, step: int, batch: Batch, *, weight: float = 1.0) -> LossSum:
+        """A micro-batch of which the guard hears nothing and whose gradient stays on this rank. Without DDP's
+        wrapper, which would hand out buffers and then leave that out in the next step. Not under FSDP2."""
+        with self.unused.completing(reduces=False):
+            return self._forward_backward(plain(self.model), step, batch, weight=weight, watched=False)
+
+    def again(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """All passes of `once`, in the same order, each as `locally`."""
+        for _ in range(self.num_passes - len(micro_batches)):
+            self.locally(step, micro_batches[0], weight=0.0)
+        for batch in micro_batches:
+            self.progress.enter(Phase.FORWARD, step)
+            self.locally(step, batch)
 
     def once(self, step: int, micro_batches: Sequence[Batch]) -> float:
         """What `run` does, whatever the step."""
@@ -92,7 +101,7 @@ class StepRunner:
         for _ in range(self.num_passes - len(micro_batches)):
             # Another rank has one micro-batch more, and sharded models need as many passes on each.
             with gradient_sync(self.model, on=False), self.unused.completing(reduces=False):
-                self._forward_backward(step, micro_batches[0], weight=0.0)
+                self._forward_backward(self.model, step, micro_batches[0], weight=0.0)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             self.progress.enter(Phase.FORWARD, step)
@@ -101,18 +110,18 @@ class StepRunner:
                 gradient_sync(self.model, on=index == last),
                 self.unused.completing(reduces=index == last),
             ):
-                loss = self._forward_backward(step, batch)
+                loss = self._forward_backward(self.model, step, batch)
                 self.guard.accumulate(loss.total, loss.count, num_correct=loss.correct, is_last=index == last)
                 self.note_loss(loss)
         return self.timer.end()
 
     def _forward_backward(
-        self, step: int, batch: Batch, *, weight: float = 1.0, watched: bool = True
+        self, model: nn.Module, step: int, batch: Batch, *, weight: float = 1.0, watched: bool = True
     ) -> LossSum:
         batch = to_device(batch, self.device)
         watching = self.guard.watch_forward() if watched else nullcontext()
         with autocast(self.device, self.precision), watching:
-            loss = self.faults.on_loss(run_loss(self.task, self.model, batch))
+            loss = self.faults.on_loss(run_loss(self.task, model, batch))
         if not loss.total.requires_grad:
             raise ConfigError(
                 "LossSum.total carries no gradient",
@@ -120,6 +129,7 @@ class StepRunner:
             )
         # DDP and FSDP2 average over the ranks; the factor makes a sum of it.
         share = loss.total * (weight * self.world_size / self.nominal_tokens)
-        self.progress.enter(Phase.BACKWARD, step)
+        if watched:
+            self.progress.enter(Phase.BACKWARD, step)
         self.guard.scale(share).backward()
         return loss

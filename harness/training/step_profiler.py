@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.config import IncidentsConfig
 
-__all__ = ["StepProfiler", "Trace"]
+__all__ = ["ProfiledStep", "StepProfiler"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
-    """What one step did."""
+class ProfiledStep:
+    """A step and the profiler that has recorded it."""
 
     step: int
     """That in whose incident's folder it belongs."""
@@ -33,7 +33,7 @@ class StepProfiler:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         self._after: int | None = None
-        self._running: Trace | None = None
+        self._running: ProfiledStep | None = None
 
     def follow(self, step: int) -> None:
         """The next step is profiled, for the incident of `step`."""
@@ -50,12 +50,12 @@ class StepProfiler:
         except RuntimeError as error:  # somebody else's profiler runs
             logger.warning("step %d is not profiled: %s", step, error)
             return
-        self._running = Trace(step if step in self._steps else self._after or 0, profiler)
+        self._running = ProfiledStep(step if step in self._steps else self._after or 0, profiler)
         self._after = None
 
-    def end(self) -> Trace | None:
+    def end(self) -> ProfiledStep | None:
         """The step has ended; its trace, if it was profiled."""
-        trace, self._running = self._running, None
-        if trace is not None:
-            trace.profiler.stop()
-        return trace
+        profiled, self._running = self._running, None
+        if profiled is not None:
+            profiled.profiler.stop()
+        return profiled

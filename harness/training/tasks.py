@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from harness import env
@@ -49,7 +50,8 @@ def build_task(config: TrainConfig, *, files: Sequence[SourceFile] | None = None
     seed_everything(config.seed)
     task = _built(config, files)
     if config.loop.float8:
-        use_float8(task.model)
+        on_cuda = config.parallel.device != "cpu" and torch.cuda.is_available()
+        use_float8(task.model, torch.device("cuda" if on_cuda else "cpu"))
     return task
 
 
@@ -70,14 +72,14 @@ def _put_in_train_mode(model: nn.Module) -> None:
     if model.training:
         return
     model.train()
-    frozen = [module for module in model.modules() if _is_frozen(module)]
-    for module in frozen:
+    frozen = {name: module for name, module in model.named_modules() if _is_frozen(module)}
+    for module in frozen.values():
         module.eval()
-    logger.info(
-        "the task's model came in eval mode and is put in train mode, but for %d modules without a trainable"
-        " parameter",
-        len(frozen),
-    )
+    outermost = [name or "the model" for name in frozen if name.rpartition(".")[0] not in frozen or not name]
+    if outermost:
+        more = f" and {len(outermost) - 3} more" if len(outermost) > 3 else ""
+        left = f", but for what has no trainable parameter: {', '.join(outermost[:3])}{more}"
+    logger.info("the task's model came in eval mode and is put in train mode%s", left if outermost else "")
 
 
 def _is_frozen(module: nn.Module) -> bool:

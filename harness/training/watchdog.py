@@ -38,7 +38,7 @@ from typing import NoReturn, Self
 from harness.config import TrainConfig
 from harness.dist import Heartbeats, write_flight_records, write_ras_report
 from harness.errors import LostRankError
-from harness.runlog.paths import incidents_dir
+from harness.runlog.paths import hang_dir
 from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
 from harness.training.stacks import arose_waiting, innermost, is_debugged, waits_for_others, write_stacks
@@ -177,7 +177,7 @@ class Watchdog:
 
     def _lead(self, states: list[RankState]) -> LostRankError | None:
         """Raises the alarm, hears all ranks, and finds out who it was; None if another rank does."""
-        folder = incidents_dir(self._run_dir) / time.strftime("hang-%Y%m%d-%H%M%S")
+        folder = hang_dir(self._run_dir)
         alarm = json.dumps({"folder": str(folder), "by": self._heartbeats.rank})
         if not self._heartbeats.raise_alarm(alarm):
             return None  # the alarm of the other one comes with the next beat
@@ -191,12 +191,12 @@ class Watchdog:
         culprits = [
             s for s in late if s.silent_s or not answers.get(s.rank, {"waits": False})["waits"]
         ] or late
-        told = [_told(state, answers) for state in culprits[:_MOST_NAMED]]
+        descriptions = [_described(state, answers) for state in culprits[:_MOST_NAMED]]
         if len(culprits) > _MOST_NAMED:
-            told.append(f"and {len(culprits) - _MOST_NAMED} more ranks")
+            descriptions.append(f"and {len(culprits) - _MOST_NAMED} more ranks")
         asking.join(_GRACE_S)
-        text, ranks = "; ".join(told), [state.rank for state in culprits]
-        _try(lambda: _write_report(folder, text, [_told(state, answers) for state in states]))
+        text, ranks = "; ".join(descriptions), [state.rank for state in culprits]
+        _try(lambda: _write_report(folder, text, [_described(state, answers) for state in states]))
         error = self._error(text, ranks, folder)
         logger.error("%s", error)
         self._heartbeats.publish(json.dumps({"text": text, "ranks": ranks, "folder": str(folder)}))
@@ -215,10 +215,10 @@ class Watchdog:
 
     def _alone(self, mine: RankState) -> LostRankError:
         """Without the others, as the store does not answer."""
-        folder = incidents_dir(self._run_dir) / time.strftime("hang-%Y%m%d-%H%M%S")
+        folder = hang_dir(self._run_dir)
         _try(lambda: self._write_stacks(folder))
         holder = "rank 0 or its launcher, which holds the store,"
-        error = self._error(f"{holder} does not answer; {_told(mine, {})}", [], folder)
+        error = self._error(f"{holder} does not answer; {_described(mine, {})}", [], folder)
         logger.error("%s", error)
         return error
 
@@ -299,7 +299,7 @@ class _Since:
         self._changed_s = self._clock.now_s
 
 
-def _told(state: RankState, answers: dict[int, dict[str, str]]) -> str:
+def _described(state: RankState, answers: dict[int, dict[str, str]]) -> str:
     answer = answers.get(state.rank)
     return str(state) if answer is None else f"{state}, at {answer['at']}"
 

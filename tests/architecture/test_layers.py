@@ -58,6 +58,7 @@ SOLE_IMPORTERS = {
     "trackio": {"harness/tracking/trackio.py"},
     "pynvml": {"harness/tracking/resources.py"},
     "jsonargparse": {"harness/config/parser.py"},
+    "matplotlib": {"harness/tracking/plots.py", "harness/tracking/tracker_views.py"},
     "tqdm": {"harness/training/console.py"},
     "gradio": {"harness/dashboard/page.py", "harness/dashboard/control.py"},
     # Those of the task that is made of it: a tokenizer, a model, and what both are saved as.
@@ -132,8 +133,10 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"harness.{alias.name}" for alias in node.names if alias.name != "__version__")
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value):
-            yield node.value
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            module = node.value.partition(":")[0]  # of `package.module:name`
+            if is_module(module):
+                yield module
 
 
 def is_module(text: str) -> bool:
@@ -177,6 +180,12 @@ def test_every_room_has_a_floor() -> None:
     assert {room_of(path) for path in MODULES} - {"__init__"} == set(FLOORS)
 
 
+def test_the_page_has_the_same_floors() -> None:
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert [int(floor) for floor, _ in rows] == sorted(int(floor) for floor, _ in rows)
+    assert {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)} == FLOORS
+
+
 def test_the_ground_floor_needs_the_standard_library_alone() -> None:
     for name in (name for name, floor in FLOORS.items() if floor <= 1 and name != "runlog"):
         foreign = {module.split(".")[0] for module in imports(Path(f"harness/{name}.py"))}
@@ -189,6 +198,11 @@ def test_an_optional_package_is_the_business_of_one_module(package: str) -> None
         str(path) for path in MODULES if any(name.split(".")[0] == package for name in imports(path))
     }
     assert importers <= SOLE_IMPORTERS[package]
+
+
+def test_a_module_that_is_named_in_a_text_is_imported() -> None:
+    assert "harness.tracking.wandb" in set(imports(Path("harness/tracking/registry.py")))
+    assert "harness.tasks.hf" in set(imports(Path("harness/training/tasks.py")))
 
 
 def attribute_names(path: Path) -> set[str]:
@@ -261,7 +275,7 @@ def test_locks_replaced_files_and_helper_processes_are_made_in_one_place_each() 
 FILES = {
     "config.yaml", "log", "tensorboard", "wandb", "nodes", "media", "mirrors", "settings.json",
     "wandb-run-id", "side.log", "checkpoints", "summary.json", "curves.png", "report.html",
-    "manifest.json", "healthy",
+    "manifest.json", "healthy", "incidents", "story.md", "tokenizer", "faults", "export",
 }  # fmt: skip
 
 
@@ -276,3 +290,5 @@ def joined_to_paths(path: Path) -> set[str]:
 def test_the_files_of_a_run_are_named_in_one_place() -> None:
     for path in (path for path in MODULES if path != Path("harness/runlog/paths.py")):
         assert not joined_to_paths(path) & FILES, path
+        spelled = {text for text in strings_of(path) if re.match(r"\(?(step|hang)-([0-9\[%\\(*]|$)", text)}
+        assert not spelled, path  # with a number to come, or a pattern of one

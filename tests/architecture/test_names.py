@@ -37,6 +37,42 @@ def test_no_script_of_the_page_spells_the_name_of_a_metric() -> None:
         assert spelled == [], path.name
 
 
+def spelled_events(tree: ast.AST) -> Iterator[str]:
+    """Names of events in places where an event's name stands: compared with a `name`, or given as one."""
+    names = values_of(EventName).values()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and re.search(r"\bname\b", ast.unparse(node.left)):
+            given = list(node.comparators)
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            given = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "name"]
+        else:
+            continue
+        constants = [part for one in given for part in ast.walk(one) if isinstance(part, ast.Constant)]
+        yield from (part.value for part in constants if part.value in names)
+
+
+def test_no_module_spells_the_name_of_an_event() -> None:
+    wrong = [(path.name, name) for path in MODULES for name in spelled_events(ast.parse(path.read_text()))]
+    assert wrong == []
+    # Those that are no other word of the program are nowhere.
+    own = {EventName.OUTLIER, EventName.CHECKPOINT_FAILED, EventName.ALERT}
+    assert [(path.name, text) for path in MODULES for text in strings(path) if text in own] == []
+    seen = (
+        """values.get("name") == "stop", event.name in ("fault", 1), {"name": "resume"}, verdict == "stop\""""
+    )
+    assert list(spelled_events(ast.parse(seen))) == ["stop", "fault", "resume"]
+
+
+def test_no_script_of_the_page_spells_the_name_of_an_event() -> None:
+    names = "|".join(values_of(EventName).values())
+    spelled = re.compile(rf"""name\W*[=!]==?\s*["'`](?:{names})["'`]|_counts(?:\.|\[["'`])(?:{names})\b""")
+    for path in (ROOT / "harness/dashboard/assets").glob("*.js"):
+        assert spelled.search(path.read_text()) is None, path.name
+    assert spelled.search('event.name === "stop"')
+    assert spelled.search("data.event_counts.incident")
+
+
 def test_no_two_names_are_the_same_metric() -> None:
     for group in (Metric, Prefix, EventName):
         values = list(values_of(group).values())

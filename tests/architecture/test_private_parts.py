@@ -373,7 +373,7 @@ def test_modules_keep_buffers_in_tables() -> None:
 def test_a_step_is_run_on_tensors_without_data() -> None:
     fake_tensor = importlib.import_module("torch._subclasses.fake_tensor")
     fake_pg = importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    has(fake_tensor, "FakeTensorMode", "DataDependentOutputException")
+    has(fake_tensor, "FakeTensorMode", "DataDependentOutputException", "UnsupportedOperatorException")
     has(fake_pg, "FakeStore")
     has(torch.utils._python_dispatch, "TorchDispatchMode")
     has(torch.utils._pytree, "tree_leaves")
@@ -382,6 +382,8 @@ def test_a_step_is_run_on_tensors_without_data() -> None:
         assert product.shape == (2, 4)
         with pytest.raises(fake_tensor.DataDependentOutputException):
             product[0, 0].item()
+        with pytest.raises(fake_tensor.DynamicOutputShapeException):
+            product[product > 0]
 
 
 def test_tensors_count_what_is_written_to_them() -> None:
@@ -629,6 +631,7 @@ def test_operators_of_attention_and_the_checkpoint_wrapper() -> None:
     assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default in seen
     for name in (
         "_scaled_mm",
+        "_grouped_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",

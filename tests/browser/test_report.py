@@ -131,6 +131,7 @@ def test_it_zooms_and_counts_on_other_axes(monitor: Locator) -> None:
     loss = picture(page, "loss")
     assert int(loss.get_attribute("data-points") or "") <= 2000
     assert (loss.get_attribute("data-nonfinite"), loss.get_attribute("data-marks")) == ("1", "2")
+    page.evaluate("window.scrollTo(0, 0)")
     over = loss.locator(".u-over").bounding_box()
     assert over is not None
     left, right = (over["x"] + over["width"] * share for share in (0.65, 0.68))

@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from harness.errors import ConfigError
 from harness.stability import StepGuard
@@ -340,10 +341,19 @@ def test_accelerates_scaler_is_updated_as_its_own_step_would() -> None:
     run_ranks(_scaled_by_accelerate, 1)
 
 
-def _partitioned(rank: int, world_size: int) -> None:
-    """An optimizer whose step is a collective: called on all ranks or on none."""
+def _partitioned(model: nn.Module) -> Optimizer:
+    return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=1e-2)
+
+
+def _averaging(model: nn.Module) -> Optimizer:
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    return PostLocalSGDOptimizer(AdamW(model.parameters(), lr=1e-2, fused=True), averager)
+
+
+def _with_a_collective(rank: int, world_size: int, how: str) -> None:
+    """An optimizer whose step is a collective: called on all ranks or on none, and as a whole."""
     model = DistributedDataParallel(make_model())
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=1e-2)
+    optimizer = {"partitioned": _partitioned, "averaging": _averaging}[how](model)
     guard = StepGuard(model, optimizer)
     for step in range(3):
         loss = _backward(model, step, rank)
@@ -353,7 +363,10 @@ def _partitioned(rank: int, world_size: int) -> None:
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert (record.verdict == "skip") == same == (step == 1)
         optimizer.zero_grad()
+    if isinstance(optimizer, PostLocalSGDOptimizer):
+        assert optimizer.averager.step == 2
 
 
-def test_a_partitioned_optimizer_skips_on_all_ranks() -> None:
-    run_ranks(_partitioned, 2)
+@pytest.mark.parametrize("how", ["partitioned", "averaging"])
+def test_an_optimizer_with_a_collective_in_its_step_skips_on_all_ranks(how: str) -> None:
+    run_ranks(_with_a_collective, 2, how)

@@ -11,8 +11,9 @@ import torch
 
 from harness.cli.train import run as run_program
 from harness.config import TrainConfig
-from harness.data import fetch
+from harness.data import Batch, LossSum, Task, fetch
 from harness.dist import World, distribute
+from harness.errors import ConfigError
 from harness.training import forecast_memory
 from harness.training.optim import build_optimizers
 from harness.training.tasks import build_task
@@ -74,3 +75,26 @@ def test_the_command_says_it_and_starts_nothing(tmp_path: Path, capsys: pytest.C
     assert "memory of one rank of 4, micro-batches of" in said
     assert re.search(r"total +0\.\d+ GiB", said)
     assert not (tmp_path / "runs").exists()
+
+
+CONSTANT = torch.linspace(0.5, 1.5, 3)
+
+
+def odd_task(config: TrainConfig, *, selects: bool = False) -> Task:
+    """Its loss holds a tensor that is neither a parameter nor a buffer; or its shape depends on values."""
+
+    def loss(model: torch.nn.Module, batch: Batch) -> LossSum:
+        squares = (model(batch["x"]) * CONSTANT).square()
+        if selects:
+            squares = squares[squares > 0.1]
+        return LossSum(squares.sum(), len(batch["x"]))
+
+    data = [{"x": row} for row in torch.randn(16, 8)]
+    return Task(model=torch.nn.Linear(8, 3), loss=loss, train_data=data, val_data=data)
+
+
+def test_constants_are_taken_and_shapes_that_depend_on_values_are_refused(tmp_path: Path) -> None:
+    task = ("--task=tests.distributed.test_memory_forecast:odd_task",)
+    assert forecast_memory(tiny_config(tmp_path, *task), num_ranks=2).parameters == 4 * (8 * 3 + 3)
+    with pytest.raises(ConfigError, match="asks for values of tensors"):
+        forecast_memory(tiny_config(tmp_path, *task, "--task_args.selects=true"), num_ranks=2)

@@ -15,6 +15,7 @@ from torch import nn
 from harness.cli.train import run as run_program
 from harness.config import LoopConfig, ModelConfig, ParallelConfig
 from harness.dist import Deferred, World, distribute
+from harness.dist.mesh import open_mesh
 from harness.models import build_model
 from harness.runlog.reader import open_run
 from harness.stability import StepGuard
@@ -84,6 +85,18 @@ def test_compiled_blocks_that_are_computed_again_train_as_one_process_does() -> 
     expected = losses(0, 1, None, LoopConfig())
     for found in run_ranks(losses, 2, ALL, LoopConfig(**COMPILED), timeout_s=150):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def timeouts_s(rank: int, world_size: int, parallel: ParallelConfig) -> list[float]:
+    """Of the groups of the mesh, along `replicate` and `shard`."""
+    world = World(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
+    groups: list[Any] = open_mesh(parallel, world).get_all_groups()
+    return [g._get_backend(world.device).options._timeout.total_seconds() for g in groups]
+
+
+def test_groups_of_a_mesh_wait_as_long_as_the_run_does() -> None:
+    parallel = ParallelConfig(strategy="fsdp", replicate=2, timeout_s=77)
+    assert run_ranks(timeouts_s, 4, parallel) == [[77, 77]] * 4
 
 
 def peak_bytes(rank: int, world_size: int, put_off: bool) -> tuple[int, int]:

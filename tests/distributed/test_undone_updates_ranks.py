@@ -30,7 +30,8 @@ def _train(rank: int, world_size: int, wrap: str, optimizer: str) -> list[Any]:
     kind = torch.optim.Muon if wrap == "ddp" else ShardedMuon
     unfused = kind([hidden], lr=0.1) if optimizer == "muon" else SGD([hidden], lr=0.1, momentum=0.9)
     fused = AdamW(rest, lr=1e-2, fused=True)
-    guard = StepGuard(wrapped, [fused, unfused], max_norm=None, lag_steps=0)
+    undo = "auto" if optimizer == "muon" else "always"
+    guard = StepGuard(wrapped, [fused, unfused], max_norm=None, undo=undo, lag_steps=0)
     said = []
     for step in range(3):
         inputs, targets = batch(step, rank)

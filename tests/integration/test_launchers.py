@@ -1,5 +1,6 @@
 """One program, many launchers: each starts the world that it was told to, and the run comes to its end."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_a_launcher_starts_its_world_and_the_run_finishes(name: str, tmp_path: P
     code, output = program(tiny(tmp_path, "--loop.steps=4"), launcher=launcher, target=target)
     assert code == 0, output
     assert open_run(tmp_path / "runs/tiny").info["world_size"] == world_size
+    assert re.search(r"\b\d+ threads per process", output), output
 
 
 @pytest.mark.slow

@@ -84,6 +84,10 @@ def test_what_a_restart_cannot_cure_is_not_started_again(name: str, tmp_path: Pa
     code, output = program(tiny(tmp_path, *more), launcher=RESTARTING)
     assert code == 1
     assert output.count(error) == 1, output
+    if "task" in more[0]:
+        frame = f'  File "{__file__}", line '
+        assert output.count(frame) == 1, output
+        assert output.count('raise ValueError("no loss here")') == 1, output
 
 
 def test_damaged_checkpoints_are_an_error_at_every_start(

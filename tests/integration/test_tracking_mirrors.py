@@ -179,6 +179,20 @@ def test_a_side_process_killed_at_any_moment_leaves_no_gap_and_no_duplicate(
     assert points_in_events(tmp_path) == points
 
 
+def test_a_record_below_the_resume_point_drops_nothing_in_wandb(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        write_steps(log, range(20))
+    with RunLog(tmp_path) as log:
+        log.write("eval", {"val/loss": 2.0}, step=3)
+        log.write("text", {"notes": "why"}, step=3)
+        write_steps(log, range(20, 24))
+    assert sync_run(tmp_path, wandb="offline", **QUIET) == ["tensorboard", "wandb"]
+    rows = history(tmp_path)
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert losses == {step: 1.0 + step for step in range(24)}
+    assert [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row] == [(3, 2.0)]
+
+
 def test_a_rebuilt_mirror_is_the_same_file_byte_for_byte(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     handle = start_mirrors(tmp_path, **QUIET)

@@ -119,6 +119,20 @@ def test_a_mirror_that_dies_at_any_moment_leaves_no_gap_and_no_duplicate(
     assert Counter(row["step"] for row in rows(run)) == dict.fromkeys(range(30), 1)
 
 
+def test_a_record_below_the_resume_point_drops_nothing(tmp_path: Path, folder: Path) -> None:
+    run = MirroredRun(tmp_path / "run", settings())
+    below = Record("eval", 1, 3, 1020.0, {"val/loss": 2.0})
+    resumed = [dataclasses.replace(step(number), attempt=1) for number in range(20, 24)]
+    mirror = TrackioMirror(run, {})
+    for record in [*(step(number) for number in range(20)), below, *resumed]:
+        mirror.take(record)
+    mirror.commit()
+    shown = rows(run)
+    losses = {row["step"]: row["train/loss"] for row in shown if "train/loss" in row}
+    assert losses == {number: float(number) for number in range(24)}
+    assert [(row["step"], row["val/loss"]) for row in shown if "val/loss" in row] == [(3, 2.0)]
+
+
 def test_samples_and_alerts_of_side_processes_come_once(tmp_path: Path, folder: Path) -> None:
     run = MirroredRun(tmp_path / "run", settings())
     for _ in range(2):

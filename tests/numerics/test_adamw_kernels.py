@@ -175,6 +175,25 @@ def test_checkpoints_are_torchs_both_ways() -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+def test_what_comes_later_is_held_to_the_same_and_a_checkpoint_of_any_adamw_is_taken() -> None:
+    ours, theirs = (nn.Parameter(torch.ones(4, device=DEVICE)) for _ in "ab")
+    mine, plain = TritonAdamW([ours]), torch.optim.AdamW([theirs])
+    theirs.grad = torch.ones_like(theirs)
+    plain.step()
+    mine.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert mine.param_groups[0]["fused"]
+    assert (mine.state[ours]["step"].device, mine.state[ours]["step"].dtype) == (ours.device, torch.float32)
+    for name in ("amsgrad", "maximize"):
+        other = torch.optim.AdamW([theirs], **{name: True})
+        with pytest.raises(ConfigError, match=name):
+            mine.load_state_dict(other.state_dict())
+        with pytest.raises(ConfigError, match=name):
+            mine.add_param_group({"params": [theirs], name: True})
+    with pytest.raises(ConfigError, match="strides"):
+        mine.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4)[:, :2])], "fused": False})
+    assert len(mine.param_groups) == 1
+
+
 def test_a_parameter_in_another_order_of_memory_is_stepped_and_one_with_gaps_refused() -> None:
     turned, plain = (
         nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(1))) for _ in "ab"

@@ -13,10 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import TrainConfig, dump_yaml
+from harness.records import Culprit, ParameterRow, RankRow
+from harness.runlog.incident_files import (
+    INCIDENT,
+    REPLAY,
+    IncidentFile,
+    RankFile,
+    RememberedStep,
+    write_json,
+    write_rank,
+)
 from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import incident_dir, story_file
 from harness.tracking import RunLog
 
-__all__ = ["ALIAS_BOMB", "damaged_run", "sound_run"]
+__all__ = ["ALIAS_BOMB", "INCIDENT_STEP", "damaged_run", "sound_run"]
+
+INCIDENT_STEP = 7
+"""Of the incident of a sound run, of which a folder with a story is kept."""
 
 ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + level)}: &{chr(98 + level)} [{', '.join([f'*{chr(97 + level)}'] * 9)}]\n"
@@ -64,14 +78,14 @@ def sound_run(run_dir: Path, *, num_steps: int = 24) -> Path:
     with RunLog(run_dir, info=info) as log:
         log.write("hparams", {"lr": 0.1, "model": {"dim": 4}})
         for step in range(num_steps):
-            loss = math.nan if step == 7 else 1.0 / (step + 1)
+            loss = math.nan if step == INCIDENT_STEP else 1.0 / (step + 1)
             log.write("step", {name: loss + at for at, name in enumerate(NAMES)}, step=step)
             log.write("layers", {"grad_norm": {"w": loss, "b$_{x}": 1.0}, "max_abs": {"w": 1.0}}, step=step)
             log.write("ranks", {"loss": [1.0, loss], "compute_s": [0.1, 0.2]}, step=step)
             if step % 8 == 0:
                 log.write("eval", {"val/loss": loss}, step=step)
                 log.write("event", {"name": "checkpoint", "num_steps": step}, step=step)
-        log.write("event", {"name": "incident", "summary": "NaN", "samples": [1, 2]}, step=7)
+        log.write("event", {"name": "incident", "summary": "NaN", "samples": [1, 2]}, step=INCIDENT_STEP)
         log.write("text", {"notes": "words"})
         log.rewind(12)
         for step in range(12, num_steps):
@@ -84,6 +98,7 @@ def sound_run(run_dir: Path, *, num_steps: int = 24) -> Path:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
         (folder / "healthy").touch()
+    _keep_incident(run_dir)
     records = run_dir.parent / ".dashboard" / run_dir.name
     records.mkdir(parents=True)
     (records / "output.log").write_text("step 1\nstep 2\n")
@@ -102,6 +117,38 @@ def sound_run(run_dir: Path, *, num_steps: int = 24) -> Path:
         )
     )
     return run_dir
+
+
+def _keep_incident(run_dir: Path) -> None:
+    """The folder of the incident: what happened, what a rank remembers, what a replay has found."""
+    step, folder = INCIDENT_STEP, incident_dir(run_dir, INCIDENT_STEP)
+    folder.mkdir(parents=True)
+    row = RankRow(
+        rank=0, loss=math.nan, num_tokens=8, grad_norm=1.0, max_abs=1.0, num_nan=1, num_inf=0, num_zero=0
+    )
+    parameter = ParameterRow(grad_norm=1.0, max_abs=2.0, num_nan=1, num_inf=0, num_zero=0, num_elements=9)
+    what = IncidentFile(
+        step=step,
+        kind="non-finite loss",
+        reason="the loss is NaN",
+        summary="NaN",
+        time=1.7e9,
+        verdict="skip",
+        rank=0,
+        culprits=(Culprit(rank=0, micro_batch=0, samples=(1, 2)),),
+        per_rank=(row,),
+        per_parameter={"w": parameter},
+        samples=(((1, 2),),),
+        sources={"1": "a.txt:1"},
+    )
+    remembered = RememberedStep(step=step, position=14, samples=((1, 2),), loss=math.nan)
+    write_json(folder / INCIDENT, what)
+    write_rank(
+        folder,
+        RankFile(rank=0, world_size=1, step=step, host="h", pid=1, steps=(remembered,), rerun=("finite",)),
+    )
+    write_json(folder / REPLAY, {"run": run_dir.name, "step": step, "reproduced": True})
+    story_file(run_dir, step).write_text("# Step 7\n\nThe loss is NaN on rank 0.\n")
 
 
 def damaged_run(sound: Path, run_dir: Path, seed: int) -> str:
@@ -206,6 +253,20 @@ def _spoil(value: Any, draw: random.Random) -> None:
                 value[key] = draw.choice(ODD_VALUES)
             return
         value = value[key]
+
+
+def _odd_incident(run_dir: Path, draw: random.Random) -> None:
+    """A file of the incident that says something of the wrong type, or far too long, or a story that does."""
+    folder = incident_dir(run_dir, INCIDENT_STEP)
+    path = draw.choice(sorted(folder.iterdir()))
+    if path.suffix == ".md":
+        path.write_text(draw.choice((HOSTILE, HOSTILE * 100_000)))
+        return
+    values = json.loads(path.read_bytes())
+    if isinstance(values, dict):
+        for _ in range(draw.randint(1, 3)):
+            _spoil(values, draw)
+        path.write_text(json.dumps(values))
 
 
 def _nested(depth: int) -> Any:
@@ -347,6 +408,7 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
     _odd_config,
     _odd_config,
     _odd_checkpoints,
+    _odd_incident,
     _odd_segments,
     _special_file,
     _shuffled,

@@ -22,7 +22,7 @@ from harness.training.build import build_run
 from harness.training.loop import Run, train_loop
 from harness.training.summary import Ending
 
-__all__ = ["ALONE", "Drawing", "Points", "own_config", "points_task", "run_loop", "squared_error"]
+__all__ = ["ALONE", "Drawing", "Points", "outlying", "own_config", "points_task", "run_loop", "squared_error"]
 
 ALONE = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -63,6 +63,18 @@ def points_task(**changes: Any) -> Task:
         "val_data": Points(8, shift=0.5),
     }
     return Task(**{**parts, **changes})
+
+
+class Outlying(Points):
+    """Sample 17 has a target far from all others."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        return {**sample, "y": sample["y"] + (1000.0 if index == 17 else 0.0)}
+
+
+def outlying(config: TrainConfig) -> Task:
+    return points_task(train_data=Outlying())
 
 
 def own_config(folder: Path, build: Callable[[TrainConfig], Any], *more: str) -> TrainConfig:

@@ -25,6 +25,7 @@ from harness.runlog.segments import Follower, node_folders
 from harness.tracking.mirror import MirroredRun
 from harness.tracking.settings import MirrorSettings
 from harness.tracking.tensorboard import TensorBoardMirror
+from tests.support.damage import INCIDENT_STEP
 
 __all__ = ["Answer", "Question", "Readers"]
 
@@ -66,7 +67,7 @@ class Readers:
         self._client = TestClient(app)
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """The dashboard's rows by run; of one that could not be read at first, that."""
+        """The dashboard's rows by run; of one that could not be read at first, that. /api/runs too."""
         rows: dict[str, dict[str, Any]] = {}
 
         def tell(answer: dict[str, Any]) -> None:
@@ -78,6 +79,7 @@ class Readers:
         indexer.refresh()
         while indexer.has_unread:
             indexer.read_on(1.0)
+        self.run_index._rows = rows
         return rows
 
     def questions(self, run: str, other: str, out: Path) -> list[Question]:
@@ -94,6 +96,12 @@ class Readers:
         """The table of the command line."""
         return Question("harness runs", lambda: self._ran(["runs", str(self.root)]))
 
+    def folder_questions(self) -> list[Question]:
+        """All there is to ask of the folder; the dashboard answers with what `table` has read last."""
+        paths = ("runs", "names")
+        asked = [Question(f"/api/{path}", functools.partial(self._asked, path, {})) for path in paths]
+        return [self.all_runs(), *asked]
+
     def _question(self, command: list[str]) -> Question:
         ask = functools.partial(self._ran, [*command, "--runs", str(self.root)])
         return Question("harness " + " ".join(command), ask)
@@ -107,6 +115,8 @@ class Readers:
             ("run", {"run": run, **sight, "first": 3, "last": 9}),
             ("curves", {"run": run, "name": names, "first": -(10**30), "last": 10**30}),
             ("settings", {"run": run}),
+            ("story", {"run": run, "step": INCIDENT_STEP}),
+            ("story", {"run": run, "step": 10**18 - 1}),
             ("compare", {"run": [other, run]}),
             ("output", {"run": run}),
             ("output", {"run": run, "offset": 10**18}),
@@ -115,6 +125,7 @@ class Readers:
     def _commands(self, run: str, other: str, out: Path) -> list[list[str]]:
         return [
             ["show", run],
+            ["show", run, "--incident", str(INCIDENT_STEP)],
             ["watch", run, "--once"],
             ["compare", run, other],
             ["export", run, "--format", "csv", "-o", str(out / "metrics.csv")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -58,17 +59,20 @@ def tiny_config(tmp_path: Path, *more: str) -> TrainConfig:
     return parse_arguments(tiny(tmp_path, *more))
 
 
-def start(command: Sequence[str], *, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """Starts a command in a session of its own, one thread per process, its output in one pipe."""
-    return subprocess.Popen(
-        list(command),
-        cwd=cwd or ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(
+    command: Sequence[str], *, cwd: Path | None = None, output: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, one thread per process, its output in one pipe or file."""
+    with contextlib.nullcontext(subprocess.PIPE) if output is None else output.open("ab") as stdout:
+        return subprocess.Popen(
+            list(command),
+            cwd=cwd or ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def program(

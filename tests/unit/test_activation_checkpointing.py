@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from harness.config import LoopConfig, ModelConfig, ParallelConfig
 from harness.dist import World, distribute
@@ -33,6 +34,38 @@ class Normalised(nn.Module):
         return x
 
 
+class Centred(nn.Module):
+    """What it reads it also updates: in place, by putting another tensor in its place, by batch_norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("square", torch.ones(6), persistent=False)
+        self.register_buffer("scale", torch.full((6,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 0.5)
+            self.square = self.square.lerp(x.square().mean(0), 0.5)
+        x = (x - self.mean) ** 2 / self.square.sqrt() * self.scale
+        was = self.norm.running_mean.clone()
+        return (self.norm(x) - was) * x
+
+
+class Centring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Centred() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.layers[0]):  # called twice
+            x = layer(x)
+        return x
+
+
 def decoder() -> nn.Module:
     return build_model(ModelConfig(num_layers=2, dim=16, num_heads=2, dropout=0.2), sequence_length=8)
 
@@ -40,6 +73,7 @@ def decoder() -> nn.Module:
 MODELS: dict[str, tuple[Any, Tensor]] = {
     "decoder": (decoder, torch.arange(24).view(3, 8)),
     "running statistics": (Normalised, torch.linspace(-1, 1, 30).view(5, 6)),
+    "statistics that are read": (Centring, torch.linspace(-1, 1, 30).view(5, 6)),
 }
 
 
@@ -93,6 +127,42 @@ def memory_held(how: Any) -> int:
 
 def test_less_is_kept() -> None:
     assert memory_held("full") < memory_held("none") / 3
+
+
+def test_a_block_that_stands_in_several_places_is_computed_again_in_each() -> None:
+    block = nn.Linear(3, 3)
+    layers: list[nn.Module] = [block, nn.Linear(3, 3), block]
+    model = nn.Sequential(nn.ModuleList(layers))
+    distribute(model, ParallelConfig(activation_checkpointing="full"), ALONE)
+    first, second, third = model[0]
+    assert first is third
+    assert not any(isinstance(layer, nn.Linear) for layer in (first, second))
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 2 * 16 * 16).view(2, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.baddbmm(x, torch.bmm(x, self.weight).relu(), self.weight).relu()
+        ends = torch.tensor([16, 32], dtype=torch.int32)
+        return nn.functional.grouped_mm(x.flatten(0, 1), self.weight, offs=ends).view_as(x)
+
+
+def flops_of_backward(how: Any) -> int:
+    """Of its matrix products."""
+    model = nn.Sequential(nn.ModuleList([Batched()]))
+    distribute(model, ParallelConfig(activation_checkpointing=how), ALONE)
+    loss = model[0][0](torch.ones(2, 16, 16)).square().mean()
+    grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def test_selective_computes_no_batched_product_again() -> None:
+    assert flops_of_backward("selective") == flops_of_backward("none") < flops_of_backward("full")
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -14,7 +14,14 @@ from tests.support.causes import CASES, replayed, train_cause
 
 @pytest.mark.parametrize(
     "name",
-    ["unwritten-2", "bad samples-2", "learning rate-0", "bit of a parameter-0", "attention backward-0"],
+    [
+        "unwritten-2",
+        "bit of a parameter-0",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("bad samples-2", "learning rate-0", "attention backward-0")
+        ),
+    ],
 )
 def test_the_class_is_the_causes(name: str, tmp_path: Path) -> None:
     train_cause(0, 1, str(tmp_path), name)

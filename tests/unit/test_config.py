@@ -204,9 +204,10 @@ SWITCHES = [key for key, value in flatten(to_dict(TrainConfig())).items() if isi
 
 
 def test_the_name_of_a_boolean_alone_is_true_wherever_it_stands() -> None:
+    fsdp = "--parallel.strategy=fsdp"  # which some of them need
     every = [f"--{key}" for key in SWITCHES]
     interleaved = [argument for switch in every for argument in (switch, "--loop.steps", "10")]
-    for arguments in (["--name=x", *every, "--loop.steps", "10"], interleaved):
+    for arguments in (["--name=x", fsdp, *every, "--loop.steps", "10"], [fsdp, *interleaved]):
         config = parse_arguments(arguments)
         assert config.loop.steps == 10
         assert [key for key in SWITCHES if not flatten(to_dict(config))[key]] == []
@@ -227,3 +228,8 @@ def test_a_negated_boolean_is_answered_with_how_it_is_written(spelling: str) -> 
     positive = spelling.replace("no_", "").replace("no-", "")
     with pytest.raises(ConfigError, match=rf"Write --{positive} false"):
         parse_arguments([f"--{spelling}"])
+
+
+def test_what_transformers_builds_is_not_put_off() -> None:
+    with pytest.raises(ConfigError, match="unties a tied head"):
+        parse_arguments(["--task=hf", "--parallel.strategy=fsdp", "--parallel.meta_init"])

@@ -46,9 +46,9 @@ def checked(question: Question, answer: Answer) -> Answer:
 
 
 def told(readers: Readers, run: str, out: Path) -> list[str]:
-    """All answers, but for how long ago the run's last word was."""
+    """All answers, but for how long ago the last record was."""
     answers = [question.ask().text for question in readers.questions(run, run, out)]
-    return [re.sub(r"\(last word .* ago\)", "", text) for text in answers]
+    return [re.sub(r"\(last record .* ago\)", "", text) for text in answers]
 
 
 @pytest.mark.parametrize("first_seed", range(0, 2 * BATCH, BATCH))
@@ -71,7 +71,8 @@ def test_no_damage_is_a_traceback_or_takes_long_or_hides_another_run(first_seed:
     assert {run: done[run] for run, row in rows.items() if row["state"] == "unreadable"} == {}
     assert set(rows) == set(readers.run_index.names()) >= {"sound"}
     assert rows["sound"]["last_step"] == 23
-    listed = readers.all_runs().ask()
+    listed, *shown = (checked(question, question.ask()) for question in readers.folder_questions())
     assert listed.status == 0
+    assert {row["id"] for row in json.loads(shown[0].text)["runs"]} == set(rows)
     assert {line.split()[0] for line in listed.text.splitlines()} >= set(rows)
     assert told(readers, "sound", out) == before

@@ -18,6 +18,7 @@ from harness.dashboard.views import MAX_EVENTS, MAX_NAMES, Axis, curves_view, la
 from harness.runlog import digest as digests
 from harness.runlog.digest import Digest
 from harness.runlog.nodes import NodeLog
+from harness.runlog.paths import HEALTHY, MANIFEST, checkpoints_dir
 from harness.tracking import RunLog
 from harness.tracking.compare import Comparison, compare_runs
 
@@ -89,6 +90,21 @@ def test_checkpoints_push_nothing_else_out_of_the_events(digest: Digest) -> None
     run = run_view(digest)
     assert [event["name"] for event in run["events"]] == ["rollback", "incident"]
     assert run["event_counts"] == {"rollback": 1, "incident": 1, "checkpoint": MAX_EVENTS}
+
+
+def test_a_step_committed_again_after_a_rollback_shows_the_health_of_its_newest_folder(
+    tmp_path: Path,
+) -> None:
+    with RunLog(tmp_path) as log:
+        for num_steps in (50, 100, 100):
+            log.write("event", {"name": "checkpoint", "num_steps": num_steps}, step=num_steps - 1)
+    for name, *files in (("step-00000100", MANIFEST), ("step-00000100.1", MANIFEST, HEALTHY)):
+        folder = checkpoints_dir(tmp_path) / name
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).touch()
+    shown = {one["num_steps"]: one["health"] for one in told(run_view(read(tmp_path)))["checkpoints"]}
+    assert shown == {50: "deleted", 100: "healthy"}
 
 
 def test_numbers_of_the_trainer_are_there_however_many_others_were_logged(tmp_path: Path) -> None:

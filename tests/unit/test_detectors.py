@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.guard import SPIKE_RULES
@@ -237,6 +238,34 @@ def test_recorded_trainings_have_these_incidents(recording: str, expected: Seque
     steps = zip(map(math.log, run["grad_norm"]), run["loss"], strict=True)
     found = [step for step, tier in enumerate(tiers(make_rule("robust"), [*steps])) if tier == "i"]
     assert found == [*expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("survey", ["chosen", "held-out"])
+def test_clean_trainings_have_at_most_one_incident_in_10_000_steps(survey: str) -> None:
+    """All recordings of a survey, judged side by side; but for the one that was not clean, see above."""
+    folder = Path(__file__).parents[2] / "docs/benchmarks/series" / survey
+    runs = [json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem != "base64-0.001-256"]
+    num_steps = max(len(run["loss"]) for run in runs)
+    padded = [
+        [np.pad(run[name], (0, num_steps - len(run[name])), constant_values=NAN) for run in runs]
+        for name in ("grad_norm", "loss")
+    ]
+    norms, losses = (torch.from_numpy(np.array(signal)).T for signal in padded)
+    rule = make_rule("robust")
+
+    def judged(state: dict[str, Tensor], norm: Tensor, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rule._state = dict(state)
+        return rule.detect(norm.log(), loss, norm.isfinite() & loss.isfinite()).is_incident, rule._state
+
+    fresh = rule._fresh_state(torch.device("cpu"))
+    state = {name: value.expand(len(runs), *value.shape) for name, value in fresh.items()}
+    num_incidents = 0
+    for norm, loss in zip(norms, losses, strict=True):
+        incident, state = torch.vmap(judged)(state, norm, loss)
+        num_incidents += int((incident & norm.isfinite()).sum())
+    assert len(runs) >= 50
+    assert num_incidents <= 0.1 / 1000 * sum(len(run["loss"]) for run in runs)
 
 
 # --- the other rules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -43,6 +44,21 @@ def test_a_file_of_the_working_directory_comes_before_a_preset_and_a_folder_does
     assert parse_arguments(["--config=digits.yaml"]).name == "mine"
     assert parse_arguments(["--config=digits"]).name == "digits"
     assert parse_arguments(["--config=debug"]).name == "debug"
+
+
+def test_a_file_that_is_put_beside_the_presets_is_called_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "installed" / "presets"
+    shutil.copytree(preset_file("debug").parent, package)
+    (package / "mine.yaml").write_text("name: mine\nloop:\n  steps: 3\n")
+    monkeypatch.setattr("harness.config.presets._FOLDER", package)
+    monkeypatch.chdir(tmp_path)
+    config = parse_arguments(["--config=mine"])
+    assert (config.name, config.loop.steps) == ("mine", 3)
+    assert "mine" in preset_names()
+    with pytest.raises(ConfigError, match="Did you mean mine"):
+        parse_arguments(["--config=minne"])
 
 
 @pytest.mark.parametrize("name", ["debgu", "configs/debgu.yaml", "../debug.yml", "debug.yaml", "./debug"])
@@ -106,9 +122,9 @@ def test_an_installed_package_adds_a_command(installed: None, capsys: pytest.Cap
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
     assert re.search(r"^  greet +of greeting$", usage, re.MULTILINE)
-    assert "train      train a model" in usage  # its own commands are not replaced
+    assert re.search(r"^  train +train a model", usage, re.MULTILINE)  # its own commands are not replaced
     assert main(["greeet"]) == 2
-    assert capsys.readouterr().err.rstrip().endswith("verify, greet")
+    assert capsys.readouterr().err.rstrip().endswith(", greet")
 
 
 def points(config: TrainConfig) -> Task:

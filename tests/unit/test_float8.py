@@ -35,10 +35,10 @@ def test_the_head_and_what_does_not_fit_stay_as_they_are() -> None:
     blocks = nn.ModuleList([nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 20))])
     model = nn.ModuleDict({"blocks": blocks, "head": nn.Linear(32, 64)})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    use_float8(model)
+    use_float8(model, torch.device("cpu"))
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     assert kinds["blocks.0.0"] == "Float8Linear"
     assert (kinds["blocks.0.1"], kinds["head"]) == ("Linear", "Linear")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ConfigError, match="no layer of the model is fit"):
-        use_float8(nn.Linear(32, 32))
+        use_float8(nn.Linear(32, 32), torch.device("cpu"))

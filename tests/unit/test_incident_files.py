@@ -15,6 +15,7 @@ from harness.runlog.incident_files import (
     IncidentFile,
     RankFile,
     RememberedStep,
+    hang_folders,
     incident_steps,
     ranks_in,
     read_incident,
@@ -24,7 +25,7 @@ from harness.runlog.incident_files import (
     write_rank,
     write_rng,
 )
-from harness.runlog.paths import incident_dir
+from harness.runlog.paths import hang_dir, incident_dir, is_hang
 
 ROW = RankRow(
     rank=0, loss=math.nan, num_tokens=8, grad_norm=1.0, max_abs=math.inf, num_nan=3, num_inf=0, num_zero=0
@@ -58,7 +59,11 @@ def test_an_incident_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert math.isnan(read.per_rank[0].loss)
     same = dataclasses.replace(read, per_rank=(dataclasses.replace(read.per_rank[0], loss=0.0),))
     assert same == dataclasses.replace(incident(), per_rank=(dataclasses.replace(ROW, loss=0.0),))
+    for other in ("step-00000008.1", "step-000000009", "step-8", "hang-20260101-101010", "hang-2026"):
+        (folder.parent / other).mkdir()
     assert incident_steps(tmp_path) == [7]
+    assert [one.name for one in hang_folders(tmp_path)] == ["hang-20260101-101010"]
+    assert is_hang(hang_dir(tmp_path).name)
 
 
 def test_a_rank_and_its_random_states_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -72,3 +72,5 @@ def test_the_log_takes_what_thousands_of_ranks_say_in_some_steps_only(
     num_ranks: int, steps: list[int]
 ) -> None:
     assert [step for step in range(4) if ranks_are_due(num_ranks, step, every=2)] == steps
+    in_incidents = [ranks_are_due(num_ranks, step, every=2, is_notable=True) for step in range(4)]
+    assert in_incidents == [num_ranks > 1] * 4

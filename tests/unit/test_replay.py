@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,13 +12,12 @@ import torch
 from torch import nn
 
 from harness.cli.main import main
-from harness.config import TrainConfig
-from harness.data import Task
-from harness.errors import ReplayError
+from harness.errors import CheckpointError, ReplayError
 from harness.replay import replay
 from harness.replay.compare import Parting
 from harness.replay.history import read_history
 from harness.replay.judgement import judge_sound
+from harness.replay.probe import Probe
 from harness.replay.ranks import RanksInTurn
 from harness.replay.story import story
 from harness.replay.trace import Tracer
@@ -27,7 +27,7 @@ from harness.runlog.paths import incident_dir
 from harness.runlog.reader import open_run
 from harness.runlog.writer import RunLog
 from tests.support import broken_tasks
-from tests.support.own_tasks import Points, own_config, points_task, run_loop
+from tests.support.own_tasks import Points, outlying, own_config, run_loop
 from tests.support.replayed import check_task, train_task
 
 
@@ -101,18 +101,6 @@ def test_memory_that_held_nan_in_the_run_only_is_found(
     assert not isinstance(producer, str | None)
     assert (producer.name, producer.place.module) == ("aten.empty_like.default", "middle")
     assert "memory that nobody has written" in story(found)
-
-
-class Outlying(Points):
-    """Sample 17 has a target far from all others."""
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = super().__getitem__(index)
-        return {**sample, "y": sample["y"] + (1000.0 if index == 17 else 0.0)}
-
-
-def outlying(config: TrainConfig) -> Task:
-    return points_task(train_data=Outlying())
 
 
 def test_the_sample_that_carries_a_large_gradient_is_named(tmp_path: Path) -> None:
@@ -214,7 +202,7 @@ def test_the_optimizer_is_the_runs(strategy: str, tmp_path: Path) -> None:
 
 def test_other_data_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_loop(own_config(tmp_path, outlying, "--loop.steps=2"))
-    monkeypatch.setattr(Outlying, "fingerprint", lambda self: "another", raising=False)
+    monkeypatch.setattr(Points, "fingerprint", lambda self: "another", raising=False)
     found = replay(tmp_path / "runs" / "own", 1)
     assert any("data was" in note and "another" in note for note in found.notes)
 
@@ -282,3 +270,57 @@ def test_other_random_numbers_than_remembered_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(box))
     again = replay(directory, steps_before=3)
     assert str(again.remembered.differs).endswith("begins with other random numbers on rank 0 (torch's)")
+
+
+@pytest.mark.parametrize(("undo", "step"), [("always", 0), ("never", 1)])
+def test_an_update_that_is_not_finite_is_the_optimizers(undo: str, step: int, tmp_path: Path) -> None:
+    """Taken back in its own step; or found in the weights of the next one."""
+    settings = ("--loop.steps=2", "--optim.name=sgd", "--optim.lr=1e39", f"--guard.undo={undo}")
+    with contextlib.suppress(CheckpointError):  # which do not hold such weights
+        run_loop(own_config(tmp_path, broken_tasks.sound, *settings))
+    found = replay(tmp_path / "runs" / "own", step)
+    assert found.differences == []
+    assert found.record.undone == (undo == "always")
+    assert found.judgement is not None
+    assert found.judgement.kind == ("optimization" if undo == "always" else "state")
+    assert story(found)
+
+
+def in_turn(folder: Path, *settings: str) -> RanksInTurn:
+    """Two ranks at their first step."""
+    return RanksInTurn(
+        own_config(folder, broken_tasks.sound, *settings),
+        world_size=2,
+        device=torch.device("cpu"),
+        precision="fp32",
+        schedule_steps=0,
+        faults=[],
+    )
+
+
+def test_a_micro_batch_by_itself_is_what_it_was_in_its_step(tmp_path: Path) -> None:
+    """Dropout draws the same: rank 1, with one micro-batch less, made a blank pass before."""
+    ranks = in_turn(tmp_path, "--loop.global_batch=5", "--loop.micro_batch=1")
+    played = ranks.play(apply=False)
+    assert [(one.rank, one.number) for one in played.micro_batches] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+    ]
+    probe = Probe(ranks)
+    losses = [probe.run(one).loss for one in played.micro_batches]
+    assert sum(losses) / played.record.num_tokens == pytest.approx(played.record.loss, rel=1e-6)
+
+
+def test_a_run_is_replayed_with_what_lies_in_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLog(tmp_path / "moved" / "run") as log:
+        log.write("run", {"config": {"name": "other", "runs_dir": "runs"}, "world_size": 1}, step=0)
+        log.write("step", {"train/loss": 1.0, "train/grad_norm": 1.0}, step=0)
+    monkeypatch.chdir(tmp_path / "moved" / "run")
+    for directory in (tmp_path / "moved" / "run", Path(), Path("..", "run")):
+        config = read_history(directory, 0).config
+        assert Path(config.runs_dir, config.name) == tmp_path / "moved" / "run"

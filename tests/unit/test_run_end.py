@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,13 +115,32 @@ def test_a_log_is_ended_if_another_rank_cannot_open_its_own(
         return result
 
     config = tiny_config(tmp_path, "--loop.steps=2")
-    monkeypatch.setattr("harness.training.build.on_all_ranks", fails_elsewhere)
+    monkeypatch.setattr("harness.training.opening.on_all_ranks", fails_elsewhere)
     with pytest.raises(DataError):
         train(config)
     monkeypatch.undo()
     end = open_run(Path(config.runs_dir) / config.name).end
     assert end == {"state": "crashed", "reason": "rank 1 has no disk."}
     assert train(config).status == "finished"
+
+
+def test_a_training_imports_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is drawn by the side process. Modules of harness that import it on top would show in
+    `SOLE_IMPORTERS` of tests/architecture/test_layers.py."""
+    looked_for: list[str] = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            looked_for.append(name.partition(".")[0])
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    assert train(tiny_config(tmp_path, "--loop.steps=2")).status == "finished"
+    assert "matplotlib" not in looked_for
+    importlib.util.find_spec("matplotlib")
+    assert "matplotlib" in looked_for
 
 
 class StopsSideProcess(Callback):

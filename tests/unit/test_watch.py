@@ -68,6 +68,7 @@ def test_name_step_and_loss_stay_at_every_size_and_while_it_changes(run_dir: Pat
     try:
         for columns, lines in SIZES:
             resize(ours, columns, lines)
+            watching.send_signal(signal.SIGWINCH)  # as a terminal does to those that it controls
             last_line = re.escape(CLEAR) + ".*step 45"
             screen = said_until(ours, last_line).rsplit(CLEAR, 1)[1].split("\r\n")
             text = "\n".join(screen)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from harness.config import TrainConfig, WatchdogConfig
-from harness.data import still_working
+from harness.data import alive, num_signs, still_working
 from harness.data.corpus import list_files, prepare
 from harness.errors import TaskError
+from harness.training.agreed import LONGEST_S
 from harness.training.late import RankState, late_ranks, limit_s
 from harness.training.progress import Phase, Progress
 from harness.training.stacks import arose_waiting, innermost, is_debugged, waits_for_others, write_stacks
@@ -198,3 +199,18 @@ def test_while_data_is_prepared_only_silence_counts(tmp_path: Path) -> None:
     before = Progress().signs_of_life()
     prepare(files, val_frac=0.2, cache_dir=tmp_path / "cache")
     assert Progress().signs_of_life() >= before + len(files)
+
+
+def test_a_call_that_takes_long_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alive, "_EVERY_S", 0.001)
+    with alive.working():
+        before = num_signs()
+        while num_signs() < before + 3:
+            time.sleep(0.001)
+    over = num_signs()
+    time.sleep(0.01)
+    assert num_signs() == over
+
+
+def test_a_rank_that_prepares_for_hours_is_waited_for_and_the_watchdog_decides_how_long() -> None:
+    assert 24 * WatchdogConfig().first_s <= LONGEST_S

@@ -40,7 +40,7 @@ class ForwardWatch:
     """
 
     def __init__(self) -> None:
-        self._has_modes = False
+        self._has_modes = self._has_agreed = False
         self._handle: RemovableHandle | None = None
         self.clear()
 
@@ -58,9 +58,9 @@ class ForwardWatch:
         self.batches: list[SeenBatch] = []
         """Of the first of those with a graph."""
         self.tokens: Tensor | None = None
-        """`[B, T]`, the first whole numbers that went into the pass under way: token ids, as a rule."""
+        """`[B, T]` int64, the token ids that went into the pass under way."""
         self.lengths: tuple[int, int] | None = None
-        """First dimensions of inputs and labels that did not agree."""
+        """First dimensions of inputs and labels that did not agree, where those of an earlier pass did."""
 
     def close(self) -> None:
         """Sees nothing any more."""
@@ -79,15 +79,20 @@ class ForwardWatch:
             self.num_reading += int(self._has_modes and module.training)
             return
         self.num_training += 1
+        self.tokens = None
         # Within vmap and grad inputs are wrappers that end with the call.
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return
+        self.tokens = _tokens(args, kwargs)
         if self.num_training <= MAX_CALLS:
             tensors = list(filter(_is_plain, tensors_in((args, kwargs))))
-            self.tokens = next((one for one in tensors if one.dim() == 2 and one.dtype == torch.int64), None)
             with torch.no_grad():
                 self.batches += [_seen(tensors)] if tensors else []
-        self.lengths = self.lengths or _disagreeing({**kwargs, **_named(args)})
+        lengths = _lengths({**kwargs, **_named(args)})
+        if lengths is not None and lengths[0] == lengths[1]:
+            self._has_agreed = True
+        elif self._has_agreed:
+            self.lengths = self.lengths or lengths
 
 
 def _seen(tensors: Sequence[Tensor]) -> SeenBatch:
@@ -139,13 +144,20 @@ def _named(args: tuple[Any, ...]) -> Mapping[str, Any]:
     return args[0] if len(args) == 1 and isinstance(args[0], Mapping) else {}
 
 
-def _disagreeing(batch: Mapping[Any, Any]) -> tuple[int, int] | None:
-    """Of a batch with names: the numbers of samples of what goes in and of its labels, if they differ."""
-    inputs = next(
-        (batch[name] for name in ("input_ids", "inputs", "x", "pixel_values") if name in batch), None
-    )
-    labels = next((batch[name] for name in ("labels", "targets", "target", "y") if name in batch), None)
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first argument, or that of the usual name, if it is `[B, T]` of token ids. Not labels, which models
+    may shift by themselves, nor what goes into a decoder."""
+    named = {**kwargs, **_named(args)}
+    candidates = [*args[:1], *(named[name] for name in ("input_ids", "inputs") if name in named)]
+    tensors = [one for one in candidates if isinstance(one, Tensor)]
+    is_usable = bool(tensors) and _is_plain(tensors[0])
+    return tensors[0] if is_usable and tensors[0].dim() == 2 and tensors[0].dtype == torch.int64 else None
+
+
+def _lengths(batch: Mapping[Any, Any]) -> tuple[int, int] | None:
+    """Of a batch with the names of Hugging Face: the numbers of samples of what goes in and of its labels."""
+    inputs = next((batch[name] for name in ("input_ids", "pixel_values") if name in batch), None)
+    labels = batch.get("labels")
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor) and inputs.dim() and labels.dim()):
         return None
-    sizes = (len(inputs), len(labels))
-    return sizes if sizes[0] != sizes[1] else None
+    return len(inputs), len(labels)

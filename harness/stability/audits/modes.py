@@ -50,12 +50,21 @@ class EvaluationModeAudit(Audit):
     running statistics that learn from held-out data."""
 
     name = "evaluation mode"
-    remedy = "call model.eval() before an evaluation and model.train() after it"
+    remedy = (
+        "call model.eval() before an evaluation and model.train() after it; nothing is wrong if these are "
+        "rollouts, or a recalibration of running statistics"
+    )
 
     def __init__(self) -> None:
         self._num_quiet, self._num_other, self._num_passes = 0, 0, 0
+        self._acts_first: bool | None = None
+        """Whether there were such passes before the first step: of a policy, which acts before it learns."""
 
     def before_update(self, scene: Scene) -> None:
+        if self._acts_first is None:
+            self._acts_first = scene.forward.num_reading > 0
+        if self._acts_first:
+            return
         if scene.forward.num_reading == 0:
             self._num_quiet += 1
         elif self._num_quiet >= MIN_QUIET_STEPS * (1 + self._num_other):
@@ -68,7 +77,7 @@ class EvaluationModeAudit(Audit):
             yield Found(value=self._num_passes)
 
     def words(self, value: int, parameter: str | None) -> str:
-        return f"{value} forward passes of an evaluation were made in training mode"
+        return f"{value} forward passes without gradients were made in training mode: is it an evaluation?"
 
     def forget(self) -> None:
         self._num_passes = 0

@@ -72,8 +72,8 @@ class Checks:
     def __init__(self, config: GuardConfig, users: Sequence[Check] = ()) -> None:
         self._checks: dict[str, Check] = {}
         self._users = {id(check) for check in users}
-        self._said: dict[str, dict[tuple[int | None, str | None], int]] = {}
-        """By check, what was found, by rank and parameter, and in which step it was said."""
+        self._said: dict[str, dict[tuple[int | None, str | None, str], int]] = {}
+        """By check, what was found, by rank, parameter and remedy, and in which step it was said."""
         self._forward = ForwardWatch() if config.silent_errors == "on" else None
         self._has_said_unseen = self._forward is None
         of_forward = [make(config, self._forward or ForwardWatch()) for make in OF_FORWARD]
@@ -187,7 +187,11 @@ class Checks:
         new = []
         for one in findings:
             said = self._said.setdefault(one.check, {})
-            if said.setdefault((one.rank, one.parameter), step) == step and len(said) <= MAX_FINDINGS:
+            # The remedy tells two kinds of problem apart: words of a problem have numbers of the step.
+            if (
+                said.setdefault((one.rank, one.parameter, one.remedy), step) == step
+                and len(said) <= MAX_FINDINGS
+            ):
                 new.append(one)
         return new
 

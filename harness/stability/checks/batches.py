@@ -5,24 +5,25 @@ Legend: W ranks, K steps of a look, n samples.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 __all__ = ["NUM_SAMPLES", "BatchHistory", "RankBatches", "SampleOwners", "constant_ranks", "sharing_ranks"]
 
 MIN_SAME = 5
 """Batches that have to be the same one after another, or on two ranks."""
 
-MIN_IN_ORDER = 8
-"""Batches that have to come again in the order of an earlier time."""
+MIN_EPOCH = 32
+"""Batches of an epoch whose order is looked at. Fewer are repeated on purpose: updates of a policy on what
+was rolled out, a few batches that are to be overfitted."""
 
 NUM_SAMPLES = 8
 """Fingerprints of samples of a batch that travel. Which samples is decided by the fingerprints themselves:
 one that is chosen once is chosen again, in whatever batch."""
 
 MAX_RANKS = 16
-"""Whose samples are remembered."""
+"""Whose batches and samples are remembered."""
 
 MAX_REMEMBERED = 1 << 16
 """Batches, and samples, of a rank; what is older is forgotten with all the rest."""
@@ -65,7 +66,8 @@ def sharing_ranks(ranks: Sequence[RankBatches]) -> list[int]:
     """Those that have trained on what another one trained on in the same steps: whole batches, or at least
     half of the samples of each."""
     batches = [one.seen for one in ranks]
-    shared = {rank for rank, one in enumerate(batches) if len(one) >= MIN_SAME and batches.count(one) > 1}
+    num_with = Counter(map(tuple, batches))
+    shared = {rank for rank, one in enumerate(batches) if len(one) >= MIN_SAME and num_with[tuple(one)] > 1}
     num_steps = [0] * len(ranks)
     for step in range(min(len(one.samples) for one in ranks)):
         drawn = [{sample for sample in one.samples[step] if sample} for one in ranks]
@@ -81,35 +83,53 @@ def sharing_ranks(ranks: Sequence[RankBatches]) -> list[int]:
 
 
 @dataclass(slots=True)
-class BatchHistory:
-    """Remembers the batches of earlier looks, a number each."""
+class _History:
+    """One rank's."""
 
-    _num: int = 0
-    """Batches of each rank so far."""
-    _last: list[dict[int, int]] = field(default_factory=list)
-    """By rank, the place at which a batch was seen last."""
+    num: int = 0
+    """Batches so far."""
+    last: dict[int, int] = field(default_factory=dict)
+    """The place at which a batch was seen last."""
+    period: int = 0
+    """Batches after which the first one came again; 0: it has not."""
+    num_in_order: int = 0
+    """Batches that came again after `period` others."""
+    is_other: bool = False
+    """Whether batches come in any other way: then there is no more to see."""
+
+    def take(self, batch: int) -> None:
+        distance = self.num - self.last.get(batch, self.num)
+        self.period = self.period or distance
+        self.is_other = distance != self.period
+        self.num_in_order += self.period > 0
+        if self.is_other or len(self.last) >= MAX_REMEMBERED:
+            self.last.clear()
+        self.last[batch] = self.num
+        self.num += 1
+
+
+@dataclass(slots=True)
+class BatchHistory:
+    """Remembers the batches of earlier looks, a number each, of the first `MAX_RANKS` ranks."""
+
+    _of_rank: list[_History] = field(default_factory=list)
 
     def periods(self, ranks: Sequence[RankBatches]) -> dict[int, int]:
-        """Takes in what the ranks have trained on; by rank, for those whose batches come again in their
-        order, after how many steps: 1 where each comes several times in a row."""
-        if self._num > MAX_REMEMBERED or len(self._last) != len(ranks):
-            self._num, self._last = 0, [{} for _ in ranks]
-        found = {rank: self._period(self._last[rank], one) for rank, one in enumerate(ranks)}
-        self._num += max(len(one.whole) for one in ranks)
-        return {rank: period for rank, period in found.items() if period}
-
-    def _period(self, last: dict[int, int], rank: RankBatches) -> int:
-        distances = []
-        for place, batch in enumerate(rank.whole, start=self._num):
-            if batch:
-                distances.append(place - last.get(batch, place))
-                last[batch] = place
-        if len(set(rank.seen)) < 2:
-            return 0
-        if distances.count(1) >= MIN_SAME:
-            return 1
-        in_order = [now for before, now in pairwise(distances) if now == before and now > 1]
-        return in_order[-1] if len(in_order) >= MIN_IN_ORDER else 0
+        """Takes in what the ranks have trained on; by rank, for those whose batches have come in one and the
+        same order again and again since the first, for a whole epoch at least: its number of batches. What
+        is repeated for a while and then never again is no epoch."""
+        ranks = ranks[:MAX_RANKS]
+        if len(self._of_rank) != len(ranks):
+            self._of_rank = [_History() for _ in ranks]
+        for history, rank in zip(self._of_rank, ranks, strict=True):
+            for batch in rank.seen:
+                if not history.is_other:
+                    history.take(batch)
+        return {
+            rank: history.period
+            for rank, history in enumerate(self._of_rank)
+            if history.num_in_order >= history.period >= MIN_EPOCH and not history.is_other
+        }
 
 
 @dataclass(slots=True)

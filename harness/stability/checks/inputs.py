@@ -5,6 +5,7 @@ Legend: W ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from harness.stability.audits.evaluation import generators_hash
 from harness.stability.audits.forward import ForwardWatch, is_dropout
 from harness.stability.checks.base import Arrived, Check, Reading, StepView
 from harness.stability.checks.batches import (
+    MAX_RANKS,
     NUM_SAMPLES,
     BatchHistory,
     RankBatches,
@@ -135,7 +137,7 @@ class InputsCheck(Check):
     def _of_history(self, ranks: list[RankBatches], *, has_shared: bool) -> Iterator[Finding]:
         periods = self._history.periods(ranks)
         if periods:
-            yield _repeated(sorted(periods), min(periods.values()), len(ranks))
+            yield _repeated(sorted(periods), min(periods.values()), min(len(ranks), MAX_RANKS))
         num = self._owners.num_elsewhere(ranks)
         if num and not has_shared:
             yield _finding(
@@ -147,18 +149,19 @@ class InputsCheck(Check):
 
 
 def _repeated(ranks: list[int], period: int, num_ranks: int) -> Finding:
-    if period == 1:
-        problem = "each batch comes several times in a row"
-        remedy = "split an IterableDataset between the workers of its DataLoader"
-    else:
-        problem = f"batches come again in the order of {period} steps before"
-        remedy = "shuffle, and call the DistributedSampler's set_epoch(epoch) before each epoch"
+    problem = f"all batches come again in the order of {period} steps before"
+    question = ": is each epoch to have the same order?"
+    remedy = (
+        "nothing is wrong if they are repeated on purpose; else shuffle, and call the DistributedSampler's "
+        "set_epoch(epoch) before each epoch"
+    )
     rank = ranks[0] if len(ranks) == 1 else None
-    return _finding("repeated batch", problem + on_ranks(ranks, num_ranks), remedy, rank)
+    return _finding("repeated batch", problem + on_ranks(ranks, num_ranks) + question, remedy, rank)
 
 
 def _of_generators(states: list[tuple[int, ...]]) -> Iterator[Finding]:
-    same = [rank for rank, one in enumerate(states) if one[0] and states.count(one) > 1]
+    num_in = Counter(states)
+    same = [rank for rank, one in enumerate(states) if one[0] and num_in[one] > 1]
     if same:
         yield _finding(
             "generators",

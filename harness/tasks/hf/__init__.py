@@ -69,7 +69,7 @@ def build(
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else env.cache_dir()
     made_of: tuple[SourceSettings | None, ...] = sources or (None,)
     kept = tokenizer_dir(Path(config.runs_dir, config.name))
-    used = load_tokenizer(tokenizer, model, made_of, cache_dir=cache_dir, kept=kept)
+    used = load_tokenizer(tokenizer, model, made_of, cache_dir=cache_dir, kept=kept, or_settings=True)
     data = load_data(
         config.data, made_of, used, packing=packing, answers_only=answers_only, cache_dir=cache_dir
     )

@@ -79,12 +79,12 @@ def load_data(
         digest.update(f"{store.digest} {use} {weight}".encode())
         train.append(Part(store, rows[0], number, weight))
         val.append(Part(store, rows[1], number))
-    told = f"{packing}-{config.sequence_length}-{config.val_frac}-{digest.hexdigest()}"
+    whole_digest = f"{packing}-{config.sequence_length}-{config.val_frac}-{digest.hexdigest()}"
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     length = config.sequence_length
     return Data(
-        train=Mixture(train, length=length, pad=pad, digest=told),
-        val=Mixture(val, length=length, pad=pad, digest=told),
+        train=Mixture(train, length=length, pad=pad, digest=whole_digest),
+        val=Mixture(val, length=length, pad=pad, digest=whole_digest),
         labels=labels,
         bytes_per_token=_bytes_per_token(stores),
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.data import Batch, LossSum, cross_entropy
+from harness.data.alive import working
 from harness.data.task import IGNORED
 from harness.errors import ConfigError, needs
 from harness.tasks.hf.settings import LoraSettings, ModelSettings
@@ -31,12 +32,13 @@ def load_model(settings: ModelSettings, *, vocab_size: int | None = None) -> Any
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         if settings.name:
-            model = AutoModelForCausalLM.from_pretrained(
-                settings.name,
-                revision=settings.revision or "main",
-                dtype=dtype,
-                attn_implementation=settings.attention,
-            )
+            with working():
+                model = AutoModelForCausalLM.from_pretrained(
+                    settings.name,
+                    revision=settings.revision or "main",
+                    dtype=dtype,
+                    attn_implementation=settings.attention,
+                )
         else:
             fields = {"vocab_size": vocab_size, **settings.config} if vocab_size else settings.config
             config = AutoConfig.for_model(**fields)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.data.alive import working
 from harness.data.corpus import SourceFile, list_files, looks_like_text, standard_library
 from harness.errors import DataError, needs
 from harness.tasks.hf.settings import SourceSettings
@@ -164,9 +165,10 @@ def _loaded(source: SourceSettings) -> Any:
         import datasets
     folder = _saved_folder(source) if source.path else None
     try:
-        if folder:
-            return datasets.load_from_disk(str(folder))
-        return datasets.load_dataset(source.dataset, source.subset, split=source.split)
+        with working():
+            if folder:
+                return datasets.load_from_disk(str(folder))
+            return datasets.load_dataset(source.dataset, source.subset, split=source.split)
     except Exception as error:  # datasets has errors of a dozen libraries
         raise DataError(
             f"the dataset {source.path or source.dataset!r} cannot be loaded: {error!r}",

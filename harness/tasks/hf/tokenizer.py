@@ -7,6 +7,7 @@ have changed, and so may be what a name stands for.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import xxhash
 
-from harness.data.prepared import build_folder, prepared_folder
+from harness.data.alive import working
+from harness.data.prepared import build_folder, prepared_folder, put_aside
 from harness.errors import ConfigError, needs
 from harness.tasks.hf.encode import text_of
 from harness.tasks.hf.readers import identity, records
 from harness.tasks.hf.settings import ModelSettings, SourceSettings, TokenizerSettings
 
 __all__ = ["keep_tokenizer", "load_tokenizer", "tokenizer_digest"]
+
+logger = logging.getLogger(__name__)
 
 _TRAINED_ON_CHARS = 4 << 20
 _END, _PAD = "<|end|>", "<|pad|>"
@@ -32,6 +36,17 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+_SAMPLE = (
+    "The quick brown fox doesn't jump; I'LL wait...  3.14159 = 1,234,567?\n\n"
+    "\tif (x != y) {\r\n    return a[0]; }"
+    " caf\u00e9 cafe\u0301 \ufb01ne \uff21\uff22 Stra\u00dfe \u0130 na\u00efve \u00a0\u200b\u3000end "
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0645\u0631\u062d\u0628\u0627 "
+    "\u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\u65e5\u672c\u8a9e\u3067\u3059\u3002 \ud55c\uad6d\uc5b4 \U0001f469\u200d\U0001f4bb <s> </s> <|x|>   "
+)
+"""Text of many kinds, by which what is done before and after the vocabulary shows."""
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
 
 def load_tokenizer(
     settings: TokenizerSettings,
@@ -40,19 +55,27 @@ def load_tokenizer(
     *,
     cache_dir: Path,
     kept: Path | None = None,
+    or_settings: bool = False,
 ) -> Any:
     """The tokenizer of a run, or the one that the settings ask for.
 
     Args:
         cache_dir: Where one that is trained is kept between runs.
         kept: Folder of `keep_tokenizer`, whose tokenizer is taken if it is there.
+        or_settings: Where the kept one cannot be read, the settings hold; `tokenizer_digest` tells whether
+            they give the same one.
 
     Raises:
         ConfigError: there is none of that name, or the kept one cannot be read.
         DataError: the sources cannot be read, or `cache_dir` cannot be written.
     """
     if kept is not None and kept.is_dir():
-        return _from_folder(kept)
+        try:
+            return _from_folder(kept)
+        except ConfigError as error:
+            if not or_settings:
+                raise
+            logger.warning("%s; taking the one that the settings ask for", error.problem)
     name = settings.name or model.name
     if settings.train_vocab_size:
         name = str(_trained(settings.train_vocab_size, sources, cache_dir))
@@ -70,6 +93,7 @@ def load_tokenizer(
             raise ConfigError(
                 f"cannot read the chat template {settings.chat_template}: {error.strerror}"
             ) from error
+    _forget_lengths(tokenizer)
     # As it comes back from a folder: what goes on later has this very one.
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -77,26 +101,61 @@ def load_tokenizer(
 
 
 def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves it as `folder`, whole or not at all, unless there is one.
+    """Saves it as `folder`, whole or not at all, unless there is one; one that cannot be read is put aside.
 
     Raises:
         OSError: it cannot be written.
     """
+    if folder.is_dir() and not _is_readable(folder):
+        put_aside(folder)
     if not folder.is_dir():
         build_folder(folder, tokenizer.save_pretrained)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """What tells it, its chat template included, from any other that gives other tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    special = sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items())
-    return xxhash.xxh3_64_hexdigest(json.dumps([content, str(tokenizer.chat_template), special]).encode())
+    """What tells it, its chat template included, from any other that gives other tokens.
+
+    It is not of its files, which another release of tokenizers or transformers writes differently, nor of
+    truncation and padding, which each use sets anew.
+    """
+    special = [getattr(tokenizer, f"{role}_token_id", None) for role in _SPECIAL]
+    described = [
+        sorted(tokenizer.get_vocab().items()),
+        _ranked(tokenizer),
+        str(tokenizer.chat_template),
+        special,
+        sorted(set(tokenizer.all_special_ids)),
+        tokenizer(_SAMPLE, verbose=False)["input_ids"],
+    ]
+    return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
+
+
+def _ranked(tokenizer: Any) -> list[Any]:
+    """What of the vocabulary is preferred: the merges of a BPE, the scores of a unigram model."""
+    backend = _backend(tokenizer)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []
+    # A pair is a string in files of older releases.
+    return [[one.split(" ") if isinstance(one, str) else one for one in model.get("merges", ())], scores]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Its `tokenizers.Tokenizer`; None where it is written in Python."""
+    return getattr(tokenizer, "backend_tokenizer", None)
+
+
+def _forget_lengths(tokenizer: Any) -> None:
+    """Drops truncation and padding, which depend on how it was used last."""
+    backend = _backend(tokenizer)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _of_name(name: str, revision: str | None) -> Any:
     try:
-        return _auto_tokenizer().from_pretrained(name, revision=revision)
+        with working():
+            return _auto_tokenizer().from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the tokenizer {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
@@ -105,12 +164,23 @@ def _of_name(name: str, revision: str | None) -> Any:
         ) from error
 
 
-def _from_folder(folder: Path) -> Any:
+def _is_readable(folder: Path) -> bool:
     try:
-        return _auto_tokenizer().from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        _from_folder(folder)
+    except ConfigError:
+        return False
+    return True
+
+
+def _from_folder(folder: Path) -> Any:
+    with needs("transformers", extra="hf"):
+        from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises that one itself where a file is damaged
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError(
-            f"the tokenizer in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer in {folder} cannot be loaded: {reason}",
             rule="a run is trained and exported with the tokenizer that it began with",
             remedy="bring the files back; if there is no checkpoint yet, delete the folder",
         ) from error
