@@ -154,7 +154,7 @@ def training_tab(run_index: RunIndex, access: Access, fields: Form) -> gr.Dropdo
 def _start_row(run_index: RunIndex, access: Access, fields: Form, *, shown: list[Any]) -> gr.Number:
     """Starts runs, which are then `shown`. Returns the number of processes."""
     with gr.Row(elem_classes="h-buttons"):
-        processes = gr.Number(1, label="Processes", precision=0, minimum=1, elem_id="processes")
+        processes = gr.Number(1, label="Processes", precision=0, elem_id="processes")
         start = _control_button("Start the configured run", "start", access, variant="primary")
         demo = _control_button("Start the demo run", "demonstrate", access)
 
@@ -250,13 +250,13 @@ def _command_row(fields: Form, processes: gr.Number) -> None:
                 interactive=True,
                 elem_id="launcher",
             )
-            nodes = gr.Number(1, label="Nodes", precision=0, minimum=1, elem_id="nodes")
+            nodes = gr.Number(1, label="Nodes", precision=0, elem_id="nodes")
             show = gr.Button("Show the command", elem_id="show-command", **SMALL)
         command = gr.Code(language="shell", label="command", interactive=False, elem_id="command")
 
     def command_text(how: Any, count: float, num_nodes: float, *values: Any) -> str:
         config = fields.read(values)
-        return commands.command(config, how, processes=_processes(count), nodes=_processes(num_nodes))
+        return commands.command(config, how, processes=_processes(count), nodes=_whole(num_nodes, "nodes"))
 
     inputs = [launcher, processes, nodes, *fields.components]
     show.click(_reporting_errors(command_text), inputs, command, **QUIET)
@@ -350,10 +350,15 @@ def _started(run_index: RunIndex, program: Program, origin: str) -> tuple[Any, s
 
 
 def _processes(count: float | None) -> int:
+    return _whole(count, "processes")
+
+
+def _whole(count: float | None, what: str) -> int:
+    """A number of processes, or of nodes. Refused here: Gradio would not say which field is meant."""
     if count is None or not 1 <= count <= MAX_PROCESSES or count != int(count):
-        raise ConfigError(
-            f"the number of processes is {count}", rule=f"it is a whole number from 1 to {MAX_PROCESSES}"
-        )
+        number = "empty" if count is None else f"{count:g}"
+        rule = f"it is a whole number from 1 to {MAX_PROCESSES}"
+        raise ConfigError(f"the number of {what} is {number}", rule=rule)
     return int(count)
 
 

@@ -57,6 +57,34 @@ def test_the_form_is_kept_in_configs_and_taken_up_again(form: Page, place: Place
     expect(form.locator(".cm-content").first).to_contain_text("steps: 77")
 
 
+def test_names_and_numbers_that_cannot_be_are_refused_in_a_sentence(form: Page, place: Place) -> None:
+    """Beside the field while it is filled in, and when the run is started all the same."""
+    steps = TrainConfig().loop.steps
+    for key, value, words, sound in (
+        ("name", "   ", "name is '   ': a run needs a name, of more than blanks.", "sound"),
+        ("name", "x" * 300, "it is a folder's name, of at most 200 bytes.", "sound"),
+        ("loop.steps", "1e20", '"loop.steps": Expected a int. Got value: 1e+20.', str(steps)),
+    ):
+        fill(form, key, value)
+        expect(form.locator("#verdict")).to_contain_text(words)
+        go_to(form, "Training")
+        form.locator("#start").click()
+        expect(toast(form)).to_contain_text(words)
+        go_to(form, "Configuration")
+        fill(form, key, sound)
+        expect(form.locator("#verdict")).to_have_text("This configuration is valid.")
+    go_to(form, "Training")
+    form.locator("#processes input").fill("-1")
+    form.locator("#start").click()
+    expect(toast(form)).to_contain_text("the number of processes is -1: it is a whole number from 1 to 1024.")
+    form.locator("#processes input").fill("1")
+    form.get_by_role("button", name=re.compile("^Command to start")).click()
+    form.locator("#nodes input").fill("0")
+    form.locator("#show-command").click()
+    expect(toast(form)).to_contain_text("the number of nodes is 0: it is a whole number from 1 to 1024.")
+    assert not (place.runs / "sound").exists()
+
+
 def test_a_file_that_appears_in_configs_can_be_started_from(form: Page, place: Place) -> None:
     (place.path / "configs").mkdir(exist_ok=True)
     (place.path / "configs" / "late.yaml").write_text("loop: {steps: 5}\n")

@@ -120,18 +120,6 @@ def test_a_run_of_the_form_is_seen_live_with_its_nan_then_stopped_and_resumed_wi
     expect(monitor.locator(".h-fact", has_text="attempts").locator("b")).to_have_text("2")
 
 
-def test_a_number_of_processes_that_is_none_is_refused_in_a_sentence(
-    page: Page, dashboard: Dashboard
-) -> None:
-    page.goto(dashboard.address)
-    go_to(page, "Training")
-    page.locator("#processes input").fill("-1")
-    page.locator("#start").click()
-    expect(toast(page)).to_contain_text(
-        re.compile("the number of processes is -1|less than minimum|Processes")
-    )
-
-
 @pytest.mark.slow
 def test_a_run_is_forked_with_a_change_and_the_fork_is_killed(
     page: Page, dashboard: Dashboard, place: Place, trained: tuple[str, str]

@@ -142,6 +142,23 @@ def test_a_long_run_is_sampled_at_first_then_read_and_never_read_again(run_index
         assert digest.bands("train/loss", max_points=20).high.max() == 1e6
 
 
+def test_a_first_look_at_many_runs_reads_little_of_each_however_long_it_is(tmp_path: Path) -> None:
+    """So that 300 runs are in the table within seconds: what is read is counted, not the clock."""
+    (tmp_path / "cache").mkdir()
+    num_read = []
+    for num_steps in (1000, 4000):
+        root = tmp_path / str(num_steps)
+        for number in range(4):
+            write_run(root / str(number), num_steps=num_steps)
+        answers: list[dict[str, Any]] = []
+        indexer = Indexer(root, tmp_path / "cache", answers.append)
+        before = num_bytes_read()
+        indexer.refresh()
+        num_read.append((num_bytes_read() - before) / 4)
+        assert [answer["row"]["last_step"] for answer in answers if "row" in answer] == [num_steps - 1] * 4
+    assert max(num_read) < 4 * indexers.PREVIEW_BYTES, num_read
+
+
 def test_rows_of_runs_that_have_ended_are_kept(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "big", num_steps=500)
     answers: list[dict[str, Any]] = []
