@@ -322,7 +322,7 @@ def test_a_run_whose_folder_is_gone_is_said_to_be_gone_with_the_time_of_what_is_
     shutil.rmtree(place.runs / "gone")
     words = monitor.locator("> .h-note")
     expect(words).to_contain_text(
-        re.compile(r"^there is no run 'gone'.*; what is shown is of \d\d:\d\d:\d\d$")
+        re.compile(r"^(there is no run|the log of) '?gone.*[^.]; what is shown is of \d\d:\d\d:\d\d$")
     )
     expect(monitor).to_have_attribute("data-old", "true")
     monitor.locator("summary").last.scroll_into_view_if_needed()

@@ -30,7 +30,7 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MainJournal:
         TrainConfig(),
         first_step=0,
         about={},
-        mfu_per_speed=None,
+        utilisation=None,
         step_indices=lambda *_: [],
         progress=Progress(),
     )
@@ -64,7 +64,7 @@ def test_a_restart_before_the_first_checkpoint_rewinds_to_the_beginning(
         TrainConfig(),
         first_step=0,
         about={},
-        mfu_per_speed=None,
+        utilisation=None,
         step_indices=lambda *_: [],
         progress=Progress(),
     )
@@ -85,7 +85,7 @@ def test_an_incident_whose_samples_cannot_be_told_is_logged_without_them(
         TrainConfig(),
         first_step=0,
         about={},
-        mfu_per_speed=None,
+        utilisation=None,
         step_indices=step_indices,
         progress=Progress(),
     )

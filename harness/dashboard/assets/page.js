@@ -47,7 +47,7 @@ export function repeat(node, everyMs, work) {
 // Figures that are not new stay, and are said to be old, with the time, in a line that stays on the screen.
 export function sayOld(host, note, why) {
   const since = host.freshAt ? `; what is shown is of ${clock(host.freshAt / 1000).slice(11)}` : "";
-  note.textContent = `${why}${since}`;
+  note.textContent = since ? `${String(why).replace(/\.$/, "")}${since}` : why;
   host.dataset.old = "true";
 }
 
