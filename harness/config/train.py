@@ -121,6 +121,10 @@ class TrainConfig:
             f"task {self.task} takes none",
             "its settings are in the sections data and model",
         )
+        self._check_model_fits_task()
+        self._check_sharding_fits()
+
+    def _check_sharding_fits(self) -> None:
         require(
             self.incidents,
             "recompute_every",
@@ -135,7 +139,6 @@ class TrainConfig:
             "sharded models cannot be run without the other ranks' gradients",
             "set it to off, or parallel.strategy to ddp; harness replay does it afterwards",
         )
-        self._check_model_fits_task()
         require(
             self.parallel,
             "meta_init",
